@@ -1,0 +1,1 @@
+"""HelixPipe: pipeline schedules for long-context training."""
