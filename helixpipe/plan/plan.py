@@ -1,0 +1,174 @@
+"""The plan: who runs what, in which order, with its JSON and CSV forms."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, TypeAlias
+
+from helixpipe.plan.operation import Kind, Operation
+
+Order: TypeAlias = tuple[Operation, ...]
+Parameter: TypeAlias = int | str
+
+FORMAT = "helixpipe-plan"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything an iteration needs to be executed, simulated or drawn.
+
+    Attributes:
+        schedule: name of the schedule that made it.
+        num_ranks: pipeline-parallel size p.
+        num_microbatches: micro batches m per data-parallel replica and iteration.
+        segment_names: one name per segment, in chain order; segments of equal cost share a name.
+        placement: ``placement[segment][micro_batch]`` is the rank that runs F, B and W of it.
+        orders: the operations of each rank, in execution order.
+        parameters: the arguments of the schedule, for the reader and for reproduction.
+    """
+
+    schedule: str
+    num_ranks: int
+    num_microbatches: int
+    segment_names: tuple[str, ...]
+    placement: tuple[tuple[int, ...], ...]
+    orders: tuple[Order, ...]
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+
+    @property
+    def num_segments(self) -> int:
+        """Length of the chain of segments."""
+        return len(self.segment_names)
+
+    def rank_of(self, segment: int, micro_batch: int) -> int:
+        """The rank that runs ``segment`` of ``micro_batch``."""
+        return self.placement[segment][micro_batch]
+
+    @cached_property
+    def is_lowered(self) -> bool:
+        """True if the plan holds its messages; always true where no edge crosses ranks."""
+        if any(not op.kind.is_compute for order in self.orders for op in order):
+            return True
+        return all(
+            here == there
+            for segment in range(self.num_segments - 1)
+            for here, there in zip(self.placement[segment], self.placement[segment + 1], strict=True)
+        )
+
+    @cached_property
+    def has_backward(self) -> bool:
+        """False for evaluation plans."""
+        return any(op.kind is Kind.B for order in self.orders for op in order)
+
+    @cached_property
+    def splits_backward(self) -> bool:
+        """True if weight gradients are operations of their own."""
+        return any(op.kind is Kind.W for order in self.orders for op in order)
+
+    def compute_only(self) -> Plan:
+        """The same plan without its messages."""
+        return self.with_orders(tuple(op for op in order if op.kind.is_compute) for order in self.orders)
+
+    def forward_only(self) -> Plan:
+        """The forward half of the plan, for evaluation: same placement, same order."""
+        kept = (Kind.F, Kind.SEND_F, Kind.RECV_F)
+        return self.with_orders(tuple(op for op in order if op.kind in kept) for order in self.orders)
+
+    def with_orders(self, orders: Iterable[Iterable[Operation]]) -> Plan:
+        """A copy with other orders."""
+        return replace(self, orders=tuple(tuple(order) for order in orders))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the JSON form: ranks compare it before their first message."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """The whole plan as JSON, one line per rank and per segment; read back by :meth:`from_json`."""
+        head = {
+            "format": FORMAT,
+            "version": VERSION,
+            "schedule": self.schedule,
+            "num_ranks": self.num_ranks,
+            "num_microbatches": self.num_microbatches,
+            "parameters": dict(self.parameters),
+            "segments": list(self.segment_names),
+        }
+        lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
+        lines.append(_rows("placement", [_compact(row) for row in self.placement]))
+        lines.append(_rows("orders", [[str(op) for op in order] for order in self.orders]))
+        return "{\n" + ",\n".join(lines) + "\n}\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan; ``ValueError`` names the field that is wrong. Does not validate the schedule."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not a plan: invalid JSON ({error})") from None
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ValueError(f'not a plan: "format" must be "{FORMAT}"')
+        if data.get("version") != VERSION:
+            raise ValueError(f"plan version {data.get('version')!r}; this program reads {VERSION}")
+        num_microbatches = _field(data, "num_microbatches", int)
+        return cls(
+            schedule=_field(data, "schedule", str),
+            num_ranks=_field(data, "num_ranks", int),
+            num_microbatches=num_microbatches,
+            segment_names=tuple(_strings(_field(data, "segments", list), "segments")),
+            placement=tuple(_expand(row, num_microbatches) for row in _field(data, "placement", list)),
+            orders=tuple(
+                tuple(Operation.parse(word) for word in _strings(order, "orders"))
+                for order in _field(data, "orders", list)
+            ),
+            parameters=_field(data, "parameters", dict),
+        )
+
+    def to_csv(self) -> str:
+        """The orders alone: one row per rank, operations in execution order."""
+        stream = io.StringIO()
+        csv.writer(stream, lineterminator="\n").writerows([str(op) for op in order] for order in self.orders)
+        return stream.getvalue()
+
+
+def orders_from_csv(text: str) -> tuple[Order, ...]:
+    """Read the orders written by :meth:`Plan.to_csv`."""
+    return tuple(tuple(Operation.parse(word) for word in row) for row in csv.reader(io.StringIO(text)))
+
+
+def _rows(key: str, rows: Sequence[object]) -> str:
+    body = ",\n".join("    " + json.dumps(row) for row in rows)
+    return f'  "{key}": [\n{body}\n  ]'
+
+
+def _compact(row: tuple[int, ...]) -> int | list[int]:
+    """One number for a segment that every micro batch meets on the same rank."""
+    return row[0] if len(set(row)) == 1 else list(row)
+
+
+def _expand(row: object, num_microbatches: int) -> tuple[int, ...]:
+    if isinstance(row, int):
+        return (row,) * num_microbatches
+    if isinstance(row, list) and all(isinstance(rank, int) for rank in row):
+        return tuple(row)
+    raise ValueError(f'not a plan: "placement" holds {row!r} instead of a rank or a list of ranks')
+
+
+def _field(data: Mapping[str, Any], key: str, kind: type) -> Any:
+    value = data.get(key)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f'not a plan: "{key}" must be of type {kind.__name__}, found {value!r:.60}')
+    return value
+
+
+def _strings(values: object, key: str) -> list[str]:
+    if isinstance(values, list) and all(isinstance(value, str) for value in values):
+        return values
+    raise ValueError(f'not a plan: "{key}" must hold lists of strings')

@@ -1,0 +1,71 @@
+"""Timelines: when each rank ran each operation. Predicted and measured ones have this one form."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from helixpipe.plan.operation import Operation
+
+
+class Span(NamedTuple):
+    """One compute operation on one rank, in milliseconds since the start of the iteration."""
+
+    operation: Operation
+    start_ms: float
+    end_ms: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The compute operations of every rank with their times.
+
+    Attributes:
+        spans: per rank, in execution order.
+        source: what it shows, like ``predicted`` or ``measured, iteration 20``.
+    """
+
+    spans: tuple[tuple[Span, ...], ...]
+    source: str = "predicted"
+
+    @property
+    def makespan_ms(self) -> float:
+        """From the first start to the last end over all ranks."""
+        spans = [span for rank in self.spans for span in rank]
+        if not spans:
+            return 0.0
+        return max(span.end_ms for span in spans) - min(span.start_ms for span in spans)
+
+    @property
+    def busy_ms(self) -> list[float]:
+        """Time in compute, per rank."""
+        return [sum(span.end_ms - span.start_ms for span in rank) for rank in self.spans]
+
+    @property
+    def bubble_ratio(self) -> float:
+        """Share of the ranks' time in which nothing is computed."""
+        if self.makespan_ms == 0:
+            return 0.0
+        return 1.0 - sum(self.busy_ms) / (len(self.spans) * self.makespan_ms)
+
+    def to_json(self) -> str:
+        """One line per rank; read back by :meth:`from_json`."""
+        rows = ",\n".join(
+            "    " + json.dumps([[str(op), round(start, 4), round(end, 4)] for op, start, end in rank])
+            for rank in self.spans
+        )
+        return f'{{\n  "source": {json.dumps(self.source)},\n  "ranks": [\n{rows}\n  ]\n}}\n'
+
+    @classmethod
+    def from_json(cls, text: str) -> Timeline:
+        """Read a timeline; ``ValueError`` if the text is not one."""
+        try:
+            data: Any = json.loads(text)
+            spans = tuple(
+                tuple(Span(Operation.parse(op), float(start), float(end)) for op, start, end in rank)
+                for rank in data["ranks"]
+            )
+            return cls(spans, str(data["source"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not a timeline: {error}") from None

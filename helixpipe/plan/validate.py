@@ -1,0 +1,184 @@
+"""Validation: what must hold for a plan before it may run.
+
+The checks are independent of how plans are made: they look only at the plan's data, so a plan that was read
+from a file or edited by hand is held to the same rules.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+from helixpipe.plan.deadlock import find_deadlock
+from helixpipe.plan.memory import peak_bytes
+from helixpipe.plan.operation import Kind, Operation, input_of, message_of, output_edge
+from helixpipe.plan.plan import Plan
+
+# How many operations of a rank an error shows on either side of the culprit.
+_CONTEXT = 4
+
+
+class PlanError(ValueError):
+    """A plan that must not run. The message shows the place, marked ``<-- here``."""
+
+
+def validate(plan: Plan) -> None:
+    """Raise :class:`PlanError` for the first rule that the plan breaks.
+
+    The rules: shapes that agree; every micro batch computed exactly once per segment and direction, on the
+    rank that the placement names, in a possible order; one matching send and receive per edge between
+    ranks, in the same order at both ends; no deadlock, neither with buffered sends nor when every send
+    waits for its receive.
+    """
+    _check_shape(plan)
+    _check_compute(plan)
+    if plan.is_lowered:
+        _check_messages(plan)
+    for rendezvous in (False, True):
+        stuck = find_deadlock(plan, rendezvous=rendezvous)
+        if stuck:
+            model = "when sends wait for their receives" if rendezvous else "with buffered sends"
+            raise PlanError(f"deadlock {model}:\n{_blocked_grid(plan, stuck)}")
+
+
+def check_memory(plan: Plan, bytes_of_segment: Mapping[str, int], limit_bytes: int) -> None:
+    """Raise :class:`PlanError` if a rank keeps more than ``limit_bytes`` of activations at its peak.
+
+    Args:
+        plan: any plan.
+        bytes_of_segment: bytes kept from F until its last backward operation, by segment name.
+        limit_bytes: what one rank may hold.
+    """
+    for rank, peak in enumerate(peak_bytes(plan, bytes_of_segment)):
+        if peak > limit_bytes:
+            raise PlanError(
+                f"rank {rank} holds {peak} bytes of activations at its peak, {peak - limit_bytes} over "
+                f"the limit of {limit_bytes}; use a smaller fold, shorter sequences or more ranks"
+            )
+
+
+def _check_shape(plan: Plan) -> None:
+    if len(plan.orders) != plan.num_ranks:
+        raise PlanError(f"{plan.num_ranks} ranks but {len(plan.orders)} orders")
+    if len(plan.placement) != plan.num_segments:
+        raise PlanError(f"{plan.num_segments} segments but {len(plan.placement)} placed")
+    for segment, row in enumerate(plan.placement):
+        if len(row) != plan.num_microbatches:
+            raise PlanError(
+                f"segment {segment} is placed for {len(row)} of {plan.num_microbatches} micro batches"
+            )
+        if not all(0 <= rank < plan.num_ranks for rank in row):
+            raise PlanError(f"segment {segment} is placed on a rank outside 0..{plan.num_ranks - 1}")
+    for rank, index, op in _operations(plan):
+        if op.segment >= plan.num_segments or op.micro_batch >= plan.num_microbatches:
+            raise PlanError(f"no such segment or micro batch:\n{_grid(plan, rank, index)}")
+        if op.kind.is_compute != (op.peer is None) or op.peer == rank:
+            raise PlanError(f"impossible peer:\n{_grid(plan, rank, index)}")
+
+
+def _check_compute(plan: Plan) -> None:
+    kinds = [Kind.F] + [Kind.B] * plan.has_backward + [Kind.W] * plan.splits_backward
+    seen: dict[Operation, tuple[int, int]] = {}
+    for rank, index, op in _operations(plan):
+        if not op.kind.is_compute:
+            continue
+        if op in seen:
+            raise PlanError(f"{op} is run twice:\n{_grid(plan, rank, index)}")
+        seen[op] = (rank, index)
+        home = plan.rank_of(op.segment, op.micro_batch)
+        if rank != home:
+            raise PlanError(f"{op} belongs to rank {home}:\n{_grid(plan, rank, index)}")
+        earlier = kinds[: kinds.index(op.kind)]
+        for kind in earlier:
+            if op._replace(kind=kind) not in seen:
+                raise PlanError(f"{op} stands before its {kind.value}:\n{_grid(plan, rank, index)}")
+    for kind in kinds:
+        for segment in range(plan.num_segments):
+            for micro_batch in range(plan.num_microbatches):
+                op = Operation(segment, kind, micro_batch)
+                if op not in seen:
+                    home = plan.rank_of(segment, micro_batch)
+                    raise PlanError(f"{op} is missing from rank {home}")
+
+
+def _check_messages(plan: Plan) -> None:
+    expected: Counter[tuple[int, Operation]] = Counter()
+    for rank, _, op in _operations(plan):
+        edge = output_edge(op, plan.num_segments) if op.kind.is_compute else None
+        if edge is not None:
+            peer = plan.rank_of(edge[1], op.micro_batch)
+            if peer != rank:
+                send, receive, number = message_of(op)
+                expected[rank, Operation(number, send, op.micro_batch, peer)] += 1
+                expected[peer, Operation(number, receive, op.micro_batch, rank)] += 1
+    for rank, index, op in _operations(plan):
+        if not op.kind.is_compute:
+            expected[rank, op] -= 1
+            if expected[rank, op] < 0:
+                raise PlanError(f"{op} is not needed here:\n{_grid(plan, rank, index)}")
+    for (rank, op), count in expected.items():
+        if count:
+            raise PlanError(f"{op} is missing from rank {rank}")
+    _check_places_of_messages(plan)
+    _check_pairwise_order(plan)
+
+
+def _check_places_of_messages(plan: Plan) -> None:
+    """A send stands after its producer, a receive before its consumer."""
+    for rank, order in enumerate(plan.orders):
+        done: set[Operation] = set()
+        received: set[Operation] = set()
+        for index, op in enumerate(order):
+            if op.kind.is_send:
+                segment, kind = (op.segment, Kind.F) if op.kind is Kind.SEND_F else (op.segment + 1, Kind.B)
+                if Operation(segment, kind, op.micro_batch) not in done:
+                    raise PlanError(f"{op} stands before its producer:\n{_grid(plan, rank, index)}")
+            elif op.kind.is_receive:
+                received.add(op._replace(peer=None))
+            else:
+                done.add(op)
+                needed = input_of(op, plan.num_segments)
+                if needed is None or plan.rank_of(needed.segment, op.micro_batch) == rank:
+                    continue
+                _, receive, number = message_of(needed)
+                if Operation(number, receive, op.micro_batch) not in received:
+                    raise PlanError(f"{op} stands before its receive:\n{_grid(plan, rank, index)}")
+
+
+def _check_pairwise_order(plan: Plan) -> None:
+    """Between two ranks, messages arrive in the order in which they are sent."""
+    sent: dict[tuple[int, int], list[Operation]] = {}
+    taken: dict[tuple[int, int], list[tuple[int, Operation]]] = {}
+    for rank, index, op in _operations(plan):
+        if op.kind.is_send:
+            assert op.peer is not None
+            sent.setdefault((rank, op.peer), []).append(op.counterpart(rank))
+        elif op.kind.is_receive:
+            assert op.peer is not None
+            taken.setdefault((op.peer, rank), []).append((index, op))
+    for (sender, receiver), receives in taken.items():
+        for expected, (index, found) in zip(sent[sender, receiver], receives, strict=True):
+            if expected != found:
+                raise PlanError(
+                    f"rank {sender} sends {expected.counterpart(receiver)} first, but rank {receiver} "
+                    f"takes:\n{_grid(plan, receiver, index)}"
+                )
+
+
+def _operations(plan: Plan) -> Iterator[tuple[int, int, Operation]]:
+    for rank, order in enumerate(plan.orders):
+        for index, op in enumerate(order):
+            yield rank, index, op
+
+
+def _grid(plan: Plan, rank: int, index: int) -> str:
+    """The neighbourhood of one operation, marked."""
+    order = plan.orders[rank]
+    first, last = max(0, index - _CONTEXT), min(len(order), index + _CONTEXT + 1)
+    before = " ".join(["..."] * (first > 0) + [str(op) for op in order[first : index + 1]])
+    after = " ".join([str(op) for op in order[index + 1 : last]] + ["..."] * (last < len(order)))
+    return f"  rank {rank}: {before} <-- here {after}".rstrip()
+
+
+def _blocked_grid(plan: Plan, stuck: Mapping[int, int]) -> str:
+    return "\n".join(_grid(plan, rank, index) for rank, index in sorted(stuck.items()))
