@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from functools import lru_cache
 
 from helixpipe.plan.lower import lower
 from helixpipe.plan.plan import Plan
@@ -16,6 +17,7 @@ OPTION_FLAGS = {
 }
 
 
+@lru_cache(maxsize=16)
 def build_plan(schedule: str, request: ScheduleRequest, *, compute_only: bool = False) -> Plan:
     """Place, order, lower and validate.
 

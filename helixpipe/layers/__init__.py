@@ -1,0 +1,1 @@
+"""A GPT in pieces: attention backends, norms, layer specs, and the model split into segments."""

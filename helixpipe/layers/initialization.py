@@ -1,0 +1,85 @@
+"""Weights that depend on the seed and the parameter's name, not on how the model is laid out.
+
+Megatron draws initial weights rank by rank, so another pipeline size or schedule starts from another
+model. Here each parameter has a random stream of its own: the same command under 1f1b, interleaved and
+helix starts from the same numbers.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+_OUTPUT_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight")
+
+
+def canonical_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """(name in the whole model, parameter) for a GPTModel of any stage or a SegmentedGPTModel."""
+    layer_names = {
+        f"{name}.": f"decoder.layers.{module.layer_number - 1}."
+        for name, module in model.named_modules()
+        if isinstance(module, TransformerLayer)
+    }
+    for name, parameter in model.named_parameters():
+        if getattr(parameter, "shared_embedding", False):
+            # A tied head on the last stage is a copy of the embedding.
+            yield "embedding.word_embeddings.weight", parameter
+            continue
+        for local, canonical in layer_names.items():
+            if name.startswith(local):
+                name = canonical + name[len(local) :]
+                break
+        yield name, parameter
+
+
+@torch.no_grad()
+def initialize_weights(model: torch.nn.Module, config: TransformerConfig, seed: int) -> None:
+    """Draw every weight matrix of ``model`` anew and set biases to zero.
+
+    Args:
+        model: an unwrapped GPTModel or SegmentedGPTModel.
+        config: its configuration, whose init methods are used.
+        seed: the job's seed.
+    """
+    for name, parameter in canonical_parameters(model):
+        if name.endswith("bias"):
+            parameter.zero_()
+            continue
+        if parameter.dim() < 2:
+            continue  # norm weights start at one
+        initialize = config.init_method
+        if name.endswith(_OUTPUT_PROJECTIONS):
+            initialize = config.output_layer_init_method
+        elif name.startswith("embedding.") and config.embedding_init_method is not None:
+            initialize = config.embedding_init_method
+        whole = torch.empty(_whole_shape(parameter), dtype=torch.float32, device="cpu")
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(zlib.crc32(name.encode()) ^ (seed << 32))
+            initialize(whole)
+        parameter.copy_(_shard(whole, parameter))
+
+
+def _is_sharded(parameter: torch.nn.Parameter) -> bool:
+    return bool(getattr(parameter, "tensor_model_parallel", False))
+
+
+def _whole_shape(parameter: torch.nn.Parameter) -> list[int]:
+    shape = list(parameter.shape)
+    if _is_sharded(parameter):
+        shape[parameter.partition_dim] *= parallel_state.get_tensor_model_parallel_world_size()
+    return shape
+
+
+def _shard(whole: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """This tensor-parallel rank's part; ``stride`` stacked blocks (SwiGLU's two) are split each."""
+    if not _is_sharded(parameter):
+        return whole
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    dim, stride = parameter.partition_dim, parameter.partition_stride
+    return torch.cat([block.chunk(size, dim=dim)[rank] for block in whole.chunk(stride, dim=dim)], dim=dim)

@@ -1,0 +1,345 @@
+"""A GPT split into segments around its attention, with Megatron's modules and parameter names.
+
+A layer's pieces are norm1, qkv | core | proj, norm2, mlp. Segment ``2l`` holds what stands between the core
+of layer ``l-1`` and that of layer ``l`` (the first begins with the embedding, the last ends with the head and
+the loss), segment ``2l+1`` the core of layer ``l``, which has no weights and may run anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.transformer import MegatronModule, ModuleSpec, TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType, ModelType
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
+from megatron.core.transformer.utils import sharded_state_dict_default
+from torch import Tensor
+
+from helixpipe.layers.spec import LayerPart, final_norm, layer_spec, partial_layer_spec
+
+Tensors = tuple[Tensor, ...]
+
+
+class SegmentedDecoder(MegatronModule):
+    """The parts of transformer layers that one rank owns, under their global layer numbers.
+
+    Args:
+        config: the model's configuration.
+        spec: spec of a whole layer.
+        parts: layer number (from 0) -> the parts that are here.
+        norm: class of the norm before the head, or None where the head is elsewhere.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        spec: ModuleSpec,
+        parts: dict[int, LayerPart],
+        norm: type | None,
+    ) -> None:
+        super().__init__(config=config)
+        # Megatron adds the offset of a contiguous stage to a layer's number; ours is global already.
+        offset = get_transformer_layer_offset(config)
+        self.layers = torch.nn.ModuleDict(
+            {
+                str(number): build_module(
+                    partial_layer_spec(spec, part), config=config, layer_number=number + 1 - offset
+                )
+                for number, part in sorted(parts.items())
+            }
+        )
+        self.final_layernorm = None
+        if norm is not None:
+            self.final_layernorm = build_module(
+                norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+            )
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Megatron's checkpoint names: layers are stacked along a first axis of length L, or numbered."""
+        assert not sharded_offsets
+        numbered = bool(metadata and metadata.get("non_homogeneous_layers"))
+        state: dict[str, Any] = {}
+        for number, layer in self.layers.items():
+            here = f"{prefix}layers.{number}."
+            offsets = [] if numbered else [(0, int(number), self.config.num_layers)]
+            layer_state = layer.sharded_state_dict(here, offsets, metadata)
+            replace_prefix_for_sharding(layer_state, here, here if numbered else f"{prefix}layers.")
+            state.update(layer_state)
+        if self.final_layernorm is not None:
+            norm_prefix = f"{prefix}final_layernorm."
+            state.update(sharded_state_dict_default(self.final_layernorm, norm_prefix, (), metadata))
+        return state
+
+
+class SegmentedGPTModel(LanguageModule):
+    """One rank's share of a GPT that runs by segments.
+
+    Parameters have the names they have in Megatron's whole GPTModel, so checkpoints are interchangeable.
+
+    Args:
+        config: the model's configuration.
+        implementation: ``local`` or ``transformer_engine``, see :func:`helixpipe.layers.spec.layer_spec`.
+        owned_segments: the even segments whose weights are on this rank.
+        vocab_size: padded vocabulary size.
+        max_sequence_length: longest sequence, for learned positions.
+        share_embeddings_and_output_weights: tie the head to the embedding; both segments must be here.
+        position_embedding_type: ``learned_absolute``, ``rope`` or ``none``.
+        rotary_percent, rotary_base, seq_len_interpolation_factor: of rotary positions.
+
+    Raises:
+        ValueError: an option that segments do not support.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        implementation: str,
+        owned_segments: Collection[int],
+        vocab_size: int,
+        max_sequence_length: int,
+        *,
+        share_embeddings_and_output_weights: bool = False,
+        position_embedding_type: str = "learned_absolute",
+        rotary_percent: float = 1.0,
+        rotary_base: int = 10000,
+        seq_len_interpolation_factor: float | None = None,
+    ) -> None:
+        check_supported(config, position_embedding_type)
+        super().__init__(config=config)
+        self.model_type = ModelType.encoder_or_decoder
+        self.num_segments = 2 * config.num_layers + 1
+        self.pre_process = 0 in owned_segments
+        self.post_process = self.num_segments - 1 in owned_segments
+        self.vocab_size = vocab_size
+        self.share_embeddings_and_output_weights = share_embeddings_and_output_weights
+        if share_embeddings_and_output_weights and self.pre_process != self.post_process:
+            raise ValueError("tied embeddings need the first and the last segment on one rank")
+
+        if self.pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config=config,
+                vocab_size=vocab_size,
+                max_sequence_length=max_sequence_length,
+                position_embedding_type=position_embedding_type,
+                tp_group=self.pg_collection.tp,
+            )
+        self.rotary_pos_emb: RotaryEmbedding | None = None
+        if position_embedding_type == "rope":
+            self.rotary_pos_emb = RotaryEmbedding(
+                kv_channels=config.kv_channels,
+                rotary_percent=rotary_percent,
+                rotary_interleaved=config.rotary_interleaved,
+                seq_len_interpolation_factor=seq_len_interpolation_factor,
+                rotary_base=rotary_base,
+                use_cpu_initialization=config.use_cpu_initialization,
+                cp_group=self.pg_collection.cp,
+            )
+        spec = layer_spec(config, implementation)
+        self.decoder = SegmentedDecoder(
+            config,
+            spec,
+            owned_parts(config.num_layers, owned_segments),
+            final_norm(implementation) if self.post_process else None,
+        )
+        # Every rank runs the core attention of every layer; it has no weights and is no submodule.
+        self._cores = [self._build_core(spec, number) for number in range(config.num_layers)]
+        if self.post_process:
+            self.output_layer = tensor_parallel.ColumnParallelLinear(
+                config.hidden_size,
+                vocab_size,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                skip_bias_add=False,
+                gather_output=False,
+                skip_weight_param_allocation=share_embeddings_and_output_weights,
+                tp_group=self.pg_collection.tp,
+            )
+        self._mark_embedding_parameters()
+
+    def _build_core(self, spec: ModuleSpec, number: int) -> torch.nn.Module:
+        return build_module(
+            spec.submodules.self_attention.submodules.core_attention,
+            config=self.config,
+            layer_number=number + 1,
+            attn_mask_type=AttnMaskType.causal,
+            attention_type="self",
+            softmax_scale=self.config.softmax_scale,
+            pg_collection=self.pg_collection,
+        )
+
+    def _mark_embedding_parameters(self) -> None:
+        """Tell the optimizer which weights are the embedding's and the head's, as Megatron does."""
+        if self.pre_process:
+            self.embedding.word_embeddings.weight.is_embedding_or_output_parameter = True
+        if self.post_process and self.output_layer.weight is not None:
+            self.output_layer.weight.is_embedding_or_output_parameter = True
+        if self.share_embeddings_and_output_weights and self.pre_process:
+            # Fused weight-gradient accumulation must start from zero where one weight serves twice.
+            self.embedding.word_embeddings.weight.zero_out_wgrad = True
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """None: Megatron asks for the weight that is *duplicated* across stages, and none is.
+
+        A tied head uses the embedding's own weight, so its gradient needs no reduction between stages.
+        """
+        return None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Not available: a segmented model has no forward pass of its own."""
+        raise RuntimeError("a segmented model runs through forward_segment, driven by a plan")
+
+    def forward_segment(
+        self,
+        segment: int,
+        inputs: Tensors,
+        *,
+        tokens: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensors:
+        """Run one segment of one micro batch.
+
+        Args:
+            segment: 0..2L.
+            inputs: what the previous segment returned; empty for segment 0.
+            tokens, position_ids: [b, s], for segment 0.
+            labels: [b, s], for the last segment; None returns logits instead of losses.
+
+        Returns:
+            Even segments: query [s, b, heads, d], key and value [s, b, groups, d], residual [s, b, h].
+            Odd segments: attention output [s, b, heads * d], residual. Last segment: losses [b, s] in
+            fp32, or logits [b, s, vocab]. Sizes are per tensor-parallel rank; with sequence parallelism
+            the residual holds this rank's part of s.
+        """
+        layer, is_attention = divmod(segment, 2)
+        if is_attention:
+            query, key, value, residual = inputs
+            core = self._cores[layer]
+            return core(query, key, value, None, attn_mask_type=AttnMaskType.causal), residual
+        if segment == 0:
+            hidden = self.embedding(input_ids=tokens, position_ids=position_ids)
+            with self._random_state():
+                return self._before_attention(layer, hidden)
+        with self._random_state():
+            hidden = self._after_attention(layer - 1, *inputs)
+            if segment < self.num_segments - 1:
+                return self._before_attention(layer, hidden)
+        return (self._head(hidden, labels),)
+
+    def train(self, mode: bool = True) -> SegmentedGPTModel:
+        """Switch dropout on or off, in the core attention too."""
+        for core in self._cores:
+            core.train(mode)
+        return super().train(mode)
+
+    def _random_state(self) -> AbstractContextManager[Any]:
+        """Dropout on sequence-parallel activations differs between tensor-parallel ranks."""
+        if self.config.sequence_parallel and self.config.hidden_dropout:
+            return tensor_parallel.get_cuda_rng_tracker().fork()
+        return nullcontext()
+
+    def _before_attention(self, number: int, hidden: Tensor) -> Tensors:
+        layer: TransformerLayer = self.decoder.layers[str(number)]
+        normed = layer.input_layernorm(hidden)
+        query, key, value = layer.self_attention.get_query_key_value_tensors(normed)
+        if self.rotary_pos_emb is not None:
+            angles = self.rotary_pos_emb(query.shape[0])
+            group = self.pg_collection.cp
+            query = apply_rotary_pos_emb(query, angles, config=self.config, cp_group=group)
+            key = apply_rotary_pos_emb(key, angles, config=self.config, cp_group=group)
+        return query, key, value, hidden
+
+    def _after_attention(self, number: int, attention_output: Tensor, residual: Tensor) -> Tensor:
+        layer: TransformerLayer = self.decoder.layers[str(number)]
+        projected = layer.self_attention.linear_proj(attention_output)
+        add = layer.self_attn_bda(self.training, self.config.bias_dropout_fusion)
+        hidden = add(projected, residual, layer.hidden_dropout)
+        return layer._forward_mlp(hidden)
+
+    def _head(self, hidden: Tensor, labels: Tensor | None) -> Tensor:
+        hidden = self.decoder.final_layernorm(hidden)
+        tied = self.share_embeddings_and_output_weights
+        weight = self.embedding.word_embeddings.weight if tied else None
+        logits, _ = self.output_layer(hidden, weight=weight)
+        if labels is None:
+            return logits.transpose(0, 1).contiguous()
+        return self.compute_language_model_loss(labels, logits)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Megatron's checkpoint form of this rank's share."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        # Megatron's GPTModel keeps no extra state for the head either.
+        state.pop(f"{prefix}output_layer._extra_state", None)
+        return state
+
+    def edge_shapes(self, edge: int, seq_length: int, micro_batch_size: int) -> list[torch.Size]:
+        """Shapes of the tensors that segment ``edge`` returns to segment ``edge + 1``.
+
+        Args:
+            edge: 0..2L-1.
+            seq_length: s, before any splitting.
+            micro_batch_size: b.
+        """
+        config, tp = self.config, self.config.tensor_model_parallel_size
+        heads = config.num_attention_heads // tp
+        groups = max(config.num_query_groups // tp, 1)
+        residual_length = seq_length // tp if config.sequence_parallel else seq_length
+        residual = torch.Size((residual_length, micro_batch_size, config.hidden_size))
+        if edge % 2:
+            return [torch.Size((seq_length, micro_batch_size, heads * config.kv_channels)), residual]
+        query = torch.Size((seq_length, micro_batch_size, heads, config.kv_channels))
+        key = torch.Size((seq_length, micro_batch_size, groups, config.kv_channels))
+        return [query, key, key, residual]
+
+
+def owned_parts(num_layers: int, owned_segments: Collection[int]) -> dict[int, LayerPart]:
+    """Which part of which layer belongs to the given even segments."""
+    parts: dict[int, LayerPart] = {}
+    for segment in owned_segments:
+        if segment % 2:
+            continue
+        layer = segment // 2
+        if layer < num_layers:
+            parts[layer] = parts.get(layer, LayerPart(0)) | LayerPart.PRE
+        if layer > 0:
+            parts[layer - 1] = parts.get(layer - 1, LayerPart(0)) | LayerPart.POST
+    return parts
+
+
+def check_supported(config: TransformerConfig, position_embedding_type: str) -> None:
+    """``ValueError`` for options that would be ignored or wrong when a layer runs in segments."""
+    refused = {
+        "mixture of experts": config.num_moe_experts is not None,
+        "multi-latent attention": config.multi_latent_attention,
+        "multi-token prediction": bool(config.mtp_num_layers),
+        "context parallelism": config.context_parallel_size > 1,
+        "virtual pipeline stages": config.virtual_pipeline_model_parallel_size is not None,
+        "activation recomputation": config.recompute_granularity is not None,
+        "fp8 or fp4": bool(config.fp8 or config.fp4),
+        "output-gated attention": config.attention_output_gate,
+        "fused QKV rotary positions": config.fused_single_qkv_rope,
+        "layers without rotary positions": bool(config.no_rope_freq),
+        "fp32 residual connections": config.fp32_residual_connection,
+        "CPU offloading": config.cpu_offloading,
+        "CUDA graphs": config.cuda_graph_impl != "none",
+        f"position embedding {position_embedding_type!r}": position_embedding_type
+        not in ("learned_absolute", "rope", "none"),
+    }
+    for option, is_set in refused.items():
+        if is_set:
+            raise ValueError(f"the helix schedule does not support {option}; leave it out or use 1f1b")

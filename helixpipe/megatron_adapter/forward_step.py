@@ -1,0 +1,192 @@
+"""Megatron's forward-step contract, met by segments.
+
+``forward_step_func(data_iterator, model)`` is called with a stand-in for the model, which notes the arguments
+and returns a placeholder. The segments then compute in plan order, and the loss function that came back
+with the placeholder is applied to what the last segment returns.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel.schedules import forward_step_calc_loss
+from torch import Tensor
+
+from helixpipe.layers.segmented_gpt import SegmentedGPTModel, Tensors
+from helixpipe.runtime.message import MessageLayout
+
+_SIGNATURE = inspect.signature(GPTModel.forward)
+# What a segmented model can honour; the mask is checked to be causal.
+_USED = ("input_ids", "position_ids", "attention_mask", "labels", "loss_mask")
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """The arguments of one call of the model, by GPTModel's names."""
+
+    tokens: Tensor
+    position_ids: Tensor | None
+    labels: Tensor | None
+
+
+class PendingOutput:
+    """Placeholder for the model's output, which does not exist yet when the forward step returns."""
+
+    def __init__(self, call: ModelCall) -> None:
+        self.call = call
+
+    def __getattr__(self, name: str) -> Any:
+        raise ValueError(
+            f"the forward step used .{name} of the model's output; under helix the output is computed "
+            "later, so hand it on untouched and compute in the loss function"
+        )
+
+
+class StandInModel:
+    """Takes the model's place in a forward step; everything but the call is the real model's."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> PendingOutput:
+        """Note the arguments.
+
+        Raises:
+            ValueError: an argument that segments cannot honour.
+        """
+        arguments = _SIGNATURE.bind(self._model, *args, **kwargs).arguments
+        for name, value in arguments.items():
+            if name not in ("self", *_USED) and value is not None:
+                raise ValueError(f"the helix schedule does not support the model argument {name!r}")
+        tokens = arguments["input_ids"]
+        _check_mask(arguments.get("attention_mask"), tokens.shape[1])
+        return PendingOutput(ModelCall(tokens, arguments.get("position_ids"), arguments.get("labels")))
+
+
+def _check_mask(mask: Tensor | None, seq_length: int) -> None:
+    """Attention is causal by construction; a mask that says otherwise would be ignored silently."""
+    if mask is None:
+        return
+    causal = torch.ones(seq_length, seq_length, dtype=torch.bool, device=mask.device).triu_(1)
+    if mask.shape[-2:] != causal.shape or not bool((mask == causal).all()):
+        raise ValueError(
+            "the attention mask is not the causal one; helix supports causal attention only, "
+            "so pass None and do not reset the mask at document ends"
+        )
+
+
+@dataclass
+class IterationInput:
+    """What Megatron hands over for one iteration."""
+
+    forward_step_func: Callable[..., Any]
+    data_iterator: Iterator[Any] | None
+    num_microbatches: int
+    collect_non_loss_data: bool
+    differentiate: bool
+
+
+@dataclass
+class IterationResult:
+    """What goes back to Megatron: one entry per micro batch, and the number of tokens in them."""
+
+    loss_data: list[Any] = field(default_factory=list)
+    num_tokens: Tensor | None = None
+
+
+class GPTSegments:
+    """The computation behind a plan: a segmented model fed by a forward step.
+
+    Args:
+        model: the model as the training loop knows it, wrapped or not.
+        segmented: the :class:`SegmentedGPTModel` inside.
+        seq_length, micro_batch_size: sizes of every micro batch.
+        dtype: of activations.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        segmented: SegmentedGPTModel,
+        seq_length: int,
+        micro_batch_size: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self.segmented = segmented
+        self.config = segmented.config
+        self.seq_length = seq_length
+        self.micro_batch_size = micro_batch_size
+        self.dtype = dtype
+        self.result = IterationResult()
+        self._stand_in = StandInModel(model)
+        self._input: IterationInput | None = None
+        self._pending: dict[int, tuple[ModelCall, Callable[..., Any] | None]] = {}
+
+    def begin(self, iteration: IterationInput) -> None:
+        """Take over an iteration's input."""
+        self._input = iteration
+        self._pending.clear()
+        self.result = IterationResult()
+
+    def layout(self, edge: int) -> MessageLayout:
+        """See :class:`helixpipe.runtime.executor.Segments`."""
+        shapes = self.segmented.edge_shapes(edge, self.seq_length, self.micro_batch_size)
+        return MessageLayout(tuple(shapes), self.dtype)
+
+    def forward(self, segment: int, micro_batch: int, inputs: Tensors) -> Tensors:
+        """See :class:`helixpipe.runtime.executor.Segments`."""
+        if segment == 0:
+            call = self._next_call(micro_batch)
+            return self.segmented.forward_segment(0, (), tokens=call.tokens, position_ids=call.position_ids)
+        if segment < self.segmented.num_segments - 1:
+            return self.segmented.forward_segment(segment, inputs)
+        call, loss_func = self._pending.pop(micro_batch)
+        (output,) = self.segmented.forward_segment(segment, inputs, labels=call.labels)
+        return (self._loss(output, loss_func),)
+
+    def _next_call(self, micro_batch: int) -> ModelCall:
+        assert self._input is not None
+        output, loss_func = self._input.forward_step_func(self._input.data_iterator, self._stand_in)
+        if not isinstance(output, PendingOutput):
+            raise ValueError("the forward step must return the model's output itself as its first value")
+        expected = (self.micro_batch_size, self.seq_length)
+        if tuple(output.call.tokens.shape) != expected:
+            raise ValueError(
+                f"micro batch {micro_batch} holds tokens of shape {tuple(output.call.tokens.shape)}, the job "
+                f"was set up for {expected} (micro batch size, sequence length)"
+            )
+        self._pending[micro_batch] = (output.call, loss_func)
+        return output.call
+
+    def _loss(self, output: Tensor, loss_func: Callable[..., Any] | None) -> Tensor:
+        """Megatron's own loss bookkeeping on the model's output; the scaled loss."""
+        assert self._input is not None
+        if output.dtype in (torch.float16, torch.bfloat16):
+            output = output.float()
+        if self.config.timers is not None:
+            self.config.timers("forward-compute", log_level=2).start()
+        loss, num_tokens = forward_step_calc_loss(
+            self.segmented,
+            output,
+            loss_func,
+            self.config,
+            None,
+            self._input.collect_non_loss_data,
+            self._input.num_microbatches,
+            self.result.loss_data,
+            cp_group_size=1,
+            is_last_stage=True,
+        )
+        total = self.result.num_tokens
+        self.result.num_tokens = num_tokens.to(loss.device) if total is None else total + num_tokens
+        if self._input.differentiate and self.config.grad_scale_func is not None:
+            loss = self.config.grad_scale_func(loss)
+        return loss

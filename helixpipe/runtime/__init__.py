@@ -1,0 +1,1 @@
+"""Execution of one rank's share of a plan."""

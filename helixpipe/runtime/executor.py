@@ -1,0 +1,204 @@
+"""The executor: runs one rank's operations in the plan's order, and decides nothing itself."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from helixpipe.plan.operation import Kind, Operation, input_of, message_of
+from helixpipe.plan.plan import Plan
+from helixpipe.runtime.communicator import Communicator, Handle
+from helixpipe.runtime.message import MessageLayout
+from helixpipe.runtime.store import ActivationStore
+from helixpipe.runtime.trace import Trace
+
+Tensors = tuple[Tensor, ...]
+
+
+class Segments(Protocol):
+    """What a plan's segments compute."""
+
+    def forward(self, segment: int, micro_batch: int, inputs: Tensors) -> Tensors:
+        """Run a segment; the last one returns a single scalar, the loss to differentiate."""
+
+    def layout(self, edge: int) -> MessageLayout:
+        """Layout of what segment ``edge`` returns to segment ``edge + 1``."""
+
+
+class _Saved(NamedTuple):
+    """What a forward keeps: its input leaves, and where the gradients of its outputs enter the graph.
+
+    Edges stand for the outputs, whose data may be freed once they are sent.
+    """
+
+    inputs: Tensors
+    outputs: tuple[GradientEdge, ...]
+
+
+class _Incoming(NamedTuple):
+    handle: Handle
+    buffer: Tensor
+
+
+class _Outgoing(NamedTuple):
+    handle: Handle
+    buffer: Tensor
+
+
+class Executor:
+    """Runs a lowered plan on one rank, once per call of :meth:`run`.
+
+    Args:
+        plan: a validated, lowered plan.
+        segments: the computation.
+        communicator: this rank's end; its rank selects the order.
+        device: where received tensors live.
+        trace: records what was run.
+        receive_ahead: how many compute operations before its consumer's turn a receive is posted at the
+            latest, so that the message travels while others are computed. Each receive ahead holds a buffer.
+        backward_context: entered around each B; lets the caller hold back gradient reduction.
+    """
+
+    # Sends complete in order per peer; beyond this many unfinished ones the oldest is waited for. A valid
+    # plan cannot deadlock even if every send were waited for at once.
+    MAX_UNFINISHED_SENDS = 16
+
+    def __init__(
+        self,
+        plan: Plan,
+        segments: Segments,
+        communicator: Communicator,
+        *,
+        device: torch.device,
+        trace: Trace,
+        receive_ahead: int = 4,
+        backward_context: Callable[[Operation], AbstractContextManager[object]] | None = None,
+    ) -> None:
+        assert plan.is_lowered
+        assert plan.num_ranks == communicator.size
+        assert not plan.splits_backward, "weight-gradient operations are planned, not executed"
+        self.plan = plan
+        self.segments = segments
+        self.communicator = communicator
+        self.device = device
+        self.trace = trace
+        self.store: ActivationStore[_Saved] = ActivationStore()
+        self._order = plan.orders[communicator.rank]
+        self._layouts = [segments.layout(edge) for edge in range(plan.num_segments - 1)]
+        self._receives = [op for op in self._order if op.kind.is_receive]
+        self._posted_before = _posting_horizon(self._order, receive_ahead)
+        self._backward_context = backward_context or (lambda operation: nullcontext())
+        self._results: dict[Operation, Tensors] = {}
+        self._incoming: dict[Operation, _Incoming] = {}
+        self._outgoing: deque[_Outgoing] = deque()
+        self._dispatch: dict[Kind, Callable[[Operation], None]] = {
+            Kind.F: self._forward,
+            Kind.B: self._backward,
+            Kind.SEND_F: self._send,
+            Kind.SEND_B: self._send,
+            Kind.RECV_F: self._receive,
+            Kind.RECV_B: self._receive,
+        }
+
+    def run(self) -> None:
+        """Execute this rank's operations of one iteration."""
+        posted = 0
+        self.trace.start()
+        for operation, horizon in zip(self._order, self._posted_before, strict=True):
+            for receive in self._receives[posted:horizon]:
+                self._post(receive)
+            posted = max(posted, horizon)
+            self._dispatch[operation.kind](operation)
+            self.trace.operations.append(operation)
+        while self._outgoing:
+            self._outgoing.popleft().handle.wait()
+        self.trace.stop()
+        self.store.assert_empty()
+        assert not self._results, f"results that nobody took: {list(self._results)}"
+        assert not self._incoming, f"messages that nobody took: {list(self._incoming)}"
+
+    def _forward(self, operation: Operation) -> None:
+        inputs = self._take_input(operation)
+        differentiate = self.plan.has_backward
+        with self.trace.compute(operation), torch.set_grad_enabled(differentiate):
+            inputs = tuple(tensor.detach().requires_grad_(differentiate) for tensor in inputs)
+            outputs = self.segments.forward(operation.segment, operation.micro_batch, inputs)
+        if differentiate:
+            edges = tuple(get_gradient_edge(output) for output in outputs)
+            self.store.put((operation.segment, operation.micro_batch), _Saved(inputs, edges))
+        if operation.segment + 1 < self.plan.num_segments:
+            self._results[operation] = tuple(output.detach() for output in outputs)
+
+    def _backward(self, operation: Operation) -> None:
+        grads = self._take_input(operation)
+        saved = self.store.take((operation.segment, operation.micro_batch))
+        with self.trace.compute(operation), self._backward_context(operation):
+            # The loss is a scalar and starts the backward pass with a gradient of one.
+            torch.autograd.backward(saved.outputs, grads or (torch.ones((), device=self.device),))
+        if operation.segment > 0:
+            self._results[operation] = tuple(
+                torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in saved.inputs
+            )
+
+    def _take_input(self, operation: Operation) -> Tensors:
+        """The neighbour's result: from this rank, or from a message that is waited for here."""
+        producer = input_of(operation, self.plan.num_segments)
+        if producer is None:
+            return ()
+        if producer in self._results:
+            return self._results.pop(producer)
+        _, receive, edge = message_of(producer)
+        peer = self.plan.rank_of(producer.segment, producer.micro_batch)
+        incoming = self._incoming.pop(Operation(edge, receive, operation.micro_batch, peer))
+        incoming.handle.wait()
+        return self._layouts[edge].unpack(incoming.buffer)
+
+    def _send(self, operation: Operation) -> None:
+        forward = operation.kind is Kind.SEND_F
+        producer = Operation(
+            operation.segment if forward else operation.segment + 1,
+            Kind.F if forward else Kind.B,
+            operation.micro_batch,
+        )
+        assert operation.peer is not None
+        buffer = self._layouts[operation.segment].pack(self._results.pop(producer))
+        handle = self.communicator.send(buffer, operation.peer, self._tag(operation))
+        self._outgoing.append(_Outgoing(handle, buffer))
+        if len(self._outgoing) > self.MAX_UNFINISHED_SENDS:
+            self._outgoing.popleft().handle.wait()
+
+    def _receive(self, operation: Operation) -> None:
+        assert operation in self._incoming, f"{operation} was not posted"
+
+    def _post(self, operation: Operation) -> None:
+        assert operation.peer is not None
+        buffer = self._layouts[operation.segment].empty(self.device)
+        handle = self.communicator.receive(buffer, operation.peer, self._tag(operation))
+        self._incoming[operation] = _Incoming(handle, buffer)
+
+    def _tag(self, operation: Operation) -> int:
+        """The same number at both ends of a message, and at no other message of the iteration."""
+        direction = operation.kind in (Kind.SEND_B, Kind.RECV_B)
+        return (operation.segment * self.plan.num_microbatches + operation.micro_batch) * 2 + direction
+
+
+def _posting_horizon(order: tuple[Operation, ...], ahead: int) -> list[int]:
+    """For each position of an order, how many of the order's receives are posted before it is executed.
+
+    A receive is posted once no more than ``ahead`` compute operations stand before it.
+    """
+    receives = [index for index, op in enumerate(order) if op.kind.is_receive]
+    computes = [index for index, op in enumerate(order) if op.kind.is_compute]
+    horizons = []
+    for index in range(len(order)):
+        reached = bisect_right(computes, index - 1) + ahead
+        last = computes[reached] if reached < len(computes) else len(order)
+        horizons.append(bisect_right(receives, last))
+    return horizons

@@ -1,0 +1,51 @@
+"""Messages: the tensors of an edge, packed into one contiguous buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MessageLayout:
+    """Shapes and type of the tensors that cross an edge, in order; the gradients have the same.
+
+    Attributes:
+        shapes: one per tensor.
+        dtype: of all of them.
+    """
+
+    shapes: tuple[torch.Size, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_elements(self) -> int:
+        """Length of the packed buffer."""
+        return sum(shape.numel() for shape in self.shapes)
+
+    def pack(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Copy the tensors one after the other into a new buffer.
+
+        Raises:
+            ValueError: shapes or types other than the layout's. A message of the wrong size would be
+                accepted silently by gloo and corrupt the receiver.
+        """
+        found = tuple(tensor.shape for tensor in tensors)
+        if found != self.shapes or any(tensor.dtype != self.dtype for tensor in tensors):
+            raise ValueError(
+                f"message holds {[tuple(s) for s in found]} {[t.dtype for t in tensors]}, the plan expects "
+                f"{[tuple(s) for s in self.shapes]} {self.dtype}; check sequence length and micro batch size"
+            )
+        return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+    def empty(self, device: torch.device) -> Tensor:
+        """A buffer to receive into."""
+        return torch.empty(self.num_elements, dtype=self.dtype, device=device)
+
+    def unpack(self, buffer: Tensor) -> tuple[Tensor, ...]:
+        """The tensors as views of the buffer."""
+        parts = buffer.split([shape.numel() for shape in self.shapes])
+        return tuple(part.view(shape) for part, shape in zip(parts, self.shapes, strict=True))

@@ -1,0 +1,119 @@
+"""The trace: which operations a rank really ran, and when."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+
+from helixpipe.plan.operation import Operation
+from helixpipe.plan.timeline import Span
+
+
+class Clock(Protocol):
+    """Marks instants cheaply and converts them to milliseconds afterwards."""
+
+    def mark(self) -> object:
+        """The present instant of the device's work."""
+
+    def elapsed_ms(self, start: object, end: object) -> float:
+        """Milliseconds between two marks; may wait for the device."""
+
+
+class HostClock:
+    """The host's monotonic clock: right where operations run on the CPU."""
+
+    def mark(self) -> object:
+        """See :class:`Clock`."""
+        return time.perf_counter()
+
+    def elapsed_ms(self, start: object, end: object) -> float:
+        """See :class:`Clock`."""
+        assert isinstance(start, float)
+        assert isinstance(end, float)
+        return (end - start) * 1e3
+
+
+class CudaClock:
+    """Events on the current stream: they time the device without stopping it."""
+
+    def mark(self) -> object:
+        """See :class:`Clock`."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def elapsed_ms(self, start: object, end: object) -> float:
+        """See :class:`Clock`."""
+        assert isinstance(start, torch.cuda.Event)
+        assert isinstance(end, torch.cuda.Event)
+        end.synchronize()
+        return start.elapsed_time(end)
+
+
+class Trace:
+    """Records one iteration on one rank.
+
+    Attributes:
+        operations: everything that was executed, messages included, in order.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.operations: list[Operation] = []
+        self._origin: object = None
+        self._end: object = None
+        self._open: tuple[Operation, object] | None = None
+        self._marks: list[tuple[Operation, object, object]] = []
+
+    def start(self) -> None:
+        """Begin an iteration: forget the last one."""
+        self.operations.clear()
+        self._marks.clear()
+        self._end = None
+        self._origin = self.clock.mark()
+
+    @contextmanager
+    def compute(self, operation: Operation) -> Iterator[None]:
+        """Time one compute operation."""
+        self.begin(operation)
+        yield
+        self.end()
+
+    def begin(self, operation: Operation) -> None:
+        """A compute operation starts."""
+        self._open = (operation, self.clock.mark())
+
+    def end(self) -> None:
+        """The operation begun last has ended."""
+        assert self._open is not None
+        self._marks.append((*self._open, self.clock.mark()))
+        self._open = None
+
+    def stop(self) -> None:
+        """End the iteration."""
+        self._end = self.clock.mark()
+
+    def spans(self) -> tuple[Span, ...]:
+        """The compute operations in milliseconds since :meth:`start`."""
+        elapsed = self.clock.elapsed_ms
+        return tuple(
+            Span(op, elapsed(self._origin, start), elapsed(self._origin, end))
+            for op, start, end in self._marks
+        )
+
+    def total_ms(self) -> float:
+        """Length of the iteration."""
+        return self.clock.elapsed_ms(self._origin, self._end)
+
+    def busy_ms(self) -> float:
+        """Time in compute."""
+        return sum(self.clock.elapsed_ms(start, end) for _, start, end in self._marks)
+
+
+def default_clock() -> Clock:
+    """Events where a GPU is used, else the host's clock."""
+    return CudaClock() if torch.cuda.is_available() else HostClock()
