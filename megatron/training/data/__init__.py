@@ -1,0 +1,1 @@
+"""Preparing token data on disk and checking it before training."""

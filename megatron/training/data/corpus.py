@@ -1,0 +1,693 @@
+"""Turns text into Megatron's indexed dataset: PREFIX.bin, PREFIX.idx and PREFIX.tokenizer.json.
+
+The result depends on the input and the options alone, never on the number of worker processes.
+The three files are written under temporary names and renamed at the end, .idx last: a run that
+is stopped at any moment leaves either the whole dataset or none.
+"""
+
+import contextlib
+import fnmatch
+import glob
+import json
+import multiprocessing
+import os
+import secrets
+import signal
+import tempfile
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+
+from megatron.training.data.prefix import (
+    END_OF_DOCUMENT,
+    DatasetPaths,
+    dataset_paths,
+    end_of_document_id,
+    load_tokenizer,
+    vocabulary_size,
+    without_suffix,
+)
+
+DEFAULT_VOCAB_SIZE = 4096
+SMALLEST_BPE_VOCABULARY = 257
+
+_JSON_SUFFIXES = (".jsonl", ".json")
+_CHUNK_BYTES = 1 << 18
+# Chunks read ahead of the one to be written next, per worker: enough to keep all of them busy
+# behind one slow chunk, and a bound on memory.
+_CHUNKS_AHEAD = 4
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@dataclass(frozen=True)
+class PreparationOptions:
+    """What to prepare.
+
+    Attributes:
+        inputs: Text files, JSONL files (by suffix .jsonl or .json) and directories of them.
+        output_prefix: Path of the dataset's files without their suffixes.
+        pattern: Files of a directory are taken if their name matches this glob.
+        exclude: Files and folders of a directory are left out if their name matches one of these.
+        json_key: Key of the text in a JSONL object.
+        tokenizer: Tokenizer to make, "bpe" or "byte".
+        tokenizer_file: Existing tokenizer to use; `tokenizer` and `vocab_size` do not apply then.
+        vocab_size: Entries of the vocabulary to train, with the end-of-document token.
+        workers: Encoding processes.
+        min_document_tokens: Documents of fewer tokens, end of document not counted, are left out.
+        overwrite: Replace a dataset that stands at the prefix.
+        progress: Show a progress bar if standard error is a terminal.
+    """
+
+    inputs: Sequence[str]
+    output_prefix: str
+    pattern: str = "*"
+    exclude: Sequence[str] = ()
+    json_key: str = "text"
+    tokenizer: str = "bpe"
+    tokenizer_file: str | None = None
+    vocab_size: int = DEFAULT_VOCAB_SIZE
+    workers: int = 1
+    min_document_tokens: int = 1
+    overwrite: bool = False
+    progress: bool = False
+
+
+@dataclass(frozen=True)
+class PreparationSummary:
+    """What was written; document lengths are in tokens, end of document included."""
+
+    paths: DatasetPaths
+    input_files: int
+    input_bytes: int
+    documents: int
+    tokens: int
+    vocab_size: int
+    eod: int
+    median_length: int
+    p99_length: int
+    longest_length: int
+    empty_documents: int
+    short_documents: int
+    undecodable_files: tuple[str, ...]
+    stale_files: tuple[str, ...]
+    seconds: float
+
+
+class Source(NamedTuple):
+    """One input file."""
+
+    path: str
+    size: int
+    is_jsonl: bool
+
+
+class Document(NamedTuple):
+    """One text, and the bytes of input that were read to get it."""
+
+    text: str
+    input_bytes: int
+
+
+class _Chunk(NamedTuple):
+    texts: list[str]
+    input_bytes: int
+
+
+class _EncodedChunk(NamedTuple):
+    tokens: np.ndarray
+    lengths: list[int]
+    empty: int
+    short: int
+
+
+def prepare_dataset(options: PreparationOptions) -> PreparationSummary:
+    """Write a dataset.
+
+    Raises:
+        ValueError: The options or the input are wrong, a dataset stands at the prefix, or the
+            output cannot be written.
+        RuntimeError: An encoding process died.
+    """
+    started = time.monotonic()
+    _check_options(options)
+    paths = dataset_paths(options.output_prefix)
+    sources = find_sources(options.inputs, options.pattern, options.exclude, paths)
+    tokenizer_json = _read_tokenizer(options.tokenizer_file) if options.tokenizer_file else None
+    _make_folder(paths)
+    stale = tuple(found for path in paths for found in sorted(glob.glob(f"{glob.escape(path)}.tmp-*")))
+    undecodable: set[str] = set()
+    if tokenizer_json is None:
+        tokenizer_json = _make_tokenizer(options, sources, undecodable)
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+
+    with _Staging(paths, options.overwrite) as staging:
+        try:
+            with open(staging.temporary.tokenizer, "w", encoding="utf-8") as stream:
+                stream.write(tokenizer_json)
+            lengths, empty, short = _write_tokens(
+                options, sources, undecodable, tokenizer_json, staging.temporary
+            )
+            if not len(lengths):
+                raise ValueError(
+                    f"no document is left to write ({empty} empty, {short} shorter than "
+                    f"{options.min_document_tokens} tokens): give more input"
+                )
+            staging.publish()
+        except OSError as error:
+            raise ValueError(
+                f"cannot write {options.output_prefix} ({error.strerror}): give an "
+                "--output-prefix in a folder with room that may be written to"
+            ) from error
+
+    median, p99 = np.quantile(lengths, (0.5, 0.99), method="inverted_cdf")
+    return PreparationSummary(
+        paths=paths,
+        input_files=len(sources),
+        input_bytes=sum(source.size for source in sources),
+        documents=len(lengths),
+        tokens=int(lengths.sum()),
+        vocab_size=vocabulary_size(tokenizer),
+        eod=end_of_document_id(tokenizer),
+        median_length=int(median),
+        p99_length=int(p99),
+        longest_length=int(lengths.max()),
+        empty_documents=empty,
+        short_documents=short,
+        undecodable_files=tuple(sorted(undecodable)),
+        stale_files=stale,
+        seconds=time.monotonic() - started,
+    )
+
+
+def find_sources(
+    inputs: Sequence[str],
+    pattern: str = "*",
+    exclude: Sequence[str] = (),
+    own: Sequence[str] = (),
+) -> list[Source]:
+    """List the input files, in the given order; a directory's files sorted by their path.
+
+    Args:
+        inputs: Files and directories.
+        pattern: Glob for the names of a directory's files.
+        exclude: Globs for the names of files and folders to leave out of a directory.
+        own: Files that are not taken from a directory, and neither are temporaries of them: what
+            an earlier run wrote must not become the next one's input.
+
+    Raises:
+        ValueError: An input is missing or cannot be read, or a directory has no matching file.
+    """
+    sources: list[Source] = []
+    for path in inputs:
+        try:
+            if os.path.isdir(path):
+                found = _walk(path, pattern, exclude, own)
+                if not found:
+                    raise ValueError(
+                        f"{path}: no file matches --pattern {pattern!r}"
+                        + (" after --exclude" if exclude else "")
+                        + ": give another pattern or directory"
+                    )
+            elif os.path.isfile(path):
+                found = [path]
+            elif os.path.lexists(path):
+                # A pipe cannot be read twice, once to train and once to encode.
+                raise ValueError(f"{path}: is neither a file nor a directory: give one of these")
+            else:
+                raise ValueError(f"{path}: no such file or directory: correct --input")
+            sources.extend(
+                Source(file, os.path.getsize(file), file.endswith(_JSON_SUFFIXES)) for file in found
+            )
+        except OSError as error:
+            raise _unreadable(error.filename or path, error) from error
+    return sources
+
+
+def read_documents(sources: Iterable[Source], json_key: str, undecodable: set[str]) -> Iterator[Document]:
+    """Yield the documents of the input in order, empty ones too.
+
+    Args:
+        sources: Files to read.
+        json_key: Key of the text in a JSONL object.
+        undecodable: Receives the files in which something had to be replaced by U+FFFD.
+
+    Raises:
+        ValueError: A file cannot be read, or a JSONL line has no text under the key.
+    """
+    for source in sources:
+        try:
+            if source.is_jsonl:
+                yield from _read_json_lines(source.path, json_key, undecodable)
+            else:
+                with open(source.path, "rb") as stream:
+                    data = stream.read()
+                text = data.decode("utf-8", errors="replace")
+                # The text may hold U+FFFD of its own: only a failed round trip is damage.
+                if "\ufffd" in text and text.encode() != data:
+                    undecodable.add(source.path)
+                yield Document(text, len(data))
+        except OSError as error:
+            raise _unreadable(source.path, error) from error
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE tokenizer; the same texts give the same tokenizer.
+
+    Raises:
+        ValueError: `vocab_size` does not hold all bytes and the end-of-document token.
+    """
+    if vocab_size < SMALLEST_BPE_VOCABULARY:
+        raise ValueError(
+            f"vocabulary of {vocab_size} is too small: --vocab-size must be at least "
+            f"{SMALLEST_BPE_VOCABULARY}, all bytes and {END_OF_DOCUMENT}"
+        )
+    tokenizer = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Return the tokenizer whose ids are the byte values, and 256 for the end of document."""
+    # The byte-level alphabet writes a printable Latin-1 character as itself and moves the other
+    # bytes, in order, to U+0100 and on.
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    moved = [byte for byte in range(256) if byte not in printable]
+    vocabulary = {chr(byte): byte for byte in printable}
+    vocabulary |= {chr(0x100 + rank): byte for rank, byte in enumerate(moved)}
+    tokenizer = _byte_level(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.add_special_tokens([END_OF_DOCUMENT])
+    return tokenizer
+
+
+def _byte_level(model: models.BPE) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _check_options(options: PreparationOptions) -> None:
+    prefix = options.output_prefix
+    meant = without_suffix(prefix)
+    if meant is not None:
+        raise ValueError(
+            f"{prefix}: a prefix has no suffix, the three files get their own: give --output-prefix {meant}"
+        )
+    if not os.path.basename(prefix) or os.path.isdir(prefix):
+        raise ValueError(
+            f"{prefix}: names a folder: give a name for the dataset too, "
+            f"such as --output-prefix {os.path.join(prefix, 'corpus')}"
+        )
+    if options.tokenizer not in ("bpe", "byte"):
+        raise ValueError(f"unknown tokenizer {options.tokenizer!r}: give bpe or byte")
+    if options.workers < 1:
+        raise ValueError(f"--workers is {options.workers}: give 1 or more")
+    if options.min_document_tokens < 1:
+        raise ValueError(f"--min-document-tokens is {options.min_document_tokens}: give 1 or more")
+    if not options.overwrite:
+        _refuse_existing(dataset_paths(prefix))
+
+
+def _refuse_existing(paths: DatasetPaths) -> None:
+    for path in paths:
+        if os.path.lexists(path):
+            raise ValueError(
+                f"{path} exists already: give --overwrite to replace the dataset, or another --output-prefix"
+            )
+
+
+def _make_folder(paths: DatasetPaths) -> None:
+    folder = os.path.dirname(paths.idx) or "."
+    try:
+        os.makedirs(folder, exist_ok=True)
+        # Found out now, and not after an hour of training the tokenizer.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        in_the_way = isinstance(error, (FileExistsError, NotADirectoryError))
+        reason = "a file stands in its place" if in_the_way else error.strerror
+        raise ValueError(
+            f"cannot write to the folder {folder} ({reason}): give an --output-prefix in another folder"
+        ) from error
+
+
+def _walk(root: str, pattern: str, exclude: Sequence[str], own: Sequence[str]) -> list[str]:
+    def is_excluded(name: str) -> bool:
+        return any(fnmatch.fnmatchcase(name, glob_) for glob_ in exclude)
+
+    def fail(error: OSError) -> None:
+        # By default os.walk passes over a folder that it cannot list.
+        raise error
+
+    own_paths = tuple(os.path.realpath(path) for path in own)
+    own_temporaries = tuple(f"{path}.tmp-" for path in own_paths)
+    found = []
+    for folder, folders, files in os.walk(root, onerror=fail):
+        folders[:] = [name for name in folders if not is_excluded(name)]
+        for name in files:
+            if not fnmatch.fnmatchcase(name, pattern) or is_excluded(name):
+                continue
+            path = os.path.join(folder, name)
+            real = os.path.realpath(path)
+            if real in own_paths or real.startswith(own_temporaries):
+                continue
+            if os.path.isfile(path):
+                found.append(path)
+    return sorted(found, key=lambda path: path.split(os.sep))
+
+
+def _read_json_lines(path: str, json_key: str, undecodable: set[str]) -> Iterator[Document]:
+    with open(path, "rb") as stream:
+        unreported = 0
+        for number, line in enumerate(stream, start=1):
+            unreported += len(line)
+            if line.isspace():
+                continue
+            text = _json_text(line, f"{path}:{number}", json_key)
+            if not text.isascii():
+                # JSON can escape half of a surrogate pair, which no encoder takes.
+                whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+                if whole != text:
+                    undecodable.add(path)
+                text = whole
+            yield Document(text, unreported)
+            unreported = 0
+
+
+def _json_text(line: bytes, place: str, json_key: str) -> str:
+    try:
+        value: Any = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place}: is not UTF-8 ({error.reason}): convert the file") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{place}: is not JSON ({error}): a JSONL file has one object on each line"
+        ) from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{place}: is not a JSON object: write it as {{{json_key!r}: ...}}")
+    if json_key not in value:
+        keys = ", ".join(repr(key) for key in list(value)[:5]) or "none"
+        raise ValueError(f"{place}: has no key {json_key!r} (keys: {keys}): set --json-key")
+    text = value[json_key]
+    if not isinstance(text, str):
+        raise ValueError(f"{place}: the value of {json_key!r} is not a string: set --json-key to the text")
+    return text
+
+
+def _unreadable(path: str, error: OSError) -> ValueError:
+    return ValueError(f"{path}: cannot be read ({error.strerror}): check --input")
+
+
+def _read_tokenizer(path: str) -> str:
+    load_tokenizer(path)
+    # Kept as it is: saving a loaded tokenizer again may lose what this release does not know.
+    with open(path, encoding="utf-8", newline="") as stream:
+        return stream.read()
+
+
+def _make_tokenizer(options: PreparationOptions, sources: list[Source], undecodable: set[str]) -> str:
+    if options.tokenizer == "byte":
+        return byte_tokenizer().to_str(pretty=True)
+    with _progress_bar(options, sources, "training tokenizer") as bar:
+
+        def texts() -> Iterator[str]:
+            for document in read_documents(sources, options.json_key, undecodable):
+                yield document.text
+                bar.update(document.input_bytes)
+
+        return train_bpe(texts(), options.vocab_size).to_str(pretty=True)
+
+
+def _progress_bar(options: PreparationOptions, sources: list[Source], label: str) -> tqdm:
+    return tqdm(
+        total=sum(source.size for source in sources),
+        desc=label,
+        unit="B",
+        unit_scale=True,
+        dynamic_ncols=True,
+        disable=None if options.progress else True,
+    )
+
+
+def _write_tokens(
+    options: PreparationOptions,
+    sources: list[Source],
+    undecodable: set[str],
+    tokenizer_json: str,
+    temporary: DatasetPaths,
+) -> tuple[np.ndarray, int, int]:
+    """Write .bin and .idx; return document lengths and the counts of empty and short documents."""
+    builder_class, dtype_class, torch = _import_megatron()
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    dtype = dtype_class.optimal_dtype(vocabulary_size(tokenizer))
+    empty = short = 0
+    chunks = _split_chunks(read_documents(sources, options.json_key, undecodable))
+    encoders = _Encoders(options.workers, tokenizer_json, dtype, options.min_document_tokens)
+    builder = builder_class(temporary.bin, dtype=dtype)
+    try:
+        with encoders, _progress_bar(options, sources, "encoding") as bar:
+            for encoded, input_bytes in encoders.encode(chunks):
+                start = 0
+                for length in encoded.lengths:
+                    # A copy, because torch warns about arrays that cannot be written to.
+                    document = encoded.tokens[start : start + length].copy()
+                    builder.add_item(torch.from_numpy(document))
+                    builder.end_document()
+                    start += length
+                empty += encoded.empty
+                short += encoded.short
+                bar.update(input_bytes)
+        builder.finalize(temporary.idx)
+    finally:
+        # finalize() closes it too; on a full disk closing fails again while flushing.
+        with contextlib.suppress(OSError):
+            builder.data_file.close()
+    return np.array(builder.sequence_lengths, dtype=np.int64), empty, short
+
+
+def _import_megatron() -> tuple[Any, Any, Any]:
+    # Imported here because it takes seconds, which neither wrong options nor the encoding
+    # processes should pay for. Its warnings are about optimizers, of no concern to data.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import torch
+        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+    return IndexedDatasetBuilder, DType, torch
+
+
+def _split_chunks(documents: Iterable[Document]) -> Iterator[_Chunk]:
+    texts: list[str] = []
+    size = 0
+    for document in documents:
+        texts.append(document.text)
+        size += document.input_bytes
+        if size >= _CHUNK_BYTES:
+            yield _Chunk(texts, size)
+            texts, size = [], 0
+    if texts:
+        yield _Chunk(texts, size)
+
+
+class _Encoders:
+    """Encoding processes that give back chunks in the order in which they were read.
+
+    Each process has a pipe of its own. The queues of multiprocessing.Pool are guarded by shared
+    locks: a worker killed by the system while it holds one would leave the parent waiting for ever.
+    """
+
+    def __init__(self, workers: int, tokenizer_json: str, dtype: type[np.generic], min_tokens: int) -> None:
+        self._arguments = (tokenizer_json, np.dtype(dtype).name, min_tokens)
+        self._workers = workers
+        self._processes: dict[Connection, BaseProcess] = {}
+
+    def __enter__(self) -> "_Encoders":
+        # Spawned, not forked: the tokenizer's threads would be lost in a fork.
+        context = multiprocessing.get_context("spawn")
+        # Blocked in the children for good: Ctrl-C reaches the whole process group, and it is the
+        # parent that stops them.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            for _ in range(self._workers):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_encode_chunks, args=(theirs, *self._arguments), daemon=True)
+                process.start()
+                theirs.close()
+                self._processes[ours] = process
+        except BaseException:
+            self.__exit__()
+            raise
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for connection, process in self._processes.items():
+            connection.close()
+            process.terminate()
+        for process in self._processes.values():
+            process.join()
+
+    def encode(self, chunks: Iterator[_Chunk]) -> Iterator[tuple[_EncodedChunk, int]]:
+        """Yield each chunk encoded, with its input bytes."""
+        limit = _CHUNKS_AHEAD * len(self._processes)
+        idle = list(self._processes)
+        busy: dict[Connection, int] = {}
+        sizes: deque[int] = deque()
+        encoded: dict[int, _EncodedChunk] = {}
+        sent = done = 0
+        more = True
+        while more or busy or encoded:
+            while more and idle and sent - done < limit:
+                chunk = next(chunks, None)
+                if chunk is None:
+                    more = False
+                    break
+                connection = idle.pop()
+                self._exchange(connection, chunk)
+                busy[connection] = sent
+                sizes.append(chunk.input_bytes)
+                sent += 1
+            while done in encoded:
+                yield encoded.pop(done), sizes.popleft()
+                done += 1
+            # Nothing is busy if the limit had held all processes back until now.
+            for ready in wait(list(busy)) if busy else ():
+                assert isinstance(ready, Connection)
+                encoded[busy.pop(ready)] = self._exchange(ready)
+                idle.append(ready)
+
+    def _exchange(self, connection: Connection, chunk: _Chunk | None = None) -> Any:
+        """Send a chunk, or receive an encoded one."""
+        try:
+            if chunk is not None:
+                return connection.send(chunk)
+            reply = connection.recv()
+        except (EOFError, ConnectionError) as error:
+            process = self._processes[connection]
+            process.join()
+            raise RuntimeError(
+                f"an encoding process died with exit code {process.exitcode}: if memory ran out, "
+                "give fewer --workers or shorter documents"
+            ) from error
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+
+def _encode_chunks(connection: Connection, tokenizer_json: str, dtype: str, min_tokens: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    # "<|endoftext|>" in a text is text; the token itself marks ends of documents alone.
+    tokenizer.encode_special_tokens = True
+    # A tokenizer file may carry these settings; a document is written whole.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    # The parent closes the pipe, or dies.
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            chunk: _Chunk = connection.recv()
+            try:
+                reply: object = _encode(tokenizer, chunk.texts, dtype, min_tokens)
+            except Exception as error:  # the library raises plain Exception
+                reason = " ".join(str(error).split())
+                reply = ValueError(f"the tokenizer cannot encode a document: {reason}")
+            connection.send(reply)
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str], dtype: str, min_tokens: int) -> _EncodedChunk:
+    end = end_of_document_id(tokenizer)
+    documents = []
+    empty = short = 0
+    for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+        ids = encoding.ids
+        if not ids:
+            empty += 1
+        elif len(ids) < min_tokens:
+            short += 1
+        else:
+            ids.append(end)
+            documents.append(np.array(ids, dtype=dtype))
+    tokens = np.concatenate(documents) if documents else np.empty(0, dtype=dtype)
+    return _EncodedChunk(tokens, [len(document) for document in documents], empty, short)
+
+
+class _Staging:
+    """Holds the three files under temporary names; on exit removes those not published."""
+
+    def __init__(self, paths: DatasetPaths, overwrite: bool) -> None:
+        # Unique, so that two runs at one prefix do not write into one file.
+        mark = secrets.token_hex(4)
+        self.temporary = DatasetPaths(*(f"{path}.tmp-{mark}" for path in paths))
+        self._paths = paths
+        self._overwrite = overwrite
+
+    def __enter__(self) -> "_Staging":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with _signals_deferred():
+            for path in self.temporary:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+
+    def publish(self) -> None:
+        """Give the files their names; without .idx the others are no dataset."""
+        for path in self.temporary:
+            _sync(path)
+        folder = os.path.dirname(self._paths.idx) or "."
+        with _signals_deferred():
+            if self._overwrite:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._paths.idx)
+                _sync(folder)
+            else:
+                _refuse_existing(self._paths)
+            os.replace(self.temporary.bin, self._paths.bin)
+            os.replace(self.temporary.tokenizer, self._paths.tokenizer)
+            # A crash of the machine must not find .idx on the disk and the others not.
+            _sync(folder)
+            os.replace(self.temporary.idx, self._paths.idx)
+            _sync(folder)
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _signals_deferred() -> Iterator[None]:
+    """Let a stop signal wait for the end of the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python runs signal handlers in the main thread alone
+        return
+    received: list[int] = []
+    handlers = {
+        number: signal.signal(number, lambda number, _: received.append(number)) for number in _STOP_SIGNALS
+    }
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    for deferred in received[:1]:
+        signal.raise_signal(deferred)

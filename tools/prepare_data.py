@@ -1,0 +1,200 @@
+"""Turn text files, JSONL files or directories of them into a Megatron dataset.
+
+    python tools/prepare_data.py --input src/ --pattern '*.py' --output-prefix data/src
+
+writes data/src.bin, data/src.idx and data/src.tokenizer.json.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+# Works from a checkout that is not installed, too.
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from megatron.training.data.corpus import (
+    DEFAULT_VOCAB_SIZE,
+    PreparationOptions,
+    PreparationSummary,
+    prepare_dataset,
+)
+from megatron.training.data.prefix import END_OF_DOCUMENT
+
+_PROGRAM = "prepare_data"
+
+
+class _Stopped(BaseException):
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{_PROGRAM}: error: {message} (see --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code: 0, 1 for a failure, 2 for wrong input."""
+    options = _parse(argv)
+    try:
+        summary = prepare_dataset(options)
+    except ValueError as error:
+        return _fail(f"error: {error}", 2)
+    except RuntimeError as error:
+        return _fail(f"error: {error}", 1)
+    except KeyboardInterrupt:
+        return _fail("stopped by SIGINT: temporary files are removed", 128 + signal.SIGINT)
+    except _Stopped as stop:
+        name = signal.Signals(stop.number).name
+        return _fail(f"stopped by {name}: temporary files are removed", 128 + stop.number)
+    _print_warnings(summary)
+    _print_summary(summary)
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> PreparationOptions:
+    parser = _Parser(
+        prog=_PROGRAM,
+        description="Turn text into a Megatron dataset: PREFIX.bin, PREFIX.idx and PREFIX.tokenizer.json.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--input",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="PATH",
+        help="text files (one document each), .jsonl or .json files (one document per line), "
+        "or directories, which are walked in sorted order",
+    )
+    add("--output-prefix", required=True, metavar="PREFIX", help="dataset path without suffix")
+    add(
+        "--pattern", default="*", metavar="GLOB", help="names to take from a directory (default: %(default)s)"
+    )
+    add(
+        "--exclude",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="GLOB",
+        help="names of files and folders to leave out of a directory, such as '.*' tests",
+    )
+    add("--json-key", default="text", metavar="KEY", help="JSONL key of the text (default: %(default)s)")
+    add(
+        "--tokenizer",
+        choices=("bpe", "byte"),
+        help="train a byte-level BPE on the input, or use bytes as they are (default: bpe)",
+    )
+    add("--tokenizer-file", metavar="FILE", help="use this tokenizer.json instead")
+    add(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help=f"vocabulary of the BPE, {END_OF_DOCUMENT} included (default: {DEFAULT_VOCAB_SIZE})",
+    )
+    add(
+        "--workers",
+        type=int,
+        default=_default_workers(),
+        metavar="N",
+        help="encoding processes (default: %(default)s)",
+    )
+    add(
+        "--min-document-tokens",
+        type=int,
+        default=1,
+        metavar="N",
+        help=f"leave out documents of fewer tokens, {END_OF_DOCUMENT} not counted (default: %(default)s)",
+    )
+    add("--overwrite", action="store_true", help="replace a dataset that stands at PREFIX")
+    given = parser.parse_args(argv)
+    if given.tokenizer_file and (given.tokenizer or given.vocab_size):
+        parser.error("--tokenizer-file goes without --tokenizer and --vocab-size")
+    if given.tokenizer == "byte" and given.vocab_size:
+        parser.error("--vocab-size is for --tokenizer bpe: the byte vocabulary is 257")
+    return PreparationOptions(
+        inputs=given.input,
+        output_prefix=given.output_prefix,
+        pattern=given.pattern,
+        exclude=given.exclude,
+        json_key=given.json_key,
+        tokenizer=given.tokenizer or "bpe",
+        tokenizer_file=given.tokenizer_file,
+        vocab_size=DEFAULT_VOCAB_SIZE if given.vocab_size is None else given.vocab_size,
+        workers=given.workers,
+        min_document_tokens=given.min_document_tokens,
+        overwrite=given.overwrite,
+        progress=True,
+    )
+
+
+def _default_workers() -> int:
+    # The affinity, unlike the count of CPUs, knows what a job scheduler allotted.
+    return min(8, len(os.sched_getaffinity(0)))
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"{_PROGRAM}: {message}", file=sys.stderr)
+    return code
+
+
+def _print_warnings(summary: PreparationSummary) -> None:
+    if summary.undecodable_files:
+        print(
+            f"{_PROGRAM}: warning: bytes that are not UTF-8 were replaced by U+FFFD in "
+            f"{len(summary.undecodable_files)} of {summary.input_files} files, "
+            f"the first is {summary.undecodable_files[0]}",
+            file=sys.stderr,
+        )
+    if summary.stale_files:
+        print(
+            f"{_PROGRAM}: warning: {len(summary.stale_files)} temporary files of a killed run "
+            f"stand next to the dataset, delete them if no other run is writing: "
+            f"{' '.join(summary.stale_files)}",
+            file=sys.stderr,
+        )
+
+
+def _print_summary(summary: PreparationSummary) -> None:
+    skipped = [
+        f"{count:,} {name}"
+        for count, name in (
+            (summary.empty_documents, "empty"),
+            (summary.short_documents, "too short"),
+        )
+        if count
+    ]
+    left_out = f" (left out: {', '.join(skipped)})" if skipped else ""
+    files = "1 file" if summary.input_files == 1 else f"{summary.input_files:,} files"
+    rows = (
+        ("documents", f"{summary.documents:,}{left_out}"),
+        ("tokens", f"{summary.tokens:,}"),
+        ("vocabulary", f"{summary.vocab_size:,} ({END_OF_DOCUMENT} is id {summary.eod})"),
+        ("input", f"{summary.input_bytes:,} bytes in {files}"),
+        (
+            "document length",
+            f"median {summary.median_length:,}, p99 {summary.p99_length:,}, "
+            f"longest {summary.longest_length:,} tokens",
+        ),
+        ("time", f"{summary.seconds:.1f} s"),
+        *(("file", path) for path in summary.paths),
+    )
+    for name, value in rows:
+        print(f"{name:<16} {value}")
+
+
+def _stop(number: int, _frame: object) -> NoReturn:
+    raise _Stopped(number)
+
+
+if __name__ == "__main__":
+    for _number in (signal.SIGTERM, signal.SIGHUP):
+        # Under nohup SIGHUP is ignored, and stays so.
+        if signal.getsignal(_number) == signal.SIG_DFL:
+            signal.signal(_number, _stop)
+    sys.exit(main())
