@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from helixpipe.plan import Plan, ScheduleRequest, build_plan, validate
@@ -62,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     draw.add_argument("--costs", type=Path, help="with --plan: costs.json (default: F=1, B=2 everywhere)")
     draw.add_argument("--output", type=Path, help=".png or .svg (default: text in the terminal)")
     draw.add_argument("--title", help="heading of the picture")
+    draw.add_argument(
+        "--until", type=float, metavar="MS", help="end of the picture's time axis, to compare pictures"
+    )
     draw.set_defaults(run=_draw)
     return parser
 
@@ -104,14 +108,16 @@ def _draw(args: argparse.Namespace) -> None:
         costs = (
             parse_costs(args.costs.read_text(encoding="utf-8"), plan) if args.costs else uniform_costs(plan)
         )
-        timeline = simulate(plan, costs).timeline
+        timeline = replace(simulate(plan, costs).timeline, source=f"{plan.schedule}, predicted")
     elif args.costs:
         raise ValueError("--costs goes with --plan; a measured timeline has its own times")
     else:
         timeline = Timeline.from_json(args.timeline.read_text(encoding="utf-8"))
     if args.output:
-        draw_timeline(timeline, args.output, title=args.title)
+        draw_timeline(timeline, args.output, title=args.title, until_ms=args.until)
         print(f"Wrote {args.output}")
+    elif args.title is not None or args.until is not None:
+        raise ValueError("--title and --until are for pictures; add --output picture.png or picture.svg")
     else:
         print(text_grid(timeline))
 

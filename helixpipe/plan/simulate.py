@@ -48,7 +48,8 @@ def simulate(plan: Plan, costs: Costs) -> Simulation:
         plan: a valid plan, lowered or compute-only (the messages follow from the placement).
         costs: times and bytes by segment name.
     """
-    return Simulation(Timeline(_Clock(plan, costs).run()), peak_bytes(plan, costs.bytes_of_segment))
+    timeline = Timeline(_Clock(plan, costs).run(), segment_names=plan.segment_names)
+    return Simulation(timeline, peak_bytes(plan, costs.bytes_of_segment))
 
 
 class _Clock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,18 +25,22 @@ class Timeline:
     Attributes:
         spans: per rank, in execution order.
         source: what it shows, like ``predicted`` or ``measured, iteration 20``.
+        segment_names: of the plan that ran, so that a reader can tell attention; may be empty.
     """
 
     spans: tuple[tuple[Span, ...], ...]
     source: str = "predicted"
+    segment_names: tuple[str, ...] = ()
+
+    @property
+    def start_ms(self) -> float:
+        """The first start over all ranks; 0 if nothing runs."""
+        return min((span.start_ms for rank in self.spans for span in rank), default=0.0)
 
     @property
     def makespan_ms(self) -> float:
         """From the first start to the last end over all ranks."""
-        spans = [span for rank in self.spans for span in rank]
-        if not spans:
-            return 0.0
-        return max(span.end_ms for span in spans) - min(span.start_ms for span in spans)
+        return max((span.end_ms for rank in self.spans for span in rank), default=0.0) - self.start_ms
 
     @property
     def busy_ms(self) -> list[float]:
@@ -49,13 +54,18 @@ class Timeline:
             return 0.0
         return 1.0 - sum(self.busy_ms) / (len(self.spans) * self.makespan_ms)
 
+    def is_attention(self, operation: Operation) -> bool:
+        """True if the segment names are known and say so."""
+        return bool(self.segment_names) and self.segment_names[operation.segment] == "attention"
+
     def to_json(self) -> str:
         """One line per rank; read back by :meth:`from_json`."""
         rows = ",\n".join(
             "    " + json.dumps([[str(op), round(start, 4), round(end, 4)] for op, start, end in rank])
             for rank in self.spans
         )
-        return f'{{\n  "source": {json.dumps(self.source)},\n  "ranks": [\n{rows}\n  ]\n}}\n'
+        segments = f'  "segments": {json.dumps(self.segment_names)},\n' if self.segment_names else ""
+        return f'{{\n  "source": {json.dumps(self.source)},\n{segments}  "ranks": [\n{rows}\n  ]\n}}\n'
 
     @classmethod
     def from_json(cls, text: str) -> Timeline:
@@ -66,6 +76,16 @@ class Timeline:
                 tuple(Span(Operation.parse(op), float(start), float(end)) for op, start, end in rank)
                 for rank in data["ranks"]
             )
-            return cls(spans, str(data["source"]))
-        except (KeyError, TypeError, ValueError) as error:
+            timeline = cls(spans, str(data["source"]), tuple(str(name) for name in data.get("segments", ())))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a timeline: {error}") from None
+        timeline._check()
+        return timeline
+
+    def _check(self) -> None:
+        for rank, spans in enumerate(self.spans):
+            for op, start, end in spans:
+                if not -math.inf < start <= end < math.inf:
+                    raise ValueError(f"not a timeline: {op} on rank {rank} runs from {start} to {end} ms")
+                if self.segment_names and op.segment >= len(self.segment_names):
+                    raise ValueError(f"not a timeline: {op} on rank {rank} has no name in segments")

@@ -1,0 +1,204 @@
+"""A timeline as a picture: one row per rank, one bar per operation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from helixpipe.plan.timeline import Span, Timeline
+from helixpipe.report.role import Role, role_of
+
+
+class _Style(NamedTuple):
+    fill: str
+    text: str
+
+
+# Blue against orange stays apart under every common colour blindness, dark against light also in grey.
+_STYLES = {
+    Role.FORWARD: _Style("#1f5fa8", "white"),
+    Role.ATTENTION_FORWARD: _Style("#a9d1f3", "#0b2d52"),
+    Role.BACKWARD: _Style("#d4660b", "white"),
+    Role.ATTENTION_BACKWARD: _Style("#fbd09b", "#532503"),
+    Role.WEIGHT: _Style("#4b9b82", "white"),
+}
+_IDLE = "#eceef1"
+_INK = "#22272e"
+_FAINT = "#5d6570"
+
+_SUFFIXES = (".png", ".svg")
+_DPI = 160
+_WIDTH = 10.0  # inches: 1600 pixels
+_LEFT, _RIGHT = 0.62, 0.18  # inches beside the rows
+_ABOVE, _BELOW = 0.6, 0.52  # inches for the heading, and for the time axis with the legend
+_ROW, _MIN_ROW, _MAX_ROWS = 0.36, 0.12, 7.0  # inches of a row, and of all rows together
+_BAR = 0.84  # share of a row's height
+_DIGIT = 0.72  # width of a digit over its font size, with some air
+_MIN_FONT = 5.5  # points; smaller digits only blur the bars
+_GAP, _GAPLESS = 0.6, 2.0  # points: gap between bars, width of bars that stand without one
+_POINTS = 72  # per inch
+
+
+def draw_timeline(
+    timeline: Timeline, path: str | Path, *, title: str | None = None, until_ms: float | None = None
+) -> None:
+    """Draw ``timeline`` into ``path``; equal input gives equal SVG files.
+
+    Args:
+        timeline: predicted or measured. Time zero of the picture is its first start.
+        path: a .png or .svg file.
+        title: heading; the timeline's source if None.
+        until_ms: end of the time axis, for pictures on one scale; the timeline's end if None.
+
+    Raises:
+        ValueError: another suffix, an empty timeline or an axis that ends before it starts.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in _SUFFIXES:
+        raise ValueError(f"cannot draw {path}: the name must end in {' or '.join(_SUFFIXES)}")
+    if timeline.makespan_ms == 0:
+        raise ValueError("nothing to draw: the timeline is empty")
+    if until_ms is not None and not 0 < until_ms < float("inf"):
+        raise ValueError(f"the time axis must end after 0 ms, not at {until_ms:g}")
+    # Without a salt of its own, matplotlib gives the ids in an SVG file random names.
+    with matplotlib.rc_context({"svg.hashsalt": "helixpipe", "font.family": "DejaVu Sans"}):
+        figure = _Picture(timeline, until_ms or timeline.makespan_ms).figure(title)
+        metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
+        figure.savefig(path, dpi=_DPI, metadata=metadata)
+
+
+class _Picture:
+    """Sizes of one picture in inches, and what is drawn at them."""
+
+    def __init__(self, timeline: Timeline, until_ms: float) -> None:
+        self.timeline = timeline
+        self.until_ms = until_ms
+        self.start_ms = timeline.start_ms
+        ranks = len(timeline.spans)
+        self.row = max(_MIN_ROW, min(_ROW, _MAX_ROWS / ranks))
+        self.height = self.row * ranks + _ABOVE + _BELOW
+        self.inches_per_ms = (_WIDTH - _LEFT - _RIGHT) / until_ms
+        self.font_size = min(8.5, 0.62 * _BAR * self.row * _POINTS)
+
+    def figure(self, title: str | None) -> Figure:
+        figure = Figure(figsize=(_WIDTH, self.height), facecolor="white")
+        axes = figure.add_axes(
+            (
+                _LEFT / _WIDTH,
+                _BELOW / self.height,
+                (_WIDTH - _LEFT - _RIGHT) / _WIDTH,
+                (self.height - _ABOVE - _BELOW) / self.height,
+            )
+        )
+        self._axes(axes)
+        self._bars(axes)
+        self._heading(figure, title)
+        self._legend(figure)
+        return figure
+
+    def _axes(self, axes: Axes) -> None:
+        ranks = len(self.timeline.spans)
+        axes.set_xlim(0, self.until_ms)
+        axes.set_ylim(ranks - 0.5, -0.5)  # rank 0 on top
+        every = -(-ranks // int(_MAX_ROWS / 0.15))
+        shown = range(0, ranks, every)
+        axes.set_yticks(list(shown), [f"rank {rank}" for rank in shown])
+        axes.set_xlabel("time (ms)", fontsize=8, color=_FAINT, labelpad=3, loc="right")
+        axes.tick_params(axis="x", labelsize=8, colors=_FAINT, length=3)
+        axes.tick_params(axis="y", labelsize=min(8.5, self.row * _POINTS * 0.8), colors=_INK, length=0)
+        for side in ("top", "left", "right"):
+            axes.spines[side].set_visible(False)
+        axes.spines["bottom"].set_color("#b9c0c8")
+
+    def _bars(self, axes: Axes) -> None:
+        by_role: dict[Role, list[tuple[int, Span]]] = {}
+        for rank, spans in enumerate(self.timeline.spans):
+            for span in spans:
+                by_role.setdefault(role_of(span.operation, self.timeline), []).append((rank, span))
+        whole = [(float(rank), 0.0, self.timeline.makespan_ms) for rank in range(len(self.timeline.spans))]
+        self._collection(axes, "idle", whole, _IDLE)
+        for role, bars in by_role.items():
+            rectangles = [(float(rank), *self._times(span)) for rank, span in bars]
+            self._collection(axes, role.value, rectangles, _STYLES[role].fill)
+            for rank, span in bars:
+                self._number(axes, rank, span, _STYLES[role].text)
+
+    def _times(self, span: Span) -> tuple[float, float]:
+        return span.start_ms - self.start_ms, span.end_ms - self.start_ms
+
+    def _collection(
+        self, axes: Axes, name: str, rectangles: list[tuple[float, float, float]], fill: str
+    ) -> None:
+        """All bars of one colour as one artist: thousands of patches would take many seconds."""
+        rows, starts, ends = np.array(rectangles).T
+        top, bottom = rows - _BAR / 2, rows + _BAR / 2
+        corners = [(starts, top), (ends, top), (ends, bottom), (starts, bottom)]
+        vertices = np.stack([np.stack(corner, axis=-1) for corner in corners], axis=1)
+        # White gaps part neighbours; narrow bars would vanish behind them.
+        widths = (ends - starts) * self.inches_per_ms * _POINTS
+        collection = PolyCollection(
+            list(vertices),
+            facecolors=fill,
+            edgecolors="white",
+            linewidths=np.where(widths < _GAPLESS, 0, np.minimum(_GAP, widths / 8)),
+        )
+        collection.set_gid(name.replace(" ", "-"))
+        axes.add_collection(collection, autolim=False)
+
+    def _number(self, axes: Axes, rank: int, span: Span, colour: str) -> None:
+        start, end = self._times(span)
+        number = str(span.operation.micro_batch)
+        room = (end - start) * self.inches_per_ms * _POINTS
+        size = min(self.font_size, room / (_DIGIT * len(number)))
+        if size >= _MIN_FONT and end <= self.until_ms:
+            axes.text(
+                (start + end) / 2,
+                rank,
+                number,
+                size=size,
+                color=colour,
+                ha="center",
+                va="center_baseline",
+            )
+
+    def _heading(self, figure: Figure, title: str | None) -> None:
+        timeline = self.timeline
+        left, top = _LEFT / _WIDTH, 1 - 0.1 / self.height
+        facts = f"makespan {timeline.makespan_ms:.5g} ms · bubble {timeline.bubble_ratio:.1%}"
+        if title:
+            facts = f"{timeline.source} · {facts}"
+        # Titles come from users: a dollar sign in them does not start a formula.
+        plain: dict[str, Any] = {"ha": "left", "va": "top", "parse_math": False}
+        figure.text(left, top, title or timeline.source, size=11, weight="bold", color=_INK, **plain)
+        figure.text(left, top - 0.25 / self.height, facts, size=9, color=_FAINT, **plain)
+
+    def _legend(self, figure: Figure) -> None:
+        spans = (span for rank in self.timeline.spans for span in rank)
+        occurring = {role_of(span.operation, self.timeline) for span in spans}
+        handles = [
+            Patch(facecolor=_STYLES[role].fill, label=role.value) for role in Role if role in occurring
+        ]
+        handles.append(Patch(facecolor=_IDLE, label="idle"))
+        # Beside the axis label, where a heading of any length leaves it alone.
+        figure.legend(
+            handles=handles,
+            loc="lower left",
+            bbox_to_anchor=(_LEFT / _WIDTH, 0.13 / self.height),
+            ncols=len(handles),
+            frameon=False,
+            fontsize=8,
+            labelcolor=_INK,
+            borderaxespad=0,
+            borderpad=0,
+            handlelength=1.1,
+            handleheight=0.9,
+            handletextpad=0.45,
+            columnspacing=1.3,
+        )
