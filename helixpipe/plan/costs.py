@@ -1,4 +1,4 @@
-"""Costs: how long each segment and each message takes, and what a forward keeps (design of costs.json)."""
+"""Costs: how long each segment and each message takes, and what a forward keeps (``costs.json``)."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def parse_costs(text: str, plan: Plan) -> Costs:
     segments = _object(data["segments"], "segments")
     names = set(plan.segment_names)
     _check_names(segments, names, names, "costs: segment")
-    p2p = _object(data.get("p2p_ms") or {}, "p2p_ms")
+    p2p = _object(data.get("p2p_ms", {}), "p2p_ms")
     edges = _edges(plan)
     _check_names(p2p, edges | {ANY_EDGE}, edges if p2p and ANY_EDGE not in p2p else set(), "costs: edge")
     return Costs(
@@ -111,6 +111,8 @@ def _segment_cost(name: str, entry: Any) -> SegmentCost:
     entry = _object(entry, f"segment {name}")
     _check_names(entry, {"F", "B", "W", "R", "bytes"}, {"F", "B"}, f"costs: segment {name}: key")
     values = {key: _number(value, f"segment {name}: {key}") for key, value in entry.items()}
+    if values.get("bytes", 0) != int(values.get("bytes", 0)):
+        raise ValueError(f"costs: segment {name}: bytes must be a whole number, found {entry['bytes']!r}")
     cost = SegmentCost(
         forward=values["F"],
         backward=values["B"],

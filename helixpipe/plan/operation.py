@@ -47,7 +47,7 @@ _OPPOSITE = {
     Kind.SEND_B: Kind.RECV_B,
     Kind.RECV_B: Kind.SEND_B,
 }
-_TEXT = re.compile(r"(\d+)(SEND_F|RECV_F|SEND_B|RECV_B|F|B|W)(\d+)(?:@(\d+))?")
+_TEXT = re.compile(r"(\d+)(SEND_F|RECV_F|SEND_B|RECV_B|F|B|W)(\d+)(?:@(\d+))?", re.ASCII)
 
 
 class Operation(NamedTuple):

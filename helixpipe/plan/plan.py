@@ -65,7 +65,7 @@ class Plan:
     @cached_property
     def has_backward(self) -> bool:
         """False for evaluation plans."""
-        return any(op.kind is Kind.B for order in self.orders for op in order)
+        return any(op.kind in (Kind.B, Kind.W) for order in self.orders for op in order)
 
     @cached_property
     def splits_backward(self) -> bool:
@@ -111,13 +111,16 @@ class Plan:
         """Read a plan; ``ValueError`` names the field that is wrong. Does not validate the schedule."""
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"not a plan: invalid JSON ({error})") from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f'not a plan: "format" must be "{FORMAT}"')
         if data.get("version") != VERSION:
             raise ValueError(f"plan version {data.get('version')!r}; this program reads {VERSION}")
         num_microbatches = _field(data, "num_microbatches", int)
+        if num_microbatches > len(text):
+            # Each micro batch has operations: the text is too short, and expanding would exhaust memory.
+            raise ValueError(f'not a plan: "num_microbatches" is {num_microbatches}, more than are planned')
         return cls(
             schedule=_field(data, "schedule", str),
             num_ranks=_field(data, "num_ranks", int),
@@ -154,9 +157,9 @@ def _compact(row: tuple[int, ...]) -> int | list[int]:
 
 
 def _expand(row: object, num_microbatches: int) -> tuple[int, ...]:
-    if isinstance(row, int):
+    if type(row) is int:
         return (row,) * num_microbatches
-    if isinstance(row, list) and all(isinstance(rank, int) for rank in row):
+    if isinstance(row, list) and all(type(rank) is int for rank in row):
         return tuple(row)
     raise ValueError(f'not a plan: "placement" holds {row!r} instead of a rank or a list of ranks')
 

@@ -58,6 +58,8 @@ def check_memory(plan: Plan, bytes_of_segment: Mapping[str, int], limit_bytes: i
 
 
 def _check_shape(plan: Plan) -> None:
+    if min(plan.num_ranks, plan.num_segments, plan.num_microbatches) < 1:
+        raise PlanError("a plan needs at least one rank, one segment and one micro batch")
     if len(plan.orders) != plan.num_ranks:
         raise PlanError(f"{plan.num_ranks} ranks but {len(plan.orders)} orders")
     if len(plan.placement) != plan.num_segments:

@@ -1,9 +1,9 @@
 """Helix: attention of p micro batches on p ranks at once, first in, last out (HelixPipe, PPoPP 2026).
 
 Every layer is cut around its attention. Segment ``2l`` is what lies between the attention of layer ``l-1``
-and that of layer ``l``; it runs on rank ``l mod p``, where its weights are. Segment ``2l+1`` is the attention
-of layer ``l``; for the micro batches in slot ``j`` it runs on rank ``(l + j + 1) mod p``, so the attention of p
-slots proceeds on p ranks at the same time and never lengthens the pipeline's start.
+and that of layer ``l``; it runs on rank ``l mod p``, where its weights are. Segment ``2l+1`` is the
+attention of layer ``l``; for the micro batches in slot ``j`` it runs on rank ``(l + j + 1) mod p``, so the
+attention of p slots proceeds on p ranks at the same time and never lengthens the pipeline's start.
 """
 
 from __future__ import annotations
