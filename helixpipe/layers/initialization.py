@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -64,18 +65,18 @@ def initialize_weights(model: torch.nn.Module, config: TransformerConfig, seed: 
         parameter.copy_(_shard(whole, parameter))
 
 
-def _is_sharded(parameter: torch.nn.Parameter) -> bool:
+def _is_sharded(parameter: Any) -> bool:
     return bool(getattr(parameter, "tensor_model_parallel", False))
 
 
-def _whole_shape(parameter: torch.nn.Parameter) -> list[int]:
+def _whole_shape(parameter: Any) -> list[int]:
     shape = list(parameter.shape)
     if _is_sharded(parameter):
         shape[parameter.partition_dim] *= parallel_state.get_tensor_model_parallel_world_size()
     return shape
 
 
-def _shard(whole: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
+def _shard(whole: torch.Tensor, parameter: Any) -> torch.Tensor:
     """This tensor-parallel rank's part; ``stride`` stacked blocks (SwiGLU's two) are split each."""
     if not _is_sharded(parameter):
         return whole

@@ -15,7 +15,7 @@ class TorchNorm:
     gradients be summed over the tensor-parallel ranks, which the ``sequence_parallel`` mark asks for.
     """
 
-    def __new__(
+    def __new__(  # type: ignore[misc]
         cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any
     ) -> torch.nn.Module:
         """The norm over the last dimension of size ``hidden_size``; ``ValueError`` if it is not known."""

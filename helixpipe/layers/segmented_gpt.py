@@ -58,7 +58,7 @@ class SegmentedDecoder(MegatronModule):
                 for number, part in sorted(parts.items())
             }
         )
-        self.final_layernorm = None
+        self.final_layernorm: torch.nn.Module | None = None
         if norm is not None:
             self.final_layernorm = build_module(
                 norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
@@ -71,7 +71,8 @@ class SegmentedDecoder(MegatronModule):
         assert not sharded_offsets
         numbered = bool(metadata and metadata.get("non_homogeneous_layers"))
         state: dict[str, Any] = {}
-        for number, layer in self.layers.items():
+        layers: dict[str, Any] = dict(self.layers.items())
+        for number, layer in layers.items():
             here = f"{prefix}layers.{number}."
             offsets = [] if numbered else [(0, int(number), self.config.num_layers)]
             layer_state = layer.sharded_state_dict(here, offsets, metadata)
@@ -270,6 +271,7 @@ class SegmentedGPTModel(LanguageModule):
         return layer._forward_mlp(hidden)
 
     def _head(self, hidden: Tensor, labels: Tensor | None) -> Tensor:
+        assert self.decoder.final_layernorm is not None
         hidden = self.decoder.final_layernorm(hidden)
         tied = self.share_embeddings_and_output_weights
         weight = self.embedding.word_embeddings.weight if tied else None

@@ -80,7 +80,7 @@ def _redirect_random_state() -> None:
     def set_state(state: torch.Tensor, device: object = None, graph_safe: bool = False) -> None:
         torch.set_rng_state(state)
 
-    torch.cuda.get_rng_state = get_state  # type: ignore[assignment]
+    torch.cuda.get_rng_state = get_state
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
     megatron_random._get_cuda_rng_state = get_state
     megatron_random._set_cuda_rng_state = set_state

@@ -187,6 +187,9 @@ class GPTSegments:
         )
         total = self.result.num_tokens
         self.result.num_tokens = num_tokens.to(loss.device) if total is None else total + num_tokens
-        if self._input.differentiate and self.config.grad_scale_func is not None:
+        if not self._input.differentiate:
+            return loss
+        if self.config.grad_scale_func is not None:
             loss = self.config.grad_scale_func(loss)
-        return loss
+        # Megatron's scaling, and some loss functions, give a vector of one element.
+        return loss.reshape(())

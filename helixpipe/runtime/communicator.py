@@ -131,9 +131,13 @@ class TorchCommunicator:
     def send(self, buffer: Tensor, peer: int, tag: int) -> Handle:
         """See :class:`Communicator`."""
         group = self._upward if peer > self.rank else self._downward
-        return dist.isend(buffer, self._global_ranks[peer], group=group, tag=tag)
+        work = dist.isend(buffer, self._global_ranks[peer], group=group, tag=tag)
+        assert work is not None, "this process is no member of the group"
+        return work
 
     def receive(self, buffer: Tensor, peer: int, tag: int) -> Handle:
         """See :class:`Communicator`."""
         group = self._upward if peer < self.rank else self._downward
-        return dist.irecv(buffer, self._global_ranks[peer], group=group, tag=tag)
+        work = dist.irecv(buffer, self._global_ranks[peer], group=group, tag=tag)
+        assert work is not None, "this process is no member of the group"
+        return work

@@ -54,6 +54,18 @@ class CudaClock:
         return start.elapsed_time(end)
 
 
+class NullClock:
+    """Times nothing, for jobs that do not ask for measurements."""
+
+    def mark(self) -> object:
+        """See :class:`Clock`."""
+        return None
+
+    def elapsed_ms(self, start: object, end: object) -> float:
+        """See :class:`Clock`."""
+        return 0.0
+
+
 class Trace:
     """Records one iteration on one rank.
 

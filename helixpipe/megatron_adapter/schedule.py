@@ -1,0 +1,102 @@
+"""One face for every executable schedule: a ``forward_backward_func`` that knows its plan and trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.utils import get_model_config
+
+from helixpipe.megatron_adapter.forward_backward import HelixForwardBackward
+from helixpipe.megatron_adapter.tracing import TracingTimers
+from helixpipe.plan import Plan, ScheduleRequest, build_plan
+from helixpipe.runtime.trace import Clock, Trace
+
+EXECUTABLE = ("1f1b", "interleaved", "helix")
+
+
+class MegatronForwardBackward:
+    """Megatron's own schedule function, traced through its timers and otherwise untouched.
+
+    Args:
+        plan: the plan of the same schedule: says which micro batch each traced operation is.
+        clock: times the trace.
+    """
+
+    def __init__(self, plan: Plan, clock: Clock) -> None:
+        self.plan = plan
+        self.trace = Trace(clock)
+        self._plans = {False: plan, True: plan.forward_only()}
+
+    def __call__(self, *, forward_only: bool = False, **arguments: Any) -> list[Any]:
+        """Run one iteration; Megatron's arguments and return value."""
+        self.plan = self._plans[forward_only]
+        rank = parallel_state.get_pipeline_model_parallel_rank()
+        config = get_model_config(arguments["model"][0])
+        config.timers = TracingTimers(self.plan, rank, self.trace)
+        try:
+            return _original_function()(forward_only=forward_only, **arguments)
+        finally:
+            config.timers = None
+
+
+def _original_function() -> Any:
+    """What Megatron would choose; not what may have been installed in its place."""
+    virtual_size = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+        return schedules.forward_backward_no_pipelining
+    if virtual_size is None:
+        return schedules.forward_backward_pipelining_without_interleaving
+    return schedules.forward_backward_pipelining_with_interleaving
+
+
+def make_schedule(
+    name: str, request: ScheduleRequest, clock: Clock
+) -> MegatronForwardBackward | HelixForwardBackward:
+    """The ``forward_backward_func`` of a schedule.
+
+    Args:
+        name: one of ``EXECUTABLE``.
+        request: its sizes and options.
+        clock: times the trace.
+
+    Raises:
+        ValueError: a schedule that is unknown or can only be planned, or sizes that do not fit it.
+    """
+    plan = build_plan(name, request)
+    if name not in EXECUTABLE:
+        raise ValueError(f"{name} can be planned but not executed; choose one of {', '.join(EXECUTABLE)}")
+    if name == "helix":
+        return HelixForwardBackward(
+            num_fold=int(plan.parameters["num_fold"]),
+            attention_range=str(plan.parameters["attention_range"]),
+            clock=clock,
+        )
+    return MegatronForwardBackward(plan, clock)
+
+
+def owned_segments(plan: Plan, rank: int) -> list[int]:
+    """The segments with weights (even ones) that a helix plan places on ``rank``."""
+    return [segment for segment in range(0, plan.num_segments, 2) if plan.rank_of(segment, 0) == rank]
+
+
+def loss_rank(name: str) -> int:
+    """The pipeline rank on which a schedule computes the loss."""
+    return 0 if name == "helix" else parallel_state.get_pipeline_model_parallel_world_size() - 1
+
+
+def needs_data(name: str) -> bool:
+    """True if this rank's share of a schedule reads the data set (tokens or labels)."""
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    return rank in (0, loss_rank(name))
+
+
+def device() -> torch.device:
+    """The device on which this process computes."""
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )

@@ -1,0 +1,71 @@
+"""What each rank does in the equivalence tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from models import (
+    Case,
+    build_helix,
+    build_optimizer,
+    build_reference,
+    everywhere,
+    gather_gradients,
+    helix_schedule,
+    initialize,
+    relative_error,
+    run_iteration,
+)
+
+
+def compare_one_iteration(cases: list[Case], tamper: bool = False) -> list[dict[str, Any]]:
+    """Losses and gradient errors of helix against Megatron's own schedule function, for each case.
+
+    With ``tamper``, helix gets one wrong label.
+    """
+    return [_compare(case, tamper) for case in cases]
+
+
+def _compare(case: Case, tamper: bool) -> dict[str, Any]:
+    initialize(case)
+    reference = build_reference(case)
+    reference_losses = everywhere(run_iteration(case, reference, get_forward_backward_func()))
+    expected = gather_gradients(reference)
+    helix = build_helix(case)
+    schedule = helix_schedule(case)
+    losses = everywhere(run_iteration(case, helix, schedule, tamper=tamper))
+    found = gather_gradients(helix)
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    assert schedule.plan is not None
+    return {
+        "case": str(case),
+        "losses": losses,
+        "reference_losses": reference_losses,
+        "missing": sorted(set(expected) ^ set(found)),
+        "smallest_norm": min(float(grad.norm()) for grad in expected.values()),
+        "errors": {name: relative_error(found[name], expected[name]) for name in expected if name in found},
+        "trace_is_plan": tuple(schedule.trace.operations) == schedule.plan.orders[rank],
+    }
+
+
+def compare_training(case: Case, steps: int) -> dict[str, Any]:
+    """Losses and gradient norms of ``steps`` training steps under both."""
+    initialize(case)
+    result = {}
+    for name, build, schedule in (
+        ("reference", build_reference, get_forward_backward_func()),
+        ("helix", build_helix, helix_schedule(case)),
+    ):
+        model = build(case)
+        optimizer = build_optimizer(case, model)
+        history = []
+        for step in range(steps):
+            optimizer.zero_grad()
+            losses = everywhere(run_iteration(case, model, schedule, step))
+            _, norm, _ = optimizer.step()
+            history.append((losses, float(norm)))
+        evaluation = everywhere(run_iteration(case, model, schedule, steps, forward_only=True))
+        result[name] = (history, evaluation)
+    return result

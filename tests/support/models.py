@@ -1,0 +1,281 @@
+"""Small models, data and one-iteration runs under Megatron's schedules and under helix."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+warnings.filterwarnings("ignore")
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+from helixpipe.megatron_adapter import cpu_backend  # noqa: E402
+
+cpu_backend.install()
+
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+from megatron.core.distributed import (  # noqa: E402
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
+from megatron.core.transformer import TransformerConfig  # noqa: E402
+from megatron.core.transformer.module import Float16Module  # noqa: E402
+
+from helixpipe.layers.initialization import canonical_parameters, initialize_weights  # noqa: E402
+from helixpipe.layers.segmented_gpt import SegmentedGPTModel  # noqa: E402
+from helixpipe.layers.spec import LOCAL, block_spec  # noqa: E402
+from helixpipe.megatron_adapter.forward_backward import HelixForwardBackward  # noqa: E402
+from helixpipe.runtime.trace import HostClock  # noqa: E402
+
+VOCABULARY = 96
+SEED = 1234
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration: layout, schedule and model style."""
+
+    pp: int
+    tp: int = 1
+    dp: int = 1
+    fold: int = 2
+    rounds: int = 1
+    style: str = "gpt"
+    num_layers: int = 4
+    seq_length: int = 24
+    micro_batch_size: int = 1
+    dtype: torch.dtype = torch.float32
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = False
+    overlap: bool = False
+    per_token_loss: bool = False
+    groups: int | None = None
+
+    @property
+    def world_size(self) -> int:
+        return self.pp * self.tp * self.dp
+
+    @property
+    def num_microbatches(self) -> int:
+        return self.pp * self.fold * self.rounds
+
+    def __str__(self) -> str:
+        default = Case(pp=self.pp)
+        words = [f"pp{self.pp}", f"tp{self.tp}", f"dp{self.dp}", f"fold{self.fold}", self.style]
+        words += [
+            f"{name}={value}"
+            for name, value in vars(self).items()
+            if name not in ("pp", "tp", "dp", "fold", "style") and value != getattr(default, name)
+        ]
+        return "-".join(words)
+
+
+def initialize(case: Case) -> None:
+    """Megatron's groups and random states for a case."""
+    # Making Megatron's twenty gloo groups on eight ranks takes seconds: cases of one layout share them.
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(case.tp, case.pp)
+    assert parallel_state.get_tensor_model_parallel_world_size() == case.tp
+    assert parallel_state.get_pipeline_model_parallel_world_size() == case.pp
+    tensor_parallel.model_parallel_cuda_manual_seed(SEED, force_reset_rng=True)
+
+
+def make_config(case: Case) -> TransformerConfig:
+    llama = case.style == "llama"
+    config = TransformerConfig(
+        num_layers=case.num_layers,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_query_groups=case.groups or (2 if llama else 4),
+        ffn_hidden_size=80 if llama else 128,
+        normalization="RMSNorm" if llama else "LayerNorm",
+        gated_linear_unit=llama,
+        activation_func=torch.nn.functional.silu if llama else torch.nn.functional.gelu,
+        add_bias_linear=not llama,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=case.tp,
+        pipeline_model_parallel_size=case.pp,
+        sequence_parallel=case.sequence_parallel,
+        params_dtype=case.dtype,
+        pipeline_dtype=case.dtype,
+        bf16=case.dtype is torch.bfloat16,
+        calculate_per_token_loss=case.per_token_loss,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        gradient_accumulation_fusion=False,
+        # Large enough that every gradient is far from rounding noise.
+        init_method_std=0.2,
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    return config
+
+
+def _model_arguments(case: Case) -> dict[str, Any]:
+    llama = case.style == "llama"
+    return {
+        "vocab_size": VOCABULARY,
+        "max_sequence_length": case.seq_length,
+        "share_embeddings_and_output_weights": not llama,
+        "position_embedding_type": "rope" if llama else "learned_absolute",
+    }
+
+
+def build_reference(case: Case) -> torch.nn.Module:
+    """Megatron's GPTModel for this rank's stage, with the same core attention, wrapped for training."""
+    config = make_config(case)
+    model = GPTModel(
+        config,
+        block_spec(config, LOCAL),
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        **_model_arguments(case),
+    )
+    return _wrap(case, config, model)
+
+
+def build_helix(case: Case) -> torch.nn.Module:
+    """This rank's share of the segmented model, wrapped for training."""
+    config = make_config(case)
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    owned = [2 * layer for layer in range(case.num_layers + 1) if layer % case.pp == rank]
+    return _wrap(case, config, SegmentedGPTModel(config, LOCAL, owned, **_model_arguments(case)))
+
+
+def _wrap(case: Case, config: TransformerConfig, model: torch.nn.Module) -> torch.nn.Module:
+    initialize_weights(model, config, SEED)
+    # Constants would hide errors in the gradients of biases and norms.
+    for name, parameter in canonical_parameters(model):
+        if parameter.dim() == 1:
+            generator = torch.Generator().manual_seed(sum(name.encode()))
+            tp_rank = parallel_state.get_tensor_model_parallel_rank()
+            noise = torch.rand(parameter.numel() * case.tp, generator=generator)
+            if not getattr(parameter, "tensor_model_parallel", False):
+                tp_rank = 0
+            parameter.data += 0.1 * noise.chunk(case.tp)[tp_rank][: parameter.numel()].to(parameter.dtype)
+    if case.dtype is torch.float64:
+        model = model.double()
+    if case.dtype is torch.bfloat16:
+        model = Float16Module(config, model)
+    model = DistributedDataParallel(
+        config,
+        DistributedDataParallelConfig(
+            use_distributed_optimizer=case.distributed_optimizer,
+            overlap_grad_reduce=case.overlap,
+            overlap_param_gather=case.overlap and case.distributed_optimizer,
+            grad_reduce_in_fp32=case.dtype is torch.bfloat16,
+            bucket_size=4000 if case.overlap else None,
+        ),
+        model,
+    )
+    if case.overlap:
+        config.no_sync_func = model.no_sync
+    return model
+
+
+def build_optimizer(case: Case, model: torch.nn.Module) -> Any:
+    return get_megatron_optimizer(
+        OptimizerConfig(
+            lr=1e-3,
+            bf16=case.dtype is torch.bfloat16,
+            params_dtype=case.dtype,
+            use_distributed_optimizer=case.distributed_optimizer,
+            overlap_param_gather=case.overlap and case.distributed_optimizer,
+            clip_grad=1.0,
+        ),
+        [model],
+    )
+
+
+def batches(case: Case, step: int = 0, tamper: bool = False) -> Any:
+    """The micro batches of one data-parallel replica in one iteration; tampered: one label is wrong."""
+    replica = parallel_state.get_data_parallel_rank()
+    generator = torch.Generator().manual_seed(1000 * step + replica)
+    shape = (case.micro_batch_size, case.seq_length + 1)
+    for index in range(case.num_microbatches):
+        text = torch.randint(VOCABULARY, shape, generator=generator)
+        mask = (torch.rand(shape[0], case.seq_length, generator=generator) > 0.2).float()
+        if tamper and index == case.num_microbatches - 1:
+            text[0, -1] = (text[0, -1] + 1) % VOCABULARY
+            mask[0, -1] = 1.0
+        yield text[:, :-1], text[:, 1:], mask
+
+
+def make_forward_step(case: Case) -> Any:
+    """A forward step in Megatron's form, with a masked loss."""
+
+    def loss_func(mask: torch.Tensor, losses: torch.Tensor) -> Any:
+        total = (losses * mask).sum()
+        count = mask.sum()
+        if case.per_token_loss:
+            return total, count.int(), {"lm loss": torch.stack([total.detach(), count])}
+        return total / count, {"lm loss": (total / count).detach()}
+
+    def forward_step(data_iterator: Any, model: Any) -> Any:
+        tokens, labels, mask = next(data_iterator)
+        positions = torch.arange(case.seq_length).expand_as(tokens)
+        output = model(tokens, positions, None, labels=labels)
+        return output, lambda output: loss_func(mask, output)
+
+    return forward_step
+
+
+def run_iteration(
+    case: Case,
+    model: torch.nn.Module,
+    forward_backward: Any,
+    step: int = 0,
+    *,
+    forward_only: bool = False,
+    tamper: bool = False,
+) -> list[Any]:
+    """One iteration's forward and backward; the losses, where they are known."""
+    if not forward_only:
+        model.zero_grad_buffer()
+    losses = forward_backward(
+        forward_step_func=make_forward_step(case),
+        data_iterator=batches(case, step, tamper),
+        model=[model],
+        num_microbatches=case.num_microbatches,
+        seq_length=case.seq_length,
+        micro_batch_size=case.micro_batch_size,
+        forward_only=forward_only,
+    )
+    return [entry["lm loss"].tolist() for entry in losses]
+
+
+def everywhere(values: list[Any]) -> list[Any]:
+    """Losses from the pipeline rank that has them, on all."""
+    gathered: list[Any] = [None] * parallel_state.get_pipeline_model_parallel_world_size()
+    dist.all_gather_object(gathered, values, group=parallel_state.get_pipeline_model_parallel_group())
+    return next(entry for entry in gathered if entry)
+
+
+def gather_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """main_grad of every parameter of the whole pipeline, by canonical name."""
+    inner = model.module
+    inner = inner.module if isinstance(inner, Float16Module) else inner
+    mine = {name: parameter.main_grad.clone() for name, parameter in canonical_parameters(inner)}
+    gathered: list[Any] = [None] * parallel_state.get_pipeline_model_parallel_world_size()
+    dist.all_gather_object(gathered, mine, group=parallel_state.get_pipeline_model_parallel_group())
+    whole: dict[str, torch.Tensor] = {}
+    for share in gathered:
+        whole.update(share)
+    return whole
+
+
+def helix_schedule(case: Case) -> HelixForwardBackward:
+    return HelixForwardBackward(num_fold=case.fold, clock=HostClock())
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference over the norm of the expected tensor."""
+    found, expected = found.double(), expected.double()
+    return float((found - expected).norm() / expected.norm().clamp_min(1e-300))
