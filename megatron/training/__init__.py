@@ -1,0 +1,1 @@
+"""The training application: arguments, set-up, data, training loop and checkpoints over megatron.core."""

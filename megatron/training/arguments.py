@@ -1,0 +1,318 @@
+"""Command-line arguments, with Megatron's names, and the checks that need no process group."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from helixpipe.megatron_adapter.schedule import EXECUTABLE
+from helixpipe.plan import ScheduleRequest, build_plan
+from helixpipe.plan.schedules.request import ATTENTION_RANGES
+from megatron.training.data.prefix import DatasetInfo, check_token_ids, inspect_prefix
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises instead of exiting, so that every rank reports errors in the same form."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse and check the arguments, and derive the sizes that follow from them.
+
+    The world size is taken from ``WORLD_SIZE``, as torchrun sets it. No process group is needed, and none
+    is built before everything here has been found to fit.
+
+    Raises:
+        ValueError: one line that names the argument, its value and what to use instead.
+    """
+    args = build_parser().parse_args(command_line)
+    args.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    args.rank = int(os.environ.get("RANK", "0"))
+    _derive_layout(args)
+    _derive_model(args)
+    _check_training(args)
+    args.schedule_request = _schedule_request(args)
+    # Planning refuses every combination of sizes that the schedule cannot run.
+    build_plan(args.pipeline_schedule, args.schedule_request)
+    args.dataset = _inspect_data(args)
+    args.padded_vocab_size = _pad_vocabulary(args)
+    return args
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser alone."""
+    parser = _Parser(prog="pretrain_gpt.py", description="Pre-train a GPT under a pipeline schedule.")
+    _add_schedule_arguments(parser)
+    _add_model_arguments(parser)
+    _add_training_arguments(parser)
+    _add_data_arguments(parser)
+    _add_output_arguments(parser)
+    return parser
+
+
+def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("parallelism and schedule")
+    add = group.add_argument
+    add("--pipeline-schedule", default="1f1b", metavar="{" + ",".join(EXECUTABLE) + "}")
+    add("--num-fold", type=int, help="helix: micro batches per slot (default 2)")
+    add(
+        "--attention-range",
+        metavar="{" + ",".join(ATTENTION_RANGES) + "}",
+        help="helix: pieces that the attention rank runs (default core)",
+    )
+    add("--tensor-model-parallel-size", type=int, default=1)
+    add("--pipeline-model-parallel-size", type=int, default=1)
+    add("--num-layers-per-virtual-pipeline-stage", type=int, help="interleaved: layers per model chunk")
+    add("--sequence-parallel", action="store_true")
+    add("--use-distributed-optimizer", action="store_true")
+    add("--overlap-grad-reduce", action="store_true")
+    add("--overlap-param-gather", action="store_true")
+    add("--recompute-granularity", choices=("selective", "full"), help="1f1b and interleaved")
+    add("--recompute-method", choices=("uniform", "block"))
+    add("--recompute-num-layers", type=int)
+    add("--recompute-modules", nargs="+", default=["core_attn"])
+    add("--distributed-timeout-minutes", type=int, default=10)
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    add("--transformer-impl", choices=("local", "transformer_engine"), help="default: what is installed")
+    add("--num-layers", type=int, required=True)
+    add("--hidden-size", type=int, required=True)
+    add("--ffn-hidden-size", type=int)
+    add("--num-attention-heads", type=int, required=True)
+    add("--kv-channels", type=int)
+    add("--group-query-attention", action="store_true")
+    add("--num-query-groups", type=int, default=1)
+    add("--seq-length", type=int, required=True)
+    add("--max-position-embeddings", type=int, help="default: the sequence length")
+    add("--position-embedding-type", choices=("learned_absolute", "rope", "none"), default="learned_absolute")
+    add("--rotary-base", type=int, default=10000)
+    add("--rotary-percent", type=float, default=1.0)
+    add("--rotary-seq-len-interpolation-factor", type=float)
+    add("--normalization", choices=("LayerNorm", "RMSNorm"), default="LayerNorm")
+    add("--norm-epsilon", type=float, default=1e-5)
+    add("--swiglu", action="store_true")
+    add("--qk-layernorm", action="store_true")
+    add("--disable-bias-linear", action="store_false", dest="add_bias_linear")
+    add("--add-qkv-bias", action="store_true")
+    add("--untie-embeddings-and-output-weights", action="store_true")
+    add("--make-vocab-size-divisible-by", type=int, default=128)
+    add("--attention-dropout", type=float, default=0.0, help="only 0: the flash kernels have none")
+    add("--hidden-dropout", type=float, default=0.0)
+    add("--init-method-std", type=float, default=0.02)
+
+
+def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("training")
+    add = group.add_argument
+    add("--micro-batch-size", type=int, required=True)
+    add("--global-batch-size", type=int, required=True)
+    add("--train-iters", type=int, required=True)
+    add("--optimizer", choices=("adam", "sgd"), default="adam")
+    add("--lr", type=float, required=True)
+    add("--min-lr", type=float, default=0.0)
+    add("--lr-decay-style", choices=("constant", "linear", "cosine", "inverse-square-root"), default="linear")
+    add("--lr-decay-iters", type=int, help="default: --train-iters")
+    add("--lr-warmup-iters", type=int, default=0)
+    add("--weight-decay", type=float, default=0.01)
+    add("--clip-grad", type=float, default=1.0)
+    add("--adam-beta1", type=float, default=0.9)
+    add("--adam-beta2", type=float, default=0.999)
+    add("--adam-eps", type=float, default=1e-8)
+    add("--sgd-momentum", type=float, default=0.9)
+    add("--bf16", action="store_true", help="bfloat16 weights, fp32 gradients and optimizer; default fp32")
+    add("--calculate-per-token-loss", action="store_true")
+    add("--seed", type=int, default=1234)
+    add("--eval-interval", type=int, default=1000)
+    add("--eval-iters", type=int, default=0)
+
+
+def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add("--data-path", required=True, metavar="PREFIX", help="as tools/prepare_data.py wrote it")
+    add("--split", default="969,30,1", help="documents for training, validation, test")
+    add("--data-cache-path", type=Path, help="default: the folder cache beside the data")
+    add("--num-workers", type=int, default=0, help="processes that read ahead")
+    add("--eod-mask-loss", action="store_true", help="no loss at ends of documents")
+
+
+def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    add = group.add_argument
+    add("--log-interval", type=int, default=1)
+    add("--metrics-jsonl", type=Path, metavar="PATH", help="one JSON object per iteration")
+    add("--trace-dir", type=Path, metavar="DIR", help="the measured timeline of every iteration")
+    add("--save", type=Path, metavar="DIR")
+    add("--save-interval", type=int, help="also save every so many iterations, not only at the end")
+    add("--load", type=Path, metavar="DIR", help="go on from the latest checkpoint there, if there is one")
+
+
+def _derive_layout(args: argparse.Namespace) -> None:
+    for name in (
+        "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers", "hidden_size",
+        "num_attention_heads", "num_query_groups", "seq_length", "micro_batch_size", "global_batch_size",
+        "train_iters", "make_vocab_size_divisible_by", "log_interval", "eval_interval",
+    ):  # fmt: skip
+        if getattr(args, name) < 1:
+            raise ValueError(f"{_flag(name)} must be at least 1, not {getattr(args, name)}")
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    if args.world_size % (tp * pp):
+        raise ValueError(
+            f"{args.world_size} ranks cannot be split into tensor-parallel size {tp} x pipeline-parallel "
+            f"size {pp}; start a multiple of {tp * pp} ranks (torchrun --nproc-per-node {tp * pp})"
+        )
+    args.data_parallel_size = args.world_size // (tp * pp)
+    step = args.micro_batch_size * args.data_parallel_size
+    if args.global_batch_size % step:
+        raise ValueError(
+            f"--global-batch-size {args.global_batch_size} must be a multiple of --micro-batch-size "
+            f"{args.micro_batch_size} x data-parallel size {args.data_parallel_size}; "
+            f"use {_nearest(args.global_batch_size, step)}"
+        )
+    args.num_microbatches = args.global_batch_size // step
+    if args.sequence_parallel and tp == 1:
+        raise ValueError("--sequence-parallel needs --tensor-model-parallel-size of 2 or more")
+    if args.sequence_parallel and args.seq_length % tp:
+        raise ValueError(
+            f"--seq-length {args.seq_length} must be a multiple of --tensor-model-parallel-size {tp} "
+            f"with --sequence-parallel; use {_nearest(args.seq_length, tp)}"
+        )
+    if args.overlap_param_gather and not (args.use_distributed_optimizer and args.overlap_grad_reduce):
+        raise ValueError("--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce")
+
+
+def _derive_model(args: argparse.Namespace) -> None:
+    heads, tp = args.num_attention_heads, args.tensor_model_parallel_size
+    if args.kv_channels is None:
+        if args.hidden_size % heads:
+            raise ValueError(
+                f"--hidden-size {args.hidden_size} must be a multiple of --num-attention-heads {heads}; "
+                f"use {_nearest(args.hidden_size, heads)}, or give --kv-channels"
+            )
+        args.kv_channels = args.hidden_size // heads
+    if heads % tp:
+        raise ValueError(
+            f"--num-attention-heads {heads} must be a multiple of --tensor-model-parallel-size {tp}; "
+            f"use {_nearest(heads, tp)}"
+        )
+    if not args.group_query_attention:
+        if args.num_query_groups != 1:
+            raise ValueError("--num-query-groups needs --group-query-attention")
+        args.num_query_groups = heads
+    if heads % args.num_query_groups:
+        raise ValueError(
+            f"--num-query-groups {args.num_query_groups} must divide the {heads} attention heads"
+        )
+    groups = args.num_query_groups
+    if groups % tp and tp % groups:
+        raise ValueError(f"--num-query-groups {groups} must be a multiple or a divisor of tensor size {tp}")
+    if args.ffn_hidden_size is None:
+        args.ffn_hidden_size = 4 * args.hidden_size
+    if args.ffn_hidden_size % tp:
+        raise ValueError(f"--ffn-hidden-size {args.ffn_hidden_size} must be a multiple of tensor size {tp}")
+    if args.max_position_embeddings is None:
+        args.max_position_embeddings = args.seq_length
+    if args.seq_length > args.max_position_embeddings:
+        raise ValueError(
+            f"--seq-length {args.seq_length} is longer than the model's --max-position-embeddings "
+            f"{args.max_position_embeddings}; shorten the one or raise the other"
+        )
+    if args.attention_dropout:
+        raise ValueError("--attention-dropout is not supported by the flash kernels; use 0")
+    args.params_dtype = torch.bfloat16 if args.bf16 else torch.float32
+
+
+def _check_training(args: argparse.Namespace) -> None:
+    for name in ("lr_warmup_iters", "eval_iters", "num_workers", "seed"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"{_flag(name)} must not be negative")
+    if args.lr_decay_iters is None:
+        args.lr_decay_iters = args.train_iters
+    if args.lr_warmup_iters >= args.lr_decay_iters:
+        raise ValueError(
+            f"--lr-warmup-iters {args.lr_warmup_iters} must be smaller than --lr-decay-iters "
+            f"{args.lr_decay_iters}"
+        )
+    if args.min_lr > args.lr:
+        raise ValueError(f"--min-lr {args.min_lr} is above --lr {args.lr}")
+    if args.save_interval is not None and (args.save is None or args.save_interval < 1):
+        raise ValueError("--save-interval needs --save DIR and a positive number of iterations")
+    if args.pipeline_schedule == "helix" and args.recompute_granularity is not None:
+        raise ValueError(
+            "helix does not recompute activations; leave --recompute-granularity out or use 1f1b"
+        )
+    if args.recompute_granularity == "full" and None in (args.recompute_method, args.recompute_num_layers):
+        raise ValueError("--recompute-granularity full needs --recompute-method and --recompute-num-layers")
+    if args.recompute_granularity != "full" and (args.recompute_method or args.recompute_num_layers):
+        raise ValueError("--recompute-method and --recompute-num-layers need --recompute-granularity full")
+
+
+def _schedule_request(args: argparse.Namespace) -> ScheduleRequest:
+    per_chunk = args.num_layers_per_virtual_pipeline_stage
+    args.virtual_stages = None
+    if per_chunk is not None:
+        if args.pipeline_schedule != "interleaved":
+            raise ValueError("--num-layers-per-virtual-pipeline-stage is for --pipeline-schedule interleaved")
+        args.virtual_stages, rest = divmod(args.num_layers, args.pipeline_model_parallel_size * per_chunk)
+        if rest:
+            raise ValueError(
+                f"--num-layers {args.num_layers} must be a multiple of --pipeline-model-parallel-size x "
+                f"--num-layers-per-virtual-pipeline-stage ({args.pipeline_model_parallel_size} x {per_chunk})"
+            )
+    has_chunks = args.virtual_stages is not None and args.virtual_stages > 1
+    if args.pipeline_schedule == "interleaved" and not (has_chunks and args.pipeline_model_parallel_size > 1):
+        raise ValueError(
+            "interleaved needs two or more pipeline ranks and model chunks per rank; set "
+            "--num-layers-per-virtual-pipeline-stage below --num-layers / --pipeline-model-parallel-size"
+        )
+    return ScheduleRequest(
+        num_layers=args.num_layers,
+        num_ranks=args.pipeline_model_parallel_size,
+        num_microbatches=args.num_microbatches,
+        num_fold=args.num_fold,
+        virtual_stages=args.virtual_stages,
+        attention_range=args.attention_range,
+    )
+
+
+def _inspect_data(args: argparse.Namespace) -> DatasetInfo:
+    info = inspect_prefix(args.data_path)
+    check_token_ids(args.data_path, info)
+    try:
+        parts = [float(part) for part in args.split.split(",")]
+    except ValueError:
+        parts = []
+    if len(parts) != 3 or min(parts) < 0 or parts[0] == 0:
+        raise ValueError(
+            f"--split {args.split!r} must be three weights for train, valid, test, like 969,30,1"
+        )
+    if info.num_tokens <= args.seq_length:
+        raise ValueError(
+            f"{args.data_path} holds {info.num_tokens} tokens, not even one sequence of --seq-length "
+            f"{args.seq_length}; prepare more text or shorten the sequence"
+        )
+    return info
+
+
+def _pad_vocabulary(args: argparse.Namespace) -> int:
+    multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+    return -(-args.dataset.vocab_size // multiple) * multiple
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _nearest(value: int, factor: int) -> str:
+    below = value - value % factor
+    return " or ".join(str(v) for v in (below, below + factor) if v > 0)

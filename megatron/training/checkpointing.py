@@ -1,0 +1,131 @@
+"""Checkpoints through megatron.core.dist_checkpointing, in Megatron's folder layout.
+
+``DIR/iter_0000010/`` holds one checkpoint, ``DIR/latest_checkpointed_iteration.txt`` names the newest whole
+one. Parameters and optimizer states are stored under canonical names, so a run may stop under one schedule
+and layout and go on under another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+
+from megatron.training.model import TrainingState, unwrap
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+# What a checkpoint must share with the job that loads it.
+_ARCHITECTURE = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+    "normalization", "swiglu", "position_embedding_type", "untie_embeddings_and_output_weights",
+    "add_bias_linear", "add_qkv_bias", "qk_layernorm",
+)  # fmt: skip
+
+
+class Progress(NamedTuple):
+    """How far training has come."""
+
+    iteration: int = 0
+    consumed_samples: int = 0
+
+
+def save_checkpoint(args: argparse.Namespace, state: TrainingState, progress: Progress) -> Path:
+    """Write a checkpoint on all ranks, then name it in the tracker; its folder."""
+    folder = args.save / f"iter_{progress.iteration:07d}"
+    if args.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    for chunk in state.model:
+        if args.overlap_param_gather:
+            # Parameters may still be on their way from the optimizer's shards.
+            chunk.disable_forward_pre_hook(param_sync=True)  # type: ignore[operator]
+    sharded = _sharded_state(state, progress, args, is_loading=False)
+    dist_checkpointing.save(sharded, str(folder), content_metadata=_metadata())
+    for chunk in state.model:
+        if args.overlap_param_gather:
+            chunk.enable_forward_pre_hook()  # type: ignore[operator]
+    dist.barrier()
+    if args.rank == 0:
+        _write_whole(args.save / TRACKER, f"{progress.iteration}\n")
+    return folder
+
+
+def load_checkpoint(args: argparse.Namespace, state: TrainingState) -> Progress:
+    """Restore the newest checkpoint under ``--load``; no progress if there is none yet.
+
+    Raises:
+        ValueError: an unreadable tracker, a missing checkpoint, or a model of another architecture.
+    """
+    tracker = args.load / TRACKER
+    if not tracker.exists():
+        if args.load.exists() and any(args.load.glob("iter_*")):
+            raise ValueError(
+                f"{args.load} holds checkpoints but no {TRACKER}; write the wanted iteration there"
+            )
+        return Progress()
+    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    usable = sorted(path.name for path in args.load.glob("iter_*") if (path / "metadata.json").exists())
+    if not text.isdecimal():
+        raise ValueError(f"{tracker} holds {text!r} instead of an iteration; usable: {', '.join(usable)}")
+    folder = args.load / f"iter_{int(text):07d}"
+    if folder.name not in usable:
+        raise ValueError(f"{tracker} names {folder.name}, which is not there; usable: {', '.join(usable)}")
+    _check_architecture(args, folder)
+    loaded = dist_checkpointing.load(_sharded_state(state, Progress(), args, is_loading=True), str(folder))
+    for name, chunk in _named_models(state):
+        chunk.load_state_dict(loaded[name], strict=False)
+    state.optimizer.load_state_dict(loaded["optimizer"])
+    state.scheduler.load_state_dict(loaded["opt_param_scheduler"])
+    return Progress(loaded["iteration"], loaded["consumed_samples"])
+
+
+def _sharded_state(
+    state: TrainingState, progress: Progress, args: argparse.Namespace, *, is_loading: bool
+) -> dict[str, Any]:
+    models = {name: chunk.sharded_state_dict(metadata=_metadata()) for name, chunk in _named_models(state)}
+    # Megatron matches optimizer states to parameters through the chunks' names.
+    optimizer = state.optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=_metadata())
+    return {
+        **models,
+        "optimizer": optimizer,
+        "opt_param_scheduler": state.scheduler.state_dict(),
+        "iteration": progress.iteration,
+        "consumed_samples": progress.consumed_samples,
+        "architecture": {name: getattr(args, name) for name in _ARCHITECTURE},
+    }
+
+
+def _named_models(state: TrainingState) -> list[tuple[str, Any]]:
+    """The unwrapped model chunks, named as in Megatron's checkpoints."""
+    if len(state.model) == 1:
+        return [("model", unwrap(state.model[0]))]
+    return [(f"model{index}", unwrap(chunk)) for index, chunk in enumerate(state.model)]
+
+
+def _metadata() -> dict[str, Any]:
+    # The one form of the distributed optimizer's state that any other layout can read.
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": group}
+
+
+def _check_architecture(args: argparse.Namespace, folder: Path) -> None:
+    saved = dist_checkpointing.load_common_state_dict(str(folder)).get("architecture", {})
+    for name, value in saved.items():
+        if getattr(args, name) != value:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{folder} was trained with {flag} {value}, this job has {getattr(args, name)}")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Replace a small file in one step, so that it is never seen half-written."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)

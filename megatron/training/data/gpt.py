@@ -1,0 +1,113 @@
+"""Micro batches from an indexed dataset, through Megatron's GPTDataset."""
+
+from __future__ import annotations
+
+import argparse
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from torch.utils.data import DataLoader
+
+from helixpipe.megatron_adapter.schedule import needs_data
+from megatron.training.data.prefix import DatasetInfo, dataset_paths
+
+Batch = dict[str, torch.Tensor]
+
+
+class PrefixTokenizer:
+    """What Megatron's datasets ask of a tokenizer, from the headers of a dataset."""
+
+    def __init__(self, info: DatasetInfo) -> None:
+        self.vocab_size = info.vocab_size
+        self.eod = info.eod
+        # Part of the key of Megatron's index cache: a dataset prepared anew under the same name must
+        # not meet the indices of the old one.
+        stat = Path(dataset_paths(info.prefix).idx).stat()
+        self.unique_identifiers = OrderedDict(
+            vocab_size=info.vocab_size, eod=info.eod, index_bytes=stat.st_size, index_written=stat.st_mtime_ns
+        )
+
+    @property
+    def pad(self) -> int:
+        """There is no padding token: documents are joined, never padded."""
+        raise NotImplementedError
+
+    @property
+    def eos(self) -> int:
+        """Not distinguished from the end of document."""
+        raise NotImplementedError
+
+
+def build_iterators(
+    args: argparse.Namespace, consumed_samples: int
+) -> tuple[Iterator[Batch] | None, Iterator[Batch] | None]:
+    """Endless iterators over this data-parallel rank's training and validation micro batches.
+
+    None where this rank's share of the schedule reads no data. Collective: every rank must call it.
+
+    Args:
+        args: parsed arguments.
+        consumed_samples: training sequences already seen, over all data-parallel ranks.
+
+    Raises:
+        ValueError: the validation split is empty although evaluation is asked for.
+    """
+    evaluations = args.train_iters // args.eval_interval + 1
+    samples = [args.train_iters * args.global_batch_size, 0, 0]
+    if args.eval_iters:
+        samples[1] = evaluations * args.eval_iters * args.global_batch_size
+    train, valid, _ = BlendedMegatronDatasetBuilder(
+        GPTDataset, samples, lambda: needs_data(args.pipeline_schedule), _dataset_config(args)
+    ).build()
+    if not needs_data(args.pipeline_schedule):
+        return None, None
+    if args.eval_iters and valid is None:
+        raise ValueError(f"--split {args.split} leaves no document for validation; give it more weight")
+    train_batches = _batches(args, train, consumed_samples)
+    return train_batches, _batches(args, valid, 0) if args.eval_iters else None
+
+
+def _dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
+    cache = args.data_cache_path or Path(args.data_path).parent / "cache"
+    return GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=([str(args.data_path)], None),
+        split=args.split,
+        path_to_cache=str(cache),
+        tokenizer=PrefixTokenizer(args.dataset),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=False,
+    )
+
+
+def _batches(args: argparse.Namespace, dataset: GPTDataset, consumed_samples: int) -> Iterator[Batch]:
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_sampler=_sampler(args, len(dataset), consumed_samples),
+        num_workers=args.num_workers,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=args.num_workers > 0,
+    )
+    return iter(loader)
+
+
+def _sampler(args: argparse.Namespace, length: int, consumed_samples: int) -> Iterator[list[int]]:
+    """Sample numbers of this data-parallel rank, micro batch by micro batch, wrapping at the end.
+
+    Consecutive micro batches of a global batch interleave over data-parallel ranks, so a job that
+    goes on with another data-parallel size sees the same global batches.
+    """
+    size, rank = args.micro_batch_size, parallel_state.get_data_parallel_rank()
+    position = consumed_samples + rank * size
+    while True:
+        yield [(position + offset) % length for offset in range(size)]
+        position += size * parallel_state.get_data_parallel_world_size()

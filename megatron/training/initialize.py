@@ -1,0 +1,58 @@
+"""Process groups, devices and seeds."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import warnings
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from helixpipe.megatron_adapter import cpu_backend
+
+
+def initialize(args: argparse.Namespace) -> None:
+    """Join the process group, build Megatron's groups and seed the random states.
+
+    Uses NCCL and one GPU per rank where GPUs are present, else gloo on the CPU with one thread per rank.
+    """
+    if cpu_backend.install():
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)
+        backend = "gloo"
+    else:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "nccl"
+    os.environ.setdefault("MASTER_ADDR", "localhost")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    dist.init_process_group(
+        backend,
+        rank=args.rank,
+        world_size=args.world_size,
+        timeout=timedelta(minutes=args.distributed_timeout_minutes),
+    )
+    parallel_state.initialize_model_parallel(
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        args.virtual_stages,
+        distributed_timeout_minutes=args.distributed_timeout_minutes,
+    )
+    seed_random_states(args.seed)
+
+
+def seed_random_states(seed: int) -> None:
+    """Seed dropout: different on pipeline and tensor-parallel ranks where Megatron wants it so."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tensor_parallel.model_parallel_cuda_manual_seed(
+            seed + 100 * parallel_state.get_pipeline_model_parallel_rank(), force_reset_rng=True
+        )
+
+
+def finalize() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,69 @@
+"""Pre-train a GPT: ``torchrun pretrain_gpt.py --pipeline-schedule helix …``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+# megatron.core warns at import about every optional package that is not installed.
+warnings.filterwarnings("ignore", module="megatron.core")
+# Saving through torch.distributed.checkpoint warns about its own use of an older tensor class.
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.checkpoint")
+logging.getLogger("megatron.core").setLevel(logging.ERROR)
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from megatron.training.arguments import parse_arguments  # noqa: E402
+from megatron.training.initialize import finalize  # noqa: E402
+from megatron.training.training import pretrain  # noqa: E402
+
+EXIT_BAD_INPUT = 2
+
+
+def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> tuple[Tensor | None, ...]:
+    """Tokens, labels, loss mask and positions of the next micro batch, [b, s] each; None without data."""
+    if data_iterator is None:
+        return None, None, None, None
+    batch = next(data_iterator)
+    names = ("tokens", "labels", "loss_mask", "position_ids")
+    return tuple(batch[name].cuda(non_blocking=True) for name in names)
+
+
+def loss_func(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Summed loss, number of tokens, and both for the log."""
+    mask = loss_mask.view(-1).float()
+    total = torch.sum(losses.float().view(-1) * mask)
+    tokens = mask.sum()
+    return total, tokens.int(), {"lm loss": torch.stack([total.detach(), tokens])}
+
+
+def forward_step(data_iterator: Iterator[dict[str, Tensor]] | None, model: Any) -> tuple[Any, Any]:
+    """Megatron's forward step: the model's output and the function that turns it into a loss."""
+    tokens, labels, loss_mask, position_ids = get_batch(data_iterator)
+    # No mask: attention is causal in every core attention used here.
+    output = model(tokens, position_ids, None, labels=labels)
+    return output, partial(loss_func, loss_mask)
+
+
+def main() -> int:
+    """Run the job; 2 with one line on stderr if the input was wrong."""
+    try:
+        pretrain(parse_arguments(), forward_step)
+    except (ValueError, OSError) as error:
+        print(
+            f"pretrain_gpt: rank {os.environ.get('RANK', '0')}: error: {error}", file=sys.stderr, flush=True
+        )
+        return EXIT_BAD_INPUT
+    finally:
+        finalize()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
