@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules
-from megatron.core.utils import get_model_config
+from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
 from helixpipe.megatron_adapter.forward_backward import HelixForwardBackward
 from helixpipe.megatron_adapter.tracing import TracingTimers
@@ -91,6 +92,20 @@ def needs_data(name: str) -> bool:
     """True if this rank's share of a schedule reads the data set (tokens or labels)."""
     rank = parallel_state.get_pipeline_model_parallel_rank()
     return rank in (0, loss_rank(name))
+
+
+def chunk_iterators(data: Iterator[Any] | None, model: list[torch.nn.Module]) -> Any:
+    """The data iterator in the form that Megatron's schedules take.
+
+    With several model chunks each has an iterator of its own, and one that is neither first nor last gets
+    None: reading from the common one would take micro batches away from the chunk that needs them.
+    """
+    if len(model) == 1:
+        return data
+    return [
+        data if any(get_attr_wrapped_model(chunk, name) for name in ("pre_process", "post_process")) else None
+        for chunk in model
+    ]
 
 
 def device() -> torch.device:

@@ -23,11 +23,17 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(
+    command_line: Sequence[str] | None = None, dataset: DatasetInfo | None = None
+) -> argparse.Namespace:
     """Parse and check the arguments, and derive the sizes that follow from them.
 
     The world size is taken from ``WORLD_SIZE``, as torchrun sets it. No process group is needed, and none
     is built before everything here has been found to fit.
+
+    Args:
+        command_line: arguments without the program's name; ``sys.argv`` if None.
+        dataset: stands in for the files of ``--data-path``, for programs that make up their data.
 
     Raises:
         ValueError: one line that names the argument, its value and what to use instead.
@@ -41,7 +47,7 @@ def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Names
     args.schedule_request = _schedule_request(args)
     # Planning refuses every combination of sizes that the schedule cannot run.
     build_plan(args.pipeline_schedule, args.schedule_request)
-    args.dataset = _inspect_data(args)
+    args.dataset = dataset or _inspect_data(args)
     args.padded_vocab_size = _pad_vocabulary(args)
     return args
 

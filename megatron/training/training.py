@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from helixpipe.megatron_adapter.schedule import make_schedule
+from helixpipe.megatron_adapter.schedule import chunk_iterators, make_schedule
 from helixpipe.runtime.trace import NullClock, default_clock
 from megatron.training.checkpointing import Progress, load_checkpoint, save_checkpoint
 from megatron.training.data.gpt import Batch, build_iterators
@@ -126,7 +126,7 @@ class _Run:
         chunks = self.state.model
         return self.schedule(
             forward_step_func=self.forward_step,
-            data_iterator=data if len(chunks) == 1 else [data] * len(chunks),
+            data_iterator=chunk_iterators(data, chunks),
             model=chunks,
             num_microbatches=self.args.num_microbatches,
             seq_length=self.args.seq_length,

@@ -1,0 +1,45 @@
+# Each target creates what it needs when it is missing and does nothing twice.
+
+PYTHON ?= python3
+VENV   ?= .venv
+# Which torch to install. On a GPU machine name the build for its CUDA version, or an installed one's version.
+TORCH  ?= torch==2.13.0
+
+RUN    := runs/quickstart
+PY     := $(VENV)/bin/python
+READY  := $(VENV)/.installed
+
+.PHONY: quickstart test test-all lint benchmark pictures clean
+
+# A few minutes on 2 cores: a corpus, a training run under helix on four ranks, a picture of what it ran.
+quickstart: $(READY)
+	PYTHON=$(abspath $(PY)) RUN=$(RUN) bash examples/quickstart.sh
+
+test: $(READY)
+	$(PY) -m pytest -m "not slow" -q
+
+test-all: $(READY)
+	$(PY) -m pytest -q
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+# Helix, interleaved and 1F1B side by side on two ranks; attention is the heaviest part.
+benchmark: $(READY)
+	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node 2 \
+	    tools/benchmark_schedules.py --seq-length 8192 --num-layers 8
+
+# The pictures in docs/, made anew.
+pictures: $(READY)
+	PYTHON=$(abspath $(PY)) bash tools/draw_pictures.sh
+
+$(READY): setup.py pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet "$(TORCH)"
+	$(PY) -m pip install --quiet --editable ".[test,dev]"
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) runs
