@@ -33,7 +33,10 @@ OMP_NUM_THREADS=1 "$PYTHON" -m torch.distributed.run --standalone --nproc-per-no
     --data-path "$CORPUS" --metrics-jsonl "$RUN/metrics.jsonl" --trace-dir "$RUN/trace"
 
 LAST=$(ls "$RUN"/trace/iteration_*.json | tail -n 1)
-echo "== The executed schedule: forward 0-7, backward a-h, attention raised, idle ·"
+echo "== The schedule that the last iteration executed"
+if [ "$(nproc)" -lt 4 ]; then
+    echo "Four ranks share $(nproc) cores here: a rank is also idle while another one has its core."
+fi
 "$PYTHON" -m helixpipe draw --timeline "$LAST"
 "$PYTHON" -m helixpipe draw --timeline "$LAST" --output "$RUN/schedule.png"
 echo "Losses: $RUN/metrics.jsonl · timelines: $RUN/trace · picture: $RUN/schedule.png"
