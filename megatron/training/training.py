@@ -108,8 +108,9 @@ class _Run:
         for chunk in self.state.model:
             chunk.eval()
         losses: list[dict[str, torch.Tensor]] = []
-        for _ in range(self.args.eval_iters):
-            losses += self._run_schedule(data, forward_only=True)
+        with torch.no_grad():
+            for _ in range(self.args.eval_iters):
+                losses += self._run_schedule(data, forward_only=True)
         for chunk in self.state.model:
             chunk.train()
         loss = mean_loss(losses)
