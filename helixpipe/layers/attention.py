@@ -14,6 +14,7 @@ import torch
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 aten = torch.ops.aten
 
@@ -45,21 +46,33 @@ class AttentionBackend(Protocol):
 
 
 class AtenCpu:
-    """PyTorch's blocked attention for CPUs; float64, float32 and bfloat16, grouped heads included."""
+    """PyTorch's blocked attention for CPUs; float64, float32 and bfloat16."""
+
+    # Seen to take grouped heads on 2.13; on 2.6 the kernel reads past the end of key and value.
+    TAKES_GROUPS = torch.__version__ >= TorchVersion("2.13")
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> ForwardResult:
         """See :class:`AttentionBackend`."""
+        groups = self._groups_to_repeat(query, key)
         return ForwardResult(
-            *aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True, scale=scale)
+            *aten._scaled_dot_product_flash_attention_for_cpu(
+                query, _repeat(key, groups), _repeat(value, groups), 0.0, True, scale=scale
+            )
         )
 
     def backward(
         self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, result: ForwardResult, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :class:`AttentionBackend`."""
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, query, key, value, result.output, result.log_sum_exp, 0.0, True, scale=scale
-        )
+        groups = self._groups_to_repeat(query, key)
+        grad_query, grad_key, grad_value = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, query, _repeat(key, groups), _repeat(value, groups),
+            result.output, result.log_sum_exp, 0.0, True, scale=scale,
+        )  # fmt: skip
+        return grad_query, _sum_groups(grad_key, groups), _sum_groups(grad_value, groups)
+
+    def _groups_to_repeat(self, query: Tensor, key: Tensor) -> int:
+        return 1 if self.TAKES_GROUPS else query.shape[1] // key.shape[1]
 
 
 class AtenFlash:
