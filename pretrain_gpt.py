@@ -35,8 +35,9 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> tuple[Tensor
     return tuple(batch[name].cuda(non_blocking=True) for name in names)
 
 
-def loss_func(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def loss_func(loss_mask: Tensor | None, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Summed loss, number of tokens, and both for the log."""
+    assert loss_mask is not None, "the loss is computed where the data is read"
     mask = loss_mask.view(-1).float()
     total = torch.sum(losses.float().view(-1) * mask)
     tokens = mask.sum()

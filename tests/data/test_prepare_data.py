@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
-from megatron.training.data import corpus, prefix
+from megatron.training.data import corpus, prefix, staging
 from megatron.training.data.corpus import PreparationOptions, prepare_dataset
 from megatron.training.data.prefix import (
     END_OF_DOCUMENT,
@@ -290,13 +290,13 @@ def test_failed_rename_leaves_no_index(copy, tmp_path, monkeypatch, failing):
 def test_dataset_that_appears_meanwhile_is_refused(tmp_path, monkeypatch):
     source = write_jsonl(tmp_path / "in.jsonl", ["new"])
     paths = dataset_paths(tmp_path / "set")
-    sync = corpus._sync
+    sync = staging._sync
 
     def sync_and_collide(path):
         sync(path)
         Path(paths.idx).write_text("of another run")
 
-    monkeypatch.setattr(corpus, "_sync", sync_and_collide)
+    monkeypatch.setattr(staging, "_sync", sync_and_collide)
     with pytest.raises(ValueError, match="exists already"):
         prepare([source], tmp_path / "set", tokenizer="byte")
     assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "set.idx"]

@@ -9,25 +9,19 @@ import contextlib
 import fnmatch
 import glob
 import json
-import multiprocessing
 import os
-import secrets
-import signal
 import tempfile
-import threading
 import time
 import warnings
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
+from megatron.training.data.encoding import Chunk, Encoders
 from megatron.training.data.prefix import (
     END_OF_DOCUMENT,
     DatasetPaths,
@@ -37,16 +31,13 @@ from megatron.training.data.prefix import (
     vocabulary_size,
     without_suffix,
 )
+from megatron.training.data.staging import Staging, refuse_existing
 
 DEFAULT_VOCAB_SIZE = 4096
 SMALLEST_BPE_VOCABULARY = 257
 
 _JSON_SUFFIXES = (".jsonl", ".json")
 _CHUNK_BYTES = 1 << 18
-# Chunks read ahead of the one to be written next, per worker: enough to keep all of them busy
-# behind one slow chunk, and a bound on memory.
-_CHUNKS_AHEAD = 4
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -118,18 +109,6 @@ class Document(NamedTuple):
     input_bytes: int
 
 
-class _Chunk(NamedTuple):
-    texts: list[str]
-    input_bytes: int
-
-
-class _EncodedChunk(NamedTuple):
-    tokens: np.ndarray
-    lengths: list[int]
-    empty: int
-    short: int
-
-
 def prepare_dataset(options: PreparationOptions) -> PreparationSummary:
     """Write a dataset.
 
@@ -150,7 +129,7 @@ def prepare_dataset(options: PreparationOptions) -> PreparationSummary:
         tokenizer_json = _make_tokenizer(options, sources, undecodable)
     tokenizer = Tokenizer.from_str(tokenizer_json)
 
-    with _Staging(paths, options.overwrite) as staging:
+    with Staging(paths, options.overwrite) as staging:
         try:
             with open(staging.temporary.tokenizer, "w", encoding="utf-8") as stream:
                 stream.write(tokenizer_json)
@@ -321,15 +300,7 @@ def _check_options(options: PreparationOptions) -> None:
     if options.min_document_tokens < 1:
         raise ValueError(f"--min-document-tokens is {options.min_document_tokens}: give 1 or more")
     if not options.overwrite:
-        _refuse_existing(dataset_paths(prefix))
-
-
-def _refuse_existing(paths: DatasetPaths) -> None:
-    for path in paths:
-        if os.path.lexists(path):
-            raise ValueError(
-                f"{path} exists already: give --overwrite to replace the dataset, or another --output-prefix"
-            )
+        refuse_existing(dataset_paths(prefix))
 
 
 def _make_folder(paths: DatasetPaths) -> None:
@@ -458,7 +429,7 @@ def _write_tokens(
     dtype = dtype_class.optimal_dtype(vocabulary_size(tokenizer))
     empty = short = 0
     chunks = _split_chunks(read_documents(sources, options.json_key, undecodable))
-    encoders = _Encoders(options.workers, tokenizer_json, dtype, options.min_document_tokens)
+    encoders = Encoders(options.workers, tokenizer_json, dtype, options.min_document_tokens)
     builder = builder_class(temporary.bin, dtype=dtype)
     try:
         with encoders, _progress_bar(options, sources, "encoding") as bar:
@@ -491,203 +462,14 @@ def _import_megatron() -> tuple[Any, Any, Any]:
     return IndexedDatasetBuilder, DType, torch
 
 
-def _split_chunks(documents: Iterable[Document]) -> Iterator[_Chunk]:
+def _split_chunks(documents: Iterable[Document]) -> Iterator[Chunk]:
     texts: list[str] = []
     size = 0
     for document in documents:
         texts.append(document.text)
         size += document.input_bytes
         if size >= _CHUNK_BYTES:
-            yield _Chunk(texts, size)
+            yield Chunk(texts, size)
             texts, size = [], 0
     if texts:
-        yield _Chunk(texts, size)
-
-
-class _Encoders:
-    """Encoding processes that give back chunks in the order in which they were read.
-
-    Each process has a pipe of its own. The queues of multiprocessing.Pool are guarded by shared
-    locks: a worker killed by the system while it holds one would leave the parent waiting for ever.
-    """
-
-    def __init__(self, workers: int, tokenizer_json: str, dtype: type[np.generic], min_tokens: int) -> None:
-        self._arguments = (tokenizer_json, np.dtype(dtype).name, min_tokens)
-        self._workers = workers
-        self._processes: dict[Connection, BaseProcess] = {}
-
-    def __enter__(self) -> "_Encoders":
-        # Spawned, not forked: the tokenizer's threads would be lost in a fork.
-        context = multiprocessing.get_context("spawn")
-        # Blocked in the children for good: Ctrl-C reaches the whole process group, and it is the
-        # parent that stops them.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            for _ in range(self._workers):
-                ours, theirs = context.Pipe()
-                process = context.Process(target=_encode_chunks, args=(theirs, *self._arguments), daemon=True)
-                process.start()
-                theirs.close()
-                self._processes[ours] = process
-        except BaseException:
-            self.__exit__()
-            raise
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for connection, process in self._processes.items():
-            connection.close()
-            process.terminate()
-        for process in self._processes.values():
-            process.join()
-
-    def encode(self, chunks: Iterator[_Chunk]) -> Iterator[tuple[_EncodedChunk, int]]:
-        """Yield each chunk encoded, with its input bytes."""
-        limit = _CHUNKS_AHEAD * len(self._processes)
-        idle = list(self._processes)
-        busy: dict[Connection, int] = {}
-        sizes: deque[int] = deque()
-        encoded: dict[int, _EncodedChunk] = {}
-        sent = done = 0
-        more = True
-        while more or busy or encoded:
-            while more and idle and sent - done < limit:
-                chunk = next(chunks, None)
-                if chunk is None:
-                    more = False
-                    break
-                connection = idle.pop()
-                self._exchange(connection, chunk)
-                busy[connection] = sent
-                sizes.append(chunk.input_bytes)
-                sent += 1
-            while done in encoded:
-                yield encoded.pop(done), sizes.popleft()
-                done += 1
-            # Nothing is busy if the limit had held all processes back until now.
-            for ready in wait(list(busy)) if busy else ():
-                assert isinstance(ready, Connection)
-                encoded[busy.pop(ready)] = self._exchange(ready)
-                idle.append(ready)
-
-    def _exchange(self, connection: Connection, chunk: _Chunk | None = None) -> Any:
-        """Send a chunk, or receive an encoded one."""
-        try:
-            if chunk is not None:
-                return connection.send(chunk)
-            reply = connection.recv()
-        except (EOFError, ConnectionError) as error:
-            process = self._processes[connection]
-            process.join()
-            raise RuntimeError(
-                f"an encoding process died with exit code {process.exitcode}: if memory ran out, "
-                "give fewer --workers or shorter documents"
-            ) from error
-        if isinstance(reply, Exception):
-            raise reply
-        return reply
-
-
-def _encode_chunks(connection: Connection, tokenizer_json: str, dtype: str, min_tokens: int) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    tokenizer = Tokenizer.from_str(tokenizer_json)
-    # "<|endoftext|>" in a text is text; the token itself marks ends of documents alone.
-    tokenizer.encode_special_tokens = True
-    # A tokenizer file may carry these settings; a document is written whole.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    # The parent closes the pipe, or dies.
-    with contextlib.suppress(EOFError, ConnectionError):
-        while True:
-            chunk: _Chunk = connection.recv()
-            try:
-                reply: object = _encode(tokenizer, chunk.texts, dtype, min_tokens)
-            except Exception as error:  # the library raises plain Exception
-                reason = " ".join(str(error).split())
-                reply = ValueError(f"the tokenizer cannot encode a document: {reason}")
-            connection.send(reply)
-
-
-def _encode(tokenizer: Tokenizer, texts: list[str], dtype: str, min_tokens: int) -> _EncodedChunk:
-    end = end_of_document_id(tokenizer)
-    documents = []
-    empty = short = 0
-    for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
-        ids = encoding.ids
-        if not ids:
-            empty += 1
-        elif len(ids) < min_tokens:
-            short += 1
-        else:
-            ids.append(end)
-            documents.append(np.array(ids, dtype=dtype))
-    tokens = np.concatenate(documents) if documents else np.empty(0, dtype=dtype)
-    return _EncodedChunk(tokens, [len(document) for document in documents], empty, short)
-
-
-class _Staging:
-    """Holds the three files under temporary names; on exit removes those not published."""
-
-    def __init__(self, paths: DatasetPaths, overwrite: bool) -> None:
-        # Unique, so that two runs at one prefix do not write into one file.
-        mark = secrets.token_hex(4)
-        self.temporary = DatasetPaths(*(f"{path}.tmp-{mark}" for path in paths))
-        self._paths = paths
-        self._overwrite = overwrite
-
-    def __enter__(self) -> "_Staging":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        with _signals_deferred():
-            for path in self.temporary:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
-
-    def publish(self) -> None:
-        """Give the files their names; without .idx the others are no dataset."""
-        for path in self.temporary:
-            _sync(path)
-        folder = os.path.dirname(self._paths.idx) or "."
-        with _signals_deferred():
-            if self._overwrite:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self._paths.idx)
-                _sync(folder)
-            else:
-                _refuse_existing(self._paths)
-            os.replace(self.temporary.bin, self._paths.bin)
-            os.replace(self.temporary.tokenizer, self._paths.tokenizer)
-            # A crash of the machine must not find .idx on the disk and the others not.
-            _sync(folder)
-            os.replace(self.temporary.idx, self._paths.idx)
-            _sync(folder)
-
-
-def _sync(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _signals_deferred() -> Iterator[None]:
-    """Let a stop signal wait for the end of the block."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python runs signal handlers in the main thread alone
-        return
-    received: list[int] = []
-    handlers = {
-        number: signal.signal(number, lambda number, _: received.append(number)) for number in _STOP_SIGNALS
-    }
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-    for deferred in received[:1]:
-        signal.raise_signal(deferred)
+        yield Chunk(texts, size)
