@@ -56,7 +56,7 @@ def build_iterators(
         consumed_samples: training sequences already seen, over all data-parallel ranks.
 
     Raises:
-        ValueError: the validation split is empty although evaluation is asked for.
+        ValueError: a split that is needed holds no document.
     """
     evaluations = args.train_iters // args.eval_interval + 1
     samples = [args.train_iters * args.global_batch_size, 0, 0]
@@ -67,15 +67,13 @@ def build_iterators(
     ).build()
     if not needs_data(args.pipeline_schedule):
         return None, None
-    if args.eval_iters and valid is None:
-        raise ValueError(f"--split {args.split} leaves no document for validation; give it more weight")
     train_batches = _batches(args, train, consumed_samples)
     return train_batches, _batches(args, valid, 0) if args.eval_iters else None
 
 
 def _dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
     cache = args.data_cache_path or Path(args.data_path).parent / "cache"
-    return GPTDatasetConfig(
+    config = GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=([str(args.data_path)], None),
@@ -87,6 +85,22 @@ def _dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=False,
     )
+    # Only what is used is built: from a split without documents Megatron draws samples for ever.
+    needed = ["training", "validation"] if args.eval_iters else ["training"]
+    config.split_matrix[len(needed) :] = [None] * (3 - len(needed))
+    for name, bounds in zip(needed, config.split_matrix, strict=False):
+        if bounds is None or not _documents_in(bounds, args.dataset):
+            raise ValueError(
+                f"--split {args.split} leaves none of the {args.dataset.num_documents} documents for {name}; "
+                "give it more weight, or prepare more documents"
+            )
+    return config
+
+
+def _documents_in(bounds: tuple[float, float], info: DatasetInfo) -> int:
+    """How many documents fall into a split, with Megatron's rounding."""
+    first, last = (round(bound * float(info.num_documents)) for bound in bounds)
+    return last - first
 
 
 def _batches(args: argparse.Namespace, dataset: GPTDataset, consumed_samples: int) -> Iterator[Batch]:
