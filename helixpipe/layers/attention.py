@@ -208,6 +208,8 @@ class FlashCoreAttention(MegatronModule):
             raise ValueError(f"attention dropout ({dropout}) is not supported; use --attention-dropout 0")
         if attn_mask_type is not AttnMaskType.causal or attention_type != "self":
             raise ValueError("only causal self-attention is supported")
+        if config.softmax_type != "vanilla":
+            raise ValueError(f"the softmax variant {config.softmax_type!r} is not supported")
         if config.window_size is not None:
             raise ValueError("sliding-window attention is not supported")
         if config.apply_query_key_layer_scaling:

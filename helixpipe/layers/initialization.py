@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,6 +39,24 @@ def canonical_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn
         yield name, parameter
 
 
+@contextmanager
+def deferred_initialization(config: TransformerConfig) -> Iterator[None]:
+    """Build a model without drawing its weights, which :func:`initialize_weights` does afterwards.
+
+    Megatron's own switch for this, ``perform_initialization``, also leaves out the marks that tell which
+    parameters are split over tensor-parallel ranks.
+    """
+    names = ("init_method", "output_layer_init_method", "embedding_init_method")
+    methods = {name: getattr(config, name) for name in names}
+    for name in names:
+        setattr(config, name, lambda weight: weight)
+    try:
+        yield
+    finally:
+        for name, method in methods.items():
+            setattr(config, name, method)
+
+
 @torch.no_grad()
 def initialize_weights(model: torch.nn.Module, config: TransformerConfig, seed: int) -> None:
     """Draw every weight matrix of ``model`` anew and set biases to zero.
@@ -60,7 +79,8 @@ def initialize_weights(model: torch.nn.Module, config: TransformerConfig, seed: 
             initialize = config.embedding_init_method
         whole = torch.empty(_whole_shape(parameter), dtype=torch.float32, device="cpu")
         with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(zlib.crc32(name.encode()) ^ (seed << 32))
+            # One number from both: torch's CPU generator uses only 32 bits of its seed.
+            torch.random.default_generator.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             initialize(whole)
         parameter.copy_(_shard(whole, parameter))
 

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
@@ -80,7 +80,10 @@ class SegmentedDecoder(MegatronModule):
             state.update(layer_state)
         if self.final_layernorm is not None:
             norm_prefix = f"{prefix}final_layernorm."
-            state.update(sharded_state_dict_default(self.final_layernorm, norm_prefix, (), metadata))
+            group = parallel_state.get_tensor_model_parallel_group()
+            state.update(
+                sharded_state_dict_default(self.final_layernorm, norm_prefix, (), metadata, tp_group=group)
+            )
         return state
 
 

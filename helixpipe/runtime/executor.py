@@ -35,11 +35,12 @@ class Segments(Protocol):
 class _Saved(NamedTuple):
     """What a forward keeps: its input leaves, and where the gradients of its outputs enter the graph.
 
-    Edges stand for the outputs, whose data may be freed once they are sent.
+    Edges stand for the outputs, whose data may be freed once they are sent; None for an output that needs
+    no gradient.
     """
 
     inputs: Tensors
-    outputs: tuple[GradientEdge, ...]
+    outputs: tuple[GradientEdge | None, ...]
 
 
 class _Incoming(NamedTuple):
@@ -131,17 +132,20 @@ class Executor:
             inputs = tuple(tensor.detach().requires_grad_(differentiate) for tensor in inputs)
             outputs = self.segments.forward(operation.segment, operation.micro_batch, inputs)
         if differentiate:
-            edges = tuple(get_gradient_edge(output) for output in outputs)
+            edges = tuple(get_gradient_edge(output) if output.requires_grad else None for output in outputs)
             self.store.put((operation.segment, operation.micro_batch), _Saved(inputs, edges))
         if operation.segment + 1 < self.plan.num_segments:
             self._results[operation] = tuple(output.detach() for output in outputs)
 
     def _backward(self, operation: Operation) -> None:
-        grads = self._take_input(operation)
+        # The loss is a scalar and starts the backward pass with a gradient of one.
+        grads = self._take_input(operation) or (torch.ones((), device=self.device),)
         saved = self.store.take((operation.segment, operation.micro_batch))
         with self.trace.compute(operation), self._backward_context(operation):
-            # The loss is a scalar and starts the backward pass with a gradient of one.
-            torch.autograd.backward(saved.outputs, grads or (torch.ones((), device=self.device),))
+            needed = [(e, g) for e, g in zip(saved.outputs, grads, strict=True) if e is not None]
+            if needed:
+                edges, grads = zip(*needed, strict=True)
+                torch.autograd.backward(edges, grads)
         if operation.segment > 0:
             self._results[operation] = tuple(
                 torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in saved.inputs

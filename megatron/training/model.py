@@ -19,7 +19,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
-from helixpipe.layers.initialization import initialize_weights
+from helixpipe.layers.initialization import deferred_initialization, initialize_weights
 from helixpipe.layers.segmented_gpt import SegmentedGPTModel
 from helixpipe.layers.spec import block_spec, default_implementation
 from helixpipe.megatron_adapter.schedule import owned_segments
@@ -58,6 +58,10 @@ def build_config(args: argparse.Namespace) -> TransformerConfig:
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=args.virtual_stages,
+        # As Megatron sets them. Batched messages between two ranks that are both next and previous to each
+        # other would arrive swapped, without an error.
+        overlap_p2p_comm=args.virtual_stages is not None,
+        batch_p2p_comm=args.virtual_stages is None,
         sequence_parallel=args.sequence_parallel,
         params_dtype=args.params_dtype,
         pipeline_dtype=args.params_dtype,
@@ -67,8 +71,6 @@ def build_config(args: argparse.Namespace) -> TransformerConfig:
         recompute_method=args.recompute_method,
         recompute_num_layers=args.recompute_num_layers,
         recompute_modules=args.recompute_modules,
-        # Weights are drawn by initialize_weights, the same under every layout.
-        perform_initialization=False,
         use_cpu_initialization=True,
         bias_dropout_fusion=fuse,
         bias_activation_fusion=fuse and (args.swiglu or args.add_bias_linear),
@@ -81,7 +83,9 @@ def build_config(args: argparse.Namespace) -> TransformerConfig:
 def build_training_state(args: argparse.Namespace) -> TrainingState:
     """Model chunks, wrapped for mixed precision and data parallelism, with optimizer and scheduler."""
     config = build_config(args)
-    chunks = [_wrap(args, config, chunk, index) for index, chunk in enumerate(_build_chunks(args, config))]
+    with deferred_initialization(config):
+        models = _build_chunks(args, config)
+    chunks = [_wrap(args, config, model, index) for index, model in enumerate(models)]
     if args.overlap_grad_reduce:
         holds = [chunk.no_sync for chunk in chunks]
         config.no_sync_func = holds[0] if len(holds) == 1 else holds

@@ -26,7 +26,11 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # n
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
 
-from helixpipe.layers.initialization import canonical_parameters, initialize_weights  # noqa: E402
+from helixpipe.layers.initialization import (  # noqa: E402
+    canonical_parameters,
+    deferred_initialization,
+    initialize_weights,
+)
 from helixpipe.layers.segmented_gpt import SegmentedGPTModel  # noqa: E402
 from helixpipe.layers.spec import LOCAL, block_spec  # noqa: E402
 from helixpipe.megatron_adapter.forward_backward import HelixForwardBackward  # noqa: E402
@@ -107,7 +111,6 @@ def make_config(case: Case) -> TransformerConfig:
         bf16=case.dtype is torch.bfloat16,
         calculate_per_token_loss=case.per_token_loss,
         use_cpu_initialization=True,
-        perform_initialization=False,
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
         gradient_accumulation_fusion=False,
@@ -131,13 +134,14 @@ def _model_arguments(case: Case) -> dict[str, Any]:
 def build_reference(case: Case) -> torch.nn.Module:
     """Megatron's GPTModel for this rank's stage, with the same core attention, wrapped for training."""
     config = make_config(case)
-    model = GPTModel(
-        config,
-        block_spec(config, LOCAL),
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        **_model_arguments(case),
-    )
+    with deferred_initialization(config):
+        model = GPTModel(
+            config,
+            block_spec(config, LOCAL),
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            **_model_arguments(case),
+        )
     return _wrap(case, config, model)
 
 
@@ -146,7 +150,9 @@ def build_helix(case: Case) -> torch.nn.Module:
     config = make_config(case)
     rank = parallel_state.get_pipeline_model_parallel_rank()
     owned = [2 * layer for layer in range(case.num_layers + 1) if layer % case.pp == rank]
-    return _wrap(case, config, SegmentedGPTModel(config, LOCAL, owned, **_model_arguments(case)))
+    with deferred_initialization(config):
+        model = SegmentedGPTModel(config, LOCAL, owned, **_model_arguments(case))
+    return _wrap(case, config, model)
 
 
 def _wrap(case: Case, config: TransformerConfig, model: torch.nn.Module) -> torch.nn.Module:
