@@ -69,7 +69,8 @@ class SegmentedDecoder(MegatronModule):
     ) -> dict[str, Any]:
         """Megatron's checkpoint names: layers are stacked along a first axis of length L, or numbered."""
         assert not sharded_offsets
-        numbered = bool(metadata and metadata.get("non_homogeneous_layers"))
+        asked = metadata or {}
+        numbered = bool(asked.get("non_homogeneous_layers") or asked.get("singleton_local_shards"))
         state: dict[str, Any] = {}
         layers: dict[str, Any] = dict(self.layers.items())
         for number, layer in layers.items():
@@ -340,6 +341,7 @@ def check_supported(config: TransformerConfig, position_embedding_type: str) -> 
         "fused QKV rotary positions": config.fused_single_qkv_rope,
         "layers without rotary positions": bool(config.no_rope_freq),
         "fp32 residual connections": config.fp32_residual_connection,
+        "softmax variants": config.softmax_type != "vanilla",
         "CPU offloading": config.cpu_offloading,
         "CUDA graphs": config.cuda_graph_impl != "none",
         f"position embedding {position_embedding_type!r}": position_embedding_type

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -34,17 +34,26 @@ class ModelCall:
     labels: Tensor | None
 
 
+def _refuse(*operands: Any) -> NoReturn:
+    raise ValueError(
+        "the forward step computed with the model's output; under helix the output is computed later, "
+        "so hand it on untouched and compute in the loss function"
+    )
+
+
 class PendingOutput:
     """Placeholder for the model's output, which does not exist yet when the forward step returns."""
 
     def __init__(self, call: ModelCall) -> None:
         self.call = call
 
-    def __getattr__(self, name: str) -> Any:
-        raise ValueError(
-            f"the forward step used .{name} of the model's output; under helix the output is computed "
-            "later, so hand it on untouched and compute in the loss function"
-        )
+    def __getattr__(self, name: str) -> NoReturn:
+        _refuse(self, name)
+
+    # Python looks operators up on the class, past __getattr__; torch asks for its own hook.
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
+    __matmul__ = __rmatmul__ = __pow__ = __neg__ = __getitem__ = __len__ = __iter__ = __float__ = _refuse
+    __torch_function__ = classmethod(_refuse)
 
 
 class StandInModel:
