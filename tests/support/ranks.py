@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 import traceback
@@ -16,6 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# The server is a fresh interpreter that knows only this variable, not pytest's changes of sys.path; what it
+# fails to import is imported again by every rank.
+os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["models"])
 

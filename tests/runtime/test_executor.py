@@ -1,0 +1,361 @@
+"""The executor on toy segments: ranks are threads, the reference is one plain autograd graph."""
+
+from bisect import bisect_left
+from collections import deque
+from contextlib import contextmanager
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from threads import run_on_threads
+from torch.multiprocessing.reductions import StorageWeakRef
+from toy_segments import (
+    TIMEOUT_S,
+    RendezvousFabric,
+    ToySegments,
+    collect,
+    make_executor,
+    run_whole,
+)
+
+from helixpipe.plan import Kind, Operation, ScheduleRequest, build_plan
+from helixpipe.plan.memory import peak_activations
+from helixpipe.runtime.communicator import InMemoryFabric
+from helixpipe.runtime.executor import Executor, _posting_horizon
+
+
+def plan_of(schedule, p, layers, m, **options):
+    wanted = ScheduleRequest(num_ranks=p, num_layers=layers, num_microbatches=m, **options)
+    return build_plan(schedule, wanted)
+
+
+PLANS = [
+    *(plan_of("gpipe", p, p, m) for p, m in ((1, 1), (2, 3), (4, 5))),
+    *(plan_of("1f1b", p, p, m) for p, m in ((1, 3), (2, 1), (2, 5), (3, 4), (4, 8))),
+    *(
+        plan_of("interleaved", p, p * v, p * rounds, virtual_stages=v)
+        for p, v, rounds in ((1, 2, 2), (2, 2, 1), (2, 3, 2), (4, 2, 2))
+    ),
+    *(
+        plan_of("helix", p, p if p > 2 else 2 * p, p * fold * rounds, num_fold=fold)
+        for p in (1, 2, 3, 4)
+        for fold in (1, 2)
+        for rounds in (1, 2)
+    ),
+]
+NAMES = [f"{p.schedule}-p{p.num_ranks}-s{p.num_segments}-m{p.num_microbatches}" for p in PLANS]
+HELIX = plan_of("helix", 3, 3, 6)
+every_plan = pytest.mark.parametrize("plan", PLANS, ids=NAMES)
+one_of_each = pytest.mark.parametrize(
+    "plan", [PLANS[2], PLANS[6], PLANS[10], HELIX], ids=lambda p: p.schedule
+)
+
+
+class Ranks:
+    """The executors of all ranks of a plan, each with segments of its own."""
+
+    def __init__(self, plan, make=None, fabric=None, executor=make_executor, **options):
+        self.plan = plan
+        self.fabric = fabric or InMemoryFabric(plan.num_ranks, TIMEOUT_S)
+        make = make or partial(ToySegments, plan.num_segments)
+        self.segments = [make() for _ in range(plan.num_ranks)]
+        self.executors = [
+            executor(plan, segments, self.fabric.communicator(rank), **options)
+            for rank, segments in enumerate(self.segments)
+        ]
+
+    def run(self):
+        run_on_threads(self.plan.num_ranks, lambda rank: self.executors[rank].run())
+        return collect(self.segments)
+
+
+def assert_same(found, expected, times=1):
+    """Losses to the last bit; gradients but for the order in which micro batches are added."""
+    assert found.losses == expected.losses
+    for gradient, wanted in zip(found.gradients, expected.gradients, strict=True):
+        assert wanted.norm() > 1e-6
+        torch.testing.assert_close(gradient, times * wanted, rtol=1e-11, atol=1e-13)
+
+
+@every_plan
+def test_any_plan_gives_the_losses_and_gradients_of_one_graph(plan):
+    expected = run_whole(partial(ToySegments, plan.num_segments), plan.num_microbatches)
+    ranks = Ranks(plan)
+    assert_same(ranks.run(), expected)
+    for rank, executor in enumerate(ranks.executors):
+        assert tuple(executor.trace.operations) == plan.orders[rank]
+        computed = tuple(op for op in plan.orders[rank] if op.kind.is_compute)
+        assert tuple(span.operation for span in executor.trace.spans()) == computed
+        assert executor.store.peak == peak_activations(plan)[rank]
+        assert len(executor.store) == 0
+        for left in (executor._results, executor._incoming, executor._outgoing):
+            assert not left
+    ranks.fabric.assert_empty()
+
+
+@one_of_each
+def test_iterations_add_up(plan):
+    expected = run_whole(partial(ToySegments, plan.num_segments), plan.num_microbatches)
+    ranks = Ranks(plan)
+    ranks.run()
+    assert_same(ranks.run(), expected, times=2)
+    for rank, executor in enumerate(ranks.executors):
+        assert tuple(executor.trace.operations) == plan.orders[rank]
+
+
+@every_plan
+def test_evaluation_gives_the_same_losses_and_keeps_nothing(plan):
+    expected = run_whole(partial(ToySegments, plan.num_segments), plan.num_microbatches)
+    ranks = Ranks(plan.forward_only())
+    for _ in range(2):
+        found = ranks.run()
+        assert found.losses == expected.losses
+    assert all(weight.grad is None for segments in ranks.segments for weight in segments.weights)
+    for rank, executor in enumerate(ranks.executors):
+        assert tuple(executor.trace.operations) == plan.forward_only().orders[rank]
+        assert executor.store.peak == 0
+    ranks.fabric.assert_empty()
+
+
+def test_evaluation_builds_no_graph():
+    class Watchful(ToySegments):
+        def forward(self, segment, micro_batch, inputs):
+            assert not any(tensor.requires_grad for tensor in inputs)
+            outputs = super().forward(segment, micro_batch, inputs)
+            assert not any(tensor.requires_grad for tensor in outputs)
+            return outputs
+
+    Ranks(HELIX.forward_only(), partial(Watchful, HELIX.num_segments)).run()
+
+
+@one_of_each
+def test_the_gradient_of_an_unused_input_is_zero(plan):
+    make = partial(ToySegments, plan.num_segments, deaf={0, 1, plan.num_segments - 1})
+    assert_same(Ranks(plan, make).run(), run_whole(make, plan.num_microbatches))
+
+
+@pytest.mark.parametrize("plan", [PLANS[2], HELIX], ids=["gpipe", "helix"])
+def test_an_output_may_need_no_gradient(plan):
+    make = partial(ToySegments, plan.num_segments, frozen={0, 1, plan.num_segments - 1})
+    assert_same(Ranks(plan, make).run(), run_whole(make, plan.num_microbatches))
+
+
+@pytest.mark.parametrize("plan", [PLANS[2], HELIX], ids=["gpipe", "helix"])
+def test_a_segment_may_have_nothing_to_train(plan):
+    """A frozen embedding: nothing that segment 0 returns needs a gradient."""
+
+    def make():
+        segments = ToySegments(plan.num_segments)
+        segments.weights[0].requires_grad_(False)
+        return segments
+
+    found = Ranks(plan, make).run()
+    expected = run_whole(make, plan.num_microbatches)
+    assert found.losses == expected.losses
+    assert not found.gradients[0].any()
+    for gradient, wanted in zip(found.gradients[1:], expected.gradients[1:], strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-11, atol=1e-13)
+
+
+@one_of_each
+def test_posting_receives_earlier_changes_nothing(plan):
+    runs = [Ranks(plan, receive_ahead=ahead).run() for ahead in (0, 1, 4, 100)]
+    for run in runs[1:]:
+        assert run.losses == runs[0].losses
+        assert all(torch.equal(a, b) for a, b in zip(run.gradients, runs[0].gradients, strict=True))
+
+
+@st.composite
+def orders(draw):
+    p, rounds = draw(st.integers(1, 4)), draw(st.integers(1, 2))
+    schedule = draw(st.sampled_from(["gpipe", "1f1b", "interleaved", "helix"]))
+    if schedule == "helix":
+        fold = draw(st.integers(1, 3))
+        plan = plan_of("helix", p, p, p * fold * rounds, num_fold=fold)
+    else:
+        plan = plan_of(schedule, p, 2 * p, p * rounds)
+    return plan.orders[draw(st.integers(0, p - 1))]
+
+
+@settings(max_examples=100, deadline=None)
+@given(orders(), st.integers(0, 12))
+def test_receives_are_posted_as_far_ahead_as_asked(order, ahead):
+    horizons = _posting_horizon(order, ahead)
+    receives = [index for index, op in enumerate(order) if op.kind.is_receive]
+    assert horizons == sorted(horizons)
+    for index, horizon in enumerate(horizons):
+        # Its own position at the latest, or it could never arrive.
+        assert horizon >= bisect_left(receives, index + 1)
+        for number, receive in enumerate(receives):
+            between = sum(op.kind.is_compute for op in order[index:receive])
+            assert (number < horizon) == (between <= ahead)
+
+
+class RecordingCommunicator:
+    """Counts what a rank has sent and not yet waited for, and remembers every tag."""
+
+    def __init__(self, inner):
+        self.inner, self.rank, self.size = inner, inner.rank, inner.size
+        self.unfinished = deque()
+        self.most_unfinished = 0
+        self.sent, self.received = [], []
+
+    def send(self, buffer, peer, tag):
+        handle = self.inner.send(buffer, peer, tag)
+        self.sent.append((self.rank, peer, tag))
+        self.unfinished.append(handle)
+        self.most_unfinished = max(self.most_unfinished, len(self.unfinished))
+        return OldestFirst(handle, self.unfinished)
+
+    def receive(self, buffer, peer, tag):
+        self.received.append((peer, self.rank, tag))
+        return self.inner.receive(buffer, peer, tag)
+
+
+class OldestFirst:
+    def __init__(self, handle, unfinished):
+        self.handle, self.unfinished = handle, unfinished
+
+    def wait(self):
+        assert self.unfinished.popleft() is self.handle
+        self.handle.wait()
+
+
+def recorded(plan):
+    recorders = []
+
+    def record(plan, segments, communicator):
+        recorders.append(RecordingCommunicator(communicator))
+        return make_executor(plan, segments, recorders[-1])
+
+    Ranks(plan, executor=record).run()
+    return recorders
+
+
+def test_unfinished_sends_are_bounded_and_all_waited_for():
+    recorders = recorded(plan_of("gpipe", 2, 2, 40))
+    assert [recorder.most_unfinished for recorder in recorders] == [Executor.MAX_UNFINISHED_SENDS + 1] * 2
+    assert not any(recorder.unfinished for recorder in recorders)
+
+
+@every_plan
+def test_every_message_has_a_tag_of_its_own_at_both_ends(plan):
+    recorders = recorded(plan)
+    sent = [key for recorder in recorders for key in recorder.sent]
+    assert sorted(sent) == sorted(key for recorder in recorders for key in recorder.received)
+    assert len({tag for _, _, tag in sent}) == len(sent)
+
+
+@every_plan
+@pytest.mark.parametrize("ahead", [0, 4])
+def test_no_plan_blocks_when_every_send_waits_for_its_receive(plan, ahead):
+    def patient(plan, segments, communicator):
+        executor = make_executor(plan, segments, communicator, receive_ahead=ahead)
+        executor.MAX_UNFINISHED_SENDS = 0
+        return executor
+
+    expected = run_whole(partial(ToySegments, plan.num_segments), plan.num_microbatches)
+    ranks = Ranks(plan, fabric=RendezvousFabric(plan.num_ranks), executor=patient)
+    assert_same(ranks.run(), expected)
+
+
+class WatchedOutputs(ToySegments):
+    """Before each forward, whatever segment 0 has returned must be gone; ``hold`` keeps it on purpose."""
+
+    def __init__(self, num_segments, hold):
+        super().__init__(num_segments)
+        self.hold = hold
+        self.returned, self.held = [], []
+
+    def forward(self, segment, micro_batch, inputs):
+        assert all(reference.expired() for reference in self.returned), "outputs are still held"
+        # tanh's graph needs its output; that of an addition does not.
+        outputs = tuple(output + 1 for output in super().forward(segment, micro_batch, inputs))
+        if segment == 0:
+            self.returned += [StorageWeakRef(output.untyped_storage()) for output in outputs]
+        if self.hold:
+            self.held.append(outputs)
+        return outputs
+
+
+@pytest.mark.parametrize("forward_only", [False, True])
+def test_the_data_of_an_output_is_freed_once_it_is_sent(forward_only):
+    plan = plan_of("gpipe", 2, 2, 3)
+    plan = plan.forward_only() if forward_only else plan
+    Ranks(plan, partial(WatchedOutputs, 2, hold=False)).run()
+    with pytest.raises(AssertionError, match="still held"):
+        Ranks(plan, partial(WatchedOutputs, 2, hold=True), InMemoryFabric(2, timeout_s=0.2)).run()
+
+
+def test_backward_context_surrounds_each_backward_and_nothing_else():
+    entered, inside, computed = [], [], []
+
+    class Watched(ToySegments):
+        def __init__(self, num_segments):
+            super().__init__(num_segments)
+            for weight in self.weights:
+                weight.register_hook(lambda grad: computed.append(list(inside)))
+
+        def forward(self, segment, micro_batch, inputs):
+            assert not inside
+            return super().forward(segment, micro_batch, inputs)
+
+    @contextmanager
+    def context(operation):
+        entered.append(operation)
+        inside.append(operation)
+        yield
+        inside.remove(operation)
+
+    plan = plan_of("helix", 1, 2, 4)
+    Ranks(plan, partial(Watched, plan.num_segments), backward_context=context).run()
+    backwards = [op for op in plan.orders[0] if op.kind is Kind.B]
+    assert entered == backwards
+    assert computed == [[op] for op in backwards]
+
+
+@pytest.mark.parametrize("plan", [plan_of("1f1b", 1, 1, 2), HELIX], ids=["one rank", "three ranks"])
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_an_error_inside_a_segment_reaches_the_caller(plan, where):
+    class Failing(ToySegments):
+        def forward(self, segment, micro_batch, inputs):
+            outputs = super().forward(segment, micro_batch, inputs)
+            if (segment, micro_batch) == (self.num_segments - 1, 1):
+                self.fail(outputs)
+            return outputs
+
+        def fail(self, outputs):
+            if where == "forward":
+                raise ArithmeticError("segment failed")
+            outputs[0].register_hook(self.raise_in_backward)
+
+        def raise_in_backward(self, grad):
+            raise ArithmeticError("segment failed")
+
+    # Short, because the other ranks wait in vain; long enough for a busy machine to reach the failure.
+    fabric = InMemoryFabric(plan.num_ranks, timeout_s=1.5)
+    with pytest.raises(ArithmeticError, match="segment failed"):
+        Ranks(plan, partial(Failing, plan.num_segments), fabric=fabric).run()
+
+
+def test_an_output_of_another_shape_is_refused_before_it_is_sent():
+    class Short(ToySegments):
+        def forward(self, segment, micro_batch, inputs):
+            outputs = super().forward(segment, micro_batch, inputs)
+            return (outputs[0][:-1], *outputs[1:]) if segment == 0 else outputs
+
+    with pytest.raises(ValueError, match=r"message holds \[\(2, 4\), \(3,\)\].*expects \[\(3, 4\), \(3,\)\]"):
+        Ranks(plan_of("1f1b", 2, 2, 1), partial(Short, 2), fabric=InMemoryFabric(2, 0.5)).run()
+
+
+def test_only_whole_plans_for_this_number_of_ranks_are_taken():
+    plan = plan_of("1f1b", 2, 2, 1)
+    split = [
+        [Operation(op.segment, Kind.W, op.micro_batch) if op.kind is Kind.B else op for op in order]
+        for order in plan.orders
+    ]
+    for unfit, size in ((plan.compute_only(), 2), (plan, 3), (plan.with_orders(split), 2)):
+        with pytest.raises(AssertionError):
+            make_executor(unfit, ToySegments(2), InMemoryFabric(size).communicator(0))
