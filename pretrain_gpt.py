@@ -14,6 +14,8 @@ from typing import Any
 warnings.filterwarnings("ignore", module="megatron.core")
 # Saving through torch.distributed.checkpoint warns about its own use of an older tensor class.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.checkpoint")
+# megatron.core calls the distributed optimizer's collectives by names that newer torch releases replace.
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
 logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 import torch  # noqa: E402
@@ -24,6 +26,10 @@ from megatron.training.initialize import finalize  # noqa: E402
 from megatron.training.training import pretrain  # noqa: E402
 
 EXIT_BAD_INPUT = 2
+EXIT_PEER_LOST = 4
+
+# What gloo's errors say when the process at the other end is gone.
+_PEER_LOST = ("by peer", "Broken pipe")
 
 
 def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> tuple[Tensor | None, ...]:
@@ -53,17 +59,26 @@ def forward_step(data_iterator: Iterator[dict[str, Tensor]] | None, model: Any) 
 
 
 def main() -> int:
-    """Run the job; 2 with one line on stderr if the input was wrong."""
+    """Run the job; with one line on stderr, 2 if the input was wrong and 4 if another rank has stopped."""
     try:
         pretrain(parse_arguments(), forward_step)
     except (ValueError, OSError) as error:
-        print(
-            f"pretrain_gpt: rank {os.environ.get('RANK', '0')}: error: {error}", file=sys.stderr, flush=True
-        )
-        return EXIT_BAD_INPUT
+        return _fail(str(error), EXIT_BAD_INPUT)
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _PEER_LOST):
+            raise
+        # A traceback of this rank would bury the other one's message.
+        return _fail("another rank has stopped; its own message says why", EXIT_PEER_LOST)
     finally:
         finalize()
     return 0
+
+
+def _fail(message: str, code: int) -> int:
+    rank = os.environ.get("RANK", "0")
+    # In one write, newline included: ranks share the terminal.
+    sys.stderr.write(f"pretrain_gpt: rank {rank}: error: {message}\n")
+    return code
 
 
 if __name__ == "__main__":

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 
-from helixpipe.megatron_adapter.schedule import EXECUTABLE
-from helixpipe.plan import ScheduleRequest, build_plan
+from helixpipe.megatron_adapter.schedule import EXECUTABLE, make_schedule
+from helixpipe.plan import ScheduleRequest
 from helixpipe.plan.schedules.request import ATTENTION_RANGES
+from helixpipe.runtime.trace import NullClock
 from megatron.training.data.prefix import DatasetInfo, check_token_ids, inspect_prefix
 
 
@@ -45,16 +48,22 @@ def parse_arguments(
     _derive_model(args)
     _check_training(args)
     args.schedule_request = _schedule_request(args)
-    # Planning refuses every combination of sizes that the schedule cannot run.
-    build_plan(args.pipeline_schedule, args.schedule_request)
+    # Refuses what cannot be executed, and every combination of sizes that the schedule cannot run.
+    make_schedule(args.pipeline_schedule, args.schedule_request, NullClock())
     args.dataset = dataset or _inspect_data(args)
     args.padded_vocab_size = _pad_vocabulary(args)
+    _make_output_folders(args)
     return args
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser alone."""
-    parser = _Parser(prog="pretrain_gpt.py", description="Pre-train a GPT under a pipeline schedule.")
+    # No abbreviations, as in Megatron: a flag added later must not change what a script means.
+    parser = _Parser(
+        prog="pretrain_gpt.py",
+        description="Pre-train a GPT under a pipeline schedule.",
+        allow_abbrev=False,
+    )
     _add_schedule_arguments(parser)
     _add_model_arguments(parser)
     _add_training_arguments(parser)
@@ -83,7 +92,13 @@ def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
     add("--recompute-granularity", choices=("selective", "full"), help="1f1b and interleaved")
     add("--recompute-method", choices=("uniform", "block"))
     add("--recompute-num-layers", type=int)
-    add("--recompute-modules", nargs="+", default=["core_attn"])
+    add(
+        "--recompute-modules",
+        nargs="+",
+        choices=("core_attn", "mlp"),
+        default=["core_attn"],
+        help="for --recompute-granularity selective (default: core_attn)",
+    )
     add("--distributed-timeout-minutes", type=int, default=10)
 
 
@@ -167,15 +182,19 @@ def _derive_layout(args: argparse.Namespace) -> None:
     for name in (
         "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers", "hidden_size",
         "num_attention_heads", "num_query_groups", "seq_length", "micro_batch_size", "global_batch_size",
-        "train_iters", "make_vocab_size_divisible_by", "log_interval", "eval_interval",
+        "train_iters", "make_vocab_size_divisible_by", "log_interval", "eval_interval", "ffn_hidden_size",
+        "kv_channels", "max_position_embeddings", "num_layers_per_virtual_pipeline_stage",
+        "recompute_num_layers", "distributed_timeout_minutes", "save_interval",
     ):  # fmt: skip
-        if getattr(args, name) < 1:
-            raise ValueError(f"{_flag(name)} must be at least 1, not {getattr(args, name)}")
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{_flag(name)} must be at least 1, not {value}")
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     if args.world_size % (tp * pp):
         raise ValueError(
-            f"{args.world_size} ranks cannot be split into tensor-parallel size {tp} x pipeline-parallel "
-            f"size {pp}; start a multiple of {tp * pp} ranks (torchrun --nproc-per-node {tp * pp})"
+            f"world size {args.world_size} cannot be split into tensor-parallel size {tp} x "
+            f"pipeline-parallel size {pp}; start a multiple of {tp * pp} ranks "
+            f"(torchrun --nproc-per-node {tp * pp})"
         )
     args.data_parallel_size = args.world_size // (tp * pp)
     step = args.micro_batch_size * args.data_parallel_size
@@ -217,15 +236,22 @@ def _derive_model(args: argparse.Namespace) -> None:
         args.num_query_groups = heads
     if heads % args.num_query_groups:
         raise ValueError(
-            f"--num-query-groups {args.num_query_groups} must divide the {heads} attention heads"
+            f"--num-query-groups {args.num_query_groups} must divide --num-attention-heads {heads}; "
+            f"use {_nearest_divisors(args.num_query_groups, heads)}"
         )
     groups = args.num_query_groups
     if groups % tp and tp % groups:
-        raise ValueError(f"--num-query-groups {groups} must be a multiple or a divisor of tensor size {tp}")
+        raise ValueError(
+            f"--num-query-groups {groups} must be a multiple or a divisor of "
+            f"--tensor-model-parallel-size {tp}"
+        )
     if args.ffn_hidden_size is None:
         args.ffn_hidden_size = 4 * args.hidden_size
     if args.ffn_hidden_size % tp:
-        raise ValueError(f"--ffn-hidden-size {args.ffn_hidden_size} must be a multiple of tensor size {tp}")
+        raise ValueError(
+            f"--ffn-hidden-size {args.ffn_hidden_size} must be a multiple of --tensor-model-parallel-size "
+            f"{tp}; use {_nearest(args.ffn_hidden_size, tp)}"
+        )
     if args.max_position_embeddings is None:
         args.max_position_embeddings = args.seq_length
     if args.seq_length > args.max_position_embeddings:
@@ -234,14 +260,19 @@ def _derive_model(args: argparse.Namespace) -> None:
             f"{args.max_position_embeddings}; shorten the one or raise the other"
         )
     if args.attention_dropout:
-        raise ValueError("--attention-dropout is not supported by the flash kernels; use 0")
+        raise ValueError(
+            f"--attention-dropout {args.attention_dropout} is not supported by the flash kernels; use 0"
+        )
     args.params_dtype = torch.bfloat16 if args.bf16 else torch.float32
 
 
 def _check_training(args: argparse.Namespace) -> None:
-    for name in ("lr_warmup_iters", "eval_iters", "num_workers", "seed"):
-        if getattr(args, name) < 0:
-            raise ValueError(f"{_flag(name)} must not be negative")
+    for name in (
+        "lr", "min_lr", "weight_decay", "clip_grad", "lr_warmup_iters", "eval_iters", "num_workers", "seed",
+    ):  # fmt: skip
+        # Written so that NaN is refused, too.
+        if not getattr(args, name) >= 0:
+            raise ValueError(f"{_flag(name)} must be 0 or more, not {getattr(args, name)}")
     if args.lr_decay_iters is None:
         args.lr_decay_iters = args.train_iters
     if args.lr_warmup_iters >= args.lr_decay_iters:
@@ -251,12 +282,20 @@ def _check_training(args: argparse.Namespace) -> None:
         )
     if args.min_lr > args.lr:
         raise ValueError(f"--min-lr {args.min_lr} is above --lr {args.lr}")
-    if args.save_interval is not None and (args.save is None or args.save_interval < 1):
-        raise ValueError("--save-interval needs --save DIR and a positive number of iterations")
+    if args.save_interval is not None and args.save is None:
+        raise ValueError(f"--save-interval {args.save_interval} needs --save DIR")
+    if args.optimizer == "sgd" and (args.use_distributed_optimizer or args.save or args.load):
+        raise ValueError(
+            "--optimizer sgd has no form for checkpoints and shards; use adam, or leave out --save, --load "
+            "and --use-distributed-optimizer"
+        )
     if args.pipeline_schedule == "helix" and args.recompute_granularity is not None:
         raise ValueError(
             "helix does not recompute activations; leave --recompute-granularity out or use 1f1b"
         )
+    if args.recompute_granularity == "selective" and "mlp" in args.recompute_modules and args.add_bias_linear:
+        # Megatron's checkpoint takes the bias that its MLP returns for its own output, and recurses for ever.
+        raise ValueError("--recompute-modules mlp needs --disable-bias-linear")
     if args.recompute_granularity == "full" and None in (args.recompute_method, args.recompute_num_layers):
         raise ValueError("--recompute-granularity full needs --recompute-method and --recompute-num-layers")
     if args.recompute_granularity != "full" and (args.recompute_method or args.recompute_num_layers):
@@ -269,11 +308,13 @@ def _schedule_request(args: argparse.Namespace) -> ScheduleRequest:
     if per_chunk is not None:
         if args.pipeline_schedule != "interleaved":
             raise ValueError("--num-layers-per-virtual-pipeline-stage is for --pipeline-schedule interleaved")
-        args.virtual_stages, rest = divmod(args.num_layers, args.pipeline_model_parallel_size * per_chunk)
+        step = args.pipeline_model_parallel_size * per_chunk
+        args.virtual_stages, rest = divmod(args.num_layers, step)
         if rest:
             raise ValueError(
                 f"--num-layers {args.num_layers} must be a multiple of --pipeline-model-parallel-size x "
-                f"--num-layers-per-virtual-pipeline-stage ({args.pipeline_model_parallel_size} x {per_chunk})"
+                f"--num-layers-per-virtual-pipeline-stage ({args.pipeline_model_parallel_size} x "
+                f"{per_chunk}); use {_nearest(args.num_layers, step)}"
             )
     has_chunks = args.virtual_stages is not None and args.virtual_stages > 1
     if args.pipeline_schedule == "interleaved" and not (has_chunks and args.pipeline_model_parallel_size > 1):
@@ -294,11 +335,10 @@ def _schedule_request(args: argparse.Namespace) -> ScheduleRequest:
 def _inspect_data(args: argparse.Namespace) -> DatasetInfo:
     info = inspect_prefix(args.data_path)
     check_token_ids(args.data_path, info)
-    try:
-        parts = [float(part) for part in args.split.split(",")]
-    except ValueError:
-        parts = []
-    if len(parts) != 3 or min(parts) < 0 or parts[0] == 0:
+    parts = args.split.split(",")
+    # Megatron finds the numbers by their digits and points: 1e3 would be two of them.
+    is_plain = all(re.fullmatch(r" *([0-9]+\.?[0-9]*|\.[0-9]+) *", part) for part in parts)
+    if len(parts) != 3 or not is_plain or float(parts[0]) == 0:
         raise ValueError(
             f"--split {args.split!r} must be three weights for train, valid, test, like 969,30,1"
         )
@@ -308,6 +348,27 @@ def _inspect_data(args: argparse.Namespace) -> DatasetInfo:
             f"{args.seq_length}; prepare more text or shorten the sequence"
         )
     return info
+
+
+def _make_output_folders(args: argparse.Namespace) -> None:
+    """Found out now, and not when the first checkpoint is due."""
+    metrics_folder = None if args.metrics_jsonl is None else args.metrics_jsonl.parent
+    for flag, folder in (
+        ("--save", args.save),
+        ("--trace-dir", args.trace_dir),
+        ("--metrics-jsonl", metrics_folder),
+    ):
+        if folder is None:
+            continue
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            # Tells of a read-only file system, too.
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise ValueError(
+                f"{flag}: cannot write to the folder {folder} ({error.strerror}); give another path"
+            ) from error
 
 
 def _pad_vocabulary(args: argparse.Namespace) -> int:
@@ -322,3 +383,9 @@ def _flag(name: str) -> str:
 def _nearest(value: int, factor: int) -> str:
     below = value - value % factor
     return " or ".join(str(v) for v in (below, below + factor) if v > 0)
+
+
+def _nearest_divisors(value: int, of: int) -> str:
+    divisors = [divisor for divisor in range(1, of + 1) if of % divisor == 0]
+    nearest = [d for d in divisors if d < value][-1:] + [d for d in divisors if d > value][:1]
+    return " or ".join(map(str, nearest))

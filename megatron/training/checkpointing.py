@@ -12,8 +12,10 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron.training.model import TrainingState, unwrap
 
@@ -24,6 +26,8 @@ _ARCHITECTURE = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
     "normalization", "swiglu", "position_embedding_type", "untie_embeddings_and_output_weights",
     "add_bias_linear", "add_qkv_bias", "qk_layernorm",
+    # Not of the model, but the optimizer's state has another form.
+    "use_distributed_optimizer", "bf16",
 )  # fmt: skip
 
 
@@ -70,16 +74,23 @@ def load_checkpoint(args: argparse.Namespace, state: TrainingState) -> Progress:
         return Progress()
     text = tracker.read_text(encoding="utf-8", errors="replace").strip()
     usable = sorted(path.name for path in args.load.glob("iter_*") if (path / "metadata.json").exists())
+    choice = f"usable: {', '.join(usable) or 'none'}"
     if not text.isdecimal():
-        raise ValueError(f"{tracker} holds {text!r} instead of an iteration; usable: {', '.join(usable)}")
+        raise ValueError(f"{tracker} holds {text!r} instead of an iteration; {choice}")
     folder = args.load / f"iter_{int(text):07d}"
     if folder.name not in usable:
-        raise ValueError(f"{tracker} names {folder.name}, which is not there; usable: {', '.join(usable)}")
+        raise ValueError(f"{tracker} names {folder.name}, which is not there; {choice}")
     _check_architecture(args, folder)
+    torch_adam = _distributed_torch_adam(state.optimizer)
+    if torch_adam is not None:
+        _start_steps(torch_adam)
     loaded = dist_checkpointing.load(_sharded_state(state, Progress(), args, is_loading=True), str(folder))
     for name, chunk in _named_models(state):
         chunk.load_state_dict(loaded[name], strict=False)
-    state.optimizer.load_state_dict(loaded["optimizer"])
+    if torch_adam is not None:
+        _load_with_steps(torch_adam, loaded["optimizer"])
+    else:
+        state.optimizer.load_state_dict(loaded["optimizer"])
     state.scheduler.load_state_dict(loaded["opt_param_scheduler"])
     return Progress(loaded["iteration"], loaded["consumed_samples"])
 
@@ -96,7 +107,7 @@ def _sharded_state(
         "opt_param_scheduler": state.scheduler.state_dict(),
         "iteration": progress.iteration,
         "consumed_samples": progress.consumed_samples,
-        "architecture": {name: getattr(args, name) for name in _ARCHITECTURE},
+        "architecture": {name: getattr(args, name) for name in _architecture(args)},
     }
 
 
@@ -113,12 +124,53 @@ def _metadata() -> dict[str, Any]:
     return {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": group}
 
 
+def _architecture(args: argparse.Namespace) -> list[str]:
+    # Rotary embeddings have no weights: the longest sequence may change.
+    is_learned = args.position_embedding_type == "learned_absolute"
+    return [*_ARCHITECTURE, "max_position_embeddings"] if is_learned else list(_ARCHITECTURE)
+
+
 def _check_architecture(args: argparse.Namespace, folder: Path) -> None:
     saved = dist_checkpointing.load_common_state_dict(str(folder)).get("architecture", {})
     for name, value in saved.items():
         if getattr(args, name) != value:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{folder} was trained with {flag} {value}, this job has {getattr(args, name)}")
+
+
+def _distributed_torch_adam(optimizer: Any) -> DistributedOptimizer | None:
+    """The distributed optimizer if it shards torch's Adam, whose step counts Megatron cannot load.
+
+    Apex and Transformer Engine bring an Adam that keeps one count for all parameters.
+    """
+    (only,) = getattr(optimizer, "chained_optimizers", [optimizer])
+    if isinstance(only, DistributedOptimizer) and isinstance(
+        only.optimizer, (torch.optim.Adam, torch.optim.AdamW)
+    ):
+        return only
+    return None
+
+
+def _start_steps(optimizer: DistributedOptimizer) -> None:
+    """Megatron reads the step counts even to prepare for loading, when there are none yet."""
+    optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
+    for state in optimizer.optimizer.state.values():
+        state["step"] = torch.zeros(())
+
+
+def _load_with_steps(optimizer: DistributedOptimizer, loaded: dict[str, Any]) -> None:
+    """Load, keeping the step counts out of Megatron's way.
+
+    It would look for them among the sharded tensors, where they are not, and it gives all parameters one
+    tensor, which every one of them would count up.
+    """
+    sharded = loaded.pop("param_state")
+    optimizer.load_state_dict(loaded)
+    states = optimizer.optimizer.state
+    steps = {parameter: state.pop("step").clone() for parameter, state in states.items()}
+    optimizer.load_parameter_state_from_fully_reshardable(sharded)
+    for parameter, step in steps.items():
+        states[parameter]["step"] = step
 
 
 def _write_whole(path: Path, text: str) -> None:

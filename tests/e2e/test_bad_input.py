@@ -1,0 +1,178 @@
+"""Bad input ends with one clear line on each rank and a non-zero exit, never a hang or our traceback."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import MODEL, ROOT
+
+from megatron.training import training
+
+HELIX = ("--pipeline-schedule", "helix", "--pipeline-model-parallel-size", 2)
+
+
+def assert_one_line_per_rank(finished, ranks, *words):
+    assert finished.code != 0
+    lines = [line for line in finished.errors.splitlines() if line.startswith("pretrain_gpt: ")]
+    assert sorted(line[:27] for line in lines) == [
+        f"pretrain_gpt: rank {rank}: error" for rank in range(ranks)
+    ]
+    for line in lines:
+        assert all(word in line for word in words), line
+    assert_no_traceback_of_ours(finished)
+    # torchrun's report lists what became of each rank.
+    codes = re.findall(r"exitcode +: (-?\d+)", finished.errors)
+    assert len(codes) == ranks
+    assert "0" not in codes
+
+
+def assert_no_traceback_of_ours(finished):
+    assert 'pretrain_gpt.py", line' not in finished.errors
+    assert "megatron/training" not in finished.errors
+
+
+# Found on real ranks
+
+
+def test_world_that_does_not_split(launch):
+    finished = launch(2, *HELIX, "--tensor-model-parallel-size", 2, timeout_s=60)
+    assert_one_line_per_rank(finished, 2, "world size 2", "tensor-parallel size 2", "multiple of 4")
+
+
+def test_corrupt_index_on_two_ranks(launch, damaged_corpus):
+    index = Path(f"{damaged_corpus}.idx")
+    index.write_bytes(b"PK\x03\x04" + index.read_bytes()[4:])
+    finished = launch(2, *HELIX, "--data-path", damaged_corpus, timeout_s=60)
+    assert_one_line_per_rank(finished, 2, str(index), "wrong magic", "prepare")
+
+
+def test_loss_that_is_not_finite(launch, tmp_path):
+    finished = launch(2, *HELIX, "--lr", "1e30", "--save", tmp_path / "saved", timeout_s=60)
+    assert_one_line_per_rank(finished, 2, "iteration 2", "nan", "diverged", "--lr")
+    assert not list((tmp_path / "saved").iterdir())
+
+
+def test_failure_of_one_rank_alone_ends_the_others(launch, tmp_path):
+    """Rank 0 writes the metrics; the other must neither wait for it nor bury its message."""
+    finished = launch(2, *HELIX, "--metrics-jsonl", tmp_path, timeout_s=60)
+    assert finished.code != 0
+    lines = [line for line in finished.errors.splitlines() if line.startswith("pretrain_gpt: ")]
+    lines.remove(f"pretrain_gpt: rank 0: error: [Errno 21] Is a directory: '{tmp_path}'")
+    # torchrun may stop rank 1 before it notices.
+    assert lines in ([], ["pretrain_gpt: rank 1: error: another rank has stopped; its own message says why"])
+    assert_no_traceback_of_ours(finished)
+
+
+def test_training_split_without_documents(launch_alone):
+    finished = launch_alone("--split", "1,99,0")
+    assert finished.code == 2
+    (line,) = finished.errors.splitlines()
+    assert line.startswith("pretrain_gpt: rank 0: error: --split 1,99,0 leaves none of the ")
+    assert "documents for training; give it more weight" in line
+
+
+# Found before there is a process group, so in this process
+
+
+@pytest.fixture(scope="module")
+def pretrain_gpt():
+    spec = importlib.util.spec_from_file_location("pretrain_gpt", ROOT / "pretrain_gpt.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def refusal(pretrain_gpt, corpus, monkeypatch, capsys):
+    """``refusal(*arguments)``: the single line with which the job refuses them."""
+
+    def refuse(*arguments, world_size=1, rank=0):
+        command = ["pretrain_gpt.py", *MODEL, "--data-path", corpus, *arguments]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setattr(training, "initialize", lambda args: pytest.fail("went on with bad input"))
+        assert pretrain_gpt.main() == 2
+        output, errors = capsys.readouterr()
+        assert output == ""
+        (line,) = errors.splitlines()
+        start = f"pretrain_gpt: rank {rank}: error: "
+        assert line.startswith(start)
+        return line.removeprefix(start)
+
+    return refuse
+
+
+@pytest.mark.parametrize(
+    ("world_size", "arguments", "words"),
+    [
+        (1, "--num-layers nine", ["--num-layers", "'nine'"]),
+        (1, "--no-such-flag", ["--no-such-flag"]),
+        # An abbreviation may come to mean something else.
+        (1, "--num-layer 4", ["--num-layer 4"]),
+        (1, "--pipeline-schedule heliks", ["'heliks'", "did you mean helix?"]),
+        (1, "--pipeline-schedule 1F1B", ["'1F1B'", "known: ", "1f1b"]),
+        (1, "--pipeline-schedule gpipe", ["gpipe", "not executed", "1f1b, interleaved, helix"]),
+        (1, "--pipeline-schedule helix --attention-range qkv", ["'qkv'", "use --attention-range core"]),
+        (2, "--pipeline-schedule helix --num-layers 5", ["layers (5)", "use 4 or 6"]),
+        (2, "--pipeline-schedule 1f1b --num-layers 5", ["layers (5)", "use 4 or 6"]),
+        (2, "--pipeline-schedule helix --global-batch-size 6", ["micro batches (6)", "use 4 or 8"]),
+        (2, "--pipeline-schedule helix --num-fold 3", ["micro batches (4)", "(6)", "use 6"]),
+        (3, "", ["world size 3", "pipeline-parallel size 2", "--nproc-per-node 2"]),
+        (
+            2,
+            "--pipeline-schedule helix --recompute-granularity full",
+            ["--recompute-granularity", "use 1f1b"],
+        ),
+        (1, "--seq-length 129 --max-position-embeddings 128", ["--seq-length 129", "128"]),
+        (1, "--attention-dropout 0.1", ["--attention-dropout", "use 0"]),
+        (1, "--data-path /nowhere/at/all", ["/nowhere/at/all.bin: no such file", "check the prefix"]),
+        (1, "--save /proc/nowhere", ["--save", "/proc/nowhere", "give another path"]),
+        (1, "--trace-dir /proc/nowhere", ["--trace-dir", "/proc/nowhere", "give another path"]),
+        (1, "--metrics-jsonl /proc/nowhere/m", ["--metrics-jsonl", "/proc/nowhere", "another path"]),
+    ],
+)
+def test_bad_arguments(refusal, world_size, arguments, words):
+    size = ["--pipeline-model-parallel-size", min(world_size, 2)]
+    for rank in range(world_size):
+        line = refusal(*size, *arguments.split(), world_size=world_size, rank=rank)
+        for word in words:
+            assert word in line
+
+
+def test_data_file_instead_of_prefix(refusal, corpus):
+    assert refusal("--data-path", f"{corpus}.bin").endswith(f"without the suffix, {corpus}")
+
+
+@pytest.mark.parametrize("suffix", [".idx", ".bin", ".tokenizer.json"])
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_damaged_dataset(refusal, damaged_corpus, suffix, damage):
+    path = Path(f"{damaged_corpus}{suffix}")
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "truncated":
+        path.write_bytes(content[:-7])
+    line = refusal("--data-path", damaged_corpus)
+    assert line.startswith(f"{path}: ")
+
+
+def test_token_outside_the_vocabulary(refusal, damaged_corpus):
+    path = Path(f"{damaged_corpus}.bin")
+    tokens = np.fromfile(path, dtype=np.uint16)
+    tokens[1000] = 300
+    tokens.tofile(path)
+    line = refusal("--data-path", damaged_corpus)
+    assert line.startswith(f"{path}: token 1000 has id 300, outside the vocabulary of 300")
+
+
+def test_help_is_not_an_error(pretrain_gpt, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        pretrain_gpt.main()
+    assert stop.value.code == 0
+    assert "--pipeline-schedule" in capsys.readouterr().out
