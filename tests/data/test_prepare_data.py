@@ -310,10 +310,15 @@ def test_signal_during_publication_waits_for_its_end(tmp_path, monkeypatch):
         os.rename(source, target)
 
     monkeypatch.setattr(corpus.os, "replace", replace)
-    with pytest.raises(KeyboardInterrupt):
-        prepare([source], tmp_path / "set", tokenizer="byte")
+    # A shell starts background jobs with SIGINT ignored, and tests may be one.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            prepare([source], tmp_path / "set", tokenizer="byte")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert read_documents(tmp_path / "set") == ["new"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # Interruption
