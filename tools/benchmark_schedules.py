@@ -35,6 +35,7 @@ from helixpipe.runtime.trace import default_clock  # noqa: E402
 from megatron.training.arguments import parse_arguments  # noqa: E402
 from megatron.training.data.prefix import DatasetInfo  # noqa: E402
 from megatron.training.initialize import finalize, initialize  # noqa: E402
+from megatron.training.metrics import sum_losses  # noqa: E402
 from megatron.training.model import TrainingState, build_training_state  # noqa: E402
 from pretrain_gpt import forward_step  # noqa: E402
 
@@ -170,11 +171,8 @@ def _iteration(contender: Contender, round_number: int) -> Sample:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     elapsed_ms = (time.perf_counter() - started) * 1e3
-    sums = (
-        torch.stack([entry["lm loss"].double() for entry in losses]).sum(0).tolist() if losses else [0.0, 0.0]
-    )
     table = torch.zeros(dist.get_world_size(), 5, dtype=torch.float64, device=device())
-    mine = [elapsed_ms, schedule.trace.total_ms(), schedule.trace.busy_ms(), *sums]
+    mine = [elapsed_ms, schedule.trace.total_ms(), schedule.trace.busy_ms(), *sum_losses(losses)]
     table[dist.get_rank()] = torch.tensor(mine, dtype=torch.float64)
     dist.all_reduce(table)
     elapsed, total, busy, loss_sums, tokens = table.T.tolist()
