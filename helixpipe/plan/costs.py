@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
 
+from helixpipe.plan.network import Network
 from helixpipe.plan.operation import Kind
 from helixpipe.plan.plan import Plan
 
 ANY_EDGE = "*"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,8 @@ class SegmentCost:
         weight: W, the weight gradient. ``backward + weight`` is the whole backward pass.
         recompute: the part of the backward pass that repeats forward work; contained in it.
         bytes: what the forward keeps until its backward.
+        weight_bytes: in plans with W: what is held between B and W. All of ``bytes`` if None.
+        workspace_bytes: what an operation needs while it runs, beside what it keeps.
     """
 
     forward: float
@@ -30,20 +35,52 @@ class SegmentCost:
     weight: float = 0.0
     recompute: float = 0.0
     bytes: int = 0
+    weight_bytes: int | None = None
+    workspace_bytes: int = 0
+
+    @property
+    def held_for_weight(self) -> int:
+        """Bytes held between B and W."""
+        return self.bytes if self.weight_bytes is None else self.weight_bytes
+
+
+@dataclass(frozen=True)
+class RankCost:
+    """What a rank pays once per iteration.
+
+    Attributes:
+        static_bytes: weights, gradients and optimizer states.
+        gradient_reduction_ms: over data-parallel replicas, after the rank's last operation.
+        optimizer_ms: the update, which starts when every rank has its gradients (their norm is common).
+    """
+
+    static_bytes: int = 0
+    gradient_reduction_ms: float = 0.0
+    optimizer_ms: float = 0.0
+
+
+_NO_COST = RankCost()
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Costs of every segment and every edge, by segment name.
+    """Costs of every segment and every edge, by the plan's cost names.
 
     Attributes:
-        segments: by segment name.
+        segments: by cost name.
         p2p_ms: milliseconds of a message by edge, ``FROM->TO`` in forward direction; the gradient of an
-            edge has its size and takes as long. ``*`` stands for every edge that is not named.
+            edge has its size and takes as long. ``*`` stands for every edge that is not named. Such
+            messages never wait for each other.
+        message_bytes: size of a message by edge, for a ``network``.
+        network: if given, messages take the time of its links and queue for them.
+        ranks: what each rank pays per iteration; empty for nothing.
     """
 
     segments: Mapping[str, SegmentCost]
     p2p_ms: Mapping[str, float]
+    message_bytes: Mapping[str, int] | None = None
+    network: Network | None = None
+    ranks: tuple[RankCost, ...] = ()
 
     def duration_ms(self, kind: Kind, name: str, *, splits_backward: bool) -> float:
         """Milliseconds of one compute operation; B is the whole backward unless the plan has W."""
@@ -56,18 +93,54 @@ class Costs:
 
     def transfer_ms(self, producer: str, consumer: str) -> float:
         """Milliseconds of a message over the edge between two segments, named in forward direction."""
-        named = self.p2p_ms.get(f"{producer}->{consumer}")
-        return self.p2p_ms.get(ANY_EDGE, 0.0) if named is None else named
+        return _of_edge(self.p2p_ms, producer, consumer)
 
-    @property
-    def bytes_of_segment(self) -> dict[str, int]:
-        """What a forward keeps, by segment name."""
-        return {name: cost.bytes for name, cost in self.segments.items()}
+    def num_bytes(self, producer: str, consumer: str) -> int:
+        """Size of a message over the edge between two segments, named in forward direction."""
+        return _of_edge(self.message_bytes or {}, producer, consumer)
+
+    def rank(self, rank: int) -> RankCost:
+        """What a rank pays per iteration."""
+        return self.ranks[rank] if self.ranks else _NO_COST
+
+    def to_json(self) -> str:
+        """``costs.json``, read back by :func:`parse_costs`."""
+        data: dict[str, Any] = {"segments": {name: _entry(cost) for name, cost in self.segments.items()}}
+        if self.network is None:
+            data["p2p_ms"] = dict(self.p2p_ms)
+        else:
+            data["message_bytes"] = dict(self.message_bytes or {})
+            data["network"] = asdict(self.network)
+        if self.ranks:
+            data["ranks"] = [asdict(rank) for rank in self.ranks]
+        return json.dumps(data, indent=1)
 
 
-def uniform_costs(plan: Plan, forward: float = 1.0, backward: float = 2.0) -> Costs:
+def uniform_costs(plan: Plan, forward: float = 1.0, backward: float = 2.0, weight: float = 0.0) -> Costs:
     """The same time for every segment and free messages."""
-    return Costs({name: SegmentCost(forward, backward, bytes=1) for name in set(plan.segment_names)}, {})
+    cost = SegmentCost(forward, backward, weight, bytes=1)
+    return Costs(dict.fromkeys(plan.cost_names, cost), {})
+
+
+def _of_edge(table: Mapping[str, T], producer: str, consumer: str) -> T:
+    named = table.get(f"{producer}->{consumer}")
+    return table.get(ANY_EDGE, 0) if named is None else named  # type: ignore[return-value]
+
+
+_SEGMENT_KEYS = {
+    "F": "forward",
+    "B": "backward",
+    "W": "weight",
+    "R": "recompute",
+    "bytes": "bytes",
+    "weight_bytes": "weight_bytes",
+    "workspace_bytes": "workspace_bytes",
+}
+
+
+def _entry(cost: SegmentCost) -> dict[str, Any]:
+    values = {key: getattr(cost, name) for key, name in _SEGMENT_KEYS.items()}
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def parse_costs(text: str, plan: Plan) -> Costs:
@@ -76,7 +149,7 @@ def parse_costs(text: str, plan: Plan) -> Costs:
     Raises:
         ValueError: invalid JSON, or a name that the plan does not have or that is missing; the message
             lists the plan's names. ``p2p_ms`` may be left out (free messages); once it names an edge, every
-            edge needs a value, its own or that of ``*``.
+            edge needs a value, its own or that of ``*``. ``network`` and ``message_bytes`` stand in its place.
     """
     try:
         data = json.loads(text)
@@ -84,48 +157,98 @@ def parse_costs(text: str, plan: Plan) -> Costs:
         raise ValueError(f"costs: invalid JSON ({error})") from None
     if not isinstance(data, dict):
         raise ValueError('costs: expected an object with "segments" and "p2p_ms"')
-    _check_names(data, {"segments", "p2p_ms"}, {"segments"}, "costs: key")
+    _check_names(
+        data, {"segments", "p2p_ms", "message_bytes", "network", "ranks"}, {"segments"}, "costs: key"
+    )
     segments = _object(data["segments"], "segments")
-    names = set(plan.segment_names)
+    names = set(plan.cost_names)
     _check_names(segments, names, names, "costs: segment")
-    p2p = _object(data.get("p2p_ms", {}), "p2p_ms")
-    edges = _edges(plan)
-    _check_names(p2p, edges | {ANY_EDGE}, edges if p2p and ANY_EDGE not in p2p else set(), "costs: edge")
+    with_network = "network" in data
+    if with_network != ("message_bytes" in data) or (with_network and "p2p_ms" in data):
+        raise ValueError('costs: give messages either "p2p_ms", or "network" and "message_bytes" together')
     return Costs(
         {name: _segment_cost(name, entry) for name, entry in segments.items()},
-        {edge: _number(value, f"p2p_ms {edge}") for edge, value in p2p.items()},
+        _edge_table(data, "p2p_ms", plan, _number),
+        _edge_table(data, "message_bytes", plan, _whole) if with_network else None,
+        _network(data["network"]) if with_network else None,
+        _rank_costs(data.get("ranks", []), plan),
     )
+
+
+def _edge_table(
+    data: Mapping[str, Any], key: str, plan: Plan, convert: Callable[[Any, str], T]
+) -> dict[str, T]:
+    table = _object(data.get(key, {}), key)
+    edges = _edges(plan)
+    _check_names(
+        table, edges | {ANY_EDGE}, edges if table and ANY_EDGE not in table else set(), "costs: edge"
+    )
+    return {edge: convert(value, f"{key} {edge}") for edge, value in table.items()}
 
 
 def _edges(plan: Plan) -> set[str]:
     """Names of the edges that cross ranks for at least one micro batch."""
-    names, placement = plan.segment_names, plan.placement
+    representatives = {plan.cost_name(0, i): i for i in range(plan.num_microbatches)}.values()
     return {
-        f"{names[s]}->{names[s + 1]}"
+        f"{plan.cost_name(s, i)}->{plan.cost_name(s + 1, i)}"
         for s in range(plan.num_segments - 1)
-        if placement[s] != placement[s + 1]
+        if plan.placement[s] != plan.placement[s + 1]
+        for i in representatives
     }
 
 
 def _segment_cost(name: str, entry: Any) -> SegmentCost:
     entry = _object(entry, f"segment {name}")
-    _check_names(entry, {"F", "B", "W", "R", "bytes"}, {"F", "B"}, f"costs: segment {name}: key")
-    values = {key: _number(value, f"segment {name}: {key}") for key, value in entry.items()}
-    if values.get("bytes", 0) != int(values.get("bytes", 0)):
-        raise ValueError(f"costs: segment {name}: bytes must be a whole number, found {entry['bytes']!r}")
-    cost = SegmentCost(
-        forward=values["F"],
-        backward=values["B"],
-        weight=values.get("W", 0.0),
-        recompute=values.get("R", 0.0),
-        bytes=int(values.get("bytes", 0)),
-    )
+    _check_names(entry, set(_SEGMENT_KEYS), {"F", "B"}, f"costs: segment {name}: key")
+    values = {
+        _SEGMENT_KEYS[key]: (_whole if key.endswith("bytes") else _number)(value, f"segment {name}: {key}")
+        for key, value in entry.items()
+    }
+    cost = SegmentCost(**values)
     if cost.recompute > cost.backward + cost.weight:
         raise ValueError(
             f"costs: segment {name}: R ({cost.recompute:g}) is part of the backward pass "
             f"B + W ({cost.backward + cost.weight:g}) and cannot exceed it"
         )
+    if cost.held_for_weight > cost.bytes:
+        raise ValueError(
+            f"costs: segment {name}: weight_bytes ({cost.weight_bytes}) are part of bytes ({cost.bytes}) "
+            "and cannot exceed them"
+        )
     return cost
+
+
+def _network(entry: Any) -> Network:
+    entry = _object(entry, "network")
+    names = {field.name for field in fields(Network)}
+    _check_names(entry, names, {"latency_ms", "gb_per_s"}, "costs: network: key")
+    try:
+        return Network(
+            **{
+                key: (_whole if key == "ranks_per_node" else _number)(value, f"network: {key}")
+                for key, value in entry.items()
+            }
+        )
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if text.startswith("costs: ") else f"costs: {text}") from None
+
+
+def _rank_costs(entries: Any, plan: Plan) -> tuple[RankCost, ...]:
+    if not isinstance(entries, list) or len(entries) not in (0, plan.num_ranks):
+        raise ValueError(f"costs: ranks must be a list with one entry for each of {plan.num_ranks} ranks")
+    names = {field.name for field in fields(RankCost)}
+    for number, entry in enumerate(entries):
+        _check_names(_object(entry, f"rank {number}"), names, set(), f"costs: rank {number}: key")
+    return tuple(
+        RankCost(
+            **{
+                key: (_whole if key.endswith("bytes") else _number)(value, f"rank {number}: {key}")
+                for key, value in entry.items()
+            }
+        )
+        for number, entry in enumerate(entries)
+    )
 
 
 def _check_names(found: Mapping[str, Any], known: set[str], required: set[str], what: str) -> None:
@@ -148,3 +271,10 @@ def _number(value: Any, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
         raise ValueError(f"costs: {what} must be a number that is not negative, found {value!r:.60}")
     return value
+
+
+def _whole(value: Any, what: str) -> int:
+    number = _number(value, what)
+    if number != int(number):
+        raise ValueError(f"costs: {what} must be a whole number, found {value!r}")
+    return int(number)

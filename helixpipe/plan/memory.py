@@ -1,34 +1,57 @@
-"""Liveness of activations: what each rank holds at its peak."""
+"""Liveness of activations: what each rank holds, operation by operation."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import NamedTuple
 
-from helixpipe.plan.operation import Kind
+from helixpipe.plan.costs import Costs, SegmentCost
+from helixpipe.plan.operation import Kind, Operation
 from helixpipe.plan.plan import Plan
 
 
-def peak_bytes(plan: Plan, bytes_of_segment: Mapping[str, int]) -> list[int]:
-    """Peak bytes of activations per rank.
+class Held(NamedTuple):
+    """Bytes on a rank while an operation runs and after it."""
 
-    What a forward keeps lives from the start of F to the end of the micro batch's last backward operation
-    on that segment: W if the plan has weight-gradient operations, else B. An evaluation plan keeps nothing.
+    during: int
+    after: int
+
+
+def held_bytes(plan: Plan, costs: Costs, rank: int) -> list[Held]:
+    """What ``rank`` holds at each of its compute operations, in execution order.
+
+    What a forward keeps lives from the start of F to the end of B; in a plan with weight-gradient operations
+    the part ``weight_bytes`` of it lives on to the end of W. A workspace lives as long as its operation. An
+    evaluation plan keeps nothing. The rank's static bytes are always there.
     """
-    last = Kind.W if plan.splits_backward else Kind.B
-    peaks = []
-    for order in plan.orders:
-        held = peak = 0
-        for op in order:
-            if op.kind is Kind.F:
-                size = bytes_of_segment[plan.segment_names[op.segment]]
-                peak = max(peak, held + size)
-                held += size if plan.has_backward else 0
-            elif op.kind is last:
-                held -= bytes_of_segment[plan.segment_names[op.segment]]
-        peaks.append(peak)
-    return peaks
+    held = costs.rank(rank).static_bytes
+    levels = []
+    for op in plan.orders[rank]:
+        if not op.kind.is_compute:
+            continue
+        cost = costs.segments[plan.cost_name(op.segment, op.micro_batch)]
+        kept = cost.bytes if op.kind is Kind.F else 0
+        during = held + kept + cost.workspace_bytes
+        held += kept - _released(op, cost, plan)
+        levels.append(Held(during, held))
+    return levels
+
+
+def peak_bytes(plan: Plan, costs: Costs) -> list[int]:
+    """Peak bytes per rank."""
+    return [
+        max((level.during for level in held_bytes(plan, costs, rank)), default=costs.rank(rank).static_bytes)
+        for rank in range(plan.num_ranks)
+    ]
 
 
 def peak_activations(plan: Plan) -> list[int]:
     """Peak number of (segment, micro batch) pairs that each rank holds for its backward pass."""
-    return peak_bytes(plan, dict.fromkeys(plan.segment_names, 1))
+    return peak_bytes(plan, Costs(dict.fromkeys(plan.cost_names, SegmentCost(0, 0, bytes=1)), {}))
+
+
+def _released(op: Operation, cost: SegmentCost, plan: Plan) -> int:
+    if op.kind is Kind.F:
+        return 0 if plan.has_backward else cost.bytes
+    if not plan.splits_backward:
+        return cost.bytes
+    return cost.held_for_weight if op.kind is Kind.W else cost.bytes - cost.held_for_weight

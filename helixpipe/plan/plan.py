@@ -32,6 +32,11 @@ class Plan:
         placement: ``placement[segment][micro_batch]`` is the rank that runs F, B and W of it.
         orders: the operations of each rank, in execution order.
         parameters: the arguments of the schedule, for the reader and for reproduction.
+        micro_batch_names: one name per micro batch where they differ in cost, like slices of a sequence; micro
+            batches of equal cost share a name. Empty where all cost the same.
+        slices: groups of micro batches that are consecutive slices of one sequence: on every segment the
+            forward of a slice follows that of the slice before it, whose keys and values it reads, and
+            backwards run in reverse.
     """
 
     schedule: str
@@ -41,6 +46,8 @@ class Plan:
     placement: tuple[tuple[int, ...], ...]
     orders: tuple[Order, ...]
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    micro_batch_names: tuple[str, ...] = ()
+    slices: tuple[tuple[int, ...], ...] = ()
 
     @property
     def num_segments(self) -> int:
@@ -50,6 +57,18 @@ class Plan:
     def rank_of(self, segment: int, micro_batch: int) -> int:
         """The rank that runs ``segment`` of ``micro_batch``."""
         return self.placement[segment][micro_batch]
+
+    def cost_name(self, segment: int, micro_batch: int) -> str:
+        """What the cost of one micro batch in one segment is filed under: ``SEGMENT[/MICRO BATCH]``."""
+        name = self.segment_names[segment]
+        return f"{name}/{self.micro_batch_names[micro_batch]}" if self.micro_batch_names else name
+
+    @cached_property
+    def cost_names(self) -> tuple[str, ...]:
+        """Every name that :meth:`cost_name` can return, in order of segments."""
+        kinds = dict.fromkeys(self.micro_batch_names)
+        segments = dict.fromkeys(self.segment_names)
+        return tuple(f"{name}/{kind}" for name in segments for kind in kinds) if kinds else tuple(segments)
 
     @cached_property
     def is_lowered(self) -> bool:
@@ -101,6 +120,10 @@ class Plan:
             "parameters": dict(self.parameters),
             "segments": list(self.segment_names),
         }
+        if self.micro_batch_names:
+            head["micro_batches"] = list(self.micro_batch_names)
+        if self.slices:
+            head["slices"] = [list(group) for group in self.slices]
         lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
         lines.append(_rows("placement", [_compact(row) for row in self.placement]))
         lines.append(_rows("orders", [[str(op) for op in order] for order in self.orders]))
@@ -132,6 +155,8 @@ class Plan:
                 for order in _field(data, "orders", list)
             ),
             parameters=_field(data, "parameters", dict),
+            micro_batch_names=tuple(_strings(data.get("micro_batches", []), "micro_batches")),
+            slices=_slices(data.get("slices", [])),
         )
 
     def to_csv(self) -> str:
@@ -162,6 +187,14 @@ def _expand(row: object, num_microbatches: int) -> tuple[int, ...]:
     if isinstance(row, list) and all(type(rank) is int for rank in row):
         return tuple(row)
     raise ValueError(f'not a plan: "placement" holds {row!r} instead of a rank or a list of ranks')
+
+
+def _slices(groups: object) -> tuple[tuple[int, ...], ...]:
+    if isinstance(groups, list) and all(
+        isinstance(group, list) and all(type(i) is int for i in group) for group in groups
+    ):
+        return tuple(tuple(group) for group in groups)
+    raise ValueError('not a plan: "slices" must hold lists of micro batches')
 
 
 def _field(data: Mapping[str, Any], key: str, kind: type) -> Any:

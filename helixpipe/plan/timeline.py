@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,26 +12,37 @@ from helixpipe.plan.operation import Operation
 
 
 class Span(NamedTuple):
-    """One compute operation on one rank, in milliseconds since the start of the iteration."""
+    """One operation on one rank, in milliseconds since the start of the iteration."""
 
     operation: Operation
     start_ms: float
     end_ms: float
 
 
+class Level(NamedTuple):
+    """Bytes held from an instant until the next one."""
+
+    time_ms: float
+    bytes: int
+
+
 @dataclass(frozen=True)
 class Timeline:
-    """The compute operations of every rank with their times.
+    """What every rank did, and when.
 
     Attributes:
-        spans: per rank, in execution order.
+        spans: the compute operations per rank, in execution order.
         source: what it shows, like ``predicted`` or ``measured, iteration 20``.
         segment_names: of the plan that ran, so that a reader can tell attention; may be empty.
+        waits: per rank, the receives that compute stood still for; empty if unknown.
+        memory: per rank, bytes held over time, a step function; empty if unknown.
     """
 
     spans: tuple[tuple[Span, ...], ...]
     source: str = "predicted"
     segment_names: tuple[str, ...] = ()
+    waits: tuple[tuple[Span, ...], ...] = ()
+    memory: tuple[tuple[Level, ...], ...] = ()
 
     @property
     def start_ms(self) -> float:
@@ -54,38 +66,80 @@ class Timeline:
             return 0.0
         return 1.0 - sum(self.busy_ms) / (len(self.spans) * self.makespan_ms)
 
+    @property
+    def peak_bytes(self) -> list[int]:
+        """Most bytes held at any time, per rank; empty if unknown."""
+        return [max(level.bytes for level in curve) for curve in self.memory]
+
     def is_attention(self, operation: Operation) -> bool:
         """True if the segment names are known and say so."""
         return bool(self.segment_names) and self.segment_names[operation.segment] == "attention"
 
     def to_json(self) -> str:
         """One line per rank; read back by :meth:`from_json`."""
-        rows = ",\n".join(
-            "    " + json.dumps([[str(op), round(start, 4), round(end, 4)] for op, start, end in rank])
-            for rank in self.spans
-        )
-        segments = f'  "segments": {json.dumps(self.segment_names)},\n' if self.segment_names else ""
-        return f'{{\n  "source": {json.dumps(self.source)},\n{segments}  "ranks": [\n{rows}\n  ]\n}}\n'
+        parts = [f'  "source": {json.dumps(self.source)}']
+        if self.segment_names:
+            parts.append(f'  "segments": {json.dumps(self.segment_names)}')
+        parts.append(_rows("ranks", map(_span_rows, self.spans)))
+        if self.waits:
+            parts.append(_rows("waits", map(_span_rows, self.waits)))
+        if self.memory:
+            parts.append(
+                _rows("memory", ([[round(time, 4), held] for time, held in curve] for curve in self.memory))
+            )
+        return "{\n" + ",\n".join(parts) + "\n}\n"
 
     @classmethod
     def from_json(cls, text: str) -> Timeline:
         """Read a timeline; ``ValueError`` if the text is not one."""
         try:
             data: Any = json.loads(text)
-            spans = tuple(
-                tuple(Span(Operation.parse(op), float(start), float(end)) for op, start, end in rank)
-                for rank in data["ranks"]
+            timeline = cls(
+                _read_spans(data["ranks"]),
+                str(data["source"]),
+                tuple(str(name) for name in data.get("segments", ())),
+                _read_spans(data.get("waits", ())),
+                tuple(
+                    tuple(Level(float(time), int(held)) for time, held in curve)
+                    for curve in data.get("memory", ())
+                ),
             )
-            timeline = cls(spans, str(data["source"]), tuple(str(name) for name in data.get("segments", ())))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"not a timeline: {error}") from None
         timeline._check()
         return timeline
 
     def _check(self) -> None:
-        for rank, spans in enumerate(self.spans):
+        for what, rows in (("waits", self.waits), ("memory", self.memory)):
+            if len(rows) not in (0, len(self.spans)):
+                raise ValueError(
+                    f"not a timeline: {what} of {len(rows)} ranks, operations of {len(self.spans)}"
+                )
+        if not all(self.memory):
+            raise ValueError("not a timeline: a rank's memory has no level")
+        for rank, spans in enumerate((*self.spans, *self.waits)):
             for op, start, end in spans:
                 if not -math.inf < start <= end < math.inf:
-                    raise ValueError(f"not a timeline: {op} on rank {rank} runs from {start} to {end} ms")
+                    raise ValueError(
+                        f"not a timeline: {op} on rank {rank % len(self.spans)} runs from {start} to {end} ms"
+                    )
                 if self.segment_names and op.segment >= len(self.segment_names):
-                    raise ValueError(f"not a timeline: {op} on rank {rank} has no name in segments")
+                    raise ValueError(
+                        f"not a timeline: {op} on rank {rank % len(self.spans)} has no name in segments"
+                    )
+
+
+def _span_rows(spans: tuple[Span, ...]) -> list[list[Any]]:
+    return [[str(op), round(start, 4), round(end, 4)] for op, start, end in spans]
+
+
+def _rows(key: str, ranks: Iterable[Any]) -> str:
+    body = ",\n".join("    " + json.dumps(row) for row in ranks)
+    return f'  "{key}": [\n{body}\n  ]'
+
+
+def _read_spans(ranks: Any) -> tuple[tuple[Span, ...], ...]:
+    return tuple(
+        tuple(Span(Operation.parse(op), float(start), float(end)) for op, start, end in rank)
+        for rank in ranks
+    )

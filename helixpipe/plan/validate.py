@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
+from helixpipe.plan.costs import Costs
 from helixpipe.plan.deadlock import find_deadlock
 from helixpipe.plan.memory import peak_bytes
 from helixpipe.plan.operation import Kind, Operation, input_of, message_of, output_edge
@@ -26,12 +27,14 @@ def validate(plan: Plan) -> None:
     """Raise :class:`PlanError` for the first rule that the plan breaks.
 
     The rules: shapes that agree; every micro batch computed exactly once per segment and direction, on the
-    rank that the placement names, in a possible order; one matching send and receive per edge between
+    rank that the placement names, in a possible order; slices of a sequence on one rank, forward in order and
+    backward in reverse; one matching send and receive per edge between
     ranks, in the same order at both ends; no deadlock, neither with buffered sends nor when every send
     waits for its receive.
     """
     _check_shape(plan)
     _check_compute(plan)
+    _check_slices(plan)
     if plan.is_lowered:
         _check_messages(plan)
     for rendezvous in (False, True):
@@ -41,18 +44,18 @@ def validate(plan: Plan) -> None:
             raise PlanError(f"deadlock {model}:\n{_blocked_grid(plan, stuck)}")
 
 
-def check_memory(plan: Plan, bytes_of_segment: Mapping[str, int], limit_bytes: int) -> None:
-    """Raise :class:`PlanError` if a rank keeps more than ``limit_bytes`` of activations at its peak.
+def check_memory(plan: Plan, costs: Costs, limit_bytes: int) -> None:
+    """Raise :class:`PlanError` if a rank holds more than ``limit_bytes`` at its peak.
 
     Args:
         plan: any plan.
-        bytes_of_segment: bytes kept from F until its last backward operation, by segment name.
+        costs: what its operations and ranks hold.
         limit_bytes: what one rank may hold.
     """
-    for rank, peak in enumerate(peak_bytes(plan, bytes_of_segment)):
+    for rank, peak in enumerate(peak_bytes(plan, costs)):
         if peak > limit_bytes:
             raise PlanError(
-                f"rank {rank} holds {peak} bytes of activations at its peak, {peak - limit_bytes} over "
+                f"rank {rank} holds {peak} bytes at its peak, {peak - limit_bytes} over "
                 f"the limit of {limit_bytes}; use a smaller fold, shorter sequences or more ranks"
             )
 
@@ -71,6 +74,11 @@ def _check_shape(plan: Plan) -> None:
             )
         if not all(0 <= rank < plan.num_ranks for rank in row):
             raise PlanError(f"segment {segment} is placed on a rank outside 0..{plan.num_ranks - 1}")
+    if len(plan.micro_batch_names) not in (0, plan.num_microbatches):
+        raise PlanError(f"{len(plan.micro_batch_names)} names for {plan.num_microbatches} micro batches")
+    members = [i for group in plan.slices for i in group]
+    if len(set(members)) < len(members) or not all(0 <= i < plan.num_microbatches for i in members):
+        raise PlanError("a micro batch is a slice of two sequences, or of one that does not exist")
     for rank, index, op in _operations(plan):
         if op.segment >= plan.num_segments or op.micro_batch >= plan.num_microbatches:
             raise PlanError(f"no such segment or micro batch:\n{_grid(plan, rank, index)}")
@@ -101,6 +109,28 @@ def _check_compute(plan: Plan) -> None:
                 if op not in seen:
                     home = plan.rank_of(segment, micro_batch)
                     raise PlanError(f"{op} is missing from rank {home}")
+
+
+def _check_slices(plan: Plan) -> None:
+    """Each slice after the one whose keys and values, or gradients of them, it needs."""
+    before = {i: j for group in plan.slices for j, i in zip(group, group[1:], strict=False)}
+    after = {j: i for i, j in before.items()}
+    for i, j in before.items():
+        for segment in range(plan.num_segments):
+            if plan.rank_of(segment, i) != plan.rank_of(segment, j):
+                raise PlanError(
+                    f"segment {segment} of slices {j} and {i} is placed on different ranks; "
+                    "keys and values stay where they are"
+                )
+    done: set[Operation] = set()
+    for rank, index, op in _operations(plan):
+        if op.kind in (Kind.F, Kind.B):
+            needed = (before if op.kind is Kind.F else after).get(op.micro_batch)
+            if needed is not None and op._replace(micro_batch=needed) not in done:
+                raise PlanError(
+                    f"{op} stands before {op._replace(micro_batch=needed)}:\n{_grid(plan, rank, index)}"
+                )
+            done.add(op)
 
 
 def _check_messages(plan: Plan) -> None:

@@ -349,12 +349,18 @@ def test_every_edge_by_name_needs_no_default():
         (costs_file(TWO[:1]), "segment 'stage1' is missing; needed: stage0, stage1"),
         (costs_file(["attention"]), "segment 'attention' is unknown; known: stage0, stage1"),
         ('{"p2p_ms": {}}', "key 'segments' is missing"),
-        ('{"segments": {}, "p2p": {}}', "key 'p2p' is unknown; known: p2p_ms, segments"),
+        (
+            '{"segments": {}, "p2p": {}}',
+            "key 'p2p' is unknown; known: message_bytes, network, p2p_ms, ranks, segments",
+        ),
         (
             costs_file(TWO, {"stage1->stage0": 1}),
             "edge 'stage1->stage0' is unknown; known: *, stage0->stage1",
         ),
-        (costs_file(TWO, G=1), "segment stage0: key 'G' is unknown; known: B, F, R, W, bytes"),
+        (
+            costs_file(TWO, G=1),
+            "segment stage0: key 'G' is unknown; known: B, F, R, W, bytes, weight_bytes, workspace",
+        ),
         (costs_file(TWO, F=-1), "segment stage0: F must be a number that is not negative, found -1"),
         (costs_file(TWO, F="1"), "segment stage0: F must be a number"),
         (costs_file(TWO, F=True), "segment stage0: F must be a number"),

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from helixpipe.plan import Kind, Operation, Plan, PlanError, ScheduleRequest, build_plan, validate
 from helixpipe.plan.deadlock import find_deadlock
+from helixpipe.plan.costs import Costs, SegmentCost
 from helixpipe.plan.memory import peak_bytes
 from helixpipe.plan.validate import check_memory
 
@@ -295,20 +296,22 @@ def test_split_backward_is_valid_in_any_possible_order():
 
 def test_memory_limit_is_inclusive():
     plan = built("1f1b", 4, 4, 8)
-    sizes = {"stage0": 5, "stage1": 7, "stage2": 11, "stage3": 13}
-    assert peak_bytes(plan, sizes) == [20, 21, 22, 13]
-    check_memory(plan, sizes, 22)
-    with pytest.raises(
-        PlanError, match="rank 2 holds 22 bytes of activations at its peak, 1 over the limit of 21"
-    ):
-        check_memory(plan, sizes, 21)
+    costs = keeping(stage0=5, stage1=7, stage2=11, stage3=13)
+    assert peak_bytes(plan, costs) == [20, 21, 22, 13]
+    check_memory(plan, costs, 22)
+    with pytest.raises(PlanError, match="rank 2 holds 22 bytes at its peak, 1 over the limit of 21"):
+        check_memory(plan, costs, 21)
 
 
 def test_memory_lives_until_the_weight_gradient():
     plan = by_hand([(0, 0)], "0F0 0B0 0F1 0W0 0B1 0W1")
-    assert peak_bytes(plan, {"s0": 3}) == [6]
-    assert peak_bytes(by_hand([(0, 0)], "0F0 0B0 0F1 0B1"), {"s0": 3}) == [3]
-    assert peak_bytes(by_hand([(0, 0)], "0F0 0F1"), {"s0": 3}) == [3], "evaluation keeps nothing"
+    assert peak_bytes(plan, keeping(s0=3)) == [6]
+    assert peak_bytes(by_hand([(0, 0)], "0F0 0B0 0F1 0B1"), keeping(s0=3)) == [3]
+    assert peak_bytes(by_hand([(0, 0)], "0F0 0F1"), keeping(s0=3)) == [3], "evaluation keeps nothing"
+
+
+def keeping(**bytes_of_segment):
+    return Costs({name: SegmentCost(1, 1, bytes=size) for name, size in bytes_of_segment.items()}, {})
 
 
 def test_weight_gradients_without_input_gradients_are_refused():
