@@ -149,7 +149,7 @@ def parse_costs(text: str, plan: Plan) -> Costs:
     Raises:
         ValueError: invalid JSON, or a name that the plan does not have or that is missing; the message
             lists the plan's names. ``p2p_ms`` may be left out (free messages); once it names an edge, every
-            edge needs a value, its own or that of ``*``. ``network`` and ``message_bytes`` stand in its place.
+            edge needs a value, its own or that of ``*``. ``network`` with ``message_bytes`` takes its place.
     """
     try:
         data = json.loads(text)
@@ -200,7 +200,7 @@ def _edges(plan: Plan) -> set[str]:
 def _segment_cost(name: str, entry: Any) -> SegmentCost:
     entry = _object(entry, f"segment {name}")
     _check_names(entry, set(_SEGMENT_KEYS), {"F", "B"}, f"costs: segment {name}: key")
-    values = {
+    values: dict[str, Any] = {
         _SEGMENT_KEYS[key]: (_whole if key.endswith("bytes") else _number)(value, f"segment {name}: {key}")
         for key, value in entry.items()
     }
@@ -222,33 +222,29 @@ def _network(entry: Any) -> Network:
     entry = _object(entry, "network")
     names = {field.name for field in fields(Network)}
     _check_names(entry, names, {"latency_ms", "gb_per_s"}, "costs: network: key")
+    values: dict[str, Any] = {
+        key: (_whole if key == "ranks_per_node" else _number)(value, f"network: {key}")
+        for key, value in entry.items()
+    }
     try:
-        return Network(
-            **{
-                key: (_whole if key == "ranks_per_node" else _number)(value, f"network: {key}")
-                for key, value in entry.items()
-            }
-        )
+        return Network(**values)
     except ValueError as error:
-        text = str(error)
-        raise ValueError(text if text.startswith("costs: ") else f"costs: {text}") from None
+        raise ValueError(f"costs: {error}") from None
 
 
 def _rank_costs(entries: Any, plan: Plan) -> tuple[RankCost, ...]:
     if not isinstance(entries, list) or len(entries) not in (0, plan.num_ranks):
         raise ValueError(f"costs: ranks must be a list with one entry for each of {plan.num_ranks} ranks")
     names = {field.name for field in fields(RankCost)}
+    ranks = []
     for number, entry in enumerate(entries):
         _check_names(_object(entry, f"rank {number}"), names, set(), f"costs: rank {number}: key")
-    return tuple(
-        RankCost(
-            **{
-                key: (_whole if key.endswith("bytes") else _number)(value, f"rank {number}: {key}")
-                for key, value in entry.items()
-            }
-        )
-        for number, entry in enumerate(entries)
-    )
+        values: dict[str, Any] = {
+            key: (_whole if key.endswith("bytes") else _number)(value, f"rank {number}: {key}")
+            for key, value in entry.items()
+        }
+        ranks.append(RankCost(**values))
+    return tuple(ranks)
 
 
 def _check_names(found: Mapping[str, Any], known: set[str], required: set[str], what: str) -> None:

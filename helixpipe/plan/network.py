@@ -9,7 +9,7 @@ BYTES_PER_MS = 1e6  # of one GB/s
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """Links of a cluster as seen by pipeline ranks. A rank may be several GPUs, whose links work side by side.
+    """Links of a cluster between pipeline ranks. A rank may be several GPUs, whose links work side by side.
 
     Messages from one rank to another go one after the other, and so do those that leave or enter a node,
     at the speed of its uplink.

@@ -32,8 +32,8 @@ class Plan:
         placement: ``placement[segment][micro_batch]`` is the rank that runs F, B and W of it.
         orders: the operations of each rank, in execution order.
         parameters: the arguments of the schedule, for the reader and for reproduction.
-        micro_batch_names: one name per micro batch where they differ in cost, like slices of a sequence; micro
-            batches of equal cost share a name. Empty where all cost the same.
+        micro_batch_names: one name per micro batch where they differ in cost, like slices of a sequence;
+            micro batches of equal cost share a name. Empty where all cost the same.
         slices: groups of micro batches that are consecutive slices of one sequence: on every segment the
             forward of a slice follows that of the slice before it, whose keys and values it reads, and
             backwards run in reverse.

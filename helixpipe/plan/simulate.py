@@ -35,7 +35,7 @@ class Simulation:
         return self.timeline.makespan_ms + self.finish_ms
 
     def to_json(self) -> str:
-        """The result file of ``python -m helixpipe simulate``; ``iteration_ms`` if it is more than the pipeline."""
+        """The result file of ``python -m helixpipe simulate``; ``iteration_ms`` if more than the pipeline."""
         result: dict[str, Any] = {
             "makespan_ms": self.timeline.makespan_ms,
             "busy_ms": self.timeline.busy_ms,
@@ -51,9 +51,9 @@ def simulate(plan: Plan, costs: Costs) -> Simulation:
     """Run ``plan`` against a clock, in time that grows with its operations (n log p).
 
     An operation starts when its rank is free and its inputs have arrived. A message leaves when its
-    producer ends and overlaps compute; within a rank it is free. With ``p2p_ms`` it takes the time of its edge
-    whatever else is under way; with a network it queues for its links. After its last operation a rank
-    reduces its gradients; when all have, the optimizer runs.
+    producer ends and overlaps compute; within a rank it is free. With ``p2p_ms`` it takes the time of its
+    edge whatever else is under way; with a network it queues for its links. After its last operation a
+    rank reduces its gradients; when all have, the optimizer runs.
 
     Args:
         plan: a valid plan, lowered or compute-only (the messages follow from the placement).
@@ -94,7 +94,7 @@ def _finish_ms(timeline: Timeline, costs: Costs) -> float:
 
 
 class _Clock:
-    """Ends of operations in the order of time, so that messages queue for links in the order they are ready."""
+    """Ends operations in the order of time, so that messages queue for links in the order they are ready."""
 
     def __init__(self, plan: Plan, costs: Costs) -> None:
         self.plan = plan

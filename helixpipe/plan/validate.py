@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 
 from helixpipe.plan.costs import Costs
 from helixpipe.plan.deadlock import find_deadlock
@@ -113,7 +114,7 @@ def _check_compute(plan: Plan) -> None:
 
 def _check_slices(plan: Plan) -> None:
     """Each slice after the one whose keys and values, or gradients of them, it needs."""
-    before = {i: j for group in plan.slices for j, i in zip(group, group[1:], strict=False)}
+    before = {i: j for group in plan.slices for j, i in pairwise(group)}
     after = {j: i for i, j in before.items()}
     for i, j in before.items():
         for segment in range(plan.num_segments):
