@@ -14,6 +14,7 @@ OPTION_FLAGS = {
     "num_fold": "--num-fold",
     "virtual_stages": "--virtual-stages",
     "attention_range": "--attention-range",
+    "num_slices": "--num-slices",
 }
 
 

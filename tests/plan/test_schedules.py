@@ -28,9 +28,10 @@ def helix(p, layers, m, fold, **options):
 def arguments(draw):
     """(schedule, request) that fit together."""
     schedule = draw(st.sampled_from(sorted(SCHEDULES)))
-    p, layers_per_rank, rounds = draw(st.integers(1, 6)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    p, layers_per_rank = draw(st.integers(1, 16)), draw(st.integers(1, 2))
+    rounds = draw(st.integers(1, 3 if p < 9 else 1))
     if schedule == "helix":
-        fold = draw(st.integers(1, 3))
+        p, fold = min(p, 9), draw(st.integers(1, 3))
         attention_range = draw(st.sampled_from([None, "core", "qkv", "block"]))
         return schedule, request(
             p, p * layers_per_rank, p * fold * rounds, num_fold=fold, attention_range=attention_range
@@ -38,7 +39,10 @@ def arguments(draw):
     if schedule == "interleaved":
         v = draw(st.integers(1, 3))
         return schedule, request(p, p * v * layers_per_rank, p * rounds, virtual_stages=v)
-    return schedule, request(p, p * layers_per_rank, draw(st.integers(1, 12)))
+    if schedule == "seq1f1b":
+        num_slices, m = draw(st.none() | st.integers(1, 6)), draw(st.integers(1, 12))
+        return schedule, request(p, p * layers_per_rank, m, num_slices=num_slices)
+    return schedule, request(p, 2 * p * layers_per_rank, draw(st.integers(1, 2 * p + 3)))
 
 
 @MANY
@@ -54,7 +58,9 @@ def test_plans_are_complete_and_never_block(case):
         assert compute == {
             (plan.rank_of(segment, i), Operation(segment, kind, i))
             for segment, kind, i in product(
-                range(plan.num_segments), (Kind.F, Kind.B), range(plan.num_microbatches)
+                range(plan.num_segments),
+                (Kind.F, Kind.B, Kind.W) if plan.splits_backward else (Kind.F, Kind.B),
+                range(plan.num_microbatches),
             )
         }
         assert max(found.values()) == 1
@@ -81,6 +87,12 @@ def test_plan_round_trips(case):
         ("helix", request(16, 32, 32, num_fold=2)),
         ("helix", request(12, 12, 48, num_fold=2)),
         ("helix", request(16, 16, 48, num_fold=3)),
+        ("zb-h1", request(16, 32, 64)),
+        ("zb-v", request(16, 32, 64)),
+        ("v-half", request(16, 32, 64)),
+        ("v-min", request(15, 30, 64)),
+        ("dualpipe-v", request(16, 32, 64)),
+        ("seq1f1b", request(16, 32, 16, num_slices=8)),
     ],
 )
 def test_large_plans_never_block(schedule, wanted):
@@ -196,6 +208,9 @@ def test_defaults_are_recorded():
         "attention_range": "core",
     }
     assert build_plan("interleaved", request(2, 4, 4)).parameters["virtual_stages"] == 2
+    assert build_plan("seq1f1b", request(2, 4, 4)).parameters == {"num_layers": 4, "num_slices": 4}
+    for schedule in ("gpipe", "1f1b", "zb-h1", "zb-v", "v-half", "v-min", "dualpipe-v"):
+        assert build_plan(schedule, request(2, 4, 4)).parameters == {"num_layers": 4}
 
 
 @pytest.mark.parametrize(
@@ -227,6 +242,13 @@ def test_defaults_are_recorded():
             "times the virtual stages per rank (4); use 4 or 8",
         ),
         ("interleaved", request(2, 4, 3), "the number of micro batches (3) must be a multiple of"),
+        ("zb-v", request(4, 12, 8), "times the virtual stages per rank (8); use 8 or 16"),
+        ("zb-v", request(2, 4, 4, virtual_stages=2), "--virtual-stages means nothing to zb-v"),
+        (
+            "1f1b",
+            request(2, 4, 4, num_slices=2),
+            "--num-slices means nothing to 1f1b; leave it out (it is for",
+        ),
     ],
 )
 def test_wrong_arguments_say_what_to_change(schedule, wanted, message):
@@ -243,6 +265,7 @@ def test_wrong_arguments_say_what_to_change(schedule, wanted, message):
         ("num_microbatches", 0, "the number of micro batches must be at least 1"),
         ("num_fold", 0, "the fold must be at least 1"),
         ("virtual_stages", 0, "the number of virtual stages must be at least 1"),
+        ("num_slices", 0, "the number of slices must be at least 1"),
         ("attention_range", "all", "unknown attention range 'all'; choose one of core, qkv, block"),
     ],
 )

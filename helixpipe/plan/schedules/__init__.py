@@ -10,7 +10,18 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from helixpipe.plan.plan import Plan
-from helixpipe.plan.schedules import gpipe, helix, interleaved, one_f_one_b
+from helixpipe.plan.schedules import (
+    dualpipe_v,
+    gpipe,
+    helix,
+    interleaved,
+    one_f_one_b,
+    seq1f1b,
+    v_half,
+    v_min,
+    zb_h1,
+    zb_v,
+)
 from helixpipe.plan.schedules.request import ScheduleRequest
 
 
@@ -25,6 +36,12 @@ SCHEDULES: Mapping[str, Schedule] = {
     "gpipe": Schedule(gpipe.plan),
     "1f1b": Schedule(one_f_one_b.plan),
     "interleaved": Schedule(interleaved.plan, frozenset({"virtual_stages"})),
+    "zb-h1": Schedule(zb_h1.plan),
+    "zb-v": Schedule(zb_v.plan),
+    "v-half": Schedule(v_half.plan),
+    "v-min": Schedule(v_min.plan),
+    "dualpipe-v": Schedule(dualpipe_v.plan),
+    "seq1f1b": Schedule(seq1f1b.plan, frozenset({"num_slices"})),
     "helix": Schedule(helix.plan, frozenset({"num_fold", "attention_range"})),
 }
 

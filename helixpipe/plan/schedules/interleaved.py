@@ -26,4 +26,10 @@ def plan(request: ScheduleRequest) -> Plan:
             warmup=(p - rank - 1) * 2 + (v - 1) * p,
         )
 
-    return stage_plan("interleaved", request, (order(rank) for rank in range(p)), virtual_stages=v)
+    return stage_plan(
+        "interleaved",
+        request,
+        (order(rank) for rank in range(p)),
+        stage_ranks=tuple(range(p)) * v,
+        parameters={"virtual_stages": v} if v > 1 else None,
+    )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from helixpipe.plan.operation import Operation
-from helixpipe.plan.plan import Plan
+from helixpipe.plan.plan import Parameter, Plan
 
 ATTENTION_RANGES = ("core", "qkv", "block")
 
@@ -22,6 +22,7 @@ class ScheduleRequest:
         num_fold: helix: micro batches that share a slot (2 hides every message behind compute).
         virtual_stages: interleaved: model chunks per rank.
         attention_range: helix: pieces that the attention rank runs, ``core``, ``qkv`` or ``block``.
+        num_slices: seq1f1b: slices of each sequence, which is a micro batch of the request.
     """
 
     num_layers: int
@@ -30,6 +31,7 @@ class ScheduleRequest:
     num_fold: int | None = None
     virtual_stages: int | None = None
     attention_range: str | None = None
+    num_slices: int | None = None
 
     def __post_init__(self) -> None:
         named = {
@@ -38,6 +40,7 @@ class ScheduleRequest:
             "number of micro batches": self.num_microbatches,
             "fold": 1 if self.num_fold is None else self.num_fold,
             "number of virtual stages": 1 if self.virtual_stages is None else self.virtual_stages,
+            "number of slices": 1 if self.num_slices is None else self.num_slices,
         }
         for name, value in named.items():
             if value < 1:
@@ -61,23 +64,30 @@ def stage_plan(
     name: str,
     request: ScheduleRequest,
     orders: Iterable[Iterable[Operation]],
-    virtual_stages: int = 1,
+    *,
+    stage_ranks: Sequence[int] = (),
+    parameters: Mapping[str, Parameter] | None = None,
 ) -> Plan:
-    """A plan whose segment ``s`` is a stage of consecutive layers on rank ``s mod p``."""
-    p, num_stages = request.num_ranks, request.num_ranks * virtual_stages
+    """A plan whose segments are stages of consecutive layers.
+
+    Args:
+        name: of the schedule.
+        request: its arguments.
+        orders: of every rank.
+        stage_ranks: the rank of each stage; one stage per rank if left out.
+        parameters: options to record beside the number of layers.
+    """
+    stage_ranks = stage_ranks or range(request.num_ranks)
     of_what = "the pipeline-parallel size"
-    if virtual_stages > 1:
+    if len(stage_ranks) > request.num_ranks:
         of_what += " times the virtual stages per rank"
-    require_multiple(request.num_layers, num_stages, "the number of layers", of_what)
-    parameters = {"num_layers": request.num_layers}
-    if virtual_stages > 1:
-        parameters["virtual_stages"] = virtual_stages
+    require_multiple(request.num_layers, len(stage_ranks), "the number of layers", of_what)
     return Plan(
         schedule=name,
-        num_ranks=p,
+        num_ranks=request.num_ranks,
         num_microbatches=request.num_microbatches,
-        segment_names=tuple(f"stage{s}" for s in range(num_stages)),
-        placement=tuple((s % p,) * request.num_microbatches for s in range(num_stages)),
+        segment_names=tuple(f"stage{s}" for s in range(len(stage_ranks))),
+        placement=tuple((rank,) * request.num_microbatches for rank in stage_ranks),
         orders=tuple(tuple(order) for order in orders),
-        parameters=parameters,
+        parameters={"num_layers": request.num_layers, **(parameters or {})},
     )
