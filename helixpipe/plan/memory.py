@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import NamedTuple
 
 from helixpipe.plan.costs import Costs, SegmentCost
@@ -20,7 +21,7 @@ def held_bytes(plan: Plan, costs: Costs, rank: int) -> list[Held]:
     """What ``rank`` holds at each of its compute operations, in execution order.
 
     What a forward keeps lives from the start of F to the end of B; in a plan with weight-gradient operations
-    the part ``weight_bytes`` of it lives on to the end of W. A workspace lives as long as its operation. An
+    ``weight_bytes`` live on to the end of W. A workspace lives as long as its operation. An
     evaluation plan keeps nothing. The rank's static bytes are always there.
     """
     held = costs.rank(rank).static_bytes
@@ -39,7 +40,7 @@ def held_bytes(plan: Plan, costs: Costs, rank: int) -> list[Held]:
 def peak_bytes(plan: Plan, costs: Costs) -> list[int]:
     """Peak bytes per rank."""
     return [
-        max((level.during for level in held_bytes(plan, costs, rank)), default=costs.rank(rank).static_bytes)
+        max(chain.from_iterable(held_bytes(plan, costs, rank)), default=costs.rank(rank).static_bytes)
         for rank in range(plan.num_ranks)
     ]
 

@@ -19,6 +19,8 @@ class Network:
         ranks_per_node: pipeline ranks in a node; 0 if all are in one.
         node_latency_ms, node_gb_per_s: between two ranks of different nodes.
         uplink_gb_per_s: of a node, for all its ranks together, each direction; 0 if never the limit.
+        send_gb_per_s, receive_gb_per_s: at which a rank itself handles a message, packing it or copying it
+            into a socket, and computes nothing meanwhile; 0 if others do all of it.
     """
 
     latency_ms: float
@@ -27,6 +29,8 @@ class Network:
     node_latency_ms: float = 0.0
     node_gb_per_s: float = 0.0
     uplink_gb_per_s: float = 0.0
+    send_gb_per_s: float = 0.0
+    receive_gb_per_s: float = 0.0
 
     def __post_init__(self) -> None:
         if self.gb_per_s <= 0:
@@ -46,6 +50,14 @@ class Network:
         if self.node_of(source) == self.node_of(target):
             return self.latency_ms + num_bytes / (self.gb_per_s * BYTES_PER_MS)
         return self.node_latency_ms + num_bytes / (self.node_gb_per_s * BYTES_PER_MS)
+
+    def send_ms(self, num_bytes: int) -> float:
+        """Milliseconds that a message takes from its sender's computing, before it leaves."""
+        return num_bytes / (self.send_gb_per_s * BYTES_PER_MS) if self.send_gb_per_s else 0.0
+
+    def receive_ms(self, num_bytes: int) -> float:
+        """Milliseconds that a message takes from its receiver's computing, after it has arrived."""
+        return num_bytes / (self.receive_gb_per_s * BYTES_PER_MS) if self.receive_gb_per_s else 0.0
 
 
 class Links:

@@ -105,6 +105,7 @@ class _Clock:
         self.waits: list[list[Span]] = [[] for _ in self.orders]
         self.free_ms = [0.0] * plan.num_ranks
         self.arrival_ms: dict[Operation, float] = {}  # result -> when its consumer has it
+        self._receive_ms: dict[Operation, float] = {}  # what its consumer spends on the message first
         self.waiting: dict[Operation, int] = {}
         self.running: list[tuple[float, int, Operation]] = []  # (end, rank, operation)
         self._duration_ms = {
@@ -143,6 +144,7 @@ class _Clock:
             if arrival_ms > free_ms:
                 start_ms = arrival_ms
                 self._note_wait(rank, needed, free_ms, start_ms)
+            start_ms += self._receive_ms.pop(needed, 0.0)
         end_ms = start_ms + self._duration_ms[op.kind, self.plan.cost_name(op.segment, op.micro_batch)]
         spans.append(Span(op, start_ms, end_ms))
         self.free_ms[rank] = end_ms
@@ -159,13 +161,15 @@ class _Clock:
         if edge is None:
             return None
         peer = self.plan.rank_of(edge[1], op.micro_batch)
-        self.arrival_ms[op] = end_ms if peer == rank else self._arrival_ms(op, edge, rank, peer, end_ms)
+        if peer == rank:
+            self.arrival_ms[op] = end_ms
+        else:
+            first, second = (self.plan.cost_name(segment, op.micro_batch) for segment in sorted(edge))
+            if self.links is None:
+                self.arrival_ms[op] = end_ms + self.costs.transfer_ms(first, second)
+            else:
+                num_bytes = self.costs.num_bytes(first, second)
+                self.free_ms[rank] += self.links.network.send_ms(num_bytes)
+                self._receive_ms[op] = self.links.network.receive_ms(num_bytes)
+                self.arrival_ms[op] = self.links.send(num_bytes, rank, peer, self.free_ms[rank])
         return self.waiting.pop(op, None)
-
-    def _arrival_ms(
-        self, op: Operation, edge: tuple[int, int], rank: int, peer: int, ready_ms: float
-    ) -> float:
-        first, second = (self.plan.cost_name(segment, op.micro_batch) for segment in sorted(edge))
-        if self.links is None:
-            return ready_ms + self.costs.transfer_ms(first, second)
-        return self.links.send(self.costs.num_bytes(first, second), rank, peer, ready_ms)

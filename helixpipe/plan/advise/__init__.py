@@ -1,0 +1,6 @@
+"""Which schedule to use: every candidate planned, simulated and held against memory."""
+
+from helixpipe.plan.advise.advice import Advice, Option, Rejection, advise
+from helixpipe.plan.advise.candidates import Candidate, Job
+
+__all__ = ["Advice", "Candidate", "Job", "Option", "Rejection", "advise"]

@@ -1,0 +1,209 @@
+"""Evaluate candidates: plan, check memory, simulate, rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from helixpipe.plan.advise.candidates import Candidate, Job, candidates
+from helixpipe.plan.advise.context_parallel import Exchange, predict_context_parallel
+from helixpipe.plan.cost_model import Recompute, costs_of_plan
+from helixpipe.plan.costs import Costs
+from helixpipe.plan.memory import peak_bytes
+from helixpipe.plan.operation import Kind
+from helixpipe.plan.plan import Plan
+from helixpipe.plan.schedules import SCHEDULES, ScheduleRequest
+from helixpipe.plan.simulate import simulate
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Option:
+    """A candidate that fits, with what is predicted for it.
+
+    Attributes:
+        candidate: how to run.
+        iteration_ms: the whole iteration.
+        bubble: share of the ranks' time without compute; for context parallelism that of exposed messages.
+        peak_bytes: on the worst rank.
+        tokens_per_second_per_gpu: throughput.
+        mfu: model FLOPs over what the GPUs could do, 0 to 1; 0 if their peak is unknown.
+    """
+
+    candidate: Candidate
+    iteration_ms: float
+    bubble: float
+    peak_bytes: int
+    tokens_per_second_per_gpu: float
+    mfu: float
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A candidate that cannot be used.
+
+    Attributes:
+        candidate: what was tried.
+        reason: why not.
+        excess_bytes: by how much memory falls short; 0 if that is not the reason.
+    """
+
+    candidate: Candidate
+    reason: str
+    excess_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What came out.
+
+    Attributes:
+        options: what fits, the fastest first: of each schedule and its options the best recomputation and
+            micro batch size that can be executed, and the best one that cannot, if it is faster.
+        rejections: one for each schedule and options of which nothing fits.
+        num_candidates: how many were looked at.
+    """
+
+    options: list[Option]
+    rejections: list[Rejection]
+    num_candidates: int
+
+    @property
+    def best(self) -> Option | None:
+        """The fastest that can be executed, or None."""
+        return next((option for option in self.options if not option.candidate.why_not_runnable), None)
+
+
+def advise(job: Job, accept: Callable[[Candidate], bool] = lambda candidate: True) -> Advice:
+    """Try every schedule, option, recomputation and micro batch size for ``job``.
+
+    A recomputation that computes more is tried only if nothing that computes less fits and can be executed.
+
+    Args:
+        job: what is to be trained.
+        accept: which candidates may be tried.
+    """
+    groups = ([candidate for candidate in group if accept(candidate)] for group in candidates(job))
+    outcomes = [outcome for group in groups for outcome in _first_that_fits(job, group)]
+    outcomes += _context_parallel(job)
+    best: dict[tuple[str, str], Option] = {}
+    closest: dict[str, Rejection] = {}
+    for outcome in outcomes:
+        label = outcome.candidate.label
+        if isinstance(outcome, Rejection):
+            if label not in closest or _closeness(outcome) < _closeness(closest[label]):
+                closest[label] = outcome
+        else:
+            key = label, outcome.candidate.why_not_runnable
+            if key not in best or outcome.iteration_ms < best[key].iteration_ms:
+                best[key] = outcome
+    fitting = {label for label, _ in best}
+    shown = [
+        option
+        for (label, why_not), option in best.items()
+        # What cannot be executed is of interest only if it would be faster.
+        if not why_not or (label, "") not in best or option.iteration_ms < best[label, ""].iteration_ms
+    ]
+    return Advice(
+        sorted(shown, key=lambda option: option.iteration_ms),
+        [rejection for label, rejection in closest.items() if label not in fitting],
+        len(outcomes),
+    )
+
+
+def _closeness(rejection: Rejection) -> tuple[bool, int]:
+    """Too little memory comes closer than sizes that do not divide."""
+    return rejection.excess_bytes == 0, rejection.excess_bytes
+
+
+def _first_that_fits(job: Job, group: list[Candidate]) -> Iterator[Option | Rejection]:
+    for candidate in group:
+        outcome = _pipeline(job, candidate)
+        yield outcome
+        if isinstance(outcome, Option) and not candidate.why_not_runnable:
+            return
+
+
+@lru_cache(maxsize=64)
+def _plan(schedule: str, request: ScheduleRequest) -> Plan:
+    return SCHEDULES[schedule].plan(request)
+
+
+def _pipeline(job: Job, candidate: Candidate) -> Option | Rejection:
+    try:
+        plan = _plan(candidate.schedule, candidate.request(job))
+    except ValueError as error:
+        return Rejection(candidate, str(error))
+    pieces = job.pieces_for(candidate.micro_batch_size)
+    assert pieces is not None
+    costs = costs_of_plan(pieces, plan, candidate.recompute)
+    peak = max(peak_bytes(plan, costs))
+    if peak > job.memory_limit_bytes:
+        return _too_large(job, candidate, peak)
+    simulation = simulate(plan, costs)
+    return _option(job, candidate, simulation.iteration_ms, simulation.timeline.bubble_ratio, peak)
+
+
+def _context_parallel(job: Job) -> Iterator[Option | Rejection]:
+    if job.context_network is None:
+        return
+    for exchange in Exchange:
+        for recompute in Recompute:
+            m = job.num_microbatches
+            candidate = Candidate(exchange.value, recompute, job.micro_batch_size, m)
+            try:
+                found = predict_context_parallel(
+                    job.pieces(), exchange, job.num_ranks, m, recompute, job.context_network
+                )
+            except ValueError as error:
+                yield Rejection(candidate, str(error))
+                continue
+            if found.peak_bytes > job.memory_limit_bytes:
+                yield _too_large(job, candidate, found.peak_bytes)
+                continue
+            exposed = found.exposed_ms / found.iteration_ms
+            yield _option(job, candidate, found.iteration_ms, exposed, found.peak_bytes)
+
+
+def _too_large(job: Job, candidate: Candidate, peak: int) -> Rejection:
+    excess = peak - job.memory_limit_bytes
+    return Rejection(
+        candidate,
+        f"needs {peak / GIB:.1f} GiB, {excess / GIB:.1f} GiB over the limit, recomputing "
+        f"{candidate.recompute.value}",
+        excess,
+    )
+
+
+def _option(job: Job, candidate: Candidate, iteration_ms: float, bubble: float, peak: int) -> Option:
+    workload = job.workload
+    sequences = workload.micro_batch_size * job.num_microbatches * workload.data_parallel
+    # A backward pass has twice the forward's products.
+    flops = 3 * workload.model.forward_flops(workload.seq_length) * sequences
+    available = job.num_gpus * job.peak_tflops * 1e9 * iteration_ms
+    return Option(
+        candidate,
+        iteration_ms,
+        bubble,
+        peak,
+        job.tokens_per_iteration / iteration_ms * 1e3 / job.num_gpus,
+        flops / available if available else 0.0,
+    )
+
+
+def efficiency(plan: Plan, costs: Costs) -> float:
+    """Time of an ideal without bubble and recomputation over that of ``plan``, between 0 and 1.
+
+    The ideal spreads the plan's own work evenly over its ranks: matrix products, attention and
+    tensor-parallel communication at the rates of ``costs``, each computed once.
+    """
+    timeline = simulate(plan, costs).timeline
+    again = sum(
+        costs.segments[plan.cost_name(op.segment, op.micro_batch)].recompute
+        for order in plan.orders
+        for op in order
+        if op.kind is Kind.B
+    )
+    return (sum(timeline.busy_ms) - again) / plan.num_ranks / timeline.makespan_ms

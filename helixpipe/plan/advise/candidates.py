@@ -1,0 +1,190 @@
+"""The search space: schedules with their options, recomputation and micro batch sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from helixpipe.plan.build import OPTION_FLAGS
+from helixpipe.plan.cost_model import Pieces, Recompute, Workload
+from helixpipe.plan.network import Network
+from helixpipe.plan.schedules import SCHEDULES, ScheduleRequest
+from helixpipe.plan.schedules.request import ATTENTION_RANGES
+
+MICRO_BATCH_FACTORS = (1, 2, 4)
+
+# What pretrain_gpt.py executes today; everything else can be planned and is marked as such.
+_MEGATRON = frozenset((Recompute.NONE, Recompute.SELECTIVE, Recompute.FULL))
+RUNNABLE: Mapping[str, frozenset[Recompute]] = {
+    "1f1b": _MEGATRON,
+    "interleaved": _MEGATRON,
+    "helix": frozenset((Recompute.NONE,)),
+}
+RUNNABLE_RANGES = ("core",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is to be trained, and on how many GPUs.
+
+    Attributes:
+        pieces_for: costs of the model's pieces for a micro batch size; None where they are not known.
+        num_ranks: pipeline-parallel size p.
+        num_microbatches: per replica and iteration, of ``micro_batch_size`` sequences.
+        micro_batch_size: sequences; candidates may use multiples of it with fewer micro batches.
+        memory_limit_bytes: of one GPU.
+        peak_tflops: of one GPU, for the model's share of it; 0 if unknown.
+        context_network: links between the ranks that share a sequence, for context parallelism, which
+            Megatron numbers before the replicas; None if it is not to be looked at.
+    """
+
+    pieces_for: Callable[[int], Pieces | None]
+    num_ranks: int
+    num_microbatches: int
+    micro_batch_size: int = 1
+    memory_limit_bytes: int
+    peak_tflops: float = 0.0
+    context_network: Network | None = None
+
+    def pieces(self) -> Pieces:
+        """Pieces at the job's own micro batch size."""
+        found = self.pieces_for(self.micro_batch_size)
+        assert found is not None
+        return found
+
+    @property
+    def workload(self) -> Workload:
+        """The model and how it is cut, at the job's own micro batch size."""
+        return self.pieces().workload
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs of the whole job."""
+        workload = self.workload
+        return self.num_ranks * workload.tensor_parallel * workload.data_parallel
+
+    @property
+    def tokens_per_iteration(self) -> int:
+        """Tokens of a global batch."""
+        return self.workload.tokens * self.num_microbatches * self.workload.data_parallel
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run a job.
+
+    Attributes:
+        schedule: a key of ``SCHEDULES``, or a name of context parallelism.
+        recompute: what backward passes compute again.
+        micro_batch_size: sequences in a micro batch.
+        num_microbatches: per replica and iteration.
+        options: the schedule's own, by name of :class:`ScheduleRequest`.
+    """
+
+    schedule: str
+    recompute: Recompute
+    micro_batch_size: int
+    num_microbatches: int
+    options: Mapping[str, int | str] = field(default_factory=dict)
+
+    def request(self, job: Job) -> ScheduleRequest:
+        """What the schedule is asked for."""
+        return ScheduleRequest(
+            num_layers=job.workload.model.num_layers,
+            num_ranks=job.num_ranks,
+            num_microbatches=self.num_microbatches,
+            **self.options,  # type: ignore[arg-type]
+        )
+
+    @property
+    def label(self) -> str:
+        """Schedule and options, for a table."""
+        return " ".join([self.schedule, *(_short(name, value) for name, value in self.options.items())])
+
+    @property
+    def why_not_runnable(self) -> str:
+        """What pretrain_gpt.py cannot execute of it, in a word; empty if it can."""
+        if self.schedule not in RUNNABLE:
+            return "schedule"
+        if self.options.get("attention_range", RUNNABLE_RANGES[0]) not in RUNNABLE_RANGES:
+            return "range"
+        if self.recompute not in RUNNABLE[self.schedule]:
+            return "recompute"
+        return ""
+
+    def arguments(self, job: Job) -> list[str]:
+        """The arguments of pretrain_gpt.py that select it."""
+        workload = job.workload
+        batch = self.micro_batch_size * self.num_microbatches * workload.data_parallel
+        words = [
+            f"--pipeline-schedule {self.schedule}",
+            f"--pipeline-model-parallel-size {job.num_ranks}",
+            f"--tensor-model-parallel-size {workload.tensor_parallel}",
+        ]
+        if workload.sequence_parallel and workload.tensor_parallel > 1:
+            words.append("--sequence-parallel")
+        words += [f"--micro-batch-size {self.micro_batch_size}", f"--global-batch-size {batch}"]
+        if workload.distributed_optimizer:
+            words.append("--use-distributed-optimizer")
+        for name, value in self.options.items():
+            if name == "virtual_stages":
+                layers = workload.model.num_layers // (job.num_ranks * int(value))
+                words.append(f"--num-layers-per-virtual-pipeline-stage {layers}")
+            else:
+                words.append(f"{OPTION_FLAGS[name]} {value}")
+        words += _RECOMPUTE_ARGUMENTS[self.recompute]
+        return words
+
+
+_RECOMPUTE_ARGUMENTS: Mapping[Recompute, list[str]] = {
+    Recompute.NONE: [],
+    Recompute.SELECTIVE: ["--recompute-granularity selective"],
+    Recompute.WITHOUT_ATTENTION: ["--recompute-without-attention"],
+    Recompute.FULL: [
+        "--recompute-granularity full",
+        "--recompute-method uniform",
+        "--recompute-num-layers 1",
+    ],
+}
+
+
+def _short(name: str, value: int | str) -> str:
+    return {"num_fold": f"fold={value}", "virtual_stages": f"v={value}", "num_slices": f"K={value}"}.get(
+        name, str(value)
+    )
+
+
+def candidates(job: Job) -> Iterator[list[Candidate]]:
+    """Every pipeline to be tried, in a fixed order.
+
+    Those of one list differ in what they recompute, nothing first.
+    """
+    for factor in MICRO_BATCH_FACTORS:
+        if job.num_microbatches % factor or job.pieces_for(job.micro_batch_size * factor) is None:
+            continue
+        for schedule in SCHEDULES:
+            for options in _options(schedule, job):
+                yield [
+                    Candidate(
+                        schedule,
+                        recompute,
+                        job.micro_batch_size * factor,
+                        job.num_microbatches // factor,
+                        options,
+                    )
+                    for recompute in Recompute
+                ]
+
+
+def _options(schedule: str, job: Job) -> Iterator[Mapping[str, int | str]]:
+    names = SCHEDULES[schedule].options
+    if "virtual_stages" in names:
+        per_rank = max(1, job.workload.model.num_layers // job.num_ranks)
+        yield from ({"virtual_stages": v} for v in range(2, per_rank + 1) if per_rank % v == 0)
+    elif "num_slices" in names:
+        yield from ({"num_slices": count} for count in (2, 4, 8))
+    elif "num_fold" in names:
+        for fold in (1, 2):
+            yield from ({"num_fold": fold, "attention_range": cut} for cut in ATTENTION_RANGES)
+    else:
+        yield {}

@@ -1,0 +1,136 @@
+"""Times of a layer's pieces from rates: matrix products, attention, memory and links each at their own."""
+
+from __future__ import annotations
+
+from helixpipe.plan.cost_model.hardware import Hardware
+from helixpipe.plan.cost_model.pieces import PieceCost, Pieces
+from helixpipe.plan.cost_model.work import Workload
+from helixpipe.plan.network import BYTES_PER_MS, Network
+
+# Flash attention's backward recomputes the scores: five products where the forward has two.
+_BACKWARD_PRODUCTS = 2.5
+# Bytes per logit that the vocabulary-parallel loss moves: conversion to fp32, maximum, exponential, sum and
+# quotient forward; difference, scaling and conversion backward (each pass reads and most write).
+_LOSS_BYTES_FORWARD = 30
+_LOSS_BYTES_BACKWARD = 22
+# Bytes the optimizer moves per weight: gradient read, three fp32 states read and written, weight written, and
+# the gradient once more for its norm.
+_OPTIMIZER_BYTES = 34
+# What the host spends to launch the kernels of one operation that the device does not hide.
+_OVERHEAD_MS = 0.05
+
+
+def predict_pieces(workload: Workload, hardware: Hardware) -> Pieces:
+    """Pieces of ``workload`` on ``hardware``.
+
+    Sequence-parallel gathers and scatters are exposed in the forward pass and where a backward starts with
+    one; those that Megatron issues beside a matrix product of the backward are hidden as far as it lasts.
+    """
+    rates = _Rates(workload, hardware)
+    unit = workload.unit_bytes
+    gather = rates.collective_ms
+    model = workload.model
+    rope = workload.channel_bytes(model.query_size + model.kv_size)
+    fc1 = workload.channel_bytes(model.fc1_size)
+    activation = workload.channel_bytes(model.ffn_hidden_size)
+    core_ms = rates.core_ms()
+    times = {
+        "embedding": PieceCost(rates.moved(2 * unit) + gather, rates.moved(3 * unit) + gather),
+        # The backward of a norm also adds its gradient to the residual's.
+        "norm1": PieceCost(rates.moved(2 * unit), rates.moved(6 * unit)),
+        "qkv": rates.column("qkv", rates.moved(2 * rope), rates.moved(2 * rope)),
+        "core": PieceCost(core_ms[0], core_ms[1]),
+        "proj": rates.row("proj", rates.moved(3 * unit)),
+        "norm2": PieceCost(rates.moved(2 * unit), rates.moved(6 * unit)),
+        "fc1": rates.column("fc1", rates.moved(fc1 + activation), rates.moved(2 * fc1 + activation)),
+        "fc2": rates.row("fc2", rates.moved(3 * unit)),
+        "head": rates.column(
+            "head",
+            rates.moved(2 * unit + workload.num_logits * _LOSS_BYTES_FORWARD),
+            rates.moved(3 * unit + workload.num_logits * _LOSS_BYTES_BACKWARD),
+        ),
+    }
+    return Pieces(
+        source=f"{model.name} on {hardware.name}, predicted",
+        workload=workload,
+        times=times,
+        network=pipeline_network(workload, hardware),
+        reduction_gb_per_s=rates.group_gb_per_s(workload.tensor_parallel * workload.data_parallel),
+        optimizer_ns=_OPTIMIZER_BYTES / (hardware.memory_gb_per_s * hardware.memory_efficiency),
+        overhead_ms=_OVERHEAD_MS,
+    )
+
+
+def pipeline_network(workload: Workload, hardware: Hardware) -> Network:
+    """Links between the ranks of one pipeline.
+
+    Megatron numbers tensor-parallel GPUs first, then replicas, then stages: a node holds as many stages of
+    one pipeline as fit beside the replicas. The GPUs of a rank each send their part of a message.
+    """
+    t = workload.tensor_parallel
+    ranks_per_node = max(1, hardware.gpus_per_node // (t * workload.data_parallel))
+    nics = hardware.nics_per_node * min(1.0, t / hardware.gpus_per_node)
+    nic_gb_per_s = hardware.nic_gb_per_s * hardware.link_efficiency
+    return Network(
+        latency_ms=hardware.latency_ms,
+        gb_per_s=t * hardware.nvlink_gb_per_s * hardware.link_efficiency,
+        ranks_per_node=ranks_per_node,
+        node_latency_ms=hardware.node_latency_ms,
+        node_gb_per_s=max(nics, 1.0) * nic_gb_per_s,
+        # Replicas on the node have their share of its cards.
+        uplink_gb_per_s=max(ranks_per_node * nics, 1.0) * nic_gb_per_s,
+    )
+
+
+class _Rates:
+    def __init__(self, workload: Workload, hardware: Hardware) -> None:
+        self.workload = workload
+        self.hardware = hardware
+        t = workload.tensor_parallel
+        whole = workload.tokens * workload.model.hidden_size * workload.element_bytes
+        rate = self.group_gb_per_s(t) * BYTES_PER_MS
+        # A gather or a scatter of one residual; without sequence parallelism an all-reduce is both.
+        self.collective_ms = (t - 1) / t * whole / rate if t > 1 else 0.0
+
+    def group_gb_per_s(self, num_gpus: int) -> float:
+        """What one GPU sends to a group of neighbours: NVLink within a node, else its network card."""
+        hardware = self.hardware
+        if num_gpus <= hardware.gpus_per_node:
+            return hardware.nvlink_gb_per_s * hardware.link_efficiency
+        share = hardware.nics_per_node / hardware.gpus_per_node
+        return hardware.nic_gb_per_s * share * hardware.link_efficiency
+
+    def moved(self, num_bytes: float) -> float:
+        """Milliseconds of a streaming kernel."""
+        return num_bytes / (self.hardware.memory_gb_per_s * self.hardware.memory_efficiency * BYTES_PER_MS)
+
+    def product(self, piece: str) -> float:
+        """Milliseconds of one matrix product with a piece's weights."""
+        flops = 2.0 * self.workload.tokens * self.workload.parameters[piece]
+        return flops / (self.hardware.tflops * self.hardware.matmul_efficiency * 1e9)
+
+    def core_ms(self) -> tuple[float, float]:
+        """Attention, forward and backward."""
+        workload, hardware = self.workload, self.hardware
+        flops = workload.micro_batch_size * workload.model.core_flops(workload.seq_length)
+        ideal_ms = flops / workload.tensor_parallel / (hardware.tflops * 1e9)
+        return (
+            ideal_ms / hardware.attention_forward_efficiency,
+            _BACKWARD_PRODUCTS * ideal_ms / hardware.attention_backward_efficiency,
+        )
+
+    def column(self, piece: str, forward_ms: float, backward_ms: float) -> PieceCost:
+        """A column-parallel product: gathers its input, scatters its input gradient."""
+        product = self.product(piece)
+        hidden = max(0.0, self.collective_ms - product)
+        # Backward: the input is gathered again beside one product, the gradient scattered beside the other.
+        return PieceCost(
+            forward_ms + product + self.collective_ms,
+            backward_ms + product + hidden,
+            product + hidden,
+        )
+
+    def row(self, piece: str, forward_ms: float) -> PieceCost:
+        """A row-parallel product with the residual's sum: scatters its output, gathers its gradient."""
+        product = self.product(piece)
+        return PieceCost(forward_ms + product + self.collective_ms, product + self.collective_ms, product)

@@ -1,0 +1,125 @@
+"""Pieces: the times of a layer's pieces, predicted or measured, in one form and one file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from helixpipe.plan.cost_model.model import ModelShape
+from helixpipe.plan.cost_model.work import PIECES, Workload
+from helixpipe.plan.network import BYTES_PER_MS, Network
+
+FORMAT = "helixpipe-pieces"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class PieceCost:
+    """Milliseconds of one piece of one micro batch: forward, input gradient, weight gradient."""
+
+    forward: float
+    backward: float
+    weight: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Forward and whole backward."""
+        return self.forward + self.backward + self.weight
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What the pieces of a model cost on a machine.
+
+    Attributes:
+        source: where the times come from, for people.
+        workload: the model and sizes they hold for.
+        times: by name of ``PIECES``.
+        network: links between pipeline ranks.
+        reduction_gb_per_s: gradient bytes that data-parallel replicas reduce per second, one direction.
+        optimizer_ns: nanoseconds of the optimizer step per weight on one GPU.
+        overhead_ms: of the executor per compute operation.
+    """
+
+    source: str
+    workload: Workload
+    times: Mapping[str, PieceCost]
+    network: Network
+    reduction_gb_per_s: float
+    optimizer_ns: float
+    overhead_ms: float = 0.0
+
+    def reduction_ms(
+        self, parameters: int, context_parallel: int = 1, gb_per_s: float | None = None
+    ) -> float:
+        """Milliseconds to sum the gradients of a GPU's weights over its replicas, and context ranks if any.
+
+        A ring sends all parts but one twice: gradients in fp32, then their sum or the new weights.
+        """
+        ranks = self.workload.data_parallel * context_parallel
+        sent = 4 + (self.workload.element_bytes if self.workload.distributed_optimizer else 4)
+        rate = (gb_per_s or self.reduction_gb_per_s) * BYTES_PER_MS
+        return (ranks - 1) / ranks * parameters * sent / rate
+
+    def optimizer_ms(self, parameters: int, context_parallel: int = 1) -> float:
+        """Milliseconds of the optimizer step for a GPU's weights."""
+        return parameters / self.workload.optimizer_shards(context_parallel) * self.optimizer_ns * 1e-6
+
+    def to_json(self) -> str:
+        """The profile file, read back by :meth:`from_json`."""
+        data = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        return json.dumps(data, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Pieces:
+        """Read a profile file; ``ValueError`` says what is wrong with it."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"profile: invalid JSON ({error})") from None
+        if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("version") != VERSION:
+            raise ValueError(f'profile: "format" must be "{FORMAT}" and "version" {VERSION}')
+        try:
+            workload = dict(data["workload"])
+            times = {name: PieceCost(**_times(cost)) for name, cost in data["times"].items()}
+            pieces = cls(
+                source=str(data["source"]),
+                workload=Workload(**{**workload, "model": ModelShape(**workload["model"])}),
+                times=times,
+                network=Network(**data["network"]),
+                reduction_gb_per_s=_positive(data["reduction_gb_per_s"]),
+                optimizer_ns=_positive(data["optimizer_ns"]),
+                overhead_ms=float(data["overhead_ms"]),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"profile: wrong or missing field: {error}") from None
+        if set(times) != set(PIECES):
+            raise ValueError(f"profile: times must be given for {', '.join(PIECES)}")
+        return pieces
+
+
+def read_pieces(path: Path) -> Pieces:
+    """The profile in a file."""
+    try:
+        return Pieces.from_json(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not a profile: not a text file") from None
+
+
+def _times(cost: Any) -> dict[str, float]:
+    known = {field.name for field in fields(PieceCost)}
+    if not isinstance(cost, dict) or set(cost) != known:
+        raise ValueError(f"profile: a piece needs {', '.join(sorted(known))}, found {cost!r:.60}")
+    for key, value in cost.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+            raise ValueError(f"profile: {key} must be a number that is not negative, found {value!r:.60}")
+    return cost
+
+
+def _positive(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise ValueError(f"profile: expected a number above 0, found {value!r:.60}")
+    return float(value)

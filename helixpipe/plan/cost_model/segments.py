@@ -1,0 +1,339 @@
+"""From pieces to a plan's segments: times, kept bytes and messages under each way of recomputing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from itertools import pairwise
+from math import sqrt
+from typing import NamedTuple
+
+from helixpipe.plan.cost_model.pieces import PieceCost, Pieces
+from helixpipe.plan.cost_model.work import LAYER_PIECES
+from helixpipe.plan.costs import ANY_EDGE, Costs, RankCost, SegmentCost
+from helixpipe.plan.plan import Plan
+
+
+class Recompute(str, Enum):
+    """What a backward computes again instead of having kept it.
+
+    ``SELECTIVE`` is Megatron's core attention; ``WITHOUT_ATTENTION`` is what is cheap: attention's output
+    and log-sum-exp are kept (HelixPipe); ``FULL`` keeps only a segment's or layer's input.
+    """
+
+    NONE = "none"
+    SELECTIVE = "selective"
+    WITHOUT_ATTENTION = "without-attention"
+    FULL = "full"
+
+
+class _Part(NamedTuple):
+    """A run of pieces on one rank: what its forward keeps and its backward recomputes."""
+
+    pieces: tuple[str, ...]
+    kept: tuple[str, ...] = ()
+    recomputed: tuple[str, ...] = ()
+
+
+_MLP_KEPT = ("norm2 input", "norm2 output", "fc1 output", "activation")
+_ATTENTION_KEPT = ("norm1 input", "norm1 output", "qkv", "attention output", "log-sum-exp")
+
+
+def _without(names: Iterable[str], *left_out: str) -> tuple[str, ...]:
+    return tuple(name for name in names if name not in left_out)
+
+
+def _whole_layer(recompute: Recompute) -> _Part:
+    if recompute is Recompute.FULL:
+        return _Part(LAYER_PIECES, ("norm1 input",), LAYER_PIECES)
+    if recompute is Recompute.WITHOUT_ATTENTION:
+        kept = ("norm1 input", "attention output", "log-sum-exp", "norm2 input")
+        return _Part(LAYER_PIECES, kept, ("norm1", "qkv", "norm2", "fc1"))
+    if recompute is Recompute.SELECTIVE:
+        return _Part(LAYER_PIECES, _without(_ATTENTION_KEPT, "log-sum-exp") + _MLP_KEPT, ("core",))
+    return _Part(LAYER_PIECES, _ATTENTION_KEPT + _MLP_KEPT)
+
+
+class _Cut(NamedTuple):
+    """A layer cut around its attention range, and the tensors that cross the two cuts."""
+
+    pre: _Part
+    attention: _Part
+    post: _Part
+    into: tuple[str, ...]
+    out: tuple[str, ...]
+
+
+def _cut(attention_range: str, recompute: Recompute) -> _Cut:
+    return {"core": _cut_core, "qkv": _cut_qkv, "block": _cut_block}[attention_range](recompute)
+
+
+def _cut_core(recompute: Recompute) -> _Cut:
+    # The residual passes by attention in the same message and lives as long.
+    kept: tuple[str, ...] = ("qkv", "residual", "attention output", "log-sum-exp")
+    again: tuple[str, ...] = ()
+    if recompute in (Recompute.SELECTIVE, Recompute.FULL):
+        kept, again = ("qkv", "residual"), ("core",)
+    pre = {
+        Recompute.WITHOUT_ATTENTION: _Part(("norm1", "qkv"), ("norm1 input",), ("norm1",)),
+        Recompute.FULL: _Part(("norm1", "qkv"), (), ("norm1", "qkv")),
+    }.get(recompute, _Part(("norm1", "qkv"), ("norm1 input", "norm1 output")))
+    attention = _Part(("core",), kept, again)
+    return _Cut(pre, attention, _post(recompute), ("qkv", "residual"), ("attention output", "residual"))
+
+
+def _cut_qkv(recompute: Recompute) -> _Cut:
+    kept: tuple[str, ...] = ("norm1 output", "residual")
+    again: tuple[str, ...] = ()
+    if recompute is Recompute.WITHOUT_ATTENTION:
+        kept, again = (*kept, "attention output", "log-sum-exp"), ("qkv",)
+    elif recompute is Recompute.FULL:
+        again = ("qkv", "core")
+    else:
+        kept = (*kept, "qkv", "attention output", "log-sum-exp")
+        if recompute is Recompute.SELECTIVE:
+            kept, again = _without(kept, "log-sum-exp"), ("core",)
+    full = recompute is Recompute.FULL
+    pre = _Part(("norm1",), () if full else ("norm1 input",), ("norm1",) if full else ())
+    attention = _Part(("qkv", "core"), kept, again)
+    return _Cut(
+        pre, attention, _post(recompute), ("norm1 output", "residual"), ("attention output", "residual")
+    )
+
+
+def _cut_block(recompute: Recompute) -> _Cut:
+    pieces = ("norm1", "qkv", "core", "proj")
+    attention = {
+        Recompute.NONE: _Part(pieces, _ATTENTION_KEPT),
+        Recompute.SELECTIVE: _Part(pieces, _without(_ATTENTION_KEPT, "log-sum-exp"), ("core",)),
+        Recompute.WITHOUT_ATTENTION: _Part(
+            pieces, ("norm1 input", "attention output", "log-sum-exp"), ("norm1", "qkv")
+        ),
+        Recompute.FULL: _Part(pieces, ("norm1 input",), pieces),
+    }[recompute]
+    mlp = ("norm2", "fc1", "fc2")
+    post = {
+        Recompute.WITHOUT_ATTENTION: _Part(mlp, ("norm2 input",), ("norm2", "fc1")),
+        Recompute.FULL: _Part(mlp, ("norm2 input",), mlp),
+    }.get(recompute, _Part(mlp, _MLP_KEPT))
+    return _Cut(_Part(()), attention, post, ("norm1 input",), ("norm2 input",))
+
+
+def _post(recompute: Recompute) -> _Part:
+    pieces = ("proj", "norm2", "fc1", "fc2")
+    received = ("attention output", "residual")
+    if recompute is Recompute.FULL:
+        return _Part(pieces, received, pieces)
+    if recompute is Recompute.WITHOUT_ATTENTION:
+        return _Part(pieces, (*received, "norm2 input"), ("norm2", "fc1"))
+    return _Part(pieces, received + _MLP_KEPT)
+
+
+# Inputs of matrix products and gradients of their outputs: what weight gradients are computed from.
+_FOR_WEIGHT: Mapping[str, tuple[str, ...]] = {
+    "qkv": ("norm1 output", "qkv"),
+    "proj": ("attention output", "residual"),
+    "fc1": ("norm2 output", "fc1 output"),
+    "fc2": ("activation", "residual"),
+}
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """A share of the sequence's tokens, and of the attention's triangle."""
+
+    tokens: float = 1.0
+    area: float = 1.0
+
+
+_WHOLE = _Slice()
+
+
+class _Builder:
+    """Adds parts up to segments for one choice of recomputation."""
+
+    def __init__(self, pieces: Pieces) -> None:
+        self.pieces = pieces
+        self.workload = pieces.workload
+        self.tensors = self.workload.kept_tensors
+
+    def segment(self, parts: Sequence[_Part], part_of: _Slice = _WHOLE) -> SegmentCost:
+        """The cost of parts that run on one rank, one after the other."""
+        names = [piece for part in parts for piece in part.pieces]
+        again = [piece for part in parts for piece in part.recomputed]
+        costs = [self._time(piece, part_of) for piece in names]
+        recompute = sum(self._time(piece, part_of).forward for piece in again)
+        overhead = self.pieces.overhead_ms
+        kept = sum(self.tensors[name] for part in parts for name in part.kept)
+        for_weight = sum(self.tensors[n] for piece in names for n in _FOR_WEIGHT.get(piece, ()))
+        if "head" in names:
+            kept += self.workload.head_bytes
+            for_weight += 2 * self.workload.num_logits if self.workload.whole_logits else 0
+        return SegmentCost(
+            forward=sum(cost.forward for cost in costs) + overhead,
+            backward=sum(cost.backward for cost in costs) + recompute + overhead,
+            weight=sum(cost.weight for cost in costs),
+            recompute=recompute,
+            bytes=int(kept * part_of.tokens),
+            weight_bytes=int(for_weight * part_of.tokens),
+            workspace_bytes=int(self._workspace(parts, names) * part_of.tokens),
+        )
+
+    def _workspace(self, parts: Sequence[_Part], names: list[str]) -> int:
+        workspace = self.workload.layer_workspace_bytes if "fc1" in names else 0
+        # What was not kept exists again while its layer is computed backward.
+        again = {piece for part in parts for piece in part.recomputed}
+        regained = {"norm1": "norm1 output", "qkv": "qkv", "core": "attention output", "proj": "norm2 input"}
+        regained |= {"norm2": "norm2 output", "fc1": "fc1 output"}
+        workspace += sum(self.tensors[name] for piece, name in regained.items() if piece in again)
+        if "fc1" in again:
+            workspace += self.tensors["activation"]
+        return max(workspace, self.workload.head_workspace_bytes if "head" in names else 0)
+
+    def _time(self, piece: str, part_of: _Slice) -> PieceCost:
+        cost = self.pieces.times[piece]
+        share = part_of.area if piece == "core" else part_of.tokens
+        return PieceCost(cost.forward * share, cost.backward * share, cost.weight * share)
+
+    def message_bytes(self, names: Iterable[str], weights: int = 0) -> int:
+        """Bytes of a message on all GPUs of a rank: tensors, and weights that travel with it."""
+        per_gpu = sum(self.tensors[name] for name in names) + weights * self.workload.element_bytes
+        return per_gpu * self.workload.tensor_parallel
+
+
+def whole_layer_cost(pieces: Pieces, recompute: Recompute) -> SegmentCost:
+    """One layer on one rank."""
+    return _Builder(pieces).segment([_whole_layer(recompute)])
+
+
+_EMBEDDING, _HEAD = _Part(("embedding",)), _Part(("head",))
+
+
+def costs_of_plan(pieces: Pieces, plan: Plan, recompute: Recompute) -> Costs:
+    """Seconds and bytes of every segment and message of ``plan``, and of each rank's end of the iteration.
+
+    Args:
+        pieces: predicted or measured times, with the sizes they are for.
+        plan: of any schedule, for the number of layers that the pieces' model has.
+        recompute: the same in every layer.
+
+    Raises:
+        ValueError: the plan is for another number of layers.
+    """
+    layers = pieces.workload.model.num_layers
+    if plan.parameters.get("num_layers") != layers:
+        raise ValueError(
+            f"the plan has {plan.parameters.get('num_layers')} layers, {pieces.workload.model.name} has "
+            f"{layers}; plan with --num-layers {layers}"
+        )
+    builder = _Builder(pieces)
+    build = _helix_costs if "attention" in plan.segment_names else _stage_costs
+    segments, messages = build(builder, plan, recompute)
+    return Costs(segments, {}, messages, pieces.network, _rank_costs(pieces, plan))
+
+
+def _stage_costs(
+    builder: _Builder, plan: Plan, recompute: Recompute
+) -> tuple[dict[str, SegmentCost], dict[str, int]]:
+    layers = [_whole_layer(recompute)] * (_num_layers(plan) // plan.num_segments)
+    slices = _slices(builder.pieces, plan)
+    segments = {}
+    for number, name in enumerate(plan.segment_names):
+        parts = [_EMBEDDING] * (number == 0) + layers + [_HEAD] * (number == plan.num_segments - 1)
+        for kind, part_of in slices.items():
+            segments[f"{name}/{kind}" if kind else name] = builder.segment(parts, part_of)
+    size = builder.message_bytes(("residual",))
+    if not plan.micro_batch_names:
+        return segments, {ANY_EDGE: size}
+    names = plan.segment_names
+    return segments, {
+        f"{first}/{kind}->{second}/{kind}": int(size * part_of.tokens)
+        for first, second in pairwise(names)
+        for kind, part_of in slices.items()
+    }
+
+
+def _helix_costs(
+    builder: _Builder, plan: Plan, recompute: Recompute
+) -> tuple[dict[str, SegmentCost], dict[str, int]]:
+    attention_range = str(plan.parameters["attention_range"])
+    cut = _cut(attention_range, recompute)
+    segments = {
+        "first": builder.segment([_EMBEDDING, cut.pre]),
+        "attention": builder.segment([cut.attention]),
+        "middle": builder.segment([cut.post, cut.pre]),
+        "last": builder.segment([cut.post, _HEAD]),
+    }
+    # Borrowed weights travel once per slot and direction, with the first of its micro batches.
+    borrowed = {"core": (), "qkv": ("qkv",), "block": ("qkv", "proj")}[attention_range]
+    weights = sum(builder.workload.parameters[piece] for piece in borrowed)
+    into = builder.message_bytes(cut.into, weights // int(plan.parameters["num_fold"]))
+    out = builder.message_bytes(cut.out)
+    messages = {f"{name}->attention": into for name in ("first", "middle")}
+    messages |= {f"attention->{name}": out for name in ("middle", "last")}
+    return {name: segments[name] for name in plan.cost_names}, messages
+
+
+def _num_layers(plan: Plan) -> int:
+    return int(plan.parameters["num_layers"])
+
+
+def _slices(pieces: Pieces, plan: Plan) -> dict[str, _Slice]:
+    """Slices of equal time by name of micro batch: an early slice attends to less and so is longer.
+
+    With x the share of tokens up to a cut, the time up to it is a x + c x^2.
+    """
+    if not plan.micro_batch_names:
+        return {"": _WHOLE}
+    kinds = list(dict.fromkeys(plan.micro_batch_names))
+    core = pieces.times["core"].total
+    linear = sum(pieces.times[piece].total for piece in LAYER_PIECES) - core
+    count = len(kinds)
+    cuts = [_equal_time_cut(j / count, linear, core) for j in range(count + 1)]
+    return {
+        kind: _Slice(tokens=end - start, area=end * end - start * start)
+        for kind, start, end in zip(kinds, cuts[:-1], cuts[1:], strict=True)
+    }
+
+
+def _equal_time_cut(share: float, linear: float, core: float) -> float:
+    if core == 0:
+        return share
+    return (sqrt(linear * linear + 4 * core * share * (linear + core)) - linear) / (2 * core)
+
+
+def _rank_costs(pieces: Pieces, plan: Plan) -> tuple[RankCost, ...]:
+    return tuple(
+        RankCost(
+            static_bytes=pieces.workload.static_bytes(parameters),
+            gradient_reduction_ms=pieces.reduction_ms(parameters),
+            optimizer_ms=pieces.optimizer_ms(parameters),
+        )
+        for parameters in rank_parameters(pieces, plan)
+    )
+
+
+def rank_parameters(pieces: Pieces, plan: Plan) -> list[int]:
+    """Matrix weights on one GPU of each pipeline rank, the embedding and the head where they are used."""
+    counts = pieces.workload.parameters
+    per_rank = [0] * plan.num_ranks
+    last = plan.num_segments - 1
+    if "attention" in plan.segment_names:
+        shares = {
+            "first": counts["qkv"],
+            "attention": 0,
+            "middle": counts["proj"] + counts["fc1"] + counts["fc2"] + counts["qkv"],
+            "last": counts["proj"] + counts["fc1"] + counts["fc2"],
+        }
+        for segment, name in enumerate(plan.segment_names):
+            per_rank[plan.rank_of(segment, 0)] += shares[name]
+    else:
+        layer = sum(counts[piece] for piece in ("qkv", "proj", "fc1", "fc2"))
+        for segment in range(plan.num_segments):
+            per_rank[plan.rank_of(segment, 0)] += layer * (_num_layers(plan) // plan.num_segments)
+    first_rank, last_rank = plan.rank_of(0, 0), plan.rank_of(last, 0)
+    per_rank[first_rank] += counts["embedding"]
+    if not (pieces.workload.model.tied and first_rank == last_rank):
+        per_rank[last_rank] += counts["head"]
+    return per_rank

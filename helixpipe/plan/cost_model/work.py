@@ -1,0 +1,144 @@
+"""Work: what a layer's pieces compute, move and keep, for one micro batch on one GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from helixpipe.plan.cost_model.model import ModelShape
+
+# Pieces of a layer, and of the ends of the model. ``fc1`` includes the activation function, ``head`` the
+# final norm and the loss.
+LAYER_PIECES = ("norm1", "qkv", "core", "proj", "norm2", "fc1", "fc2")
+PIECES = ("embedding", *LAYER_PIECES, "head")
+
+# Bytes of logits per token and word: 2 for the product's result, 4 for the fp32 softmax that is kept.
+_LOGIT_BYTES = 2
+_SOFTMAX_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """A model and how it is cut.
+
+    Attributes:
+        model: its sizes.
+        seq_length: tokens s of a sequence.
+        micro_batch_size: sequences b of a micro batch.
+        tensor_parallel: GPUs that share a layer.
+        sequence_parallel: norms and residuals are cut along the sequence, too.
+        data_parallel: replicas.
+        distributed_optimizer: optimizer states are cut over the replicas.
+        whole_logits: the loss keeps the softmax of all tokens; False if it is computed in chunks.
+        element_bytes: of activations: 2 for bf16, 4 for fp32.
+    """
+
+    model: ModelShape
+    seq_length: int
+    micro_batch_size: int = 1
+    tensor_parallel: int = 1
+    sequence_parallel: bool = True
+    data_parallel: int = 1
+    distributed_optimizer: bool = False
+    whole_logits: bool = True
+    element_bytes: int = 2
+
+    def __post_init__(self) -> None:
+        for key in ("seq_length", "micro_batch_size", "tensor_parallel", "data_parallel"):
+            value = getattr(self, key)
+            if value < 1:
+                raise ValueError(f"the {key.replace('_', ' ')} must be at least 1, not {value}")
+        model, t = self.model, self.tensor_parallel
+        for key, value in (
+            ("num_heads", model.num_heads),
+            ("ffn_hidden_size", model.ffn_hidden_size),
+        ):
+            if value % t:
+                raise ValueError(
+                    f"{model.name}'s {key} {value} cannot be split over tensor-parallel size {t}; "
+                    "use a divisor of it"
+                )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro batch."""
+        return self.seq_length * self.micro_batch_size
+
+    @property
+    def sharded(self) -> int:
+        """Into how many parts residuals and norms are cut."""
+        return self.tensor_parallel if self.sequence_parallel else 1
+
+    @property
+    def unit_bytes(self) -> int:
+        """A residual tensor on one GPU: b s h elements, cut by sequence parallelism."""
+        return self.tokens * self.model.hidden_size * self.element_bytes // self.sharded
+
+    def channel_bytes(self, channels: int) -> int:
+        """A tensor of ``channels`` per token that is cut by tensor parallelism."""
+        return self.tokens * channels * self.element_bytes // self.tensor_parallel
+
+    @property
+    def parameters(self) -> Mapping[str, int]:
+        """Matrix weights on one GPU, by piece."""
+        model, t = self.model, self.tensor_parallel
+        matrices = {**model.attention_parameters, **model.mlp_parameters}
+        ends = dict.fromkeys(("embedding", "head"), model.embedding_parameters)
+        return {piece: count // t for piece, count in (matrices | ends).items()}
+
+    @property
+    def kept_tensors(self) -> Mapping[str, int]:
+        """Bytes of each tensor that a layer's backward may need, by name."""
+        model = self.model
+        return {
+            "norm1 input": self.unit_bytes,
+            "norm1 output": self.unit_bytes,
+            "qkv": self.channel_bytes(model.query_size + 2 * model.kv_size),
+            "attention output": self.channel_bytes(model.query_size),
+            "log-sum-exp": self.tokens * model.num_heads * 4 // self.tensor_parallel,
+            "residual": self.unit_bytes,
+            "norm2 input": self.unit_bytes,
+            "norm2 output": self.unit_bytes,
+            "fc1 output": self.channel_bytes(model.fc1_size),
+            "activation": self.channel_bytes(model.ffn_hidden_size),
+        }
+
+    @property
+    def head_bytes(self) -> int:
+        """What final norm, head and loss keep: their inputs and the softmax, or the input's gradient."""
+        if not self.whole_logits:
+            return 2 * self.unit_bytes
+        return 2 * self.unit_bytes + self.num_logits * _SOFTMAX_BYTES
+
+    @property
+    def num_logits(self) -> int:
+        """Logits on one GPU."""
+        return self.tokens * self.model.vocab_size // self.tensor_parallel
+
+    @property
+    def layer_workspace_bytes(self) -> int:
+        """Transient peak of a layer's backward: gathered input and gradient, the MLP's gradients."""
+        gathered = 2 * self.tokens * self.model.hidden_size * self.element_bytes if self.sharded > 1 else 0
+        kept = self.kept_tensors
+        return gathered + kept["fc1 output"] + kept["activation"]
+
+    @property
+    def head_workspace_bytes(self) -> int:
+        """Transient peak of the head: logits and their gradient in both precisions."""
+        if not self.whole_logits:
+            return self.unit_bytes
+        return self.num_logits * (2 * _LOGIT_BYTES + _SOFTMAX_BYTES)
+
+    def optimizer_shards(self, context_parallel: int = 1) -> int:
+        """Over how many GPUs the optimizer states of a weight are cut."""
+        return self.data_parallel * context_parallel if self.distributed_optimizer else 1
+
+    def static_bytes(self, parameters: int, context_parallel: int = 1) -> int:
+        """Weights, gradients and Adam's states for ``parameters`` matrix weights on one GPU.
+
+        In bf16: 2 bytes of weight, 4 of gradient, and 12 of fp32 weight and two moments, which the
+        distributed optimizer cuts over the replicas. In fp32 the weight is its own master: 4, 4 and 8.
+        """
+        states = 12 if self.element_bytes == 2 else 8
+        whole = parameters * (self.element_bytes + 4)
+        return whole + parameters * states // self.optimizer_shards(context_parallel)

@@ -1,0 +1,396 @@
+"""The cost model: work counted against independent sums, rates, files, and segments against pieces."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from helixpipe.plan import Kind, ScheduleRequest, build_plan
+from helixpipe.plan.cost_model import (
+    HARDWARE,
+    MODELS,
+    Pieces,
+    Recompute,
+    Workload,
+    costs_of_plan,
+    predict_pieces,
+    read_hardware,
+    read_model,
+)
+from helixpipe.plan.cost_model.analytic import pipeline_network
+from helixpipe.plan.cost_model.segments import rank_parameters
+from helixpipe.plan.cost_model.work import LAYER_PIECES, PIECES
+from helixpipe.plan.memory import peak_bytes
+from helixpipe.plan.schedules import SCHEDULES
+
+GPT = MODELS["gpt-7b"]
+LLAMA = MODELS["llama-7b"]
+
+
+def workload(model=GPT, **changes):
+    return Workload(**{"model": model, "seq_length": 4096, "tensor_parallel": 8, **changes})
+
+
+def pieces(model=GPT, machine="h20", **changes):
+    return predict_pieces(workload(model, **changes), HARDWARE[machine])
+
+
+def planned(schedule, layers=32, p=8, m=16, **options):
+    request = ScheduleRequest(num_layers=layers, num_ranks=p, num_microbatches=m, **options)
+    return build_plan(schedule, request, compute_only=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("llama-7b", 6.74),
+        ("llama-13b", 13.02),
+        ("llama-70b", 68.98),
+        ("gpt-1.3b", 1.31),
+        ("gpt-3b", 2.65),
+        ("gpt-7b", 6.65),
+        ("qwen2.5-7b", 7.61),
+        ("qwen3-8b", 8.19),
+    ],
+)
+def test_models_have_their_published_sizes(name, billions):
+    """Published parameter counts, norms, biases and learned positions apart."""
+    assert MODELS[name].parameters / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+def test_flops_are_six_per_weight_and_token():
+    """Forward and backward: 6 N per token, and causal attention's 6 s h more per layer and token."""
+    s = 8192
+    per_token = 3 * LLAMA.forward_flops(s) / s
+    weights = LLAMA.parameters - LLAMA.embedding_parameters
+    assert per_token == pytest.approx(6 * weights + 6 * LLAMA.num_layers * s * LLAMA.hidden_size)
+
+
+def test_megatron_arguments(tmp_path):
+    script = tmp_path / "train.sh"
+    script.write_text(
+        "torchrun pretrain_gpt.py --num-layers 12 --hidden-size=768 \\\n --num-attention-heads 12 "
+        "--group-query-attention --num-query-groups 4 --swiglu --ffn-hidden-size 2048 --seq-length $S"
+    )
+    found = read_model(str(script))
+    assert (found.num_layers, found.hidden_size, found.num_heads, found.num_kv_heads) == (12, 768, 12, 4)
+    assert (found.head_dim, found.ffn_hidden_size, found.gated, found.tied) == (64, 2048, True, True)
+    as_json = tmp_path / "train.json"
+    as_json.write_text(json.dumps({"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4}))
+    assert read_model(str(as_json)).ffn_hidden_size == 256
+
+
+def test_hugging_face_config(tmp_path):
+    config = tmp_path / "config.json"
+    qwen = {
+        "model_type": "qwen3", "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936,
+        "hidden_act": "silu", "tie_word_embeddings": False,
+    }  # fmt: skip
+    config.write_text(json.dumps(qwen))
+    assert replace(read_model(str(config)), name="qwen3-8b") == MODELS["qwen3-8b"]
+    gpt2 = {
+        "n_embd": 768,
+        "n_layer": 12,
+        "n_head": 12,
+        "vocab_size": 50257,
+        "activation_function": "gelu_new",
+    }
+    config.write_text(json.dumps(gpt2))
+    found = read_model(str(config))
+    assert (found.gated, found.tied, found.ffn_hidden_size) == (False, True, 3072)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"hidden_size": 64}', "num_attention_heads or n_head is missing"),
+        ('{"num_layers": 2, "hidden_size": "big"}', "must be a whole number above 0, found 'big'"),
+        ("[]", "expected a JSON object of sizes"),
+        ("--num-layers 4", "hidden_size is missing"),
+        (
+            '{"num_layers": 2, "hidden_size": 64, "num_attention_heads": 0}',
+            "heads must be a whole number above 0",
+        ),
+    ],
+)
+def test_wrong_model_files(tmp_path, text, message):
+    path = tmp_path / "model"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"^model ") as caught:
+        read_model(str(path))
+    assert message in str(caught.value)
+
+
+def test_unknown_names_list_the_known():
+    with pytest.raises(ValueError, match=r"unknown model 'llama-8b'; give a file or one of llama-7b, "):
+        read_model("llama-8b")
+    with pytest.raises(ValueError, match=r"unknown hardware 'h21'; did you mean h2"):
+        read_hardware("h21")
+
+
+def test_hardware_files(tmp_path):
+    path = tmp_path / "rented.json"
+    path.write_text(json.dumps({"base": "h100", "nics_per_node": 4, "memory_gib": 60}))
+    found = read_hardware(str(path))
+    assert found == replace(HARDWARE["h100"], name="rented", nics_per_node=4, memory_gib=60)
+    for text, message in [
+        ('{"base": "h99"}', "base 'h99' is unknown; known: h20, "),
+        ('{"tflops": 100}', "matmul_efficiency, attention_forward_efficiency"),
+        ('{"base": "h20", "tflop": 1}', "'tflop' is unknown"),
+        ('{"base": "h20", "tflops": "1"}', "tflops must be a number"),
+        ('{"base": "h20", "tflops": 0}', "tflops must be above 0"),
+        ('{"base": "h20", "matmul_efficiency": 1.2}', "matmul_efficiency is a share of 1"),
+        ("{", "not a JSON file"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"^hardware ") as caught:
+            read_hardware(str(path))
+        assert message in str(caught.value)
+
+
+def test_products_take_their_flops_at_their_rate():
+    """Without tensor parallelism and with a machine whose memory is free, times are flops over rates."""
+    machine = replace(
+        HARDWARE["h100"], matmul_efficiency=0.5, attention_forward_efficiency=0.25,
+        attention_backward_efficiency=0.2, memory_gb_per_s=1e12,
+    )  # fmt: skip
+    found = predict_pieces(workload(LLAMA, tensor_parallel=1, micro_batch_size=2), machine)
+    tokens, h = 2 * 4096, 4096
+    product_ms = 2 * tokens * h * 3 * h / (989e9 * 0.5)
+    assert found.times["qkv"].forward == pytest.approx(product_ms)
+    assert found.times["qkv"].weight == pytest.approx(product_ms)
+    core_ms = 2 * (2 * 4096**2 * h) / 989e9
+    assert found.times["core"].forward == pytest.approx(core_ms / 0.25)
+    assert found.times["core"].backward == pytest.approx(2.5 * core_ms / 0.2)
+    assert found.times["core"].weight == 0
+
+
+def test_times_scale_with_the_sequence():
+    short, long = pieces(seq_length=8192), pieces(seq_length=16384)
+    for name in PIECES:
+        factor = 4 if name == "core" else 2
+        assert long.times[name].total == pytest.approx(factor * short.times[name].total)
+
+
+def test_pipeline_links_follow_megatrons_numbering():
+    machine = HARDWARE["h20"]
+    # Tensor parallelism fills the node: every stage is a node, with all its cards.
+    alone = pipeline_network(workload(tensor_parallel=8), machine)
+    assert (alone.ranks_per_node, alone.node_gb_per_s) == (1, pytest.approx(8 * 25 * 0.8))
+    # Four stages of two GPUs in a node, with a quarter of the cards each.
+    four = pipeline_network(workload(tensor_parallel=2), machine)
+    assert (four.ranks_per_node, four.node_gb_per_s) == (4, pytest.approx(2 * 25 * 0.8))
+    assert four.uplink_gb_per_s == pytest.approx(8 * 25 * 0.8)
+    # Replicas stand between the GPUs of one stage and those of the next.
+    assert pipeline_network(workload(tensor_parallel=2, data_parallel=4), machine).ranks_per_node == 1
+
+
+SCHEDULE_OPTIONS = {
+    "interleaved": {"virtual_stages": 4},
+    "helix": {"attention_range": "core"},
+    "seq1f1b": {"num_slices": 4},
+}
+
+
+@pytest.mark.parametrize("recompute", list(Recompute))
+@pytest.mark.parametrize("schedule", list(SCHEDULES))
+def test_no_work_is_lost(schedule, recompute):
+    """Over all segments of a micro batch, every piece of every layer is there once, whatever the schedule."""
+    found = replace(pieces(seq_length=65536), overhead_ms=0.0)
+    plan = planned(schedule, **SCHEDULE_OPTIONS.get(schedule, {}))
+    costs = costs_of_plan(found, plan, recompute)
+    layer = [found.times[name] for name in LAYER_PIECES]
+    ends = [found.times[name] for name in ("embedding", "head")]
+    total = 16 * (32 * sum(t.total for t in layer) + sum(t.total for t in ends))
+    busy = again = 0.0
+    for order in plan.orders:
+        for op in order:
+            name = plan.cost_name(op.segment, op.micro_batch)
+            busy += costs.duration_ms(op.kind, name, splits_backward=plan.splits_backward)
+            again += costs.segments[name].recompute * (op.kind is Kind.B)
+    assert busy - again == pytest.approx(total)
+    assert (again > 0) == (recompute is not Recompute.NONE)
+    if recompute is Recompute.FULL:
+        assert again == pytest.approx(16 * 32 * sum(t.forward for t in layer))
+
+
+@pytest.mark.parametrize("attention_range", ["core", "qkv", "block"])
+@pytest.mark.parametrize("recompute", list(Recompute))
+def test_ranges_move_work_but_do_not_change_it(attention_range, recompute):
+    found = replace(pieces(seq_length=65536), overhead_ms=0.0)
+    plan = planned("helix", attention_range=attention_range)
+    costs = costs_of_plan(found, plan, recompute)
+    core = costs_of_plan(found, planned("helix"), Recompute.NONE)
+
+    def chain(costs, value):
+        counts = {"first": 1, "attention": 32, "middle": 31, "last": 1}
+        return sum(count * value(costs.segments[name]) for name, count in counts.items())
+
+    assert chain(costs, lambda c: c.forward) == pytest.approx(chain(core, lambda c: c.forward))
+    assert chain(costs, lambda c: c.weight) == pytest.approx(chain(core, lambda c: c.weight))
+    assert chain(costs, lambda c: c.backward - c.recompute) == pytest.approx(
+        chain(core, lambda c: c.backward)
+    )
+
+
+def units(model, seq_length=4096, **changes):
+    """The bytes of one unit, b s h elements on one GPU."""
+    return workload(model, seq_length=seq_length, **changes).unit_bytes
+
+
+def kept(recompute, schedule="helix", model=GPT, **options):
+    plan = planned(schedule, **options)
+    costs = costs_of_plan(pieces(model), plan, recompute)
+    return {name: cost.bytes / units(model) for name, cost in costs.segments.items()}
+
+
+def test_units_kept_by_a_layer():
+    """GELU, no dropout: 16 units and the log-sum-exp without recomputation, 3 with attention kept."""
+    lse = 4 * 32 / (2 * 4096)  # fp32 per head, in units
+    head = (2 * 4096 * 2 + 50304 * 4) / (2 * 4096)
+    layers = 4
+
+    def layer(recompute):
+        stages = kept(recompute, "1f1b")
+        assert stages["stage7"] == pytest.approx(stages["stage1"] + head, rel=1e-3)
+        return stages["stage1"] / layers
+
+    assert layer(Recompute.NONE) == pytest.approx(16 + lse)
+    assert layer(Recompute.SELECTIVE) == pytest.approx(16)
+    assert layer(Recompute.WITHOUT_ATTENTION) == pytest.approx(3 + lse)
+    assert layer(Recompute.FULL) == pytest.approx(1)
+
+
+def test_units_kept_by_helix():
+    lse = 4 * 32 / (2 * 4096)
+    whole = kept(Recompute.NONE)
+    # q, k, v and the residual that came with them, and attention's output.
+    assert whole["attention"] == pytest.approx(5 + lse)
+    # Attention's output and the residual, both norms in and out, the MLP's 4 + 4.
+    assert whole["middle"] == pytest.approx(2 + 4 + 8)
+    block = kept(Recompute.WITHOUT_ATTENTION, attention_range="block")
+    assert block["attention"] + block["middle"] == pytest.approx(3 + lse)
+    for recompute in Recompute:
+        for attention_range in ("core", "qkv", "block"):
+            least = kept(Recompute.FULL, attention_range=attention_range)
+            some = kept(recompute, attention_range=attention_range)
+            assert all(least[name] <= some[name] for name in least)
+
+
+def test_chunked_loss_keeps_no_logits():
+    def last(**changes):
+        found = pieces(seq_length=131072, **changes)
+        return costs_of_plan(found, planned("helix"), Recompute.NONE).segments["last"]
+
+    logits = 131072 * 50304 // 8
+    assert last().bytes - last(whole_logits=False).bytes == 4 * logits
+    assert last().workspace_bytes >= 8 * logits > last(whole_logits=False).workspace_bytes
+
+
+def test_messages_have_the_size_of_their_tensors():
+    unit = units(GPT) * 8  # of a rank's eight GPUs
+    messages = {
+        cut: costs_of_plan(pieces(), planned("helix", attention_range=cut), Recompute.NONE).message_bytes
+        for cut in ("core", "qkv", "block")
+    }
+    weights = 4096 * 4096 * 2
+    assert messages["core"]["middle->attention"] == 4 * unit
+    assert messages["core"]["attention->middle"] == 2 * unit
+    # Borrowed weights come along with each of a slot's two micro batches by half.
+    assert messages["qkv"]["middle->attention"] == 2 * unit + 3 * weights // 2
+    assert messages["block"]["middle->attention"] == unit + 4 * weights // 2
+    assert messages["block"]["attention->middle"] == unit
+    assert costs_of_plan(pieces(), planned("1f1b"), Recompute.NONE).message_bytes == {"*": unit}
+
+
+@pytest.mark.parametrize("schedule", list(SCHEDULES))
+@pytest.mark.parametrize("name", ["gpt-7b", "llama-7b"])
+def test_every_weight_is_on_one_rank(schedule, name):
+    found = pieces(MODELS[name])
+    plan = planned(schedule, **SCHEDULE_OPTIONS.get(schedule, {}))
+    counts = rank_parameters(found, plan)
+    model = MODELS[name]
+    ends_meet = plan.rank_of(0, 0) == plan.rank_of(plan.num_segments - 1, 0)
+    # A tied head on another rank than the embedding is a second copy of it.
+    copies = model.embedding_parameters if model.tied and not ends_meet else 0
+    assert sum(counts) * 8 == model.parameters + copies
+
+
+def test_optimizer_states():
+    """18 bytes per weight in bf16; the distributed optimizer cuts 12 of them; 16 in fp32."""
+    assert workload().static_bytes(1000) == 18_000
+    sharded = workload(data_parallel=4, distributed_optimizer=True)
+    assert sharded.static_bytes(1000) == 6_000 + 3_000
+    assert sharded.static_bytes(1000, context_parallel=3) == 6_000 + 1_000
+    assert workload(element_bytes=4).static_bytes(1000) == 16_000
+
+
+def test_replicas_reduce_gradients():
+    alone, many = pieces(), pieces(data_parallel=8)
+    assert alone.reduction_ms(10**9) == 0
+    # Beyond the node: network cards, 8 bytes sent per weight but for one part in eight.
+    assert many.reduction_ms(10**9) == pytest.approx(7 / 8 * 8e9 / (25 * 0.8 * 1e6))
+    sharded = pieces(data_parallel=8, distributed_optimizer=True)
+    assert sharded.reduction_ms(10**9) == pytest.approx(7 / 8 * 6e9 / (25 * 0.8 * 1e6))
+    assert sharded.optimizer_ms(10**9) == pytest.approx(many.optimizer_ms(10**9) / 8)
+
+
+def test_slices_take_equal_times():
+    plan = planned("seq1f1b", num_slices=4)
+    found = replace(pieces(seq_length=131072), overhead_ms=0.0)
+    costs = costs_of_plan(found, plan, Recompute.NONE)
+    whole = costs_of_plan(found, planned("1f1b"), Recompute.NONE)
+
+    def total(cost):
+        return cost.forward + cost.backward + cost.weight
+
+    times = [total(costs.segments[f"stage3/slice{j}"]) for j in range(4)]
+    assert times == pytest.approx([total(whole.segments["stage3"]) / 4] * 4)
+    lengths = [costs.message_bytes[f"stage3/slice{j}->stage4/slice{j}"] for j in range(4)]
+    assert lengths == sorted(lengths, reverse=True)
+    assert sum(lengths) == pytest.approx(whole.message_bytes["*"], abs=4)
+
+
+def test_profiles_round_trip_and_say_what_is_wrong():
+    found = pieces(LLAMA, machine="a800")
+    assert Pieces.from_json(found.to_json()) == found
+    data = json.loads(found.to_json())
+    for change, message in [
+        ({"format": "x"}, '"format" must be "helixpipe-pieces"'),
+        ({"times": {}}, "times must be given for embedding, norm1"),
+        ({"times": {"core": {"forward": 1}}}, "a piece needs backward, forward, weight"),
+        ({"times": {"core": {"forward": -1, "backward": 1, "weight": 1}}}, "forward must be a number"),
+        ({"optimizer_ns": 0}, "expected a number above 0"),
+        ({"network": {}}, "wrong or missing field"),
+        ({"workload": {"model": {}}}, "wrong or missing field"),
+    ]:
+        with pytest.raises(ValueError, match=r"^profile: ") as caught:
+            Pieces.from_json(json.dumps({**data, **change}))
+        assert message in str(caught.value)
+    with pytest.raises(ValueError, match="invalid JSON"):
+        Pieces.from_json("{")
+
+
+def test_a_plan_of_another_depth_is_refused():
+    with pytest.raises(ValueError, match="the plan has 16 layers, gpt-7b has 32; plan with --num-layers 32"):
+        costs_of_plan(pieces(), planned("1f1b", layers=16), Recompute.NONE)
+
+
+def test_sizes_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="num_heads 32 cannot be split over tensor-parallel size 5"):
+        workload(tensor_parallel=5)
+    with pytest.raises(ValueError, match="seq length must be at least 1, not 0"):
+        workload(seq_length=0)
+
+
+def test_memory_grows_with_what_is_kept():
+    """Less recomputation never holds less, on any schedule."""
+    found = pieces(seq_length=32768)
+    for schedule in ("1f1b", "interleaved", "helix"):
+        plan = planned(schedule, **SCHEDULE_OPTIONS.get(schedule, {}))
+        peaks = [
+            max(peak_bytes(plan, costs_of_plan(found, plan, recompute)))
+            for recompute in (Recompute.FULL, Recompute.WITHOUT_ATTENTION, Recompute.NONE)
+        ]
+        assert peaks == sorted(peaks)
