@@ -1,6 +1,6 @@
-"""Pictures of timelines, predicted and measured alike."""
+"""Pictures of timelines, predicted and measured alike.
 
-from helixpipe.report.picture import draw_timeline
-from helixpipe.report.text import text_grid
-
-__all__ = ["draw_timeline", "text_grid"]
+``text`` for the terminal, ``picture`` for PNG and SVG, ``page`` for HTML, ``perfetto`` for trace viewers;
+``advice`` and ``comparison_text`` are tables. Import the module that is needed:
+matplotlib takes a second to load.
+"""

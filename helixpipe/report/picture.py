@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -13,31 +13,16 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from helixpipe.plan.timeline import Span, Timeline
+from helixpipe.report.memory_panel import draw_memory
+from helixpipe.report.palette import FAINT, IDLE, INK, RULE, STYLES
 from helixpipe.report.role import Role, role_of
-
-
-class _Style(NamedTuple):
-    fill: str
-    text: str
-
-
-# Blue against orange stays apart under every common colour blindness, dark against light also in grey.
-_STYLES = {
-    Role.FORWARD: _Style("#1f5fa8", "white"),
-    Role.ATTENTION_FORWARD: _Style("#a9d1f3", "#0b2d52"),
-    Role.BACKWARD: _Style("#d4660b", "white"),
-    Role.ATTENTION_BACKWARD: _Style("#fbd09b", "#532503"),
-    Role.WEIGHT: _Style("#4b9b82", "white"),
-}
-_IDLE = "#eceef1"
-_INK = "#22272e"
-_FAINT = "#5d6570"
 
 _SUFFIXES = (".png", ".svg")
 _DPI = 160
 _WIDTH = 10.0  # inches: 1600 pixels
 _LEFT, _RIGHT = 0.62, 0.18  # inches beside the rows
 _ABOVE, _BELOW = 0.6, 0.52  # inches for the heading, and for the time axis with the legend
+_MEMORY, _BETWEEN = 1.3, 0.5  # inches of the memory panel, and between the rows and it
 _ROW, _MIN_ROW, _MAX_ROWS = 0.36, 0.12, 7.0  # inches of a row, and of all rows together
 _BAR = 0.84  # share of a row's height
 _DIGIT = 0.72  # width of a digit over its font size, with some air
@@ -47,7 +32,13 @@ _POINTS = 72  # per inch
 
 
 def draw_timeline(
-    timeline: Timeline, path: str | Path, *, title: str | None = None, until_ms: float | None = None
+    timeline: Timeline,
+    path: str | Path,
+    *,
+    title: str | None = None,
+    until_ms: float | None = None,
+    memory: bool = False,
+    memory_limit_bytes: int | None = None,
 ) -> None:
     """Draw ``timeline`` into ``path``; equal input gives equal SVG files.
 
@@ -56,9 +47,12 @@ def draw_timeline(
         path: a .png or .svg file.
         title: heading; the timeline's source if None.
         until_ms: end of the time axis, for pictures on one scale; the timeline's end if None.
+        memory: add a panel with the memory of every rank over time.
+        memory_limit_bytes: what a rank has, a line in that panel.
 
     Raises:
-        ValueError: another suffix, an empty timeline or an axis that ends before it starts.
+        ValueError: another suffix, an empty timeline, an axis that ends before it starts, memory of a
+            timeline that does not know it, or a limit without memory.
     """
     path = Path(path)
     if path.suffix.lower() not in _SUFFIXES:
@@ -67,9 +61,16 @@ def draw_timeline(
         raise ValueError("nothing to draw: the timeline is empty")
     if until_ms is not None and not 0 < until_ms < float("inf"):
         raise ValueError(f"the time axis must end after 0 ms, not at {until_ms:g}")
+    if memory and not timeline.memory:
+        raise ValueError("cannot draw memory: the timeline does not say how much was held")
+    if memory_limit_bytes is not None and not (memory and memory_limit_bytes > 0):
+        raise ValueError("a memory limit must be above 0 bytes and goes with a picture of memory")
     # Without a salt of its own, matplotlib gives the ids in an SVG file random names.
     with matplotlib.rc_context({"svg.hashsalt": "helixpipe", "font.family": "DejaVu Sans"}):
-        figure = _Picture(timeline, until_ms or timeline.makespan_ms).figure(title)
+        picture = _Picture(timeline, until_ms or timeline.makespan_ms, _MEMORY + _BETWEEN if memory else 0.0)
+        figure = picture.figure(title)
+        if memory:
+            picture.add_memory(figure, memory_limit_bytes)
         metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
         figure.savefig(path, dpi=_DPI, metadata=metadata)
 
@@ -77,45 +78,54 @@ def draw_timeline(
 class _Picture:
     """Sizes of one picture in inches, and what is drawn at them."""
 
-    def __init__(self, timeline: Timeline, until_ms: float) -> None:
+    def __init__(self, timeline: Timeline, until_ms: float, extra: float) -> None:
         self.timeline = timeline
         self.until_ms = until_ms
         self.start_ms = timeline.start_ms
         ranks = len(timeline.spans)
         self.row = max(_MIN_ROW, min(_ROW, _MAX_ROWS / ranks))
-        self.height = self.row * ranks + _ABOVE + _BELOW
+        self.extra = extra  # inches below the rows
+        self.height = self.row * ranks + _ABOVE + _BELOW + extra
         self.inches_per_ms = (_WIDTH - _LEFT - _RIGHT) / until_ms
         self.font_size = min(8.5, 0.62 * _BAR * self.row * _POINTS)
 
     def figure(self, title: str | None) -> Figure:
         figure = Figure(figsize=(_WIDTH, self.height), facecolor="white")
-        axes = figure.add_axes(
-            (
-                _LEFT / _WIDTH,
-                _BELOW / self.height,
-                (_WIDTH - _LEFT - _RIGHT) / _WIDTH,
-                (self.height - _ABOVE - _BELOW) / self.height,
-            )
-        )
+        axes = self._panel(figure, _BELOW + self.extra, self.height - _ABOVE - _BELOW - self.extra)
         self._axes(axes)
         self._bars(axes)
         self._heading(figure, title)
         self._legend(figure)
         return figure
 
+    def add_memory(self, figure: Figure, limit_bytes: int | None) -> None:
+        axes = self._panel(figure, _BELOW, _MEMORY)
+        self._time_axis(axes)
+        draw_memory(axes, self.timeline, limit_bytes)
+
+    def _panel(self, figure: Figure, bottom: float, height: float) -> Axes:
+        """Axes over the whole width, at inches from below."""
+        width = (_WIDTH - _LEFT - _RIGHT) / _WIDTH
+        return figure.add_axes((_LEFT / _WIDTH, bottom / self.height, width, height / self.height))
+
     def _axes(self, axes: Axes) -> None:
         ranks = len(self.timeline.spans)
-        axes.set_xlim(0, self.until_ms)
         axes.set_ylim(ranks - 0.5, -0.5)  # rank 0 on top
         every = -(-ranks // int(_MAX_ROWS / 0.15))
         shown = range(0, ranks, every)
         axes.set_yticks(list(shown), [f"rank {rank}" for rank in shown])
-        axes.set_xlabel("time (ms)", fontsize=8, color=_FAINT, labelpad=3, loc="right")
-        axes.tick_params(axis="x", labelsize=8, colors=_FAINT, length=3)
-        axes.tick_params(axis="y", labelsize=min(8.5, self.row * _POINTS * 0.8), colors=_INK, length=0)
+        axes.tick_params(axis="y", labelsize=min(8.5, self.row * _POINTS * 0.8), colors=INK, length=0)
+        self._time_axis(axes)
+        if self.extra:
+            axes.set_xlabel("")  # the panel below has the same axis, with its name
+
+    def _time_axis(self, axes: Axes) -> None:
+        axes.set_xlim(0, self.until_ms)
+        axes.set_xlabel("time (ms)", fontsize=8, color=FAINT, labelpad=3, loc="right")
+        axes.tick_params(axis="x", labelsize=8, colors=FAINT, length=3)
         for side in ("top", "left", "right"):
             axes.spines[side].set_visible(False)
-        axes.spines["bottom"].set_color("#b9c0c8")
+        axes.spines["bottom"].set_color(RULE)
 
     def _bars(self, axes: Axes) -> None:
         by_role: dict[Role, list[tuple[int, Span]]] = {}
@@ -123,12 +133,12 @@ class _Picture:
             for span in spans:
                 by_role.setdefault(role_of(span.operation, self.timeline), []).append((rank, span))
         whole = [(float(rank), 0.0, self.timeline.makespan_ms) for rank in range(len(self.timeline.spans))]
-        self._collection(axes, "idle", whole, _IDLE)
+        self._collection(axes, "idle", whole, IDLE)
         for role, bars in by_role.items():
             rectangles = [(float(rank), *self._times(span)) for rank, span in bars]
-            self._collection(axes, role.value, rectangles, _STYLES[role].fill)
+            self._collection(axes, role.value, rectangles, STYLES[role].fill)
             for rank, span in bars:
-                self._number(axes, rank, span, _STYLES[role].text)
+                self._number(axes, rank, span, STYLES[role].text)
 
     def _times(self, span: Span) -> tuple[float, float]:
         return span.start_ms - self.start_ms, span.end_ms - self.start_ms
@@ -176,16 +186,14 @@ class _Picture:
             facts = f"{timeline.source} · {facts}"
         # Titles come from users: a dollar sign in them does not start a formula.
         plain: dict[str, Any] = {"ha": "left", "va": "top", "parse_math": False}
-        figure.text(left, top, title or timeline.source, size=11, weight="bold", color=_INK, **plain)
-        figure.text(left, top - 0.25 / self.height, facts, size=9, color=_FAINT, **plain)
+        figure.text(left, top, title or timeline.source, size=11, weight="bold", color=INK, **plain)
+        figure.text(left, top - 0.25 / self.height, facts, size=9, color=FAINT, **plain)
 
     def _legend(self, figure: Figure) -> None:
         spans = (span for rank in self.timeline.spans for span in rank)
         occurring = {role_of(span.operation, self.timeline) for span in spans}
-        handles = [
-            Patch(facecolor=_STYLES[role].fill, label=role.value) for role in Role if role in occurring
-        ]
-        handles.append(Patch(facecolor=_IDLE, label="idle"))
+        handles = [Patch(facecolor=STYLES[role].fill, label=role.value) for role in Role if role in occurring]
+        handles.append(Patch(facecolor=IDLE, label="idle"))
         # Beside the axis label, where a heading of any length leaves it alone.
         figure.legend(
             handles=handles,
@@ -194,7 +202,7 @@ class _Picture:
             ncols=len(handles),
             frameon=False,
             fontsize=8,
-            labelcolor=_INK,
+            labelcolor=INK,
             borderaxespad=0,
             borderpad=0,
             handlelength=1.1,

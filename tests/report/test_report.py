@@ -13,7 +13,8 @@ from helixpipe.plan import Operation, ScheduleRequest, build_plan
 from helixpipe.plan.costs import Costs, SegmentCost, uniform_costs
 from helixpipe.plan.simulate import simulate
 from helixpipe.plan.timeline import Span, Timeline
-from helixpipe.report import draw_timeline, text_grid
+from helixpipe.report.picture import draw_timeline
+from helixpipe.report.text import text_grid
 
 SVG = "{http://www.w3.org/2000/svg}"
 ROLES = ("forward", "attention-forward", "backward", "attention-backward", "weight-gradient")

@@ -1,0 +1,240 @@
+"""Predicted against measured: how wrong each operation's time was, and where the bubble came from."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from helixpipe.plan.costs import Costs, SegmentCost
+from helixpipe.plan.operation import Kind, Operation, input_of, message_of
+from helixpipe.plan.plan import Plan
+from helixpipe.plan.simulate import simulate
+from helixpipe.plan.timeline import Span, Timeline
+
+
+class OperationError(NamedTuple):
+    """Operations of one kind on segments of one name: predicted and measured median milliseconds."""
+
+    name: str
+    kind: Kind
+    times: int
+    predicted_ms: float
+    measured_ms: float
+
+    @property
+    def error(self) -> float:
+        """Measured over predicted, less one."""
+        return self.measured_ms / self.predicted_ms - 1 if self.predicted_ms else 0.0
+
+
+class Shares(NamedTuple):
+    """Where the time of an average rank went, in milliseconds per iteration.
+
+    ``other`` is neither compute nor waiting for a message: packing, posting, the host.
+    """
+
+    busy: float
+    waiting: float
+    other: float
+
+
+class Wait(NamedTuple):
+    """Milliseconds per iteration that a rank stood still for one kind of message."""
+
+    rank: int
+    message: str
+    times: int
+    milliseconds: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What :func:`compare` found.
+
+    Attributes:
+        predicted, measured: timelines; of the measured iterations the median one.
+        errors: by segment name and kind.
+        predicted_shares, measured_shares: of an average rank.
+        waits: measured, the longest first.
+        waits_are_gaps: the trace does not know waits; idle time before an operation counts as one.
+        iterations: how many were measured.
+    """
+
+    predicted: Timeline
+    measured: Timeline
+    errors: list[OperationError]
+    predicted_shares: Shares
+    measured_shares: Shares
+    waits: list[Wait]
+    waits_are_gaps: bool
+    iterations: int
+
+    @property
+    def ratio(self) -> float:
+        """Measured over predicted makespan."""
+        return self.measured.makespan_ms / self.predicted.makespan_ms
+
+
+def compare(plan: Plan, measured: Sequence[Timeline], costs: Costs | None) -> Comparison:
+    """Hold measured iterations of ``plan`` against its simulation.
+
+    Args:
+        plan: what was executed.
+        measured: at least one iteration.
+        costs: predicted; None takes the measured median of each kind of operation and free messages, so that
+            what is left is waiting.
+
+    Raises:
+        ValueError: a timeline that is not this plan's.
+    """
+    for timeline in measured:
+        _check(plan, timeline)
+    durations = _durations(plan, measured)
+    known = costs if costs is not None else _measured_costs(plan, durations)
+    predicted = simulate(plan, known).timeline
+    errors = [
+        OperationError(
+            name,
+            kind,
+            len(samples) // len(measured),
+            known.duration_ms(kind, name, splits_backward=plan.splits_backward),
+            statistics.median(samples),
+        )
+        for (name, kind), samples in durations.items()
+    ]
+    middle = sorted(measured, key=lambda timeline: timeline.makespan_ms)[len(measured) // 2]
+    waits = middle.waits or _gaps(plan, middle)
+    return Comparison(
+        predicted=predicted,
+        measured=middle,
+        errors=errors,
+        predicted_shares=_shares(predicted, predicted.waits),
+        measured_shares=_shares(middle, waits),
+        waits=_grouped(plan, waits),
+        waits_are_gaps=not middle.waits,
+        iterations=len(measured),
+    )
+
+
+def _check(plan: Plan, timeline: Timeline) -> None:
+    if len(timeline.spans) != plan.num_ranks:
+        raise ValueError(
+            f"{timeline.source}: {len(timeline.spans)} ranks, the plan has {plan.num_ranks}; give the "
+            "plan.json that training wrote beside the timelines"
+        )
+    for rank, (spans, order) in enumerate(zip(timeline.spans, plan.orders, strict=True)):
+        planned = [op for op in order if op.kind.is_compute]
+        if [span.operation for span in spans] != planned:
+            raise ValueError(
+                f"{timeline.source}: rank {rank} ran other operations than the plan has; give the plan.json "
+                "that training wrote beside the timelines"
+            )
+
+
+def _durations(plan: Plan, measured: Iterable[Timeline]) -> dict[tuple[str, Kind], list[float]]:
+    samples: dict[tuple[str, Kind], list[float]] = defaultdict(list)
+    for timeline in measured:
+        for spans in timeline.spans:
+            for op, start, end in spans:
+                samples[plan.cost_name(op.segment, op.micro_batch), op.kind].append(end - start)
+    order = {name: number for number, name in enumerate(plan.cost_names)}
+    return dict(sorted(samples.items(), key=lambda item: (order[item[0][0]], item[0][1].value != "F")))
+
+
+def _measured_costs(plan: Plan, durations: dict[tuple[str, Kind], list[float]]) -> Costs:
+    def median(name: str, kind: Kind) -> float:
+        return statistics.median(durations.get((name, kind), [0.0]))
+
+    return Costs(
+        {
+            name: SegmentCost(median(name, Kind.F), median(name, Kind.B), median(name, Kind.W))
+            for name in plan.cost_names
+        },
+        {},
+    )
+
+
+def _gaps(plan: Plan, timeline: Timeline) -> tuple[tuple[Span, ...], ...]:
+    """Idle time before operations whose input comes from another rank, as waits for it."""
+    waits = []
+    for rank, spans in enumerate(timeline.spans):
+        found = []
+        free_ms = timeline.start_ms
+        for op, start, end in spans:
+            needed = input_of(op, plan.num_segments)
+            if needed is not None and start > free_ms:
+                peer = plan.rank_of(needed.segment, needed.micro_batch)
+                if peer != rank:
+                    _, receive, edge = message_of(needed)
+                    found.append(Span(Operation(edge, receive, op.micro_batch, peer), free_ms, start))
+            free_ms = end
+        waits.append(tuple(found))
+    return tuple(waits)
+
+
+def _shares(timeline: Timeline, waits: Sequence[Sequence[Span]]) -> Shares:
+    """Of an average rank over the whole makespan; what follows a rank's last operation is waiting, too."""
+    ranks = len(timeline.spans)
+    busy = sum(timeline.busy_ms) / ranks
+    end = timeline.start_ms + timeline.makespan_ms
+    tails = sum(end - spans[-1].end_ms for spans in timeline.spans if spans)
+    waiting = (sum(w.end_ms - w.start_ms for rank in waits for w in rank) + tails) / ranks
+    return Shares(busy, waiting, max(0.0, timeline.makespan_ms - busy - waiting))
+
+
+def _grouped(plan: Plan, waits: Sequence[Sequence[Span]]) -> list[Wait]:
+    total: Counter[tuple[int, str]] = Counter()
+    count: Counter[tuple[int, str]] = Counter()
+    for rank, spans in enumerate(waits):
+        for op, start, end in spans:
+            names = plan.segment_names[op.segment], plan.segment_names[op.segment + 1]
+            arrow = "->" if op.kind is Kind.RECV_F else "<-"
+            what = "activations" if op.kind is Kind.RECV_F else "gradients"
+            key = rank, f"{what} {names[0]}{arrow}{names[1]} from rank {op.peer}"
+            total[key] += end - start  # type: ignore[assignment]
+            count[key] += 1
+    return [
+        Wait(rank, message, count[rank, message], milliseconds)
+        for (rank, message), milliseconds in sorted(total.items(), key=lambda item: -item[1])
+    ]
+
+
+def verdict(found: Comparison) -> list[str]:
+    """What to make of it, in sentences."""
+    before, after = found.predicted_shares, found.measured_shares
+    difference = found.measured.makespan_ms - found.predicted.makespan_ms
+    lines = [
+        f"Measured {found.measured.makespan_ms:.1f} ms, predicted {found.predicted.makespan_ms:.1f} ms: "
+        f"{found.ratio:.2f}x."
+    ]
+    causes = {
+        "operations that took longer": after.busy - before.busy,
+        "more waiting for messages": after.waiting - before.waiting,
+        "time between operations": after.other - before.other,
+    }
+    if abs(difference) > 0.02 * found.predicted.makespan_ms:
+        cause, part = max(causes.items(), key=lambda item: item[1] if difference > 0 else -item[1])
+        sign = "+" if part >= 0 else ""
+        lines.append(
+            f"Of the {difference:+.1f} ms, {sign}{part:.1f} ms on an average rank are {cause}"
+            + (" (less, in fact)." if part < 0 else ".")
+        )
+    else:
+        lines.append("The prediction holds within 2%.")
+    worst = max(found.errors, key=lambda row: abs(row.measured_ms - row.predicted_ms) * row.times)
+    if abs(worst.error) > 0.05:
+        lines.append(
+            f"The prediction that cost most: {worst.kind.value} of {worst.name}, {worst.error:+.0%} over "
+            f"{worst.times} operations."
+        )
+    if found.waits:
+        first = found.waits[0]
+        share = first.milliseconds / found.measured.makespan_ms
+        lines.append(
+            f"The longest wait: rank {first.rank} for {first.message}, {first.milliseconds:.1f} ms "
+            f"({share:.0%} of the iteration)."
+        )
+    return lines
