@@ -9,7 +9,7 @@ RUN    := runs/quickstart
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.installed
 
-.PHONY: quickstart test test-all lint benchmark pictures clean
+.PHONY: quickstart test test-all lint benchmark tables pictures clean
 
 # A few minutes on 2 cores: a corpus, a training run under helix on four ranks, a picture of what it ran.
 quickstart: $(READY)
@@ -31,6 +31,10 @@ lint: $(READY)
 benchmark: $(READY)
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node 2 \
 	    tools/benchmark_schedules.py --seq-length 8192 --num-layers 8 --schedules 1f1b helix
+
+# The README's tables, from the closed forms and the cost model.
+tables: $(READY)
+	$(PY) tools/readme_tables.py
 
 # The pictures in docs/, made anew.
 pictures: $(READY)

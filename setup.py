@@ -17,6 +17,7 @@ setup(
     # `megatron` is a namespace package shared with megatron-core: it must have no __init__.py here,
     # and only our part of it may be named.
     packages=find_namespace_packages(include=["helixpipe*", "megatron.training*"]),
+    package_data={"helixpipe.report": ["assets/*"]},
     install_requires=[
         "torch>=2.6",
         # From 0.17 on the wheel ships a megatron.training of its own and needs Python 3.12.
@@ -27,6 +28,7 @@ setup(
         "tokenizers>=0.20",
         "matplotlib>=3.7",
         "tqdm",
+        "rich>=13",
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.0", "flash-attn>=2.6"],

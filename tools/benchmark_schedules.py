@@ -31,6 +31,10 @@ import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 
 from helixpipe.megatron_adapter.schedule import chunk_iterators, device, make_schedule, needs_data  # noqa: E402
+from helixpipe.plan.cost_model import Recompute, Workload, costs_of_plan  # noqa: E402
+from helixpipe.plan.cost_model.model import model_from_arguments  # noqa: E402
+from helixpipe.plan.simulate import simulate  # noqa: E402
+from helixpipe.profiling import profile  # noqa: E402
 from helixpipe.runtime.trace import default_clock  # noqa: E402
 from megatron.training.arguments import parse_arguments  # noqa: E402
 from megatron.training.data.prefix import DatasetInfo  # noqa: E402
@@ -71,8 +75,10 @@ def main() -> int:
                 sample = _iteration(contender, round_number)
                 if round_number >= options.warmup:
                     samples[contender.name].append(sample)
+        predicted = _predictions(options, contenders) if options.predict else {}
         if dist.get_rank() == 0:
             _report(options, contenders, samples)
+            _report_predictions(predicted, samples)
     except ValueError as error:
         print(f"benchmark_schedules: error: {error}", file=sys.stderr)
         return 2
@@ -96,6 +102,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--iterations", type=int, default=5, help="measured, per schedule")
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--csv", type=Path, help="append one line per schedule")
+    parser.add_argument(
+        "--predict", action="store_true", help="profile first, and print what the planner predicts from it"
+    )
     options = parser.parse_args()
     options.ranks = int(os.environ.get("WORLD_SIZE", "1"))
     options.pipeline_ranks = options.ranks // options.tensor_model_parallel_size
@@ -135,6 +144,31 @@ def _training_arguments(options: argparse.Namespace, schedule: str) -> argparse.
         line += " --bf16"
     dataset = DatasetInfo("random", options.vocab_size, 0, 1, options.seq_length + 1, options.seq_length + 1)
     return parse_arguments(line.split(), dataset)
+
+
+def _predictions(options: argparse.Namespace, contenders: list[Contender]) -> dict[str, float]:
+    """Milliseconds of each schedule's iteration, simulated with times measured by ``profile``."""
+    args = contenders[0].args
+    workload = Workload(
+        model=model_from_arguments("benchmark", vars(args)),
+        seq_length=args.seq_length,
+        tensor_parallel=args.tensor_model_parallel_size,
+        sequence_parallel=args.sequence_parallel,
+        element_bytes=2 if options.bf16 else 4,
+    )
+    pieces = profile(workload)
+    return {
+        name: simulate(plan, costs_of_plan(pieces, plan, Recompute.NONE)).iteration_ms
+        for name, plan in ((contender.name, contender.schedule.plan) for contender in contenders)
+    }
+
+
+def _report_predictions(predicted: dict[str, float], samples: dict[str, list[Sample]]) -> None:
+    for name, milliseconds in predicted.items():
+        measured = statistics.median(sample.elapsed_ms for sample in samples[name])
+        print(
+            f"{name:12} predicted {milliseconds:9.1f} ms, measured over predicted {measured / milliseconds:.3f}"
+        )
 
 
 def _random_batches(args: argparse.Namespace, seed: int) -> Iterator[dict[str, torch.Tensor]]:

@@ -79,7 +79,7 @@ def test_errors_of_a_process(tmp_path):
     assert done.stdout == ""
     assert done.stderr == (
         "helixpipe plan: error: unknown schedule '1f2b'; did you mean 1f1b? "
-        "known: gpipe, 1f1b, interleaved, helix\n"
+        "known: gpipe, 1f1b, interleaved, zb-h1, zb-v, v-half, v-min, dualpipe-v, seq1f1b, helix\n"
     )
     assert not (tmp_path / "plan.json").exists()
 
@@ -130,6 +130,20 @@ def test_draw_in_the_terminal(plan_file, costs_file, capsys, monkeypatch):
     assert lines[0].startswith("1f1b, predicted · makespan 15 ms · bubble 20.0%")
     assert lines[1].startswith("rank 0 │F0")
     assert lines[2].startswith("rank 1 │···")
+
+
+def test_pages_and_traces(plan_file, costs_file, tmp_path, capsys):
+    """One suffix for each form; several plans, each with its costs, on one page."""
+    page, trace, picture = tmp_path / "page.html", tmp_path / "trace.json", tmp_path / "picture.png"
+    both = ["draw", "--plan", str(plan_file), str(plan_file), "--costs", str(costs_file), str(costs_file)]
+    assert main([*both, "--title", "Twice", "--output", str(page)]) == 0
+    assert page.read_text().count('<section class="exhibit') == 2
+    assert "<title>Twice" in page.read_text()
+    assert main([*both, "--output", str(trace)]) == 0
+    processes = [e for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "process_name"]
+    assert len(processes) == 2
+    assert main(["draw", "--plan", str(plan_file), "--memory", "--output", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_draw_a_measured_timeline(tmp_path, capsys):
@@ -238,10 +252,18 @@ def test_wrong_draw_arguments(tmp_path, plan_file, costs_file, capsys):
     timeline.write_text('{"source": "x", "ranks": [[]]}')
     assert "--costs goes with --plan" in fails(capsys, "draw", "--timeline", timeline, "--costs", costs_file)
     assert "the timeline is empty" in fails(capsys, "draw", "--timeline", timeline)
-    assert "must end in .png or .svg" in fails(capsys, "draw", "--plan", plan_file, "--output", "plan.pdf")
+    assert "must end in .png, .svg, .html, .json" in fails(
+        capsys, "draw", "--plan", plan_file, "--output", "plan.pdf"
+    )
     assert "add --output" in fails(capsys, "draw", "--plan", plan_file, "--until", "5")
     picture = ["--output", tmp_path / "plan.png"]
     assert "must end after 0 ms" in fails(capsys, "draw", "--plan", plan_file, *picture, "--until", "-1")
+    two = ["draw", "--plan", plan_file, plan_file]
+    assert "several timelines go on a page" in fails(capsys, *two, *picture)
+    assert "several timelines go on a page" in fails(capsys, *two)
+    assert "2 plans but 1 costs; give one for each plan" in fails(capsys, *two, "--costs", costs_file)
+    page = ["--output", tmp_path / "page.html"]
+    assert "--until and --memory are for pictures" in fails(capsys, *two, *page, "--memory")
 
 
 @pytest.mark.parametrize("arguments", [[], ["plan"], ["draw"], ["sing"]])

@@ -1,44 +1,24 @@
-"""The README's table of schedules, held against plans."""
+"""The README shows what the closed forms and the cost model say now."""
+
+import importlib.util
+from pathlib import Path
 
 import pytest
 
-from helixpipe.plan import Kind, ScheduleRequest, build_plan
-from helixpipe.plan.memory import peak_activations
+ROOT = Path(__file__).parents[2]
+SPEC = importlib.util.spec_from_file_location("readme_tables", ROOT / "tools" / "readme_tables.py")
+readme_tables = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(readme_tables)
 
 
-def built(schedule, p, layers, m, **options):
-    request = ScheduleRequest(num_ranks=p, num_layers=layers, num_microbatches=m, **options)
-    return build_plan(schedule, request)
+def test_the_tables_are_up_to_date():
+    """If this fails, run ``make tables`` and look at what changed."""
+    assert readme_tables.main(["--check"]) == 0
 
 
-def messages_per_micro_batch(plan):
-    sends = sum(op.kind is Kind.SEND_F for order in plan.orders for op in order)
-    return sends / plan.num_microbatches
-
-
-@pytest.mark.parametrize("p", [2, 4, 8])
-def test_one_f_one_b(p):
-    plan = built("1f1b", p, p, 4 * p)
-    assert peak_activations(plan) == [p - rank for rank in range(p)]
-    assert messages_per_micro_batch(plan) == p - 1
-
-
-@pytest.mark.parametrize("p", [2, 4, 8])
-@pytest.mark.parametrize("v", [2, 3])
-def test_interleaved(p, v):
-    plan = built("interleaved", p, p * v, 4 * p, virtual_stages=v)
-    assert peak_activations(plan) == [2 * (p - rank - 1) + (v - 1) * p + 1 for rank in range(p)]
-    assert messages_per_micro_batch(plan) == p * v - 1
-
-
-@pytest.mark.parametrize("p", [2, 4, 8])
-@pytest.mark.parametrize("fold", [1, 2])
-@pytest.mark.parametrize("rounds", [1, 3])
-def test_helix(p, fold, rounds):
-    layers = 2 * p
-    plan = built("helix", p, layers, p * fold * rounds, num_fold=fold)
-    # Two segments a layer: fold * L layers' worth; rank 0 also holds the last segments.
-    last = [p * fold] + [0] * (p - 1)
-    assert peak_activations(plan) == [2 * fold * layers + extra for extra in last]
-    # Half the messages leave for attention, (2 + 2g) units, half leave it, 2 units.
-    assert messages_per_micro_batch(plan) == 2 * layers * (p - 1) / p
+def test_an_old_figure_is_noticed():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "| 1F1B | 0.64 " in text
+    assert readme_tables.updated(text.replace("| 1F1B | 0.64 ", "| 1F1B | 0.65 ")) == text
+    with pytest.raises(ValueError, match="no place for the table schedules"):
+        readme_tables.updated("no markers")

@@ -31,7 +31,7 @@ def arguments(draw):
     p, layers_per_rank = draw(st.integers(1, 16)), draw(st.integers(1, 2))
     rounds = draw(st.integers(1, 3 if p < 9 else 1))
     if schedule == "helix":
-        p, fold = min(p, 9), draw(st.integers(1, 3))
+        fold = draw(st.integers(1, 3 if p < 9 else 2))
         attention_range = draw(st.sampled_from([None, "core", "qkv", "block"]))
         return schedule, request(
             p, p * layers_per_rank, p * fold * rounds, num_fold=fold, attention_range=attention_range

@@ -1,6 +1,7 @@
 """Which schedule to use: every candidate planned, simulated and held against memory."""
 
 from helixpipe.plan.advise.advice import Advice, Option, Rejection, advise
-from helixpipe.plan.advise.candidates import Candidate, Job
+from helixpipe.plan.advise.candidates import Candidate
+from helixpipe.plan.advise.job import Job, make_job, read_machine
 
-__all__ = ["Advice", "Candidate", "Job", "Option", "Rejection", "advise"]
+__all__ = ["Advice", "Candidate", "Job", "Option", "Rejection", "advise", "make_job", "read_machine"]

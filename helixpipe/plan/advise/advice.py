@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from helixpipe.plan.advise.candidates import Candidate, Job, candidates
+from helixpipe.plan.advise.candidates import Candidate, candidates
 from helixpipe.plan.advise.context_parallel import Exchange, predict_context_parallel
+from helixpipe.plan.advise.job import GIB, Job
 from helixpipe.plan.cost_model import Recompute, costs_of_plan
 from helixpipe.plan.costs import Costs
 from helixpipe.plan.memory import peak_bytes
@@ -15,8 +16,6 @@ from helixpipe.plan.operation import Kind
 from helixpipe.plan.plan import Plan
 from helixpipe.plan.schedules import SCHEDULES, ScheduleRequest
 from helixpipe.plan.simulate import simulate
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,7 @@ class Option:
         peak_bytes: on the worst rank.
         tokens_per_second_per_gpu: throughput.
         mfu: model FLOPs over what the GPUs could do, 0 to 1; 0 if their peak is unknown.
+        plan: what was simulated, without messages; None for context parallelism.
     """
 
     candidate: Candidate
@@ -38,6 +38,7 @@ class Option:
     peak_bytes: int
     tokens_per_second_per_gpu: float
     mfu: float
+    plan: Plan | None = None
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,8 @@ def _pipeline(job: Job, candidate: Candidate) -> Option | Rejection:
     if peak > job.memory_limit_bytes:
         return _too_large(job, candidate, peak)
     simulation = simulate(plan, costs)
-    return _option(job, candidate, simulation.iteration_ms, simulation.timeline.bubble_ratio, peak)
+    found = _option(job, candidate, simulation.iteration_ms, simulation.timeline.bubble_ratio, peak)
+    return replace(found, plan=plan)
 
 
 def _context_parallel(job: Job) -> Iterator[Option | Rejection]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from helixpipe.plan.advise.job import Job
 from helixpipe.plan.build import OPTION_FLAGS
-from helixpipe.plan.cost_model import Pieces, Recompute, Workload
-from helixpipe.plan.network import Network
+from helixpipe.plan.cost_model import Recompute
 from helixpipe.plan.schedules import SCHEDULES, ScheduleRequest
 from helixpipe.plan.schedules.request import ATTENTION_RANGES
 
@@ -21,52 +21,6 @@ RUNNABLE: Mapping[str, frozenset[Recompute]] = {
     "helix": frozenset((Recompute.NONE,)),
 }
 RUNNABLE_RANGES = ("core",)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What is to be trained, and on how many GPUs.
-
-    Attributes:
-        pieces_for: costs of the model's pieces for a micro batch size; None where they are not known.
-        num_ranks: pipeline-parallel size p.
-        num_microbatches: per replica and iteration, of ``micro_batch_size`` sequences.
-        micro_batch_size: sequences; candidates may use multiples of it with fewer micro batches.
-        memory_limit_bytes: of one GPU.
-        peak_tflops: of one GPU, for the model's share of it; 0 if unknown.
-        context_network: links between the ranks that share a sequence, for context parallelism, which
-            Megatron numbers before the replicas; None if it is not to be looked at.
-    """
-
-    pieces_for: Callable[[int], Pieces | None]
-    num_ranks: int
-    num_microbatches: int
-    micro_batch_size: int = 1
-    memory_limit_bytes: int
-    peak_tflops: float = 0.0
-    context_network: Network | None = None
-
-    def pieces(self) -> Pieces:
-        """Pieces at the job's own micro batch size."""
-        found = self.pieces_for(self.micro_batch_size)
-        assert found is not None
-        return found
-
-    @property
-    def workload(self) -> Workload:
-        """The model and how it is cut, at the job's own micro batch size."""
-        return self.pieces().workload
-
-    @property
-    def num_gpus(self) -> int:
-        """GPUs of the whole job."""
-        workload = self.workload
-        return self.num_ranks * workload.tensor_parallel * workload.data_parallel
-
-    @property
-    def tokens_per_iteration(self) -> int:
-        """Tokens of a global batch."""
-        return self.workload.tokens * self.num_microbatches * self.workload.data_parallel
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,89 @@
+"""The arguments that describe a model, a machine and how the one is cut over the other."""
+
+from __future__ import annotations
+
+import argparse
+
+from helixpipe.plan.advise import read_machine
+from helixpipe.plan.cost_model import HARDWARE, MODELS, Hardware, Pieces, Workload, read_model
+
+
+def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
+    """Model, machine and sizes, with Megatron's names."""
+    add = parser.add_argument
+    add(
+        "--model",
+        metavar="MODEL",
+        help=f"{', '.join(MODELS)}; a Hugging Face config.json; or a file with Megatron arguments",
+    )
+    add(
+        "--hardware",
+        required=True,
+        metavar="HARDWARE",
+        help=f"{', '.join(HARDWARE)}; a JSON file of rates; or a profile, which knows the model, too",
+    )
+    add("--seq-length", type=int, help="tokens of a sequence")
+    add("--micro-batch-size", type=int, help="sequences in a micro batch (default 1)")
+    add("--tensor-model-parallel-size", type=int, help="GPUs that share a layer (default 1)")
+    add("--data-parallel-size", type=int, help="replicas (default 1)")
+    add("--use-distributed-optimizer", action="store_true")
+    add("--no-sequence-parallel", action="store_true", help="norms and residuals whole on each GPU")
+    add(
+        "--chunked-loss",
+        action="store_true",
+        help="plan as if the loss were computed in chunks, never with all logits at once",
+    )
+
+
+def read_workload(args: argparse.Namespace) -> tuple[Hardware | Pieces, Workload]:
+    """What the arguments of :func:`add_workload_arguments` stand for.
+
+    Raises:
+        ValueError: a model, machine or size that is missing, unknown, or not what a profile was measured for.
+    """
+    machine = read_machine(args.hardware)
+    if isinstance(machine, Pieces):
+        return machine, _profiled_workload(args, machine)
+    return machine, _workload(args)
+
+
+def _workload(args: argparse.Namespace) -> Workload:
+    for flag, value in (("--model", args.model), ("--seq-length", args.seq_length)):
+        if value is None:
+            raise ValueError(f"{flag} is missing; only a profile in --hardware makes it unnecessary")
+    return Workload(
+        model=read_model(args.model),
+        seq_length=args.seq_length,
+        micro_batch_size=1 if args.micro_batch_size is None else args.micro_batch_size,
+        tensor_parallel=1 if args.tensor_model_parallel_size is None else args.tensor_model_parallel_size,
+        sequence_parallel=not args.no_sequence_parallel,
+        data_parallel=1 if args.data_parallel_size is None else args.data_parallel_size,
+        distributed_optimizer=args.use_distributed_optimizer,
+        whole_logits=not args.chunked_loss,
+    )
+
+
+def _profiled_workload(args: argparse.Namespace, profile: Pieces) -> Workload:
+    """The profile's workload, if the arguments do not ask for another."""
+    workload = profile.workload
+    asked = {
+        "--seq-length": (args.seq_length, workload.seq_length),
+        "--micro-batch-size": (args.micro_batch_size, workload.micro_batch_size),
+        "--tensor-model-parallel-size": (args.tensor_model_parallel_size, workload.tensor_parallel),
+        "--data-parallel-size": (args.data_parallel_size, workload.data_parallel),
+    }
+    for flag, (wanted, measured) in asked.items():
+        if wanted is not None and wanted != measured:
+            raise ValueError(
+                f"{args.hardware} was measured with {flag} {measured}, not {wanted}; profile again, or leave "
+                "it out"
+            )
+    for flag, is_set in (
+        ("--model", args.model),
+        ("--no-sequence-parallel", args.no_sequence_parallel),
+        ("--use-distributed-optimizer", args.use_distributed_optimizer),
+        ("--chunked-loss", args.chunked_loss),
+    ):
+        if is_set:
+            raise ValueError(f"{flag} is part of the profile {args.hardware}; leave it out")
+    return workload

@@ -1,0 +1,175 @@
+"""``plan``, ``simulate`` and ``draw``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from helixpipe.plan import Plan, ScheduleRequest, build_plan, validate
+from helixpipe.plan.costs import Costs, parse_costs, uniform_costs
+from helixpipe.plan.schedules import SCHEDULES
+from helixpipe.plan.schedules.request import ATTENTION_RANGES
+from helixpipe.plan.simulate import simulate
+from helixpipe.plan.timeline import Timeline
+from helixpipe.report.summary import Exhibit
+
+_SUFFIXES = (".png", ".svg", ".html", ".json")
+
+
+def add_parsers(add: Callable[..., Any]) -> None:
+    """Add the commands' parsers."""
+    _add_plan(add("plan", help="make a plan, check it and write it"))
+    simulation = add("simulate", help="run a plan against a clock")
+    simulation.add_argument("--plan", type=Path, required=True, help="plan.json")
+    simulation.add_argument("--costs", type=Path, required=True, help="costs.json")
+    simulation.add_argument("--output", type=Path, help="result.json (default: print it)")
+    simulation.set_defaults(run=_simulate)
+    _add_draw(add("draw", help="show a plan or a measured timeline"))
+
+
+def _add_plan(plan: argparse.ArgumentParser) -> None:
+    plan.add_argument("--schedule", required=True, metavar="{" + ",".join(SCHEDULES) + "}")
+    plan.add_argument("--num-layers", type=int, required=True, help="transformer layers L")
+    plan.add_argument("--pipeline-model-parallel-size", type=int, required=True, help="ranks p")
+    plan.add_argument("--num-microbatches", type=int, required=True, help="micro batches m per iteration")
+    plan.add_argument("--num-fold", type=int, help="helix: micro batches per slot (default 2)")
+    plan.add_argument("--virtual-stages", type=int, help="interleaved: chunks per rank (default 2)")
+    plan.add_argument("--num-slices", type=int, help="seq1f1b: slices per sequence (default 4)")
+    plan.add_argument(
+        "--attention-range",
+        metavar="{" + ",".join(ATTENTION_RANGES) + "}",
+        help="helix: pieces on the attention rank (default core)",
+    )
+    plan.add_argument("--compute-only", action="store_true", help="leave the messages out")
+    plan.add_argument("--output", type=Path, required=True, help="plan.json")
+    plan.add_argument("--csv", type=Path, help="also write the orders, one row per rank")
+    plan.set_defaults(run=_plan)
+
+
+def _add_draw(draw: argparse.ArgumentParser) -> None:
+    source = draw.add_mutually_exclusive_group(required=True)
+    source.add_argument("--plan", type=Path, nargs="+", help="plan.json, several for a page")
+    source.add_argument(
+        "--timeline", type=Path, nargs="+", help="timeline.json as training writes it, several for a page"
+    )
+    draw.add_argument(
+        "--costs", type=Path, nargs="+", help="with --plan: a costs.json for each (default: F=1, B=2, W=1)"
+    )
+    draw.add_argument(
+        "--output",
+        type=Path,
+        help=".png or .svg picture, .html page, or .json for ui.perfetto.dev (default: text in the terminal)",
+    )
+    draw.add_argument("--title", help="heading of the picture")
+    draw.add_argument(
+        "--until", type=float, metavar="MS", help="end of the picture's time axis, to compare pictures"
+    )
+    draw.add_argument("--memory", action="store_true", help="add memory over time to the picture")
+    draw.set_defaults(run=_draw)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    request = ScheduleRequest(
+        num_layers=args.num_layers,
+        num_ranks=args.pipeline_model_parallel_size,
+        num_microbatches=args.num_microbatches,
+        num_fold=args.num_fold,
+        virtual_stages=args.virtual_stages,
+        num_slices=args.num_slices,
+        attention_range=args.attention_range,
+    )
+    plan = build_plan(args.schedule, request, compute_only=args.compute_only)
+    args.output.write_text(plan.to_json(), encoding="utf-8")
+    if args.csv:
+        args.csv.write_text(plan.to_csv(), encoding="utf-8")
+    operations = sum(len(order) for order in plan.orders)
+    print(
+        f"{plan.schedule}: {plan.num_ranks} ranks, {plan.num_segments} segments, "
+        f"{plan.num_microbatches} micro batches, {operations} operations; valid. Wrote {args.output}"
+    )
+
+
+def _simulate(args: argparse.Namespace) -> None:
+    plan = read_plan(args.plan)
+    result = simulate(plan, parse_costs(read_text(args.costs), plan))
+    if args.output:
+        args.output.write_text(result.to_json() + "\n", encoding="utf-8")
+    else:
+        print(result.to_json())
+
+
+def _draw(args: argparse.Namespace) -> None:
+    # Matplotlib takes a second to import: only this command pays for it.
+    from helixpipe.report.page import write_page
+    from helixpipe.report.perfetto import write_perfetto
+    from helixpipe.report.picture import draw_timeline
+    from helixpipe.report.text import text_grid
+
+    exhibits = _exhibits(args)
+    timelines = [exhibit.timeline for exhibit in exhibits]
+    suffix = args.output.suffix.lower() if args.output else None
+    if suffix not in (None, *_SUFFIXES):
+        raise ValueError(f"cannot draw {args.output}: the name must end in {', '.join(_SUFFIXES)}")
+    if suffix not in (".png", ".svg") and (args.until is not None or args.memory):
+        raise ValueError("--until and --memory are for pictures; add --output picture.png or picture.svg")
+    if suffix is None and args.title is not None:
+        raise ValueError("--title is for pictures; add --output picture.png, picture.svg or page.html")
+    if suffix == ".html":
+        write_page(exhibits, args.output, title=args.title or "Schedules")
+    elif suffix == ".json":
+        write_perfetto(timelines, args.output)
+    elif len(timelines) > 1:
+        raise ValueError("several timelines go on a page: give --output page.html, or trace.json")
+    elif suffix is None:
+        print(text_grid(timelines[0]))
+        return
+    else:
+        draw_timeline(timelines[0], args.output, title=args.title, until_ms=args.until, memory=args.memory)
+    print(f"Wrote {args.output}")
+
+
+def _exhibits(args: argparse.Namespace) -> list[Exhibit]:
+    if not args.plan:
+        if args.costs:
+            raise ValueError("--costs goes with --plan; a measured timeline has its own times")
+        return [Exhibit(Timeline.from_json(read_text(path))) for path in args.timeline]
+    if args.costs and len(args.costs) != len(args.plan):
+        raise ValueError(f"{len(args.plan)} plans but {len(args.costs)} costs; give one for each plan")
+    exhibits = []
+    for number, path in enumerate(args.plan):
+        plan = read_plan(path)
+        costs = _costs(args.costs[number], plan) if args.costs else _drawing_costs(plan)
+        simulation = simulate(plan, costs)
+        timeline = replace(simulation.timeline, source=f"{plan.schedule}, predicted")
+        exhibits.append(Exhibit(timeline, iteration_ms=simulation.iteration_ms if costs.ranks else None))
+    return exhibits
+
+
+def _costs(path: Path, plan: Plan) -> Costs:
+    return parse_costs(read_text(path), plan)
+
+
+def _drawing_costs(plan: Plan) -> Costs:
+    """F=1 and a whole backward of 2, so that schedules with and without W compare."""
+    return uniform_costs(plan, 1.0, 1.0, 1.0)
+
+
+def read_plan(path: Path) -> Plan:
+    """A plan that holds."""
+    try:
+        plan = Plan.from_json(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not a plan: not a text file") from None
+    validate(plan)
+    return plan
+
+
+def read_text(path: Path) -> str:
+    """The text in a file; ``ValueError`` if it is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not a text file") from None

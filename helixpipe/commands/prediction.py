@@ -1,0 +1,95 @@
+"""``costs`` and ``advise``: predict before anything runs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from helixpipe.commands.job import add_workload_arguments, read_workload
+from helixpipe.commands.planning import read_plan
+from helixpipe.plan.advise import Advice, Job, advise, make_job
+from helixpipe.plan.advise.job import RESERVED_GIB
+from helixpipe.plan.cost_model import Hardware, Recompute, costs_of_plan, predict_pieces
+from helixpipe.plan.simulate import simulate
+
+_ON_A_PAGE = 8
+
+
+def add_parsers(add: Callable[..., Any]) -> None:
+    """Add the commands' parsers."""
+    costs = add("costs", help="predict what the operations of a plan cost")
+    add_workload_arguments(costs)
+    costs.add_argument("--plan", type=Path, required=True, help="plan.json")
+    costs.add_argument(
+        "--recompute", choices=[mode.value for mode in Recompute], default="none", help="in every layer"
+    )
+    costs.add_argument("--output", type=Path, required=True, help="costs.json")
+    costs.set_defaults(run=_costs)
+
+    advice = add("advise", help="rank every schedule that fits into memory")
+    add_workload_arguments(advice)
+    advice.add_argument("--pipeline-model-parallel-size", type=int, required=True, help="ranks p")
+    advice.add_argument("--num-microbatches", type=int, required=True, help="per replica and iteration")
+    advice.add_argument(
+        "--memory-limit-gib",
+        type=float,
+        help=f"of one GPU (default: the hardware's less {RESERVED_GIB:g} GiB)",
+    )
+    advice.add_argument(
+        "--page", type=Path, metavar="HTML", help="also compare the best pipelines' timelines on a page"
+    )
+    advice.set_defaults(run=_advise)
+
+
+def _costs(args: argparse.Namespace) -> None:
+    plan = read_plan(args.plan)
+    machine, workload = read_workload(args)
+    pieces = predict_pieces(workload, machine) if isinstance(machine, Hardware) else machine
+    costs = costs_of_plan(pieces, plan, Recompute(args.recompute))
+    args.output.write_text(costs.to_json() + "\n", encoding="utf-8")
+    print(f"Wrote {args.output}")
+
+
+def _advise(args: argparse.Namespace) -> None:
+    # Only this command draws tables.
+    from helixpipe.report.advice import print_advice
+
+    machine, workload = read_workload(args)
+    job = make_job(
+        machine,
+        workload,
+        num_ranks=args.pipeline_model_parallel_size,
+        num_microbatches=args.num_microbatches,
+        memory_limit_gib=args.memory_limit_gib,
+    )
+    found = advise(job)
+    print_advice(found, job)
+    if args.page:
+        _write_page(found, job, args.page)
+
+
+def _write_page(advice: Advice, job: Job, path: Path) -> None:
+    from helixpipe.report.page import write_page
+    from helixpipe.report.summary import Exhibit
+
+    exhibits: list[Exhibit] = []
+    for option in advice.options:
+        if option.plan is None or len(exhibits) == _ON_A_PAGE:
+            continue
+        candidate = option.candidate
+        pieces = job.pieces_for(candidate.micro_batch_size)
+        assert pieces is not None
+        simulation = simulate(option.plan, costs_of_plan(pieces, option.plan, candidate.recompute))
+        runs = f"no: {candidate.why_not_runnable}" if candidate.why_not_runnable else "yes"
+        facts = {"recompute": candidate.recompute.value, "runs": runs}
+        exhibits.append(Exhibit(simulation.timeline, candidate.label, simulation.iteration_ms, facts))
+    workload = job.workload
+    write_page(
+        exhibits,
+        path,
+        title=f"{workload.model.name}, {workload.seq_length} tokens, {job.num_gpus} GPUs",
+        memory_limit_bytes=job.memory_limit_bytes,
+    )
+    print(f"Wrote {path}")

@@ -1,0 +1,188 @@
+"""Advice: candidates, memory, context parallelism, and what is said about them."""
+
+from dataclasses import replace
+
+import pytest
+
+from helixpipe.plan import ScheduleRequest, build_plan
+from helixpipe.plan.advise import Candidate, advise, make_job
+from helixpipe.plan.advise.advice import efficiency
+from helixpipe.plan.advise.candidates import candidates
+from helixpipe.plan.advise.context_parallel import Exchange, predict_context_parallel
+from helixpipe.plan.cost_model import (
+    HARDWARE,
+    MODELS,
+    Pieces,
+    Recompute,
+    Workload,
+    costs_of_plan,
+    predict_pieces,
+)
+from helixpipe.plan.cost_model.work import PIECES
+from helixpipe.plan.network import Network
+from helixpipe.plan.simulate import simulate
+
+GIB = 2**30
+
+
+def job(seq_length=131072, model="gpt-7b", limit_gib=91.0, p=8, m=16, **changes):
+    workload = Workload(**{"model": MODELS[model], "seq_length": seq_length, "tensor_parallel": 8, **changes})
+    return make_job(HARDWARE["h20"], workload, num_ranks=p, num_microbatches=m, memory_limit_gib=limit_gib)
+
+
+@pytest.fixture(scope="module")
+def long():
+    return advise(job())
+
+
+def test_options_are_ranked_and_fit(long):
+    times = [option.iteration_ms for option in long.options]
+    assert times == sorted(times)
+    assert all(option.peak_bytes <= 91 * GIB for option in long.options)
+    assert all(0 < option.mfu < 1 and 0 <= option.bubble < 1 for option in long.options)
+    assert long.num_candidates > 100
+
+
+def test_an_option_is_what_its_plan_simulates_to(long):
+    """The table's figures belong to the very arguments that stand beside them."""
+    the_job = job()
+    for option in long.options:
+        candidate = option.candidate
+        if candidate.schedule in {exchange.value for exchange in Exchange}:
+            continue
+        plan = build_plan(candidate.schedule, candidate.request(the_job))
+        pieces = the_job.pieces_for(candidate.micro_batch_size)
+        found = simulate(plan, costs_of_plan(pieces, plan, candidate.recompute))
+        assert found.iteration_ms == option.iteration_ms
+        assert max(found.peak_bytes) == option.peak_bytes
+        assert candidate.micro_batch_size * candidate.num_microbatches == 16
+
+
+def test_rejections_say_why(long):
+    reasons = {rejection.candidate.label: rejection.reason for rejection in long.rejections}
+    assert reasons["helix fold=2 core"].startswith("needs 1")
+    assert "GiB over the limit, recomputing full" in reasons["helix fold=2 core"]
+    assert "32 key/value heads cannot be split" in reasons["context-parallel all-to-all"]
+    shown = {option.candidate.label for option in long.options}
+    assert not shown & set(reasons)
+
+
+def test_every_candidate_is_shown_or_rejected():
+    the_job = job(limit_gib=30)
+    found = advise(the_job)
+    labels = {candidate.label for group in candidates(the_job) for candidate in group}
+    named = {o.candidate.label for o in found.options} | {r.candidate.label for r in found.rejections}
+    assert labels <= named
+
+
+def test_nothing_fits():
+    found = advise(job(limit_gib=1))
+    assert found.options == []
+    assert found.best is None
+    assert all(rejection.reason for rejection in found.rejections)
+
+
+def test_the_best_is_the_fastest_that_runs(long):
+    assert long.best.candidate.label == "interleaved v=4"
+    assert long.best.candidate.arguments(job()) == [
+        "--pipeline-schedule interleaved",
+        "--pipeline-model-parallel-size 8",
+        "--tensor-model-parallel-size 8",
+        "--sequence-parallel",
+        "--micro-batch-size 1",
+        "--global-batch-size 16",
+        "--num-layers-per-virtual-pipeline-stage 1",
+    ]
+    short = advise(job(seq_length=32768))
+    assert short.best.candidate.label == "helix fold=2 core"
+
+
+def test_more_recomputation_only_where_memory_forces_it():
+    """Where everything fits, no option that runs recomputes."""
+    found = advise(job(seq_length=8192))
+    assert {o.candidate.recompute for o in found.options if not o.candidate.why_not_runnable} == {
+        Recompute.NONE
+    }
+
+
+def test_accept_narrows_the_search():
+    found = advise(job(), accept=lambda candidate: candidate.schedule == "1f1b")
+    pipelines = {o.candidate.schedule for o in found.options} - {exchange.value for exchange in Exchange}
+    assert pipelines == {"1f1b"}
+
+
+def test_arguments_name_every_choice():
+    the_job = job(data_parallel=2, distributed_optimizer=True)
+    candidate = Candidate("helix", Recompute.FULL, 2, 8, {"num_fold": 1, "attention_range": "core"})
+    words = " ".join(candidate.arguments(the_job))
+    assert "--micro-batch-size 2 --global-batch-size 32 --use-distributed-optimizer" in words
+    assert "--num-fold 1 --attention-range core" in words
+    assert words.endswith("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1")
+
+
+# Context parallelism, against sums written out here.
+
+
+def even_pieces(**changes):
+    """Every piece takes 1 ms forward, 2 backward and none for weights; attention 80 and 200."""
+    workload = Workload(model=MODELS["llama-7b"], seq_length=8000, **changes)
+    found = predict_pieces(workload, HARDWARE["h20"])
+    one = replace(found.times["norm1"], forward=1.0, backward=2.0, weight=0.0)
+    core = replace(one, forward=80.0, backward=200.0)
+    times = {name: core if name == "core" else one for name in PIECES}
+    return replace(found, times=times, optimizer_ns=1e-9, overhead_ms=0.0)
+
+
+def test_a_ring_hides_what_attention_covers():
+    pieces = even_pieces()
+    fast = Network(latency_ms=0, gb_per_s=1e9)
+    found = predict_context_parallel(pieces, Exchange.RING, 4, 3, Recompute.NONE, fast)
+    layer = (6 * 3 + 280 / 0.9) / 4
+    reduction = pieces.reduction_ms(MODELS["llama-7b"].parameters, 4)
+    assert found.exposed_ms == 0
+    assert found.iteration_ms == pytest.approx(3 * (32 * layer + 2 * 3 / 4) + reduction, rel=1e-6)
+
+
+def test_a_slow_ring_is_exposed():
+    pieces = even_pieces()
+    # Keys and values of 2000 tokens: 2 x 2000 x 4096 x 2 bytes, 32.8 ms at 1 GB/s; backward twice that.
+    slow = Network(latency_ms=0, gb_per_s=1)
+    found = predict_context_parallel(pieces, Exchange.RING, 4, 1, Recompute.NONE, slow)
+    step = 2 * 2000 * 4096 * 2 / 1e6
+    forward = 3 * max(0, step - 80 / 4 / 0.9 / 4)
+    backward = 3 * max(0, 2 * step - 200 / 4 / 0.9 / 4)
+    assert found.exposed_ms == pytest.approx(32 * (forward + backward))
+
+
+def test_all_to_all_is_exposed_and_needs_heads():
+    pieces = even_pieces()
+    slow = Network(latency_ms=0, gb_per_s=1)
+    found = predict_context_parallel(pieces, Exchange.ALL_TO_ALL, 4, 1, Recompute.NONE, slow)
+    step = 2000 * 2 * (4 * 4096) * 3 / 4 / 1e6
+    assert found.exposed_ms == pytest.approx(32 * 2 * step)
+    with pytest.raises(ValueError, match="32 key/value heads cannot be split"):
+        predict_context_parallel(pieces, Exchange.ALL_TO_ALL, 64, 1, Recompute.NONE, slow)
+
+
+def test_one_rank_has_nothing_to_exchange():
+    pieces = even_pieces()
+    slow = Network(latency_ms=0, gb_per_s=1)
+    for exchange in Exchange:
+        assert predict_context_parallel(pieces, exchange, 1, 1, Recompute.NONE, slow).exposed_ms == 0
+
+
+def test_advice_says_when_context_parallelism_wins():
+    """At 128k on fast links a ring needs no pipeline; at 32k its messages are exposed."""
+    long, short = advise(job()), advise(job(seq_length=32768))
+    assert long.options[0].candidate.schedule == "context-parallel ring"
+    assert short.options[0].candidate.schedule != "context-parallel ring"
+
+
+def test_efficiency_is_one_over_the_bubble_without_recomputation():
+    plan = build_plan("gpipe", ScheduleRequest(num_layers=8, num_ranks=4, num_microbatches=4))
+    workload = Workload(model=replace(MODELS["gpt-1.3b"], num_layers=8), seq_length=4096)
+    pieces: Pieces = predict_pieces(workload, HARDWARE["h100"])
+    costs = costs_of_plan(pieces, plan, Recompute.NONE)
+    assert efficiency(plan, costs) == pytest.approx(1 - simulate(plan, costs).timeline.bubble_ratio)
+    again = costs_of_plan(pieces, plan, Recompute.FULL)
+    assert efficiency(plan, again) < 0.9 * efficiency(plan, costs)
