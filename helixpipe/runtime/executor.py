@@ -18,12 +18,20 @@ from helixpipe.runtime.communicator import Communicator, Handle
 from helixpipe.runtime.message import MessageLayout
 from helixpipe.runtime.store import ActivationStore
 from helixpipe.runtime.trace import Trace
+from helixpipe.runtime.weight_gradients import DeferredWeightGradients
 
 Tensors = tuple[Tensor, ...]
 
 
 class Segments(Protocol):
-    """What a plan's segments compute."""
+    """What a plan's segments compute.
+
+    Attributes:
+        weight_gradients: in a plan with W, the backward pass of :meth:`forward` adds to it what W is to do.
+            Whatever is not added belongs to B, and a plan without W leaves nothing there.
+    """
+
+    weight_gradients: DeferredWeightGradients
 
     def forward(self, segment: int, micro_batch: int, inputs: Tensors) -> Tensors:
         """Run a segment; the last one returns a single scalar, the loss to differentiate."""
@@ -64,7 +72,7 @@ class Executor:
         trace: records what was run.
         receive_ahead: how many compute operations before its consumer's turn a receive is posted at the
             latest, so that the message travels while others are computed. Each receive ahead holds a buffer.
-        backward_context: entered around each B; lets the caller hold back gradient reduction.
+        backward_context: entered around each B and W; lets the caller hold back gradient reduction.
     """
 
     # Sends complete in order per peer; beyond this many unfinished ones the oldest is waited for. A valid
@@ -84,7 +92,6 @@ class Executor:
     ) -> None:
         assert plan.is_lowered
         assert plan.num_ranks == communicator.size
-        assert not plan.splits_backward, "weight-gradient operations are planned, not executed"
         self.plan = plan
         self.segments = segments
         self.communicator = communicator
@@ -96,12 +103,14 @@ class Executor:
         self._receives = [op for op in self._order if op.kind.is_receive]
         self._posted_before = _posting_horizon(self._order, receive_ahead)
         self._backward_context = backward_context or (lambda operation: nullcontext())
+        self._splits_backward = plan.splits_backward
         self._results: dict[Operation, Tensors] = {}
         self._incoming: dict[Operation, _Incoming] = {}
         self._outgoing: deque[_Outgoing] = deque()
         self._dispatch: dict[Kind, Callable[[Operation], None]] = {
             Kind.F: self._forward,
             Kind.B: self._backward,
+            Kind.W: self._weight_gradient,
             Kind.SEND_F: self._send,
             Kind.SEND_B: self._send,
             Kind.RECV_F: self._receive,
@@ -122,6 +131,7 @@ class Executor:
             self._outgoing.popleft().handle.wait()
         self.trace.stop()
         self.store.assert_empty()
+        self.segments.weight_gradients.assert_empty()
         assert not self._results, f"results that nobody took: {list(self._results)}"
         assert not self._incoming, f"messages that nobody took: {list(self._incoming)}"
 
@@ -140,8 +150,10 @@ class Executor:
     def _backward(self, operation: Operation) -> None:
         # The loss is a scalar and starts the backward pass with a gradient of one.
         grads = self._take_input(operation) or (torch.ones((), device=self.device),)
-        saved = self.store.take((operation.segment, operation.micro_batch))
-        with self.trace.compute(operation), self._backward_context(operation):
+        key = (operation.segment, operation.micro_batch)
+        saved = self.store.take(key)
+        split = self.segments.weight_gradients.collect(key) if self._splits_backward else nullcontext()
+        with self.trace.compute(operation), self._backward_context(operation), split:
             needed = [(e, g) for e, g in zip(saved.outputs, grads, strict=True) if e is not None]
             if needed:
                 edges, grads = zip(*needed, strict=True)
@@ -150,6 +162,10 @@ class Executor:
             self._results[operation] = tuple(
                 torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in saved.inputs
             )
+
+    def _weight_gradient(self, operation: Operation) -> None:
+        with self.trace.compute(operation), self._backward_context(operation):
+            self.segments.weight_gradients.run((operation.segment, operation.micro_batch))
 
     def _take_input(self, operation: Operation) -> Tensors:
         """The neighbour's result: from this rank, or from a message that is waited for here."""
@@ -160,8 +176,10 @@ class Executor:
             return self._results.pop(producer)
         _, receive, edge = message_of(producer)
         peer = self.plan.rank_of(producer.segment, producer.micro_batch)
-        incoming = self._incoming.pop(Operation(edge, receive, operation.micro_batch, peer))
-        incoming.handle.wait()
+        message = Operation(edge, receive, operation.micro_batch, peer)
+        incoming = self._incoming.pop(message)
+        with self.trace.wait(message):
+            incoming.handle.wait()
         return self._layouts[edge].unpack(incoming.buffer)
 
     def _send(self, operation: Operation) -> None:

@@ -66,25 +66,36 @@ class NullClock:
         return 0.0
 
 
+_Mark = tuple[Operation, object, object]
+
+
 class Trace:
     """Records one iteration on one rank.
+
+    Args:
+        clock: times the operations.
+        sees_waits: False where whoever runs the operations does not tell what compute waits for; no
+            recorded wait then means nothing.
 
     Attributes:
         operations: everything that was executed, messages included, in order.
     """
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, *, sees_waits: bool = True) -> None:
         self.clock = clock
+        self.sees_waits = sees_waits
         self.operations: list[Operation] = []
         self._origin: object = None
         self._end: object = None
         self._open: tuple[Operation, object] | None = None
-        self._marks: list[tuple[Operation, object, object]] = []
+        self._marks: list[_Mark] = []
+        self._wait_marks: list[_Mark] = []
 
     def start(self) -> None:
         """Begin an iteration: forget the last one."""
         self.operations.clear()
         self._marks.clear()
+        self._wait_marks.clear()
         self._end = None
         self._origin = self.clock.mark()
 
@@ -105,16 +116,29 @@ class Trace:
         self._marks.append((*self._open, self.clock.mark()))
         self._open = None
 
+    @contextmanager
+    def wait(self, receive: Operation) -> Iterator[None]:
+        """Time how long compute stands still for a message; next to nothing if it is there already."""
+        start = self.clock.mark()
+        yield
+        self._wait_marks.append((receive, start, self.clock.mark()))
+
     def stop(self) -> None:
         """End the iteration."""
         self._end = self.clock.mark()
 
     def spans(self) -> tuple[Span, ...]:
         """The compute operations in milliseconds since :meth:`start`."""
+        return self._spans(self._marks)
+
+    def waits(self) -> tuple[Span, ...]:
+        """The receives, and how long each kept compute waiting, in milliseconds since :meth:`start`."""
+        return self._spans(self._wait_marks)
+
+    def _spans(self, marks: list[_Mark]) -> tuple[Span, ...]:
         elapsed = self.clock.elapsed_ms
         return tuple(
-            Span(op, elapsed(self._origin, start), elapsed(self._origin, end))
-            for op, start, end in self._marks
+            Span(op, elapsed(self._origin, start), elapsed(self._origin, end)) for op, start, end in marks
         )
 
     def total_ms(self) -> float:

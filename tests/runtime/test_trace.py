@@ -48,6 +48,26 @@ def test_spans_total_and_busy_time():
     assert trace.busy_ms() == 8
 
 
+def test_waits_are_told_apart_from_compute():
+    clock = HandClock()
+    trace = Trace(clock)
+    for _ in range(2):
+        trace.start()
+        clock.now += 1
+        with trace.wait(op("0RECV_F0@1")):
+            clock.now += 2
+        with trace.compute(op("1F0")):
+            clock.now += 3
+        with trace.wait(op("1RECV_B0@1")):
+            pass
+        trace.stop()
+        assert trace.waits() == (Span(op("0RECV_F0@1"), 1, 3), Span(op("1RECV_B0@1"), 6, 6))
+        assert trace.busy_ms() == 3
+        assert trace.operations == []
+    assert trace.sees_waits
+    assert not Trace(clock, sees_waits=False).sees_waits
+
+
 def test_an_iteration_forgets_the_one_before():
     clock = HandClock()
     trace = Trace(clock)
@@ -102,3 +122,20 @@ def test_the_cuda_clock_times_the_devices_work():
     torch.cuda._sleep(100_000_000)
     # The host has not waited for it.
     assert clock.elapsed_ms(start, clock.mark()) > 10
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="times a GPU")
+def test_a_wait_of_the_devices_stream_is_timed():
+    """As a handle of NCCL does it: the stream waits, the host goes on."""
+    trace = Trace(CudaClock())
+    other, arrived = torch.cuda.Stream(), torch.cuda.Event()
+    torch.cuda.synchronize()
+    trace.start()
+    with torch.cuda.stream(other):
+        torch.cuda._sleep(100_000_000)
+        arrived.record()
+    with trace.wait(op("0RECV_F0@1")):
+        arrived.wait()
+    trace.stop()
+    (wait,) = trace.waits()
+    assert wait.end_ms - wait.start_ms > 10

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,9 +14,26 @@ from helixpipe.runtime.communicator import Communicator, InMemoryFabric
 from helixpipe.runtime.executor import Executor
 from helixpipe.runtime.message import MessageLayout
 from helixpipe.runtime.trace import HostClock, Trace
+from helixpipe.runtime.weight_gradients import DeferredWeightGradients
 
 ROWS = 3
 TIMEOUT_S = 10.0
+
+
+class DeferringProduct(torch.autograd.Function):
+    """``hidden @ weight``, whose weight gradient is left to a queue; autograd does not see the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: tuple[Tensor], queue: DeferredWeightGradients) -> Tensor:
+        ctx.save_for_backward(hidden)
+        (ctx.weight,), ctx.queue = weight, queue
+        return hidden @ ctx.weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (hidden,), weight = ctx.saved_tensors, ctx.weight
+        ctx.queue.add(lambda: torch.autograd.backward(weight, hidden.t() @ grad))
+        return grad @ weight.t(), None, None
 
 
 class ToySegments:
@@ -35,6 +52,7 @@ class ToySegments:
     ) -> None:
         self.num_segments = num_segments
         self.deaf, self.frozen = deaf, frozen
+        self.weight_gradients = DeferredWeightGradients()
         generator = torch.Generator().manual_seed(num_segments)
         self.weights = [
             torch.randn(
@@ -51,6 +69,9 @@ class ToySegments:
     def layout(self, edge: int) -> MessageLayout:
         return MessageLayout((torch.Size((ROWS, self._width(edge))), torch.Size((ROWS,))), torch.float64)
 
+    def _multiply(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return hidden @ weight
+
     def forward(self, segment: int, micro_batch: int, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if segment == 0:
             generator = torch.Generator().manual_seed(micro_batch)
@@ -58,7 +79,7 @@ class ToySegments:
             residual = hidden.sum(dim=1)
         else:
             hidden, residual = inputs
-        hidden = torch.tanh(hidden @ self.weights[segment])
+        hidden = torch.tanh(self._multiply(hidden, self.weights[segment]))
         if segment in self.deaf:
             residual = hidden.sum(dim=1)
         elif segment in self.frozen:
@@ -70,6 +91,17 @@ class ToySegments:
         loss = hidden.sum() * residual.sum()
         self.losses[micro_batch] = loss.item()
         return (loss,)
+
+
+class SplitToySegments(ToySegments):
+    """The same, with weight gradients that are left for W."""
+
+    def _multiply(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        if not (weight.requires_grad and torch.is_grad_enabled()):
+            return hidden @ weight
+        if not hidden.requires_grad:  # the data that segment 0 starts from
+            hidden.requires_grad_()
+        return DeferringProduct.apply(hidden, (weight,), self.weight_gradients)
 
 
 class Run(NamedTuple):
