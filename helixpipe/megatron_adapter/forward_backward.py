@@ -1,10 +1,10 @@
-"""Megatron's ``forward_backward_func``, carried out by a helix plan."""
+"""Megatron's ``forward_backward_func``, carried out by a plan."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -12,14 +12,17 @@ from megatron.core import parallel_state
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
 from helixpipe.layers.segmented_gpt import SegmentedGPTModel
-from helixpipe.megatron_adapter.forward_step import GPTSegments, IterationInput
+from helixpipe.layers.weight_gradient import defer_weight_gradients
+from helixpipe.megatron_adapter.forward_step import GPTSegments, IterationInput, IterationResult
+from helixpipe.megatron_adapter.stage_segments import StageSegments
 from helixpipe.plan import Kind, Operation, Plan, ScheduleRequest, build_plan
 from helixpipe.runtime.communicator import TorchCommunicator
-from helixpipe.runtime.executor import Executor
+from helixpipe.runtime.executor import Executor, Segments
 from helixpipe.runtime.trace import Clock, Trace, default_clock
+from helixpipe.runtime.weight_gradients import DeferredWeightGradients
 
 
-class _Size(NamedTuple):
+class IterationSize(NamedTuple):
     """What an executor is built for."""
 
     num_microbatches: int
@@ -28,39 +31,59 @@ class _Size(NamedTuple):
     forward_only: bool
 
 
-class HelixForwardBackward:
+class ModelSegments(Segments, Protocol):
+    """Segments made of a model, fed by a forward step.
+
+    Attributes:
+        result: what the iteration has given so far.
+        has_shared_weights: True if a weight of this rank is used by two segments.
+    """
+
+    result: IterationResult
+    has_shared_weights: bool
+
+    def begin(self, iteration: IterationInput) -> None:
+        """Take over an iteration's input."""
+
+    def chunk_of(self, segment: int) -> int:
+        """The position of the model chunk that holds a segment's weights."""
+
+
+class PlannedForwardBackward:
     """A ``forward_backward_func`` with Megatron's signature and return value.
 
-    The loss is computed where the last segment is (pipeline rank 0), so the list of loss dictionaries is
-    returned there and is empty on the other ranks.
+    The list of loss dictionaries is returned where the last segment is, and is empty on the other ranks.
 
     Args:
-        num_fold: micro batches per slot.
-        attention_range: only ``core`` is executed; the other ranges are planned.
+        name: of the schedule.
+        options: arguments of the schedule beside the sizes, as :class:`ScheduleRequest` names them.
+        chunks_per_rank: model chunks on each rank.
         clock: times the trace; chosen by the device if None.
 
     Attributes:
         trace: what the last iteration ran on this rank.
         plan: the plan of the last iteration.
-
-    Raises:
-        ValueError: an attention range that cannot be executed.
     """
 
     def __init__(
-        self, *, num_fold: int = 2, attention_range: str = "core", clock: Clock | None = None
+        self,
+        name: str,
+        options: dict[str, Any] | None = None,
+        *,
+        chunks_per_rank: int = 1,
+        clock: Clock | None = None,
     ) -> None:
-        if attention_range != "core":
-            raise ValueError(
-                f"attention range {attention_range!r} can be planned but not executed; "
-                "use --attention-range core"
-            )
-        self.num_fold = num_fold
-        self.attention_range = attention_range
+        self.name = name
+        self.options = options or {}
+        self.chunks_per_rank = chunks_per_rank
         self.trace = Trace(clock or default_clock())
         self.plan: Plan | None = None
-        self._executors: dict[_Size, tuple[Executor, GPTSegments]] = {}
+        self._executors: dict[IterationSize, tuple[Executor, ModelSegments]] = {}
         self._communicator: TorchCommunicator | None = None
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{name}={value}" for name, value in self.options.items())
+        return f"{self.name} ({options})" if options else self.name
 
     def __call__(
         self,
@@ -93,17 +116,17 @@ class HelixForwardBackward:
         }
         for name, is_set in refused.items():
             if is_set:
-                raise ValueError(f"the helix schedule does not support {name}")
-        chunk = _only(model, "model chunk")
-        size = _Size(num_microbatches, seq_length, micro_batch_size, forward_only)
+                raise ValueError(f"the {self.name} schedule does not support {name}")
+        chunks = self._per_chunk(model, "model chunk")
+        size = IterationSize(num_microbatches, seq_length, micro_batch_size, forward_only)
         if size not in self._executors:
-            self._executors[size] = self._build(chunk, size)
+            self._executors[size] = self._build(chunks, size)
         executor, segments = self._executors[size]
         self.plan = executor.plan
         segments.begin(
             IterationInput(
                 forward_step_func,
-                _only(data_iterator, "data iterator"),
+                self._per_chunk(data_iterator, "data iterator"),
                 num_microbatches,
                 collect_non_loss_data,
                 differentiate=not forward_only,
@@ -111,27 +134,31 @@ class HelixForwardBackward:
         )
         executor.run()
         if not forward_only:
-            self._finalize(chunk, segments, bool(force_all_reduce))
+            _finalize(chunks, segments, bool(force_all_reduce))
         return segments.result.loss_data
 
-    def _build(self, model: torch.nn.Module, size: _Size) -> tuple[Executor, GPTSegments]:
-        config = get_model_config(model)
+    def make_segments(
+        self, chunks: list[torch.nn.Module], plan: Plan, size: IterationSize, dtype: torch.dtype, rank: int
+    ) -> ModelSegments:
+        """The computation of this rank's model chunks under ``plan``."""
+        raise NotImplementedError
+
+    def _build(self, chunks: list[torch.nn.Module], size: IterationSize) -> tuple[Executor, ModelSegments]:
+        config = get_model_config(chunks[0])
         plan = build_plan(
-            "helix",
+            self.name,
             ScheduleRequest(
                 num_layers=config.num_layers,
                 num_ranks=parallel_state.get_pipeline_model_parallel_world_size(),
                 num_microbatches=size.num_microbatches,
-                num_fold=self.num_fold,
-                attention_range=self.attention_range,
+                **self.options,
             ),
         )
         if size.forward_only:
             plan = plan.forward_only()
-        segmented: SegmentedGPTModel = get_attr_wrapped_model(model, "forward_segment", return_model_obj=True)
         dtype = config.pipeline_dtype or config.params_dtype
-        segments = GPTSegments(model, segmented, size.seq_length, size.micro_batch_size, dtype)
         group = parallel_state.get_pipeline_model_parallel_group()
+        segments = self.make_segments(chunks, plan, size, dtype, dist.get_rank(group))
         agree_on_plan(plan, size, dtype, group)
         if self._communicator is None:
             self._communicator = _communicator(group)
@@ -139,27 +166,95 @@ class HelixForwardBackward:
             plan,
             segments,
             self._communicator,
-            device=next(model.parameters()).device,
+            device=next(chunks[0].parameters()).device,
             trace=self.trace,
-            backward_context=_hold_gradient_reduction(model, segmented, plan, self._communicator.rank),
+            backward_context=_hold_gradient_reduction(chunks, segments, plan, self._communicator.rank),
         )
         return executor, segments
 
-    def _finalize(self, model: torch.nn.Module, segments: GPTSegments, force_all_reduce: bool) -> None:
-        """Reduce gradients over data-parallel ranks through Megatron's own function."""
-        config = get_model_config(model)
-        if config.no_sync_func is not None and _is_tied(segments.segmented):
-            model.start_grad_sync()  # type: ignore[operator]
-        if config.finalize_model_grads_func is None:
-            return
-        num_tokens = None
-        if config.calculate_per_token_loss:
-            # Megatron takes the count from the last pipeline rank; here it is known on the first.
-            num_tokens = segments.result.num_tokens
-            if num_tokens is None:
-                num_tokens = torch.zeros((), dtype=torch.int, device=next(model.parameters()).device)
-            dist.all_reduce(num_tokens, group=parallel_state.get_pipeline_model_parallel_group())
-        config.finalize_model_grads_func([model], num_tokens, force_all_reduce=force_all_reduce)
+    def _per_chunk(self, value: Any, what: str) -> list[Any]:
+        """One value per model chunk: a list as it is, or the only one."""
+        values = value if isinstance(value, list) else [value]
+        expected = self.chunks_per_rank
+        if len(values) != expected:
+            wanted = f"one {what}" if expected == 1 else f"{expected} {what}s"
+            raise ValueError(f"the {self.name} schedule takes {wanted} per rank, not {len(values)}")
+        return values
+
+
+class HelixForwardBackward(PlannedForwardBackward):
+    """The helix schedule: a model cut at its attention, with the loss on pipeline rank 0.
+
+    Args:
+        num_fold: micro batches per slot.
+        attention_range: only ``core`` is executed; the other ranges are planned.
+        clock: times the trace; chosen by the device if None.
+
+    Raises:
+        ValueError: an attention range that cannot be executed.
+    """
+
+    def __init__(
+        self, *, num_fold: int = 2, attention_range: str = "core", clock: Clock | None = None
+    ) -> None:
+        if attention_range != "core":
+            raise ValueError(
+                f"attention range {attention_range!r} can be planned but not executed; "
+                "use --attention-range core"
+            )
+        super().__init__("helix", {"num_fold": num_fold, "attention_range": attention_range}, clock=clock)
+
+    def make_segments(
+        self, chunks: list[torch.nn.Module], plan: Plan, size: IterationSize, dtype: torch.dtype, rank: int
+    ) -> ModelSegments:
+        """See :class:`PlannedForwardBackward`."""
+        (model,) = chunks
+        segmented: SegmentedGPTModel = get_attr_wrapped_model(model, "forward_segment", return_model_obj=True)
+        return GPTSegments(model, segmented, size.seq_length, size.micro_batch_size, dtype)
+
+
+class StageForwardBackward(PlannedForwardBackward):
+    """A schedule whose segments are stages: Megatron's own GPTModel chunks, run in the plan's order.
+
+    If the plan splits the backward pass, the linear layers of the chunks learn to leave their weight
+    gradients for W, see :func:`helixpipe.layers.weight_gradient.defer_weight_gradients`.
+    """
+
+    def __init__(self, name: str, *, chunks_per_rank: int = 1, clock: Clock | None = None) -> None:
+        super().__init__(name, chunks_per_rank=chunks_per_rank, clock=clock)
+        self._weight_gradients = DeferredWeightGradients()
+        self._defers = False
+
+    def make_segments(
+        self, chunks: list[torch.nn.Module], plan: Plan, size: IterationSize, dtype: torch.dtype, rank: int
+    ) -> ModelSegments:
+        """See :class:`PlannedForwardBackward`."""
+        segments = StageSegments(
+            chunks, plan, rank, size.seq_length, size.micro_batch_size, dtype, self._weight_gradients
+        )
+        if plan.splits_backward and not self._defers:
+            for chunk in chunks:
+                defer_weight_gradients(chunk, self._weight_gradients.add)
+            self._defers = True
+        return segments
+
+
+def _finalize(chunks: list[torch.nn.Module], segments: ModelSegments, force_all_reduce: bool) -> None:
+    """Reduce gradients over data-parallel ranks through Megatron's own function."""
+    config = get_model_config(chunks[0])
+    if config.no_sync_func is not None and segments.has_shared_weights:
+        for chunk in chunks:
+            chunk.start_grad_sync()  # type: ignore[operator]
+    if config.finalize_model_grads_func is None:
+        return
+    num_tokens = None
+    if config.calculate_per_token_loss:
+        # Megatron takes the count from the last pipeline rank; here it is known where the loss is.
+        num_tokens = segments.result.num_tokens
+        if num_tokens is None:
+            num_tokens = torch.zeros((), dtype=torch.int, device=next(chunks[0].parameters()).device)
+        dist.all_reduce(num_tokens, group=parallel_state.get_pipeline_model_parallel_group())
+    config.finalize_model_grads_func(chunks, num_tokens, force_all_reduce=force_all_reduce)
 
 
 def agree_on_plan(plan: Plan, size: tuple[Any, ...], dtype: torch.dtype, group: dist.ProcessGroup) -> None:
@@ -187,31 +282,27 @@ def _communicator(group: dist.ProcessGroup) -> TorchCommunicator:
     return TorchCommunicator(group, reverse)
 
 
-def _is_tied(segmented: SegmentedGPTModel) -> bool:
-    return segmented.share_embeddings_and_output_weights and segmented.pre_process
-
-
 def _hold_gradient_reduction(
-    model: torch.nn.Module, segmented: SegmentedGPTModel, plan: Plan, rank: int
+    chunks: Sequence[torch.nn.Module], segments: ModelSegments, plan: Plan, rank: int
 ) -> Callable[[Operation], AbstractContextManager[object]]:
     """Keep Megatron from reducing a gradient before its last micro batch has added to it.
 
-    A segment's weights are complete after its last B. A tied embedding is touched by two segments, which
-    Megatron's per-parameter count does not know: then everything is reduced after the iteration.
+    A segment's weights are complete after its last B, or its last B and its last W: both are let through,
+    since norms get their gradient from the one and linear layers from the other. A weight that is used by two
+    segments defeats Megatron's count per parameter: then everything is reduced after the iteration.
     """
-    hold = get_model_config(model).no_sync_func
+    hold = get_model_config(chunks[0]).no_sync_func
     if hold is None:
         return lambda operation: nullcontext()
-    final: dict[int, Operation] = {}
-    if not _is_tied(segmented):
-        final = {op.segment: op for op in plan.orders[rank] if op.kind is Kind.B}
-    return lambda operation: nullcontext() if final.get(operation.segment) == operation else hold()
+    holds = hold if isinstance(hold, list) else [hold]
+    assert len(holds) == len(chunks)
+    final: dict[tuple[int, Kind], Operation] = {}
+    if not segments.has_shared_weights:
+        final = {(op.segment, op.kind): op for op in plan.orders[rank] if op.kind in (Kind.B, Kind.W)}
 
+    def context(operation: Operation) -> AbstractContextManager[object]:
+        if final.get((operation.segment, operation.kind)) == operation:
+            return nullcontext()
+        return holds[segments.chunk_of(operation.segment)]()
 
-def _only(value: Any, what: str) -> Any:
-    """The single element of a list, or the value itself."""
-    if not isinstance(value, list):
-        return value
-    if len(value) != 1:
-        raise ValueError(f"the helix schedule takes one {what} per rank, not {len(value)}")
-    return value[0]
+    return context

@@ -8,17 +8,19 @@ with the placeholder is applied to what the last segment returns.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel.schedules import forward_step_calc_loss
+from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from helixpipe.layers.segmented_gpt import SegmentedGPTModel, Tensors
 from helixpipe.runtime.message import MessageLayout
+from helixpipe.runtime.weight_gradients import DeferredWeightGradients
 
 _SIGNATURE = inspect.signature(GPTModel.forward)
 # What a segmented model can honour; the mask is checked to be causal.
@@ -97,10 +99,19 @@ class IterationInput:
     """What Megatron hands over for one iteration."""
 
     forward_step_func: Callable[..., Any]
-    data_iterator: Iterator[Any] | None
+    data_iterators: Sequence[Iterator[Any] | None]  # one per model chunk
     num_microbatches: int
     collect_non_loss_data: bool
     differentiate: bool
+
+    def loss_to_differentiate(self, loss: Tensor, config: TransformerConfig) -> Tensor:
+        """The scaled loss as the scalar that a backward pass starts from; as it is in an evaluation."""
+        if not self.differentiate:
+            return loss
+        if config.grad_scale_func is not None:
+            loss = config.grad_scale_func(loss)
+        # Megatron's scaling, and some loss functions, give a vector of one element.
+        return loss.reshape(())
 
 
 @dataclass
@@ -109,6 +120,11 @@ class IterationResult:
 
     loss_data: list[Any] = field(default_factory=list)
     num_tokens: Tensor | None = None
+
+    def add_tokens(self, num_tokens: Tensor, loss: Tensor) -> None:
+        """Count a micro batch's tokens, where its loss is."""
+        num_tokens = num_tokens.to(loss.device)
+        self.num_tokens = num_tokens if self.num_tokens is None else self.num_tokens + num_tokens
 
 
 class GPTSegments:
@@ -135,6 +151,9 @@ class GPTSegments:
         self.micro_batch_size = micro_batch_size
         self.dtype = dtype
         self.result = IterationResult()
+        self.weight_gradients = DeferredWeightGradients()  # stays empty: helix has no W
+        # A tied embedding is used by the first segment and by the last.
+        self.has_shared_weights = segmented.share_embeddings_and_output_weights and segmented.pre_process
         self._stand_in = StandInModel(model)
         self._input: IterationInput | None = None
         self._pending: dict[int, tuple[ModelCall, Callable[..., Any] | None]] = {}
@@ -144,6 +163,10 @@ class GPTSegments:
         self._input = iteration
         self._pending.clear()
         self.result = IterationResult()
+
+    def chunk_of(self, segment: int) -> int:
+        """The position of the model chunk that holds a segment's weights: there is one."""
+        return 0
 
     def layout(self, edge: int) -> MessageLayout:
         """See :class:`helixpipe.runtime.executor.Segments`."""
@@ -163,7 +186,8 @@ class GPTSegments:
 
     def _next_call(self, micro_batch: int) -> ModelCall:
         assert self._input is not None
-        output, loss_func = self._input.forward_step_func(self._input.data_iterator, self._stand_in)
+        (data_iterator,) = self._input.data_iterators
+        output, loss_func = self._input.forward_step_func(data_iterator, self._stand_in)
         if not isinstance(output, PendingOutput):
             raise ValueError("the forward step must return the model's output itself as its first value")
         expected = (self.micro_batch_size, self.seq_length)
@@ -194,11 +218,5 @@ class GPTSegments:
             cp_group_size=1,
             is_last_stage=True,
         )
-        total = self.result.num_tokens
-        self.result.num_tokens = num_tokens.to(loss.device) if total is None else total + num_tokens
-        if not self._input.differentiate:
-            return loss
-        if self.config.grad_scale_func is not None:
-            loss = self.config.grad_scale_func(loss)
-        # Megatron's scaling, and some loss functions, give a vector of one element.
-        return loss.reshape(())
+        self.result.add_tokens(num_tokens, loss)
+        return self._input.loss_to_differentiate(loss, self.config)

@@ -1,4 +1,4 @@
-"""Plug the helix schedule in where Megatron asks for its ``forward_backward_func``."""
+"""Plug a schedule in where Megatron asks for its ``forward_backward_func``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from megatron.core import pipeline_parallel
 from megatron.core.pipeline_parallel import schedules
 
-from helixpipe.megatron_adapter.forward_backward import HelixForwardBackward
+from helixpipe.megatron_adapter.forward_backward import PlannedForwardBackward
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +17,7 @@ _ORIGINAL = schedules.get_forward_backward_func
 _PLACES = (schedules, pipeline_parallel)
 
 
-def install(forward_backward: HelixForwardBackward) -> None:
+def install(forward_backward: PlannedForwardBackward) -> None:
     """Make Megatron's ``get_forward_backward_func`` return ``forward_backward``, until :func:`uninstall`.
 
     Code that imported the function by name before this call keeps Megatron's own.
@@ -28,7 +28,7 @@ def install(forward_backward: HelixForwardBackward) -> None:
 
     for place in _PLACES:
         place.get_forward_backward_func = get_forward_backward_func
-    logger.info("helix schedule installed, fold %d", forward_backward.num_fold)
+    logger.info("schedule installed: %s", forward_backward)
 
 
 def uninstall() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,12 +11,20 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
-from helixpipe.megatron_adapter.forward_backward import HelixForwardBackward
+from helixpipe.megatron_adapter.forward_backward import (
+    HelixForwardBackward,
+    PlannedForwardBackward,
+    StageForwardBackward,
+)
 from helixpipe.megatron_adapter.tracing import TracingTimers
 from helixpipe.plan import Plan, ScheduleRequest, build_plan
 from helixpipe.runtime.trace import Clock, Trace
 
-EXECUTABLE = ("1f1b", "interleaved", "helix")
+# By Megatron's own functions; the others are executed from their plans.
+MEGATRON_SCHEDULES = ("1f1b", "interleaved")
+# Both ends of the model are on rank 0, which has two stages, like every rank.
+V_SCHEDULES = ("zb-v", "v-half", "v-min", "dualpipe-v")
+EXECUTABLE = (*MEGATRON_SCHEDULES, "gpipe", "zb-h1", *V_SCHEDULES, "helix")
 
 
 class MegatronForwardBackward:
@@ -28,7 +37,8 @@ class MegatronForwardBackward:
 
     def __init__(self, plan: Plan, clock: Clock) -> None:
         self.plan = plan
-        self.trace = Trace(clock)
+        # Megatron's timers also run while sends are waited for, and not around every receive.
+        self.trace = Trace(clock, sees_waits=False)
         self._plans = {False: plan, True: plan.forward_only()}
 
     def __call__(self, *, forward_only: bool = False, **arguments: Any) -> list[Any]:
@@ -55,7 +65,7 @@ def _original_function() -> Any:
 
 def make_schedule(
     name: str, request: ScheduleRequest, clock: Clock
-) -> MegatronForwardBackward | HelixForwardBackward:
+) -> MegatronForwardBackward | PlannedForwardBackward:
     """The ``forward_backward_func`` of a schedule.
 
     Args:
@@ -75,17 +85,22 @@ def make_schedule(
             attention_range=str(plan.parameters["attention_range"]),
             clock=clock,
         )
-    return MegatronForwardBackward(plan, clock)
+    if name in MEGATRON_SCHEDULES:
+        return MegatronForwardBackward(plan, clock)
+    return StageForwardBackward(name, chunks_per_rank=plan.num_segments // plan.num_ranks, clock=clock)
 
 
 def owned_segments(plan: Plan, rank: int) -> list[int]:
-    """The segments with weights (even ones) that a helix plan places on ``rank``."""
-    return [segment for segment in range(0, plan.num_segments, 2) if plan.rank_of(segment, 0) == rank]
+    """The segments with weights that a plan places on ``rank``: stages, or the even segments of helix."""
+    step = 2 if plan.schedule == "helix" else 1
+    return [segment for segment in range(0, plan.num_segments, step) if plan.rank_of(segment, 0) == rank]
 
 
 def loss_rank(name: str) -> int:
     """The pipeline rank on which a schedule computes the loss."""
-    return 0 if name == "helix" else parallel_state.get_pipeline_model_parallel_world_size() - 1
+    return (
+        0 if name in ("helix", *V_SCHEDULES) else parallel_state.get_pipeline_model_parallel_world_size() - 1
+    )
 
 
 def needs_data(name: str) -> bool:
@@ -102,10 +117,17 @@ def chunk_iterators(data: Iterator[Any] | None, model: list[torch.nn.Module]) ->
     """
     if len(model) == 1:
         return data
-    return [
-        data if any(get_attr_wrapped_model(chunk, name) for name in ("pre_process", "post_process")) else None
-        for chunk in model
+    ends = [
+        index
+        for index, chunk in enumerate(model)
+        if any(get_attr_wrapped_model(chunk, name) for name in ("pre_process", "post_process"))
     ]
+    iterators: list[Iterator[Any] | None] = [None] * len(model)
+    if data is not None:
+        # A micro batch is kept from the first stage's turn to the last one's where both are here.
+        for index, iterator in zip(ends, itertools.tee(data, len(ends)), strict=True):
+            iterators[index] = iterator
+    return iterators
 
 
 def device() -> torch.device:

@@ -140,11 +140,15 @@ class Reporter:
         if self.args.trace_dir is None:
             return
         group = parallel_state.get_pipeline_model_parallel_group()
-        spans: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(spans, trace.spans(), group=group)
+        ranks: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(ranks, (trace.spans(), trace.waits()), group=group)
         if self._is_writer:
+            spans, waits = zip(*ranks, strict=True)
             timeline = Timeline(
-                tuple(spans), f"{plan.schedule}, measured in iteration {iteration}", plan.segment_names
+                spans,
+                f"{plan.schedule}, measured in iteration {iteration}",
+                plan.segment_names,
+                waits=waits if trace.sees_waits else (),
             )
             path = self.args.trace_dir / f"iteration_{iteration:07d}.json"
             path.write_text(timeline.to_json(), encoding="utf-8")

@@ -21,8 +21,9 @@ from megatron.core.transformer.module import Float16Module
 
 from helixpipe.layers.initialization import deferred_initialization, initialize_weights
 from helixpipe.layers.segmented_gpt import SegmentedGPTModel
-from helixpipe.layers.spec import block_spec, default_implementation
-from helixpipe.megatron_adapter.schedule import owned_segments
+from helixpipe.layers.spec import LOCAL, block_spec, default_implementation
+from helixpipe.layers.stage import build_stage
+from helixpipe.megatron_adapter.schedule import V_SCHEDULES, owned_segments
 from helixpipe.plan import build_plan
 
 
@@ -38,6 +39,8 @@ def build_config(args: argparse.Namespace) -> TransformerConfig:
     """Megatron's model configuration."""
     # Fused kernels compile through torch.compile, which a CPU run does without.
     fuse = torch.cuda.is_available()
+    # The fused accumulation is part of Megatron's whole backward pass.
+    fuse_accumulation = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
     config = TransformerConfig(
         num_layers=args.num_layers,
         hidden_size=args.hidden_size,
@@ -74,7 +77,7 @@ def build_config(args: argparse.Namespace) -> TransformerConfig:
         use_cpu_initialization=True,
         bias_dropout_fusion=fuse,
         bias_activation_fusion=fuse and (args.swiglu or args.add_bias_linear),
-        gradient_accumulation_fusion=importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        gradient_accumulation_fusion=fuse_accumulation and not _splits_backward(args),
     )
     config.finalize_model_grads_func = finalize_model_grads
     return config
@@ -101,8 +104,13 @@ def unwrap(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
+def _splits_backward(args: argparse.Namespace) -> bool:
+    return build_plan(args.pipeline_schedule, args.schedule_request).splits_backward
+
+
 def _build_chunks(args: argparse.Namespace, config: TransformerConfig) -> list[torch.nn.Module]:
-    implementation = args.transformer_impl or default_implementation()
+    # Only Megatron's local linear layers can leave their weight gradient for later.
+    implementation = args.transformer_impl or (LOCAL if _splits_backward(args) else default_implementation())
     arguments: dict[str, Any] = {
         "vocab_size": args.padded_vocab_size,
         "max_sequence_length": args.max_position_embeddings,
@@ -112,10 +120,12 @@ def _build_chunks(args: argparse.Namespace, config: TransformerConfig) -> list[t
         "rotary_base": args.rotary_base,
         "seq_len_interpolation_factor": args.rotary_seq_len_interpolation_factor,
     }
-    if args.pipeline_schedule == "helix":
-        plan = build_plan("helix", args.schedule_request)
+    if args.pipeline_schedule in ("helix", *V_SCHEDULES):
+        plan = build_plan(args.pipeline_schedule, args.schedule_request)
         owned = owned_segments(plan, parallel_state.get_pipeline_model_parallel_rank())
-        return [SegmentedGPTModel(config, implementation, owned, **arguments)]
+        if args.pipeline_schedule == "helix":
+            return [SegmentedGPTModel(config, implementation, owned, **arguments)]
+        return [build_stage(config, implementation, stage, plan.num_segments, **arguments) for stage in owned]
     return [
         GPTModel(
             config,

@@ -129,6 +129,8 @@ class FakeSegmented:
     """Three segments; the last one's output depends on the labels and on what was handed on."""
 
     num_segments = 3
+    share_embeddings_and_output_weights = False
+    pre_process = True
 
     def __init__(self, **config):
         self.config = make_config(Case(pp=1))
@@ -158,7 +160,7 @@ def segments_for(model_step, num_microbatches=2, *, differentiate=True, non_loss
     segmented = FakeSegmented(**config)
     segments = GPTSegments(SimpleNamespace(), segmented, LENGTH, BATCH, torch.float32)
     data = iter(range(num_microbatches))
-    segments.begin(IterationInput(model_step, data, num_microbatches, non_loss, differentiate))
+    segments.begin(IterationInput(model_step, [data], num_microbatches, non_loss, differentiate))
     return segments
 
 
@@ -280,7 +282,7 @@ def test_an_iteration_begins_with_nothing_of_the_last():
     segments = segments_for(step_with())
     run(segments, 0)
     first = segments.result
-    segments.begin(IterationInput(step_with(), iter([5]), 1, False, True))
+    segments.begin(IterationInput(step_with(), [iter([5])], 1, False, True))
     assert run(segments, 0).item() == 55
     assert len(segments.result.loss_data) == 1
     assert len(first.loss_data) == 1

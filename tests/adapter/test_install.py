@@ -50,4 +50,4 @@ def test_taking_out_what_is_not_there_is_harmless():
 def test_installing_is_logged(caplog):
     with caplog.at_level("INFO", logger="helixpipe.megatron_adapter.install"):
         install(HelixForwardBackward(num_fold=3))
-    assert caplog.messages == ["helix schedule installed, fold 3"]
+    assert caplog.messages == ["schedule installed: helix (num_fold=3, attention_range=core)"]

@@ -24,6 +24,7 @@ MODEL = (
 SCHEDULES = {
     "1f1b": [],
     "interleaved": ["--num-layers-per-virtual-pipeline-stage", 1],
+    "zb-h1": [],
     "helix": [],
 }
 

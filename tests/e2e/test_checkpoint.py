@@ -139,6 +139,26 @@ def test_helix_hands_over_to_other_schedules(launch, launch_alone, trained, tmp_
         assert_goes_on_alike(metrics, trained("1f1b").rows)
 
 
+@pytest.mark.slow
+def test_stages_on_a_v_train_alike_and_hand_over(launch, tmp_path):
+    """Two iterations under zb-v, two under 1F1B, against four under 1F1B."""
+    common = (
+        2, "--pipeline-model-parallel-size", 2, "--untie-embeddings-and-output-weights",
+        "--recompute-granularity", "selective", "--eval-iters", 1,
+    )  # fmt: skip
+    whole, parts, saved = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl", tmp_path / "saved"
+    for options in (
+        ["--pipeline-schedule", "1f1b", "--metrics-jsonl", whole],
+        ["--pipeline-schedule", "zb-v", "--metrics-jsonl", parts, "--train-iters", 2, "--save", saved],
+        ["--pipeline-schedule", "1f1b", "--metrics-jsonl", parts, "--load", saved],
+    ):
+        finished = launch(*common, *options)
+        assert finished.code == 0, finished.errors
+        assert finished.errors == ""
+    for found, wanted in zip(learned(metrics_of(parts)), learned(metrics_of(whole)), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-5)
+
+
 TRACKERS = {
     "empty": (b"", "holds '' instead"),
     "word": (b"abc", "holds 'abc' instead"),

@@ -8,22 +8,22 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from models import (
     Case,
-    build_helix,
     build_optimizer,
+    build_planned,
     build_reference,
     everywhere,
     gather_gradients,
-    helix_schedule,
     initialize,
+    planned_schedule,
     relative_error,
     run_iteration,
 )
 
 
 def compare_one_iteration(cases: list[Case], tamper: bool = False) -> list[dict[str, Any]]:
-    """Losses and gradient errors of helix against Megatron's own schedule function, for each case.
+    """Losses and gradient errors of a plan against Megatron's own schedule function, for each case.
 
-    With ``tamper``, helix gets one wrong label.
+    With ``tamper``, the plan's run gets one wrong label.
     """
     return [_compare(case, tamper) for case in cases]
 
@@ -33,10 +33,10 @@ def _compare(case: Case, tamper: bool) -> dict[str, Any]:
     reference = build_reference(case)
     reference_losses = everywhere(run_iteration(case, reference, get_forward_backward_func()))
     expected = gather_gradients(reference)
-    helix = build_helix(case)
-    schedule = helix_schedule(case)
-    losses = everywhere(run_iteration(case, helix, schedule, tamper=tamper))
-    found = gather_gradients(helix)
+    planned = build_planned(case)
+    schedule = planned_schedule(case)
+    losses = everywhere(run_iteration(case, planned, schedule, tamper=tamper))
+    found = gather_gradients(planned)
     rank = parallel_state.get_pipeline_model_parallel_rank()
     assert schedule.plan is not None
     return {
@@ -56,16 +56,16 @@ def compare_training(case: Case, steps: int) -> dict[str, Any]:
     result = {}
     for name, build, schedule in (
         ("reference", build_reference, get_forward_backward_func()),
-        ("helix", build_helix, helix_schedule(case)),
+        ("planned", build_planned, planned_schedule(case)),
     ):
-        model = build(case)
-        optimizer = build_optimizer(case, model)
+        chunks = build(case)
+        optimizer = build_optimizer(case, chunks)
         history = []
         for step in range(steps):
             optimizer.zero_grad()
-            losses = everywhere(run_iteration(case, model, schedule, step))
+            losses = everywhere(run_iteration(case, chunks, schedule, step))
             _, norm, _ = optimizer.step()
             history.append((losses, float(norm)))
-        evaluation = everywhere(run_iteration(case, model, schedule, steps, forward_only=True))
+        evaluation = everywhere(run_iteration(case, chunks, schedule, steps, forward_only=True))
         result[name] = (history, evaluation)
     return result

@@ -1,4 +1,4 @@
-"""Small models, data and one-iteration runs under Megatron's schedules and under helix."""
+"""Small models, data and one-iteration runs under Megatron's schedules and under plans."""
 
 from __future__ import annotations
 
@@ -33,7 +33,13 @@ from helixpipe.layers.initialization import (  # noqa: E402
 )
 from helixpipe.layers.segmented_gpt import SegmentedGPTModel  # noqa: E402
 from helixpipe.layers.spec import LOCAL, block_spec  # noqa: E402
-from helixpipe.megatron_adapter.forward_backward import HelixForwardBackward  # noqa: E402
+from helixpipe.layers.stage import build_stage  # noqa: E402
+from helixpipe.megatron_adapter.forward_backward import (  # noqa: E402
+    HelixForwardBackward,
+    PlannedForwardBackward,
+    StageForwardBackward,
+)
+from helixpipe.megatron_adapter.schedule import V_SCHEDULES  # noqa: E402
 from helixpipe.runtime.trace import HostClock  # noqa: E402
 
 VOCABULARY = 96
@@ -47,6 +53,7 @@ class Case:
     pp: int
     tp: int = 1
     dp: int = 1
+    schedule: str = "helix"
     fold: int = 2
     rounds: int = 1
     style: str = "gpt"
@@ -59,6 +66,17 @@ class Case:
     overlap: bool = False
     per_token_loss: bool = False
     groups: int | None = None
+    tied: bool | None = None
+    recompute: str | None = None
+
+    @property
+    def is_tied(self) -> bool:
+        """Embedding and head share a weight: by default GPT's do and Llama's do not."""
+        return self.style == "gpt" if self.tied is None else self.tied
+
+    @property
+    def chunks_per_rank(self) -> int:
+        return 2 if self.schedule in V_SCHEDULES else 1
 
     @property
     def world_size(self) -> int:
@@ -70,11 +88,18 @@ class Case:
 
     def __str__(self) -> str:
         default = Case(pp=self.pp)
-        words = [f"pp{self.pp}", f"tp{self.tp}", f"dp{self.dp}", f"fold{self.fold}", self.style]
+        words = [
+            self.schedule,
+            f"pp{self.pp}",
+            f"tp{self.tp}",
+            f"dp{self.dp}",
+            f"fold{self.fold}",
+            self.style,
+        ]
         words += [
             f"{name}={value}"
             for name, value in vars(self).items()
-            if name not in ("pp", "tp", "dp", "fold", "style") and value != getattr(default, name)
+            if name not in ("schedule", "pp", "tp", "dp", "fold", "style") and value != getattr(default, name)
         ]
         return "-".join(words)
 
@@ -114,6 +139,9 @@ def make_config(case: Case) -> TransformerConfig:
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
         gradient_accumulation_fusion=False,
+        recompute_granularity=case.recompute,
+        recompute_method="uniform" if case.recompute == "full" else None,
+        recompute_num_layers=1 if case.recompute == "full" else None,
         # Large enough that every gradient is far from rounding noise.
         init_method_std=0.2,
     )
@@ -126,12 +154,12 @@ def _model_arguments(case: Case) -> dict[str, Any]:
     return {
         "vocab_size": VOCABULARY,
         "max_sequence_length": case.seq_length,
-        "share_embeddings_and_output_weights": not llama,
+        "share_embeddings_and_output_weights": case.is_tied,
         "position_embedding_type": "rope" if llama else "learned_absolute",
     }
 
 
-def build_reference(case: Case) -> torch.nn.Module:
+def build_reference(case: Case) -> list[torch.nn.Module]:
     """Megatron's GPTModel for this rank's stage, with the same core attention, wrapped for training."""
     config = make_config(case)
     with deferred_initialization(config):
@@ -142,20 +170,44 @@ def build_reference(case: Case) -> torch.nn.Module:
             post_process=parallel_state.is_pipeline_last_stage(),
             **_model_arguments(case),
         )
-    return _wrap(case, config, model)
+    return _wrap(case, config, [model])
 
 
-def build_helix(case: Case) -> torch.nn.Module:
-    """This rank's share of the segmented model, wrapped for training."""
+def build_planned(case: Case) -> list[torch.nn.Module]:
+    """This rank's model chunks for the case's schedule, wrapped for training."""
+    if case.schedule == "helix":
+        return _build_helix(case)
+    if case.chunks_per_rank == 1:
+        return build_reference(case)
+    config = make_config(case)
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    num_stages = 2 * case.pp
+    with deferred_initialization(config):
+        models = [
+            build_stage(config, LOCAL, stage, num_stages, **_model_arguments(case))
+            for stage in (rank, num_stages - 1 - rank)
+        ]
+    return _wrap(case, config, models)
+
+
+def _build_helix(case: Case) -> list[torch.nn.Module]:
     config = make_config(case)
     rank = parallel_state.get_pipeline_model_parallel_rank()
     owned = [2 * layer for layer in range(case.num_layers + 1) if layer % case.pp == rank]
     with deferred_initialization(config):
         model = SegmentedGPTModel(config, LOCAL, owned, **_model_arguments(case))
-    return _wrap(case, config, model)
+    return _wrap(case, config, [model])
 
 
-def _wrap(case: Case, config: TransformerConfig, model: torch.nn.Module) -> torch.nn.Module:
+def _wrap(case: Case, config: TransformerConfig, models: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    chunks = [_wrap_chunk(case, config, model) for model in models]
+    if case.overlap:
+        holds = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = holds[0] if len(holds) == 1 else holds
+    return chunks
+
+
+def _wrap_chunk(case: Case, config: TransformerConfig, model: torch.nn.Module) -> torch.nn.Module:
     initialize_weights(model, config, SEED)
     # Constants would hide errors in the gradients of biases and norms.
     for name, parameter in canonical_parameters(model):
@@ -170,7 +222,7 @@ def _wrap(case: Case, config: TransformerConfig, model: torch.nn.Module) -> torc
         model = model.double()
     if case.dtype is torch.bfloat16:
         model = Float16Module(config, model)
-    model = DistributedDataParallel(
+    return DistributedDataParallel(
         config,
         DistributedDataParallelConfig(
             use_distributed_optimizer=case.distributed_optimizer,
@@ -181,12 +233,9 @@ def _wrap(case: Case, config: TransformerConfig, model: torch.nn.Module) -> torc
         ),
         model,
     )
-    if case.overlap:
-        config.no_sync_func = model.no_sync
-    return model
 
 
-def build_optimizer(case: Case, model: torch.nn.Module) -> Any:
+def build_optimizer(case: Case, chunks: list[torch.nn.Module]) -> Any:
     return get_megatron_optimizer(
         OptimizerConfig(
             lr=1e-3,
@@ -196,7 +245,7 @@ def build_optimizer(case: Case, model: torch.nn.Module) -> Any:
             overlap_param_gather=case.overlap and case.distributed_optimizer,
             clip_grad=1.0,
         ),
-        [model],
+        chunks,
     )
 
 
@@ -235,7 +284,7 @@ def make_forward_step(case: Case) -> Any:
 
 def run_iteration(
     case: Case,
-    model: torch.nn.Module,
+    chunks: list[torch.nn.Module],
     forward_backward: Any,
     step: int = 0,
     *,
@@ -244,11 +293,12 @@ def run_iteration(
 ) -> list[Any]:
     """One iteration's forward and backward; the losses, where they are known."""
     if not forward_only:
-        model.zero_grad_buffer()
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
     losses = forward_backward(
         forward_step_func=make_forward_step(case),
-        data_iterator=batches(case, step, tamper),
-        model=[model],
+        data_iterator=[batches(case, step, tamper) for _ in chunks],
+        model=chunks,
         num_microbatches=case.num_microbatches,
         seq_length=case.seq_length,
         micro_batch_size=case.micro_batch_size,
@@ -264,11 +314,13 @@ def everywhere(values: list[Any]) -> list[Any]:
     return next(entry for entry in gathered if entry)
 
 
-def gather_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def gather_gradients(chunks: list[torch.nn.Module]) -> dict[str, torch.Tensor]:
     """main_grad of every parameter of the whole pipeline, by canonical name."""
-    inner = model.module
-    inner = inner.module if isinstance(inner, Float16Module) else inner
-    mine = {name: parameter.main_grad.clone() for name, parameter in canonical_parameters(inner)}
+    mine: dict[str, torch.Tensor] = {}
+    for chunk in chunks:
+        inner = chunk.module
+        inner = inner.module if isinstance(inner, Float16Module) else inner
+        mine.update((name, parameter.main_grad.clone()) for name, parameter in canonical_parameters(inner))
     gathered: list[Any] = [None] * parallel_state.get_pipeline_model_parallel_world_size()
     dist.all_gather_object(gathered, mine, group=parallel_state.get_pipeline_model_parallel_group())
     whole: dict[str, torch.Tensor] = {}
@@ -277,8 +329,11 @@ def gather_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return whole
 
 
-def helix_schedule(case: Case) -> HelixForwardBackward:
-    return HelixForwardBackward(num_fold=case.fold, clock=HostClock())
+def planned_schedule(case: Case) -> PlannedForwardBackward:
+    """The case's schedule, executed from its plan."""
+    if case.schedule == "helix":
+        return HelixForwardBackward(num_fold=case.fold, clock=HostClock())
+    return StageForwardBackward(case.schedule, chunks_per_rank=case.chunks_per_rank, clock=HostClock())
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -254,7 +254,7 @@ REFUSED = [
     (1, "--pipeline-schedule helix --attention-range qkv", "'qkv'", "use --attention-range core"),
     (1, "--pipeline-schedule helix --attention-range all", "'all'", "core, qkv, block"),
     (1, "--pipeline-schedule hellix", "'hellix'", "did you mean helix?"),
-    (1, "--pipeline-schedule gpipe", "gpipe", "not executed", "1f1b, interleaved, helix"),
+    (1, "--pipeline-schedule seq1f1b", "seq1f1b", "not executed", "1f1b, interleaved, gpipe"),
     (1, "--num-layers nine", "--num-layers", "'nine'"),
     (1, "--lr fast", "--lr", "'fast'"),
     (1, "--hidden-sizes 64", "--hidden-sizes"),

@@ -1,0 +1,70 @@
+"""One stage of Megatron's GPTModel on whatever rank a plan places it."""
+
+from __future__ import annotations
+
+from copy import copy
+from typing import Any, NamedTuple
+
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+
+from helixpipe.layers.spec import block_spec
+
+
+class _PositionInChain(NamedTuple):
+    """What Megatron's model asks its pipeline group for: where in the chain of stages it is."""
+
+    stage: int
+    num_stages: int
+
+    def rank(self) -> int:
+        return self.stage
+
+    def size(self) -> int:
+        return self.num_stages
+
+
+def build_stage(
+    config: TransformerConfig,
+    implementation: str,
+    stage: int,
+    num_stages: int,
+    *,
+    share_embeddings_and_output_weights: bool,
+    **arguments: Any,
+) -> GPTModel:
+    """The GPTModel of stage ``stage`` of ``num_stages``, whichever pipeline rank this is.
+
+    Megatron derives a model's layers and ends from its pipeline group, and knows only stages in the order of
+    ranks. Here the group that the model sees is the chain of stages; no message is ever sent through it.
+
+    Args:
+        config: the model's configuration; the stage gets a copy for ``num_stages`` pipeline ranks.
+        implementation: ``local`` or ``transformer_engine``, see :func:`helixpipe.layers.spec.layer_spec`.
+        stage, num_stages: position in the chain.
+        share_embeddings_and_output_weights: must be False.
+        arguments: the rest of GPTModel's.
+
+    Raises:
+        ValueError: a tied head, which Megatron keeps equal to the embedding between the first and last ranks.
+    """
+    if share_embeddings_and_output_weights:
+        raise ValueError(
+            "two stages per rank need separate weights for embedding and head; "
+            "add --untie-embeddings-and-output-weights"
+        )
+    config = copy(config)
+    config.pipeline_model_parallel_size = num_stages
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    groups.pp = _PositionInChain(stage, num_stages)
+    groups.embd = None
+    return GPTModel(
+        config,
+        block_spec(config, implementation),
+        pre_process=stage == 0,
+        post_process=stage == num_stages - 1,
+        share_embeddings_and_output_weights=False,
+        pg_collection=groups,
+        **arguments,
+    )
