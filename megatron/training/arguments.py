@@ -12,10 +12,11 @@ from typing import NoReturn
 
 import torch
 
-from helixpipe.megatron_adapter.schedule import EXECUTABLE, make_schedule
-from helixpipe.plan import ScheduleRequest
+from helixpipe.megatron_adapter.schedule import EXECUTABLE, V_SCHEDULES, make_schedule
+from helixpipe.plan import ScheduleRequest, build_plan
 from helixpipe.plan.schedules.request import ATTENTION_RANGES
 from helixpipe.runtime.trace import NullClock
+from megatron.training.auto import AUTO, choose_schedule
 from megatron.training.data.prefix import DatasetInfo, check_token_ids, inspect_prefix
 
 
@@ -47,10 +48,17 @@ def parse_arguments(
     _derive_layout(args)
     _derive_model(args)
     _check_training(args)
+    args.dataset, args.choice = dataset, None
+    if args.pipeline_schedule == AUTO:
+        args.dataset = dataset or _inspect_data(args)
+        args.padded_vocab_size = _pad_vocabulary(args)
+        args.choice = choose_schedule(args)
+    _check_schedule(args)
     args.schedule_request = _schedule_request(args)
     # Refuses what cannot be executed, and every combination of sizes that the schedule cannot run.
     make_schedule(args.pipeline_schedule, args.schedule_request, NullClock())
-    args.dataset = dataset or _inspect_data(args)
+    _check_split_backward(args)
+    args.dataset = args.dataset or _inspect_data(args)
     args.padded_vocab_size = _pad_vocabulary(args)
     _make_output_folders(args)
     return args
@@ -75,7 +83,14 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("parallelism and schedule")
     add = group.add_argument
-    add("--pipeline-schedule", default="1f1b", metavar="{" + ",".join(EXECUTABLE) + "}")
+    add(
+        "--pipeline-schedule",
+        default="1f1b",
+        metavar="{" + ",".join((AUTO, *EXECUTABLE)) + "}",
+        help="auto: the fastest that fits, as python -m helixpipe advise predicts",
+    )
+    add("--hardware", help="auto: h20, h100, h200, a800, a file of rates or a profile (default: this GPU)")
+    add("--memory-limit-gib", type=float, help="auto: of one GPU (default: the hardware's less 4 GiB)")
     add("--num-fold", type=int, help="helix: micro batches per slot (default 2)")
     add(
         "--attention-range",
@@ -89,7 +104,7 @@ def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
     add("--use-distributed-optimizer", action="store_true")
     add("--overlap-grad-reduce", action="store_true")
     add("--overlap-param-gather", action="store_true")
-    add("--recompute-granularity", choices=("selective", "full"), help="1f1b and interleaved")
+    add("--recompute-granularity", choices=("selective", "full"), help="not for helix")
     add("--recompute-method", choices=("uniform", "block"))
     add("--recompute-num-layers", type=int)
     add(
@@ -289,10 +304,6 @@ def _check_training(args: argparse.Namespace) -> None:
             "--optimizer sgd has no form for checkpoints and shards; use adam, or leave out --save, --load "
             "and --use-distributed-optimizer"
         )
-    if args.pipeline_schedule == "helix" and args.recompute_granularity is not None:
-        raise ValueError(
-            "helix does not recompute activations; leave --recompute-granularity out or use 1f1b"
-        )
     if args.recompute_granularity == "selective" and "mlp" in args.recompute_modules and args.add_bias_linear:
         # Megatron's checkpoint takes the bias that its MLP returns for its own output, and recurses for ever.
         raise ValueError("--recompute-modules mlp needs --disable-bias-linear")
@@ -300,6 +311,20 @@ def _check_training(args: argparse.Namespace) -> None:
         raise ValueError("--recompute-granularity full needs --recompute-method and --recompute-num-layers")
     if args.recompute_granularity != "full" and (args.recompute_method or args.recompute_num_layers):
         raise ValueError("--recompute-method and --recompute-num-layers need --recompute-granularity full")
+
+
+def _check_schedule(args: argparse.Namespace) -> None:
+    if args.choice is None and (args.hardware is not None or args.memory_limit_gib is not None):
+        raise ValueError("--hardware and --memory-limit-gib are for --pipeline-schedule auto; leave them out")
+    if args.pipeline_schedule == "helix" and args.recompute_granularity is not None:
+        raise ValueError(
+            "helix does not recompute activations; leave --recompute-granularity out or use 1f1b"
+        )
+    if args.pipeline_schedule in V_SCHEDULES and not args.untie_embeddings_and_output_weights:
+        raise ValueError(
+            f"{args.pipeline_schedule} has two stages per rank and needs separate weights for embedding and "
+            "head; add --untie-embeddings-and-output-weights"
+        )
 
 
 def _schedule_request(args: argparse.Namespace) -> ScheduleRequest:
@@ -330,6 +355,15 @@ def _schedule_request(args: argparse.Namespace) -> ScheduleRequest:
         virtual_stages=args.virtual_stages,
         attention_range=args.attention_range,
     )
+
+
+def _check_split_backward(args: argparse.Namespace) -> None:
+    plan = build_plan(args.pipeline_schedule, args.schedule_request)
+    if plan.splits_backward and args.transformer_impl == "transformer_engine":
+        raise ValueError(
+            f"{args.pipeline_schedule} computes weight gradients apart, which --transformer-impl "
+            "transformer_engine cannot; use local, or another schedule"
+        )
 
 
 def _inspect_data(args: argparse.Namespace) -> DatasetInfo:

@@ -138,6 +138,8 @@ class _Run:
 
 def _announce(args: argparse.Namespace, progress: Progress, reporter: Reporter) -> None:
     tp, pp, dp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.data_parallel_size
+    if args.choice is not None:
+        reporter.say(args.choice)
     reporter.say(
         f"{args.pipeline_schedule}: {args.world_size} ranks = tensor {tp} x pipeline {pp} x data {dp}; "
         f"{args.num_microbatches} micro batches of {args.micro_batch_size} x {args.seq_length} tokens; "

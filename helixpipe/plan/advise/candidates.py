@@ -15,9 +15,9 @@ MICRO_BATCH_FACTORS = (1, 2, 4)
 
 # What pretrain_gpt.py executes today; everything else can be planned and is marked as such.
 _MEGATRON = frozenset((Recompute.NONE, Recompute.SELECTIVE, Recompute.FULL))
+_V_SHAPED = ("zb-v", "v-half", "v-min", "dualpipe-v")
 RUNNABLE: Mapping[str, frozenset[Recompute]] = {
-    "1f1b": _MEGATRON,
-    "interleaved": _MEGATRON,
+    **dict.fromkeys(("1f1b", "interleaved", "gpipe", "zb-h1", *_V_SHAPED), _MEGATRON),
     "helix": frozenset((Recompute.NONE,)),
 }
 RUNNABLE_RANGES = ("core",)
@@ -33,6 +33,7 @@ class Candidate:
         micro_batch_size: sequences in a micro batch.
         num_microbatches: per replica and iteration.
         options: the schedule's own, by name of :class:`ScheduleRequest`.
+        tied: the model's head shares the embedding's weights.
     """
 
     schedule: str
@@ -40,6 +41,7 @@ class Candidate:
     micro_batch_size: int
     num_microbatches: int
     options: Mapping[str, int | str] = field(default_factory=dict)
+    tied: bool = False
 
     def request(self, job: Job) -> ScheduleRequest:
         """What the schedule is asked for."""
@@ -64,6 +66,8 @@ class Candidate:
             return "range"
         if self.recompute not in RUNNABLE[self.schedule]:
             return "recompute"
+        if self.tied and self.schedule in _V_SHAPED:
+            return "tied weights"
         return ""
 
     def arguments(self, job: Job) -> list[str]:
@@ -125,6 +129,7 @@ def candidates(job: Job) -> Iterator[list[Candidate]]:
                         job.micro_batch_size * factor,
                         job.num_microbatches // factor,
                         options,
+                        job.workload.model.tied,
                     )
                     for recompute in Recompute
                 ]

@@ -169,7 +169,9 @@ class _Builder:
         for_weight = sum(self.tensors[n] for piece in names for n in _FOR_WEIGHT.get(piece, ()))
         if "head" in names:
             kept += self.workload.head_bytes
-            for_weight += 2 * self.workload.num_logits if self.workload.whole_logits else 0
+            # W needs the gradient of the logits; a loss in chunks has used it up.
+            gradient = self.workload.num_logits * self.workload.element_bytes
+            for_weight += gradient if self.workload.whole_logits else 0
         return SegmentCost(
             forward=sum(cost.forward for cost in costs) + overhead,
             backward=sum(cost.backward for cost in costs) + recompute + overhead,

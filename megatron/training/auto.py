@@ -1,0 +1,127 @@
+"""``--pipeline-schedule auto``: let the planner choose among the schedules that can be executed."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from helixpipe.plan.advise import Candidate, advise, make_job, read_machine
+from helixpipe.plan.cost_model import HARDWARE, Hardware, Pieces, Recompute, Workload
+from helixpipe.plan.cost_model.model import model_from_arguments
+from helixpipe.plan.schedules import SCHEDULES
+
+AUTO = "auto"
+_RECOMPUTE = {None: Recompute.NONE, "selective": Recompute.SELECTIVE, "full": Recompute.FULL}
+
+
+def choose_schedule(args: argparse.Namespace) -> str:
+    """Put the fastest schedule that fits, with its options, in the place of ``auto``.
+
+    Sizes, micro batches and recomputation stay as given, and so do options of schedules, which then leave
+    only the schedules that have them. Every rank comes to the same choice by itself.
+
+    Args:
+        args: parsed and checked but for the schedule, the padded vocabulary size known.
+
+    Returns:
+        A line that tells what was chosen and predicted.
+
+    Raises:
+        ValueError: hardware that is not known or was not measured for these sizes, or nothing that fits.
+    """
+    machine = _machine(args)
+    workload = _workload(args)
+    if isinstance(machine, Pieces):
+        _check_profile(args, machine, workload)
+    job = make_job(
+        machine,
+        workload,
+        num_ranks=args.pipeline_model_parallel_size,
+        num_microbatches=args.num_microbatches,
+        memory_limit_gib=args.memory_limit_gib,
+    )
+    advice = advise(job, accept=lambda candidate: _is_allowed(args, candidate))
+    if advice.best is None:
+        reasons = "; ".join(f"{r.candidate.label}: {r.reason}" for r in advice.rejections)
+        raise ValueError(f"--pipeline-schedule auto: nothing can be executed within memory ({reasons})")
+    best = advice.best
+    _apply(args, best.candidate)
+    return (
+        f"auto chose {best.candidate.label}: predicted {best.iteration_ms:.0f} ms per iteration, "
+        f"{best.peak_bytes / 2**30:.1f} GiB on the worst rank"
+    )
+
+
+def _machine(args: argparse.Namespace) -> Hardware | Pieces:
+    if args.hardware is not None:
+        return read_machine(args.hardware)
+    # Like "NVIDIA H100 80GB HBM3": h20 must not be found in h200.
+    words = torch.cuda.get_device_name().lower().split() if torch.cuda.is_available() else []
+    found = next((machine for name, machine in HARDWARE.items() if name in words), None)
+    if found is None:
+        raise ValueError(
+            "--pipeline-schedule auto needs --hardware: "
+            f"{', '.join(HARDWARE)}, a file of rates, or a profile (python -m helixpipe profile)"
+        )
+    return found
+
+
+def _workload(args: argparse.Namespace) -> Workload:
+    return Workload(
+        model=model_from_arguments("the model", vars(args)),
+        seq_length=args.seq_length,
+        micro_batch_size=args.micro_batch_size,
+        tensor_parallel=args.tensor_model_parallel_size,
+        # Without tensor parallelism there is nothing to cut.
+        sequence_parallel=args.sequence_parallel or args.tensor_model_parallel_size == 1,
+        data_parallel=args.data_parallel_size,
+        distributed_optimizer=args.use_distributed_optimizer,
+        element_bytes=2 if args.bf16 else 4,
+    )
+
+
+def _check_profile(args: argparse.Namespace, profile: Pieces, workload: Workload) -> None:
+    """A profile holds for the sizes it was measured with; depth, names and replicas do not change a layer."""
+
+    def sizes(of: Workload) -> dict[str, object]:
+        found = {**vars(of), **vars(of.model)}
+        padding = 128 * of.tensor_parallel
+        found["vocab_size"] = -(-of.model.vocab_size // padding) * padding
+        for name in ("model", "name", "num_layers", "data_parallel", "distributed_optimizer", "whole_logits"):
+            del found[name]
+        return found
+
+    measured, wanted = sizes(profile.workload), sizes(workload)
+    for name, value in wanted.items():
+        if measured[name] != value:
+            raise ValueError(
+                f"--hardware {args.hardware} was measured with {name.replace('_', ' ')} {measured[name]}, "
+                f"this job has {value}; profile again with the job's sizes"
+            )
+
+
+def _is_allowed(args: argparse.Namespace, candidate: Candidate) -> bool:
+    given = {"num_fold": args.num_fold, "attention_range": args.attention_range}
+    per_chunk = args.num_layers_per_virtual_pipeline_stage
+    if per_chunk is not None:
+        stages = args.pipeline_model_parallel_size * per_chunk
+        given["virtual_stages"] = args.num_layers // stages
+    return (
+        not candidate.why_not_runnable
+        and candidate.recompute is _RECOMPUTE[args.recompute_granularity]
+        and candidate.micro_batch_size == args.micro_batch_size
+        and all(candidate.options.get(name) == value for name, value in given.items() if value is not None)
+        and (args.pipeline_model_parallel_size > 1 or not SCHEDULES[candidate.schedule].options)
+    )
+
+
+def _apply(args: argparse.Namespace, candidate: Candidate) -> None:
+    args.pipeline_schedule = candidate.schedule
+    options = dict(candidate.options)
+    virtual_stages = options.pop("virtual_stages", None)
+    if virtual_stages is not None:
+        stages = args.pipeline_model_parallel_size * int(virtual_stages)
+        args.num_layers_per_virtual_pipeline_stage = args.num_layers // stages
+    for name, value in options.items():
+        setattr(args, name, value)

@@ -1,0 +1,103 @@
+"""--pipeline-schedule auto: the planner's choice in the place of the user's."""
+
+from dataclasses import replace
+
+import pytest
+
+from helixpipe.megatron_adapter.schedule import EXECUTABLE
+from helixpipe.plan.advise.candidates import RUNNABLE
+from helixpipe.plan.cost_model import HARDWARE, Workload, predict_pieces
+from helixpipe.plan.cost_model.model import model_from_arguments
+from megatron.training.arguments import parse_arguments
+from megatron.training.data.prefix import DatasetInfo
+
+LINE = (
+    "--pipeline-schedule auto --pipeline-model-parallel-size 4 --num-layers 8 --hidden-size 512 "
+    "--num-attention-heads 8 --micro-batch-size 1 --global-batch-size 16 --train-iters 1 --lr 1e-3 "
+    "--data-path random --bf16 --untie-embeddings-and-output-weights"
+)
+DATASET = DatasetInfo("random", 1000, 0, 1, 10**6, 10**6)
+
+
+@pytest.fixture(autouse=True)
+def four_ranks(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
+
+
+def parsed(extra):
+    return parse_arguments(f"{LINE} {extra}".split(), DATASET)
+
+
+def test_what_runs_is_known_to_the_planner():
+    assert set(RUNNABLE) == set(EXECUTABLE)
+
+
+def test_a_schedule_is_chosen_and_announced():
+    args = parsed("--hardware h20 --seq-length 32768")
+    assert args.pipeline_schedule in EXECUTABLE
+    assert args.choice.startswith(f"auto chose {args.pipeline_schedule}")
+    assert args.schedule_request.num_microbatches == 16
+    assert parsed("--hardware h20 --seq-length 32768").choice == args.choice, "every rank chooses alike"
+
+
+def test_given_options_narrow_the_choice():
+    assert parsed("--hardware h20 --seq-length 4096 --num-fold 1").schedule_request.num_fold == 1
+    chosen = parsed("--hardware h20 --seq-length 4096 --num-layers-per-virtual-pipeline-stage 1")
+    assert (chosen.pipeline_schedule, chosen.virtual_stages) == ("interleaved", 2)
+    again = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    chosen = parsed(f"--hardware h20 --seq-length 4096 {again}")
+    assert chosen.pipeline_schedule != "helix"
+
+
+def test_memory_decides():
+    roomy = parsed("--hardware h20 --seq-length 131072")
+    tight = parsed("--hardware h20 --seq-length 131072 --memory-limit-gib 20")
+    assert roomy.choice != tight.choice
+    with pytest.raises(ValueError, match=r"nothing can be executed within memory .*GiB over the limit"):
+        parsed("--hardware h20 --seq-length 131072 --memory-limit-gib 1")
+
+
+def profile_for(seq_length, **changes):
+    args = parsed(f"--hardware h20 --seq-length {seq_length}")
+    model = replace(model_from_arguments("here", vars(args)), **changes)
+    workload = Workload(model=model, seq_length=seq_length)
+    return predict_pieces(workload, HARDWARE["h20"]).to_json()
+
+
+def test_a_profile_of_the_same_layers_is_accepted(tmp_path):
+    path = tmp_path / "profile.json"
+    path.write_text(profile_for(8192, num_layers=1))
+    args = parsed(f"--hardware {path} --seq-length 8192 --memory-limit-gib 80")
+    assert args.choice.startswith("auto chose")
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (
+            "--hardware {} --seq-length 4096 --memory-limit-gib 80",
+            "was measured with seq length 8192, this job",
+        ),
+        (
+            "--hardware {} --seq-length 8192 --hidden-size 256 --memory-limit-gib 80",
+            "hidden size 512, this job",
+        ),
+        ("--hardware {} --seq-length 8192", "a profile does not know how much memory there is"),
+        ("--hardware h21 --seq-length 8192", "unknown hardware 'h21'"),
+        ("--seq-length 8192", "auto needs --hardware: h20, h100, h200, a800"),
+    ],
+)
+def test_wrong_hardware(tmp_path, extra, message):
+    path = tmp_path / "profile.json"
+    path.write_text(profile_for(8192))
+    with pytest.raises(ValueError, match=r".") as caught:
+        parsed(extra.format(path))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_hardware_is_for_auto_only():
+    line = LINE.replace("auto", "1f1b")
+    with pytest.raises(ValueError, match="are for --pipeline-schedule auto; leave them out"):
+        parse_arguments(f"{line} --hardware h20 --seq-length 4096".split(), DATASET)
