@@ -166,9 +166,8 @@ def _predictions(options: argparse.Namespace, contenders: list[Contender]) -> di
 def _report_predictions(predicted: dict[str, float], samples: dict[str, list[Sample]]) -> None:
     for name, milliseconds in predicted.items():
         measured = statistics.median(sample.elapsed_ms for sample in samples[name])
-        print(
-            f"{name:12} predicted {milliseconds:9.1f} ms, measured over predicted {measured / milliseconds:.3f}"
-        )
+        ratio = measured / milliseconds
+        print(f"{name:12} predicted {milliseconds:9.1f} ms, measured over predicted {ratio:.3f}")
 
 
 def _random_batches(args: argparse.Namespace, seed: int) -> Iterator[dict[str, torch.Tensor]]:

@@ -54,6 +54,7 @@ def parse_arguments(
         args.padded_vocab_size = _pad_vocabulary(args)
         args.choice = choose_schedule(args)
     _check_schedule(args)
+    _check_recompute(args)
     args.schedule_request = _schedule_request(args)
     # Refuses what cannot be executed, and every combination of sizes that the schedule cannot run.
     make_schedule(args.pipeline_schedule, args.schedule_request, NullClock())
@@ -304,13 +305,6 @@ def _check_training(args: argparse.Namespace) -> None:
             "--optimizer sgd has no form for checkpoints and shards; use adam, or leave out --save, --load "
             "and --use-distributed-optimizer"
         )
-    if args.recompute_granularity == "selective" and "mlp" in args.recompute_modules and args.add_bias_linear:
-        # Megatron's checkpoint takes the bias that its MLP returns for its own output, and recurses for ever.
-        raise ValueError("--recompute-modules mlp needs --disable-bias-linear")
-    if args.recompute_granularity == "full" and None in (args.recompute_method, args.recompute_num_layers):
-        raise ValueError("--recompute-granularity full needs --recompute-method and --recompute-num-layers")
-    if args.recompute_granularity != "full" and (args.recompute_method or args.recompute_num_layers):
-        raise ValueError("--recompute-method and --recompute-num-layers need --recompute-granularity full")
 
 
 def _check_schedule(args: argparse.Namespace) -> None:
@@ -325,6 +319,16 @@ def _check_schedule(args: argparse.Namespace) -> None:
             f"{args.pipeline_schedule} has two stages per rank and needs separate weights for embedding and "
             "head; add --untie-embeddings-and-output-weights"
         )
+
+
+def _check_recompute(args: argparse.Namespace) -> None:
+    if args.recompute_granularity == "selective" and "mlp" in args.recompute_modules and args.add_bias_linear:
+        # Megatron's checkpoint takes the bias that its MLP returns for its own output, and recurses for ever.
+        raise ValueError("--recompute-modules mlp needs --disable-bias-linear")
+    if args.recompute_granularity == "full" and None in (args.recompute_method, args.recompute_num_layers):
+        raise ValueError("--recompute-granularity full needs --recompute-method and --recompute-num-layers")
+    if args.recompute_granularity != "full" and (args.recompute_method or args.recompute_num_layers):
+        raise ValueError("--recompute-method and --recompute-num-layers need --recompute-granularity full")
 
 
 def _schedule_request(args: argparse.Namespace) -> ScheduleRequest:
