@@ -32,7 +32,7 @@ def add_parsers(add: Callable[..., Any]) -> None:
     comparison.add_argument("--plan", type=Path, required=True, help="plan.json, as training wrote it")
     comparison.add_argument("--trace", type=Path, required=True, help="the folder of --trace-dir")
     comparison.add_argument(
-        "--costs", type=Path, help="predicted costs.json (default: the measured medians, messages free)"
+        "--costs", type=Path, help="predicted costs.json (default: the measured means, messages free)"
     )
     comparison.set_defaults(run=_compare)
 

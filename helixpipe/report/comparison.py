@@ -16,17 +16,21 @@ from helixpipe.plan.timeline import Span, Timeline
 
 
 class OperationError(NamedTuple):
-    """Operations of one kind on segments of one name: predicted and measured median milliseconds."""
+    """Operations of one kind on segments of one name, in milliseconds.
+
+    The mean is what adds up to the iteration; a median below it tells of a few that took much longer.
+    """
 
     name: str
     kind: Kind
     times: int
     predicted_ms: float
     measured_ms: float
+    median_ms: float
 
     @property
     def error(self) -> float:
-        """Measured over predicted, less one."""
+        """Measured mean over predicted, less one."""
         return self.measured_ms / self.predicted_ms - 1 if self.predicted_ms else 0.0
 
 
@@ -84,7 +88,7 @@ def compare(plan: Plan, measured: Sequence[Timeline], costs: Costs | None) -> Co
     Args:
         plan: what was executed.
         measured: at least one iteration.
-        costs: predicted; None takes the measured median of each kind of operation and free messages, so that
+        costs: predicted; None takes the measured mean of each kind of operation and free messages, so that
             what is left is waiting.
 
     Raises:
@@ -101,6 +105,7 @@ def compare(plan: Plan, measured: Sequence[Timeline], costs: Costs | None) -> Co
             kind,
             len(samples) // len(measured),
             known.duration_ms(kind, name, splits_backward=plan.splits_backward),
+            statistics.fmean(samples),
             statistics.median(samples),
         )
         for (name, kind), samples in durations.items()
@@ -145,12 +150,12 @@ def _durations(plan: Plan, measured: Iterable[Timeline]) -> dict[tuple[str, Kind
 
 
 def _measured_costs(plan: Plan, durations: dict[tuple[str, Kind], list[float]]) -> Costs:
-    def median(name: str, kind: Kind) -> float:
-        return statistics.median(durations.get((name, kind), [0.0]))
+    def mean(name: str, kind: Kind) -> float:
+        return statistics.fmean(durations.get((name, kind), [0.0]))
 
     return Costs(
         {
-            name: SegmentCost(median(name, Kind.F), median(name, Kind.B), median(name, Kind.W))
+            name: SegmentCost(mean(name, Kind.F), mean(name, Kind.B), mean(name, Kind.W))
             for name in plan.cost_names
         },
         {},

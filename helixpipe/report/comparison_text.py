@@ -32,8 +32,8 @@ def _table(title: str, *columns: str, left: int = 1) -> Table:
 
 def _errors(found: Comparison) -> Table:
     table = _table(
-        f"Operations, median of {found.iterations} iterations", "segment", "kind", "count", "predicted ms",
-        "measured ms", "error", left=2,
+        f"Operations of {found.iterations} iterations", "segment", "kind", "count", "predicted ms",
+        "mean ms", "median ms", "error", left=2,
     )  # fmt: skip
     for row in found.errors:
         table.add_row(
@@ -42,6 +42,7 @@ def _errors(found: Comparison) -> Table:
             str(row.times),
             f"{row.predicted_ms:.2f}",
             f"{row.measured_ms:.2f}",
+            f"{row.median_ms:.2f}",
             f"{row.error:+.1%}",
         )
     return table

@@ -109,10 +109,10 @@ def test_the_command(capsys, trace, tmp_path):
     arguments = ["compare", "--plan", str(trace / "plan.json"), "--trace", str(trace)]
     assert main([*arguments, "--costs", str(costs)]) == 0
     output = capsys.readouterr().out
-    assert "Operations, median of 3 iterations" in output
+    assert "Operations of 3 iterations" in output
     assert "1.00x" in output
     assert main(arguments) == 0
-    assert "Operations, median of 3 iterations" in capsys.readouterr().out
+    assert "Operations of 3 iterations" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
