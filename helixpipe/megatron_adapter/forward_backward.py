@@ -16,8 +16,9 @@ from helixpipe.layers.weight_gradient import defer_weight_gradients
 from helixpipe.megatron_adapter.forward_step import GPTSegments, IterationInput, IterationResult
 from helixpipe.megatron_adapter.stage_segments import StageSegments
 from helixpipe.plan import Kind, Operation, Plan, ScheduleRequest, build_plan
-from helixpipe.runtime.communicator import TorchCommunicator
+from helixpipe.runtime.communicator import Communicator, TorchCommunicator
 from helixpipe.runtime.executor import Executor, Segments
+from helixpipe.runtime.staging import HostStagedCommunicator
 from helixpipe.runtime.trace import Clock, Trace, default_clock
 from helixpipe.runtime.weight_gradients import DeferredWeightGradients
 
@@ -79,7 +80,7 @@ class PlannedForwardBackward:
         self.trace = Trace(clock or default_clock())
         self.plan: Plan | None = None
         self._executors: dict[IterationSize, tuple[Executor, ModelSegments]] = {}
-        self._communicator: TorchCommunicator | None = None
+        self._communicator: Communicator | None = None
 
     def __str__(self) -> str:
         options = ", ".join(f"{name}={value}" for name, value in self.options.items())
@@ -274,12 +275,13 @@ def agree_on_plan(plan: Plan, size: tuple[Any, ...], dtype: torch.dtype, group: 
         )
 
 
-def _communicator(group: dist.ProcessGroup) -> TorchCommunicator:
-    reverse = None
+def _communicator(group: dist.ProcessGroup) -> Communicator:
     if dist.get_backend(group) == "nccl":
         ranks = dist.get_process_group_ranks(group)
         reverse = dist.new_group(ranks, backend="nccl", use_local_synchronization=True)
-    return TorchCommunicator(group, reverse)
+        return TorchCommunicator(group, reverse)
+    communicator = TorchCommunicator(group)
+    return HostStagedCommunicator(communicator) if torch.cuda.is_available() else communicator
 
 
 def _hold_gradient_reduction(

@@ -18,14 +18,16 @@ def initialize(args: argparse.Namespace) -> None:
     """Join the process group, build Megatron's groups and seed the random states.
 
     Uses NCCL and one GPU per rank where GPUs are present, else gloo on the CPU with one thread per rank.
+    Ranks that have to share a GPU, which NCCL refuses, use gloo, too.
     """
     if cpu_backend.install():
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)
         backend = "gloo"
     else:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        backend = "nccl"
+        local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        torch.cuda.set_device(local_rank % count)
+        backend = "nccl" if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= count else "gloo"
     os.environ.setdefault("MASTER_ADDR", "localhost")
     os.environ.setdefault("MASTER_PORT", "29500")
     dist.init_process_group(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from helixpipe.runtime import communicator as communicator_module
 from helixpipe.runtime.communicator import Communicator, TorchCommunicator
+from helixpipe.runtime.staging import HostStagedCommunicator
 
 SIZE = 4
 GO = 9999  # tag of the messages by which one rank lets another go on
@@ -171,7 +172,7 @@ SCENARIOS: dict[str, Callable[[Communicator], None]] = {
         a_buffer_is_free_once_its_send_was_waited_for,
     )
 }
-GROUPS = ("gloo", "gloo with two groups", "gloo among ranks 1 and 3")
+GROUPS = ("gloo", "gloo with two groups", "gloo among ranks 1 and 3", "gloo through host buffers")
 
 
 def run_all_over_gloo() -> dict[tuple[str, str], str | None]:
@@ -188,7 +189,7 @@ def run_all_over_gloo() -> dict[tuple[str, str], str | None]:
     return outcomes
 
 
-def _communicators() -> Iterator[tuple[str, TorchCommunicator | None]]:
+def _communicators() -> Iterator[tuple[str, Communicator | None]]:
     def group(*ranks: int) -> dist.ProcessGroup:
         # A message that never comes fails its scenario, not the whole run.
         return dist.new_group(ranks, timeout=datetime.timedelta(seconds=10))
@@ -198,6 +199,7 @@ def _communicators() -> Iterator[tuple[str, TorchCommunicator | None]]:
     yield GROUPS[0], TorchCommunicator(one)
     yield GROUPS[1], TorchCommunicator(upward, downward)
     yield GROUPS[2], TorchCommunicator(some) if dist.get_rank() in (1, 3) else None
+    yield GROUPS[3], HostStagedCommunicator(TorchCommunicator(group(*everyone)))
 
 
 def groups_of_messages() -> list[str]:
