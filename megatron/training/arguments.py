@@ -191,7 +191,9 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add("--trace-dir", type=Path, metavar="DIR", help="the measured timeline of every iteration")
     add("--save", type=Path, metavar="DIR")
     add("--save-interval", type=int, help="also save every so many iterations, not only at the end")
+    add("--keep-checkpoints", type=int, metavar="N", help="of --save: only the last N (default: all)")
     add("--load", type=Path, metavar="DIR", help="go on from the latest checkpoint there, if there is one")
+    add("--load-fallback", action="store_true", help="from an older one if the latest is damaged")
 
 
 def _derive_layout(args: argparse.Namespace) -> None:
@@ -200,7 +202,7 @@ def _derive_layout(args: argparse.Namespace) -> None:
         "num_attention_heads", "num_query_groups", "seq_length", "micro_batch_size", "global_batch_size",
         "train_iters", "make_vocab_size_divisible_by", "log_interval", "eval_interval", "ffn_hidden_size",
         "kv_channels", "max_position_embeddings", "num_layers_per_virtual_pipeline_stage",
-        "recompute_num_layers", "distributed_timeout_minutes", "save_interval",
+        "recompute_num_layers", "distributed_timeout_minutes", "save_interval", "keep_checkpoints",
     ):  # fmt: skip
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -298,8 +300,11 @@ def _check_training(args: argparse.Namespace) -> None:
         )
     if args.min_lr > args.lr:
         raise ValueError(f"--min-lr {args.min_lr} is above --lr {args.lr}")
-    if args.save_interval is not None and args.save is None:
-        raise ValueError(f"--save-interval {args.save_interval} needs --save DIR")
+    for name in ("save_interval", "keep_checkpoints"):
+        if getattr(args, name) is not None and args.save is None:
+            raise ValueError(f"{_flag(name)} {getattr(args, name)} needs --save DIR")
+    if args.load_fallback and args.load is None:
+        raise ValueError("--load-fallback needs --load DIR")
     if args.optimizer == "sgd" and (args.use_distributed_optimizer or args.save or args.load):
         raise ValueError(
             "--optimizer sgd has no form for checkpoints and shards; use adam, or leave out --save, --load "

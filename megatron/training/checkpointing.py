@@ -1,14 +1,13 @@
 """Checkpoints through megatron.core.dist_checkpointing, in Megatron's folder layout.
 
 ``DIR/iter_0000010/`` holds one checkpoint, ``DIR/latest_checkpointed_iteration.txt`` names the newest whole
-one. Parameters and optimizer states are stored under canonical names, so a run may stop under one schedule
-and layout and go on under another.
+one, see :mod:`megatron.training.checkpoint_files`. Parameters and optimizer states are stored under
+canonical names, so a run may stop under one schedule and layout and go on under another.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +16,20 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron.training.checkpoint_files import (
+    check_file,
+    digest,
+    folder_of,
+    manifest_of,
+    publish,
+    saving_folder,
+    share,
+    start_saving,
+    tracked,
+    usable,
+)
 from megatron.training.model import TrainingState, unwrap
-
-TRACKER = "latest_checkpointed_iteration.txt"
+from megatron.training.safe_pickle import no_code_from_disk, what_is_not_data
 
 # What a checkpoint must share with the job that loads it.
 _ARCHITECTURE = (
@@ -39,10 +49,13 @@ class Progress(NamedTuple):
 
 
 def save_checkpoint(args: argparse.Namespace, state: TrainingState, progress: Progress) -> Path:
-    """Write a checkpoint on all ranks, then name it in the tracker; its folder."""
-    folder = args.save / f"iter_{progress.iteration:07d}"
+    """Write a checkpoint on all ranks and publish it; its folder.
+
+    Whatever interrupts this at any moment leaves the checkpoints before it as they are.
+    """
+    folder = saving_folder(args.save, progress.iteration)
     if args.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+        start_saving(args.save, progress.iteration)
     dist.barrier()
     for chunk in state.model:
         if args.overlap_param_gather:
@@ -54,32 +67,70 @@ def save_checkpoint(args: argparse.Namespace, state: TrainingState, progress: Pr
         if args.overlap_param_gather:
             chunk.enable_forward_pre_hook()  # type: ignore[operator]
     dist.barrier()
+    mine = share([path.name for path in folder.iterdir()], args.rank, args.world_size)
+    digests = _gathered({name: digest(folder / name, to_disk=True) for name in mine})
     if args.rank == 0:
-        _write_whole(args.save / TRACKER, f"{progress.iteration}\n")
-    return folder
+        publish(args.save, progress.iteration, digests, args.keep_checkpoints)
+    dist.barrier()
+    return folder_of(args.save, progress.iteration)
 
 
 def load_checkpoint(args: argparse.Namespace, state: TrainingState) -> Progress:
     """Restore the newest checkpoint under ``--load``; no progress if there is none yet.
 
     Raises:
-        ValueError: an unreadable tracker, a missing checkpoint, or a model of another architecture.
+        ValueError: an unreadable tracker, a checkpoint that is missing or damaged, or a model of another
+            architecture; on every rank, before any weight has changed.
     """
-    tracker = args.load / TRACKER
-    if not tracker.exists():
-        if args.load.exists() and any(args.load.glob("iter_*")):
-            raise ValueError(
-                f"{args.load} holds checkpoints but no {TRACKER}; write the wanted iteration there"
-            )
+    folder = _verified_checkpoint(args)
+    if folder is None:
         return Progress()
-    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
-    usable = sorted(path.name for path in args.load.glob("iter_*") if (path / "metadata.json").exists())
-    choice = f"usable: {', '.join(usable) or 'none'}"
-    if not text.isdecimal():
-        raise ValueError(f"{tracker} holds {text!r} instead of an iteration; {choice}")
-    folder = args.load / f"iter_{int(text):07d}"
-    if folder.name not in usable:
-        raise ValueError(f"{tracker} names {folder.name}, which is not there; {choice}")
+    with no_code_from_disk():
+        return _load_from(folder, args, state)
+
+
+def _verified_checkpoint(args: argparse.Namespace) -> Path | None:
+    """The checkpoint to load, its files found to be what was saved; with ``--load-fallback`` an older one."""
+    folder = tracked(args.load)
+    if folder is None:
+        return None
+    candidates = [folder]
+    if args.load_fallback:
+        candidates += [other for other in reversed(usable(args.load)) if other < folder]
+    problem = ""
+    for candidate in candidates:
+        problem = _problem_of(candidate, args)
+        if not problem:
+            return candidate
+        if args.rank == 0 and args.load_fallback:
+            print(f"{problem}; trying the checkpoint before it", flush=True)
+    hint = "" if args.load_fallback else "; add --load-fallback to go on from the one before it"
+    raise ValueError(problem + hint)
+
+
+def _problem_of(folder: Path, args: argparse.Namespace) -> str:
+    """What is wrong with a checkpoint's files, the same on every rank; each hashes its share of them."""
+    try:
+        files = manifest_of(folder)
+        mine = share(list(files), args.rank, args.world_size)
+        found = {name: check_file(folder, name, files[name]) for name in mine}
+        if args.rank == 0 and not any(found.values()):
+            found[""] = what_is_not_data(folder)
+    except ValueError as error:
+        found = {"": str(error)}
+    return next((text for _, text in sorted(_gathered(found).items()) if text), "")
+
+
+def _gathered(mine: dict[str, Any]) -> dict[str, Any]:
+    """The dictionaries of all ranks as one."""
+    if not dist.is_initialized():
+        return mine
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return {name: value for part in everyone for name, value in part.items()}
+
+
+def _load_from(folder: Path, args: argparse.Namespace, state: TrainingState) -> Progress:
     _check_architecture(args, folder)
     torch_adam = _distributed_torch_adam(state.optimizer)
     if torch_adam is not None:
@@ -171,13 +222,3 @@ def _load_with_steps(optimizer: DistributedOptimizer, loaded: dict[str, Any]) ->
     optimizer.load_parameter_state_from_fully_reshardable(sharded)
     for parameter, step in steps.items():
         states[parameter]["step"] = step
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Replace a small file in one step, so that it is never seen half-written."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)

@@ -9,7 +9,8 @@ import pytest
 from conftest import MODEL, metrics_of
 
 from megatron.training.arguments import parse_arguments
-from megatron.training.checkpointing import TRACKER, load_checkpoint
+from megatron.training.checkpoint_files import TRACKER
+from megatron.training.checkpointing import load_checkpoint
 
 BASELINE = ("--pipeline-schedule", "1f1b", "--pipeline-model-parallel-size", 2)
 # What must not depend on where a job was interrupted; times and memory do.
@@ -157,6 +158,29 @@ def test_stages_on_a_v_train_alike_and_hand_over(launch, tmp_path):
         assert finished.errors == ""
     for found, wanted in zip(learned(metrics_of(parts)), learned(metrics_of(whole)), strict=True):
         assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(launch_alone, half, tmp_path):
+    saved = tmp_path / "saved"
+    shutil.copytree(half / "saved", saved)
+    finished = launch_alone("--load", saved, "--save", saved, "--keep-checkpoints", 2)
+    assert finished.code == 0, finished.errors
+    (victim, *_) = sorted((saved / "iter_0000004").glob("*.distcp"))
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    finished = launch_alone("--load", saved)
+    assert finished.code == 2
+    (line,) = finished.errors.splitlines()
+    assert line.startswith(
+        f"pretrain_gpt: rank 0: error: {victim} has another checksum than when it was saved"
+    )
+    assert line.endswith("add --load-fallback to go on from the one before it")
+    assert "iteration 3/" not in finished.output
+    finished = launch_alone("--load", saved, "--load-fallback")
+    assert finished.code == 0, finished.errors
+    assert f"{victim} has another checksum" in finished.output
+    assert f"going on from iteration 2 of {saved}" in finished.output.splitlines()
 
 
 TRACKERS = {

@@ -1,0 +1,96 @@
+"""Read torch's checkpoint files without ever running code from them.
+
+torch.distributed.checkpoint stores its table of contents as a pickle, and a pickle may name any function to
+be called. Here only the names that such a table really holds are found.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch.distributed.checkpoint import filesystem
+
+# Classes without side effects, and torch's own types.
+_KNOWN = {
+    "torch": {
+        "Size",
+        "device",
+        *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
+    },
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _KNOWN.get(module, ()):
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
+        return super().find_class(module, name)
+
+
+class _SafePickle:
+    """Takes the place of the pickle module where checkpoints are read."""
+
+    dump = staticmethod(pickle.dump)
+    dumps = staticmethod(pickle.dumps)
+
+    @staticmethod
+    def load(stream: IO[bytes]) -> Any:
+        return _Unpickler(stream).load()
+
+
+def what_is_not_data(folder: Path) -> str:
+    """What in a checkpoint's pickles is more than plain data, or no pickle at all; empty if nothing is."""
+    for name, read in ((".metadata", _read_table), ("common.pt", _read_common)):
+        try:
+            read(folder / name)
+        except (
+            pickle.UnpicklingError,
+            EOFError,
+            RuntimeError,
+            AttributeError,
+            IndexError,
+            KeyError,
+        ) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            return f"{folder / name} holds more than plain data; do not use it ({reason})"
+    return ""
+
+
+def _read_table(path: Path) -> None:
+    with path.open("rb") as stream:
+        _SafePickle.load(stream)
+
+
+def _read_common(path: Path) -> None:
+    torch.load(path, map_location="cpu", weights_only=True)
+
+
+@contextmanager
+def no_code_from_disk() -> Iterator[None]:
+    """Inside, torch's checkpoint reader and ``torch.load`` build plain data only, and raise for the rest."""
+    load, original = torch.load, filesystem.__dict__["pickle"]
+    filesystem.__dict__["pickle"] = _SafePickle
+    torch.load = lambda *args, **kwargs: load(*args, **{**kwargs, "weights_only": True})
+    try:
+        yield
+    finally:
+        torch.load = load
+        filesystem.__dict__["pickle"] = original
