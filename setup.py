@@ -29,6 +29,7 @@ setup(
         "matplotlib>=3.7",
         "tqdm",
         "rich>=13",
+        "scipy>=1.11",  # HiGHS, for the checkpointing of elastic plans
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.0", "flash-attn>=2.6"],

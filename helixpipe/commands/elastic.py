@@ -1,0 +1,122 @@
+"""``elastic`` and ``elastic-costs``: plan a batch of sequences of different lengths."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from helixpipe.commands.job import add_workload_arguments, read_workload
+from helixpipe.commands.planning import read_text
+from helixpipe.plan.cost_model import Hardware
+
+_GIB = 2**30
+
+
+def add_parsers(add: Callable[..., Any]) -> None:
+    """Add the commands' parsers."""
+    _add_elastic(add("elastic", help="plan a batch of sequences of different lengths"))
+    costs = add("elastic-costs", help="predict what chunks cost, or fit it to measurements, for elastic")
+    add_workload_arguments(costs)
+    costs.add_argument("--pipeline-model-parallel-size", type=int, required=True, help="stages p")
+    costs.add_argument(
+        "--measurements",
+        type=Path,
+        help="records of chunks that ran: a list of {context, lengths, forward_ms, backward_ms, bytes}",
+    )
+    costs.add_argument("--measured-layers", type=int, help="that each record ran through")
+    costs.add_argument("--output", type=Path, required=True, help="costs.json")
+    costs.set_defaults(run=_costs)
+
+
+def _add_elastic(elastic: argparse.ArgumentParser) -> None:
+    add = elastic.add_argument
+    add("--lengths", type=Path, required=True, help="lengths.json: a list of tokens per sequence")
+    add("--costs", type=Path, required=True, help="costs.json, as elastic-costs writes it")
+    add("--pipeline-model-parallel-size", type=int, required=True, help="stages p")
+    add("--num-layers", type=int, required=True, help="transformer layers L")
+    add("--memory-limit-gib", type=float, required=True, help="of one GPU, states included")
+    add("--token-capacity", type=int, help="tokens that a chunk may hold (default: what memory allows)")
+    add("--num-slices", type=int, help="of the longest sequence (default: the fastest found)")
+    add(
+        "--mip-gap", type=float, default=0.02, help="by which checkpointing may miss the least (default 0.02)"
+    )
+    add("--time-limit", type=float, default=6.0, help="seconds for checkpointing (default 6)")
+    add("--output", type=Path, required=True, help="plan.json: plan and recipe")
+    add("--plan-costs", type=Path, help="also write the plan's costs, for simulate and draw")
+    elastic.set_defaults(run=_elastic)
+
+
+def _elastic(args: argparse.Namespace) -> None:
+    # SciPy takes a second to import: only these commands pay for it.
+    from helixpipe.elastic.baselines import predict_baselines
+    from helixpipe.elastic.chunk_schedule import costs_of_recipe
+    from helixpipe.elastic.costs_file import costs_from_json
+    from helixpipe.elastic.job import ElasticJob
+    from helixpipe.elastic.planner import SLICE_COUNTS, plan_batch
+    from helixpipe.report.elastic import print_elastic_plan
+
+    if not 0 < args.memory_limit_gib < float("inf"):
+        raise ValueError(f"--memory-limit-gib must be above 0, not {args.memory_limit_gib:g}")
+    lengths = _read_lengths(args.lengths)
+    job = ElasticJob(
+        costs=costs_from_json(read_text(args.costs)),
+        num_stages=args.pipeline_model_parallel_size,
+        num_layers=args.num_layers,
+        memory_limit_bytes=int(args.memory_limit_gib * _GIB),
+        token_capacity=args.token_capacity,
+        gap=args.mip_gap,
+        time_limit_s=args.time_limit,
+    )
+    counts = SLICE_COUNTS if args.num_slices is None else (args.num_slices,)
+    plan = plan_batch(lengths, job, slice_counts=counts)
+    args.output.write_text(plan.to_json(), encoding="utf-8")
+    if args.plan_costs:
+        costs = costs_of_recipe(plan.recipe, job.num_layers, job.costs)
+        args.plan_costs.write_text(costs.to_json() + "\n", encoding="utf-8")
+    print_elastic_plan(plan, job, predict_baselines(lengths, job))
+    print(f"Wrote {args.output}")
+
+
+def _read_lengths(path: Path) -> tuple[int, ...]:
+    from helixpipe.elastic.job import check_lengths
+
+    try:
+        found = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: invalid JSON ({error})") from None
+    try:
+        return check_lengths(found)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _costs(args: argparse.Namespace) -> None:
+    from helixpipe.elastic.costs_file import costs_to_json
+    from helixpipe.elastic.fit import fit_costs, measurements_from_json
+    from helixpipe.elastic.preset import predict_chunk_costs
+
+    if args.seq_length is not None:
+        raise ValueError(
+            "--seq-length means nothing to elastic-costs, which holds for all lengths; leave it out"
+        )
+    args.seq_length = 1
+    machine, workload = read_workload(args)
+    if not isinstance(machine, Hardware):
+        raise ValueError(
+            "a profile of one sequence length does not tell what chunks cost; name a machine, and give "
+            "--measurements to fit its costs"
+        )
+    costs = predict_chunk_costs(workload, machine, args.pipeline_model_parallel_size)
+    if args.measurements is not None:
+        if args.measured_layers is None or args.measured_layers < 1:
+            raise ValueError("--measurements needs --measured-layers of at least 1")
+        fit = fit_costs(measurements_from_json(read_text(args.measurements)), costs, args.measured_layers)
+        costs = fit.costs
+        print(f"Error on {fit.num_held_out} measurements held out:")
+        for name, error in (("forward", fit.forward), ("backward", fit.backward), ("bytes", fit.bytes)):
+            print(f"  {name}: {error}")
+    args.output.write_text(costs_to_json(costs), encoding="utf-8")
+    print(f"{costs.source}. Wrote {args.output}")

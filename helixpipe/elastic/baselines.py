@@ -1,0 +1,134 @@
+"""What others would do with the same batch: the schedules that an elastic plan is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from helixpipe.elastic.checkpointing import OutOfMemory, uniform_checkpointing
+from helixpipe.elastic.chunk_schedule import elastic_plan, order_chunks
+from helixpipe.elastic.chunks import Chunk, Piece
+from helixpipe.elastic.elastic_plan import Prediction, predict
+from helixpipe.elastic.job import ElasticJob, check_lengths
+from helixpipe.elastic.memory_rows import pipeline_memory
+from helixpipe.elastic.planner import SLICE_COUNTS, best_plan, by_size, chunk_batch
+from helixpipe.elastic.recipe import Recipe
+from helixpipe.elastic.sequence_processor import even_mesh, pack_to_length
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Another way to run the batch.
+
+    Attributes:
+        label: for people.
+        prediction: None where it does not fit.
+        num_chunks: micro batches; 0 where it does not fit.
+        reason: why it does not fit; empty where it does.
+    """
+
+    label: str
+    prediction: Prediction | None
+    num_chunks: int = 0
+    reason: str = ""
+
+
+def predict_baselines(lengths: Sequence[int], job: ElasticJob) -> tuple[Baseline, ...]:
+    """Packing to the maximum length, fixed-size chunks and even slices, each at its best setting."""
+    lengths = check_lengths(lengths)
+    return (
+        packed_to_longest(lengths, job),
+        fixed_size_chunks(lengths, job),
+        even_slices(lengths, job),
+    )
+
+
+def packed_to_longest(lengths: Sequence[int], job: ElasticJob) -> Baseline:
+    """Whole sequences packed to the longest one's length, 1F1B, the same layers checkpointed everywhere."""
+    label = "packed to the longest, 1F1B"
+    chunks = pack_to_length(lengths, max(lengths))
+    try:
+        return Baseline(label, _static(order_chunks(chunks, job.costs), job), len(chunks))
+    except OutOfMemory as error:
+        return Baseline(label, None, reason=str(error))
+
+
+def fixed_size_chunks(
+    lengths: Sequence[int], job: ElasticJob, slice_counts: Sequence[int] = SLICE_COUNTS
+) -> Baseline:
+    """Seq1F1B as InfiniPipe compares with it: chunks of one size in tokens, static checkpointing.
+
+    The size is the fastest of the longest sequence's length over each of ``slice_counts``.
+    """
+    sizes = dict.fromkeys(-(-max(lengths) // count) for count in slice_counts)
+    chunkings = {f"fixed-size chunks of {size} tokens": cut_to_size(lengths, size) for size in sizes}
+    found: list[tuple[float, Baseline]] = []
+    reason = ""
+    for part in by_size(chunkings):
+        if found:
+            break
+        for label, chunks in part.items():
+            try:
+                prediction = _static(order_chunks(chunks, job.costs), job)
+            except OutOfMemory as error:
+                reason = f"{label}: {error}"
+            else:
+                found.append((prediction.time_ms, Baseline(label, prediction, len(chunks))))
+    if not found:
+        return Baseline("fixed-size chunks", None, reason=reason)
+    return min(found, key=lambda entry: entry[0])[1]
+
+
+def cut_to_size(lengths: Sequence[int], size: int) -> tuple[Chunk, ...]:
+    """Sequences cut every ``size`` tokens; what is left over, and short ones, packed to ``size``.
+
+    Two tails never share a chunk: each needs its own keys and values before it.
+    """
+    chunks: list[Chunk] = []
+    buckets: list[list[Piece]] = []
+    shorts: list[Piece] = []
+    for sequence, length in enumerate(lengths):
+        if length <= size:
+            shorts.append(Piece(sequence, 0, length, length))
+            continue
+        pieces = [Piece(sequence, s, min(size, length - s), length) for s in range(0, length, size)]
+        if pieces[-1].length < size:
+            buckets.append([pieces.pop()])
+        chunks += [Chunk((piece,)) for piece in pieces]
+    room = [size - bucket[0].length for bucket in buckets]
+    for piece in sorted(shorts, key=lambda piece: (-piece.length, piece.sequence)):
+        bucket = next((i for i, free in enumerate(room) if free >= piece.length), len(room))
+        if bucket == len(room):
+            room.append(size)
+            buckets.append([])
+        room[bucket] -= piece.length
+        buckets[bucket].append(piece)
+    return (*chunks, *(Chunk(tuple(pieces)) for pieces in buckets))
+
+
+def even_slices(
+    lengths: Sequence[int], job: ElasticJob, slice_counts: Sequence[int] = SLICE_COUNTS
+) -> Baseline:
+    """The elastic plan with slices of equal length instead of equal time, in all else the same."""
+    label = "even slices"
+    chunkings, reasons = chunk_batch(
+        lengths, job, even_mesh, [count for count in slice_counts if count > 1] or [1]
+    )
+    try:
+        found = best_plan(chunkings, reasons, job)
+    except ValueError as error:
+        return Baseline(label, None, reason=str(error))
+    return Baseline(label, found.prediction, len(found.recipe.chunks))
+
+
+def _static(chunks: tuple[Chunk, ...], job: ElasticJob) -> Prediction:
+    """One pipeline over ordered chunks with the same layers checkpointed in all of them."""
+    memory = pipeline_memory(
+        chunks,
+        job.costs,
+        num_stages=job.num_stages,
+        num_layers=job.num_layers,
+        limit_bytes=job.memory_limit_bytes,
+    )
+    recipe = Recipe(chunks, (len(chunks),), uniform_checkpointing(memory).counts)
+    return predict(recipe, elastic_plan(recipe, job.num_layers), job)[0]

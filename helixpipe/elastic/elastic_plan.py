@@ -1,0 +1,120 @@
+"""An elastic plan: the common plan, the recipe that belongs to it, and what both are predicted to do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from helixpipe.elastic.chunk_schedule import SCHEDULE, costs_of_recipe, elastic_plan
+from helixpipe.elastic.job import ElasticJob
+from helixpipe.elastic.recipe import Recipe
+from helixpipe.plan.costs import Costs
+from helixpipe.plan.plan import Plan
+from helixpipe.plan.simulate import simulate
+from helixpipe.plan.validate import PlanError, validate
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What an iteration is predicted to do.
+
+    Attributes:
+        time_ms: from the first forward to the last backward.
+        bubble: share of the stages' time in which nothing is computed.
+        recompute: share of the stages' computing that repeats forwards.
+        peak_bytes: of each stage's GPUs, states included.
+    """
+
+    time_ms: float
+    bubble: float
+    recompute: float
+    peak_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ElasticPlan:
+    """Everything an elastic iteration needs.
+
+    Attributes:
+        recipe: chunks, pipelines and checkpointed layers.
+        plan: who computes which chunk when; lowered and valid.
+        prediction: of time and memory.
+        solver_seconds: that checkpointing took to decide.
+    """
+
+    recipe: Recipe
+    plan: Plan
+    prediction: Prediction
+    solver_seconds: float = 0.0
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of plan and recipe: ranks compare it before their first message."""
+        return hashlib.sha256((self.plan.to_json() + self.recipe.to_json()).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """The plan's own JSON with ``recipe``, ``prediction`` and ``solver_seconds`` in it.
+
+        It reads as a plan, too: ``simulate`` and ``draw`` take the file.
+        """
+        extra = {
+            "recipe": self.recipe.to_dict(),
+            "prediction": asdict(self.prediction),
+            "solver_seconds": self.solver_seconds,
+        }
+        lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in extra.items())
+        body = self.plan.to_json().rstrip()
+        assert body.endswith("\n}")
+        return body[: -len("\n}")] + ",\n" + lines + "\n}\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> ElasticPlan:
+        """Read back what :meth:`to_json` wrote; ``ValueError`` if plan and recipe do not belong together."""
+        plan = Plan.from_json(text)
+        if plan.schedule != SCHEDULE:
+            raise ValueError(f"not an elastic plan: its schedule is {plan.schedule!r}")
+        data = json.loads(text)
+        recipe = Recipe.from_dict(data.get("recipe"))
+        validate(plan)
+        layers = plan.parameters.get("num_layers")
+        if not isinstance(layers, int) or elastic_plan(recipe, layers) != plan.compute_only():
+            raise PlanError("the plan's order is not that of its recipe; make it anew with elastic")
+        most = layers // plan.num_ranks
+        if any(count > most for row in recipe.checkpointed for count in row):
+            raise PlanError(f"the recipe checkpoints more than the {most} layers of a stage")
+        return cls(recipe, plan, _prediction(data.get("prediction")), _number(data.get("solver_seconds")))
+
+
+def predict(recipe: Recipe, plan: Plan, job: ElasticJob) -> tuple[Prediction, Costs]:
+    """Simulate ``plan``, of ``recipe``, with the costs that the recipe's chunks have."""
+    costs = costs_of_recipe(recipe, job.num_layers, job.costs)
+    simulation = simulate(plan, costs)
+    timeline = simulation.timeline
+    recompute_ms = sum(cost.recompute for cost in costs.segments.values())
+    prediction = Prediction(
+        timeline.makespan_ms,
+        timeline.bubble_ratio,
+        recompute_ms / sum(timeline.busy_ms),
+        tuple(simulation.peak_bytes),
+    )
+    return prediction, costs
+
+
+def _prediction(found: Any) -> Prediction:
+    if not isinstance(found, dict) or not isinstance(found.get("peak_bytes"), list):
+        raise ValueError('not an elastic plan: "prediction" needs time_ms, bubble, recompute and peak_bytes')
+    return Prediction(
+        _number(found.get("time_ms")),
+        _number(found.get("bubble")),
+        _number(found.get("recompute")),
+        tuple(int(_number(peak)) for peak in found["peak_bytes"]),
+    )
+
+
+def _number(found: Any) -> float:
+    if isinstance(found, bool) or not isinstance(found, (int, float)):
+        raise ValueError(f"not an elastic plan: expected a number, found {found!r:.40}")
+    return found

@@ -1,0 +1,145 @@
+"""The recipe: what an elastic iteration does beside its plan's order, with a JSON form."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import Any
+
+from helixpipe.elastic.chunks import Chunk, Piece
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which tokens each micro batch holds, and what of it is computed twice.
+
+    Attributes:
+        chunks: in the order of their forwards; micro batch i of the plan is ``chunks[i]``.
+        pipelines: how many consecutive chunks each 1F1B pipeline has; pipelines run back to back.
+        checkpointed: ``checkpointed[stage][chunk]`` layers, the stage's first ones, keep only their input.
+    """
+
+    chunks: tuple[Chunk, ...]
+    pipelines: tuple[int, ...]
+    checkpointed: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def ranges(self) -> tuple[range, ...]:
+        """The chunks of each pipeline."""
+        ends = accumulate(self.pipelines, initial=0)
+        return tuple(range(first, last) for first, last in pairwise(ends))
+
+    @cached_property
+    def slices(self) -> tuple[tuple[int, ...], ...]:
+        """Groups of chunks that carry consecutive slices of one sequence."""
+        return slice_groups(self.chunks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As values of JSON; a piece is [sequence, start, length]."""
+        lengths = {piece.sequence: piece.sequence_length for c in self.chunks for piece in c.pieces}
+        return {
+            "sequence_lengths": [lengths[sequence] for sequence in range(len(lengths))],
+            "chunks": [[[p.sequence, p.start, p.length] for p in chunk.pieces] for chunk in self.chunks],
+            "pipelines": list(self.pipelines),
+            "checkpointed": [list(row) for row in self.checkpointed],
+        }
+
+    def to_json(self) -> str:
+        """Read back by :meth:`from_json`."""
+        return json.dumps(self.to_dict()) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """Read a recipe; ``ValueError`` if it is none, or does not hold every token once."""
+        try:
+            return cls.from_dict(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not a recipe: invalid JSON ({error})") from None
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Recipe:
+        """Read the form of :meth:`to_dict`; ``ValueError`` as for :meth:`from_json`."""
+        if not isinstance(data, dict):
+            raise ValueError("not a recipe: expected an object")
+        lengths = _whole_numbers(data, "sequence_lengths")
+        chunks = tuple(
+            _chunk([_piece(piece, lengths) for piece in _list(pieces, "chunks")])
+            for pieces in _list(data.get("chunks"), "chunks")
+        )
+        recipe = cls(
+            chunks,
+            tuple(_whole_numbers(data, "pipelines")),
+            tuple(
+                tuple(_whole_numbers({"checkpointed": row}, "checkpointed"))
+                for row in _list(data.get("checkpointed"), "checkpointed")
+            ),
+        )
+        recipe.check(lengths)
+        return recipe
+
+    def check(self, lengths: Sequence[int]) -> None:
+        """``ValueError`` unless every token of a batch of ``lengths`` is in exactly one chunk."""
+        missing = _uncovered(self.chunks, lengths)
+        if missing is not None:
+            raise ValueError(f"not a recipe: the tokens of sequence {missing} are not in one chunk each")
+        if sum(self.pipelines) != len(self.chunks) or min(self.pipelines, default=0) < 1:
+            raise ValueError(
+                f"not a recipe: pipelines {list(self.pipelines)} do not add up to {len(self.chunks)} chunks"
+            )
+        if not self.checkpointed or any(len(row) != len(self.chunks) for row in self.checkpointed):
+            raise ValueError(f"not a recipe: checkpointed needs {len(self.chunks)} numbers for every stage")
+
+
+def slice_groups(chunks: Sequence[Chunk]) -> tuple[tuple[int, ...], ...]:
+    """Indices of the chunks that hold each cut sequence, ordered by the first."""
+    groups: dict[int, list[int]] = {}
+    for index, chunk in enumerate(chunks):
+        if chunk.sliced_sequence is not None:
+            groups.setdefault(chunk.sliced_sequence, []).append(index)
+    return tuple(tuple(group) for group in groups.values())
+
+
+def _uncovered(chunks: Iterable[Chunk], lengths: Sequence[int]) -> int | None:
+    """A sequence whose tokens are not in one chunk each, in the order of chunks; None if there is none."""
+    covered = dict.fromkeys(range(len(lengths)), 0)
+    for chunk in chunks:
+        for piece in chunk.pieces:
+            if piece.start != covered.get(piece.sequence):
+                return piece.sequence
+            covered[piece.sequence] += piece.length
+    return next((i for i, length in enumerate(lengths) if covered[i] != length), None)
+
+
+def _piece(found: Any, lengths: Sequence[int]) -> Piece:
+    sequence, start, length = _triple(found)
+    if sequence >= len(lengths) or length < 1 or start + length > lengths[sequence]:
+        raise ValueError(f"not a recipe: {found} is no part of a sequence")
+    return Piece(sequence, start, length, lengths[sequence])
+
+
+def _chunk(pieces: Sequence[Piece]) -> Chunk:
+    if not pieces or not all(piece.is_whole for piece in pieces[1:]):
+        raise ValueError("not a recipe: a chunk holds at most one slice, which comes first, and is not empty")
+    return Chunk(tuple(pieces))
+
+
+def _triple(found: Any) -> tuple[int, int, int]:
+    if isinstance(found, list) and len(found) == 3 and all(type(n) is int and n >= 0 for n in found):
+        return found[0], found[1], found[2]
+    raise ValueError(f"not a recipe: a piece is [sequence, start, length], found {found!r:.60}")
+
+
+def _list(found: Any, key: str) -> list[Any]:
+    if not isinstance(found, list):
+        raise ValueError(f'not a recipe: "{key}" must be a list, found {found!r:.60}')
+    return found
+
+
+def _whole_numbers(data: Mapping[str, Any], key: str) -> list[int]:
+    values = _list(data.get(key), key)
+    if not all(type(value) is int and value >= 0 for value in values):
+        raise ValueError(f'not a recipe: "{key}" must hold whole numbers that are not negative')
+    return values

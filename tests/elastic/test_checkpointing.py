@@ -1,0 +1,156 @@
+"""Checkpointing: the solver's memory is the simulator's, the limit holds, and the delay is least."""
+
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helixpipe.elastic import ElasticJob, Recipe, costs_of_recipe, ideal_costs
+from helixpipe.elastic.checkpointing import OutOfMemory, solve_checkpointing, uniform_checkpointing
+from helixpipe.elastic.chunk_schedule import elastic_plan, order_chunks, sequence_groups
+from helixpipe.elastic.memory_rows import pipeline_memory
+from helixpipe.elastic.planner import solve
+from helixpipe.elastic.sequence_processor import equal_time_mesh, make_chunks
+from helixpipe.plan.memory import peak_bytes
+
+COSTS = replace(
+    ideal_costs(balanced_length=100.0, token_bytes=17.0),
+    logits_bytes=20.0,
+    layer_state_bytes=300,
+    head_state_bytes=500,
+)
+BIG = 2**60
+
+batches = st.lists(st.one_of(st.integers(1, 60), st.integers(1, 600)), min_size=1, max_size=25)
+
+
+def chunks_of(lengths, num_slices):
+    longest = max(lengths)
+    mesh = equal_time_mesh(longest, min(num_slices, longest), COSTS)
+    return order_chunks(make_chunks(lengths, mesh, COSTS, longest), COSTS)
+
+
+def memory_of(chunks, num_stages, num_layers, limit_bytes=BIG):
+    return pipeline_memory(
+        chunks, COSTS, num_stages=num_stages, num_layers=num_layers, limit_bytes=limit_bytes
+    )
+
+
+def simulated_peaks(chunks, counts, num_layers):
+    recipe = Recipe(chunks, (len(chunks),), counts)
+    costs = costs_of_recipe(recipe, num_layers, COSTS)
+    return peak_bytes(elastic_plan(recipe, num_layers), costs)
+
+
+@given(batches, st.integers(1, 6), st.sampled_from([1, 2, 4]), st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_rows_are_what_the_simulator_holds(lengths, num_slices, num_stages, count):
+    chunks = chunks_of(lengths, num_slices)
+    layers = 3
+    memory = memory_of(chunks, num_stages, layers * num_stages)
+    peaks = simulated_peaks(chunks, ((count,) * len(chunks),) * num_stages, layers * num_stages)
+    for stage in range(num_stages):
+        rows = memory.rows(stage)
+        held = memory.held(rows, memory.kept[stage] - count * memory.saved)
+        held += rows.transient if count else 0
+        states = COSTS.state_bytes(stage, num_stages, layers)
+        assert int(held.max()) + states == peaks[stage]
+
+
+@given(
+    batches,
+    st.integers(1, 6),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([1, 2, 8]),
+    st.floats(0.0, 1.0),
+    st.booleans(),
+)
+@settings(max_examples=120, deadline=None)
+def test_peaks_never_exceed_the_limit(lengths, num_slices, num_stages, layers, share, many):
+    """Over limits from just enough with everything checkpointed to just enough with nothing."""
+    chunks = chunks_of(lengths, num_slices)
+    num_layers = layers * num_stages
+    least = max(simulated_peaks(chunks, ((layers,) * len(chunks),) * num_stages, num_layers))
+    most = max(simulated_peaks(chunks, ((0,) * len(chunks),) * num_stages, num_layers))
+    limit = least + int(share * max(0, most - least))
+    job = ElasticJob(costs=COSTS, num_stages=num_stages, num_layers=num_layers, memory_limit_bytes=limit)
+    pipelines = tuple(sequence_groups(chunks)) if many else (len(chunks),)
+    recipe, _ = solve(chunks, pipelines, job)
+    peaks = peak_bytes(elastic_plan(recipe, num_layers), costs_of_recipe(recipe, num_layers, COSTS))
+    assert max(peaks) <= limit
+    assert all(0 <= count <= layers for row in recipe.checkpointed for count in row)
+    if limit >= most:
+        assert not any(map(any, recipe.checkpointed))
+
+
+def test_counts_are_shared_along_diagonals():
+    chunks = chunks_of([400, 300, 50, 50, 50, 40], 4)
+    unchecked = max(simulated_peaks(chunks, ((0,) * len(chunks),) * 3, 24))
+    memory = memory_of(chunks, 3, 24, int(unchecked * 0.7))
+    found = solve_checkpointing(memory, [1.0] * len(chunks))
+    shared = {}
+    for stage in range(3):
+        for count, diagonal in zip(found.counts[stage], memory.diagonals(stage), strict=True):
+            assert shared.setdefault(int(diagonal), count) == count
+    assert len(shared) == len(chunks) + 3 - 1
+    assert any(shared.values())
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
+def test_the_delay_is_least(share):
+    """Against all choices for a pipeline that is small enough to try them."""
+    chunks = chunks_of([90, 60, 25, 20], 3)
+    p, layers = 2, 2
+    most = max(simulated_peaks(chunks, ((0,) * len(chunks),) * p, p * layers))
+    least = max(simulated_peaks(chunks, ((layers,) * len(chunks),) * p, p * layers))
+    limit = int(least + share * (most - least))
+    memory = memory_of(chunks, p, p * layers, limit)
+    recompute_ms = [COSTS.recompute_ms(chunk) for chunk in chunks]
+    weights = np.zeros(len(chunks) + p - 1)
+    for stage in range(p):
+        np.maximum.at(weights, memory.diagonals(stage), recompute_ms)
+
+    def fits(choice):
+        for stage in range(p):
+            rows = memory.rows(stage)
+            kept = memory.kept[stage] - choice[memory.diagonals(stage)] * memory.saved
+            if (memory.held(rows, kept) + rows.transient > memory.available[stage]).any():
+                return False
+        return True
+
+    choices = (np.array(c) for c in product(range(layers + 1), repeat=len(weights)))
+    best = min(weights @ choice for choice in choices if fits(choice))
+    found = solve_checkpointing(memory, recompute_ms, gap=0.0)
+    solution = np.zeros(len(weights))
+    for stage in range(p):
+        solution[memory.diagonals(stage)] = found.counts[stage]
+    assert weights @ solution == pytest.approx(best)
+
+
+def test_out_of_memory_names_stage_bytes_and_change():
+    chunks = chunks_of([400, 300, 50, 50], 4)
+    least = simulated_peaks(chunks, ((2,) * len(chunks),) * 2, 4)
+    with pytest.raises(OutOfMemory) as caught:
+        solve_checkpointing(memory_of(chunks, 2, 4, max(least) - 7), [1.0] * len(chunks))
+    assert caught.value.missing_bytes == 7
+    assert caught.value.stage == least.index(max(least))
+    text = str(caught.value)
+    assert text.startswith(
+        f"stage {caught.value.stage} is 7 bytes (0.00 GiB) short of memory: with all layers "
+    )
+    assert "use a lower token capacity, more slices" in text
+    with pytest.raises(OutOfMemory, match="optimizer states alone exceed the limit; use more stages"):
+        solve_checkpointing(memory_of(chunks, 2, 4, 100), [1.0] * len(chunks))
+    with pytest.raises(OutOfMemory):
+        uniform_checkpointing(memory_of(chunks, 2, 4, max(least) - 7))
+
+
+def test_uniform_is_the_least_that_fits():
+    chunks = chunks_of([400, 300, 50, 50, 30], 4)
+    peaks = [max(simulated_peaks(chunks, ((c,) * len(chunks),) * 2, 16)) for c in range(9)]
+    for count in (0, 3, 8):
+        found = uniform_checkpointing(memory_of(chunks, 2, 16, peaks[count]))
+        assert {c for row in found.counts for c in row} == {count}

@@ -1,0 +1,134 @@
+"""The chunk cost model against its equations, its file, and the presets."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from helixpipe.elastic import (
+    Chunk,
+    ChunkCosts,
+    PassTime,
+    Piece,
+    costs_from_json,
+    costs_to_json,
+    ideal_costs,
+    predict_chunk_costs,
+)
+from helixpipe.plan import ScheduleRequest, build_plan
+from helixpipe.plan.cost_model import (
+    HARDWARE,
+    MODELS,
+    Recompute,
+    Workload,
+    costs_of_plan,
+    predict_pieces,
+)
+from helixpipe.plan.network import Network
+
+HYBRID = Chunk((Piece(0, 100, 20, 120), Piece(1, 0, 7, 7), Piece(2, 0, 5, 5)))
+MIDDLE = Chunk((Piece(0, 100, 20, 200),))
+COSTS = ChunkCosts(
+    source="by hand",
+    forward=PassTime(attention_ms=2e-3, token_ms=3e-2, layer_ms=0.5, communication_ms=1e-3, head_ms=4e-2),
+    backward=PassTime(attention_ms=5e-3, token_ms=6e-2, layer_ms=0.7),
+    token_bytes=100,
+    input_bytes=10,
+    kv_bytes=8,
+    logits_bytes=30,
+    tensor_parallel=2,
+    layer_state_bytes=1000,
+    embedding_state_bytes=50,
+    head_state_bytes=70,
+    network=Network(latency_ms=0.1, gb_per_s=10),
+)
+
+
+def test_times_are_the_papers():
+    """T_comp with N = d_s d_p, alpha = L times a layer's, for L = 8, d_p = 2."""
+    num_layers, d_p, d_s = 8, 2, COSTS.tensor_parallel
+    alpha1, alpha2, beta1 = num_layers * 2e-3, num_layers * 3e-2, num_layers * 0.5
+    c, s0, rest = 100, 20, (7, 5)
+    paper = alpha1 * ((c + s0) ** 2 - c**2) + alpha2 * s0 + sum(alpha1 * s * s + alpha2 * s for s in rest)
+    paper = paper / (d_s * d_p) + beta1 / d_p + num_layers / d_p * 1e-3 * 32
+    assert COSTS.forward_ms(HYBRID, num_layers // d_p, is_last=False) == pytest.approx(paper)
+    assert COSTS.forward_ms(HYBRID, num_layers // d_p, is_last=True) == pytest.approx(paper + 4e-2 * 32 / 2)
+    assert COSTS.recompute_ms(HYBRID) == pytest.approx(paper / (num_layers / d_p))
+    assert COSTS.backward_ms(MIDDLE, 1, is_last=False) == pytest.approx(
+        (5e-3 * (120**2 - 100**2) + 6e-2 * 20) / 2 + 0.7
+    )
+
+
+def test_bytes_are_the_papers():
+    assert COSTS.activation_bytes(HYBRID, 4, is_last=False) == 4 * 100 * 32 // 2
+    assert COSTS.activation_bytes(HYBRID, 4, is_last=True) == (4 * 100 * 32 + 30 * 32) // 2
+    # Keys and values of a slice with successors: their gradients wait, and they cannot be recomputed away.
+    assert COSTS.activation_bytes(MIDDLE, 4, is_last=False) == 4 * (100 + 8) * 20 // 2
+    assert COSTS.saved_bytes(HYBRID) == (100 - 10) * 32 // 2
+    assert COSTS.saved_bytes(MIDDLE) == (100 - 10 - 8) * 20 // 2
+    assert COSTS.transient_bytes(MIDDLE) == 100 * 20 // 2
+    assert COSTS.message_bytes(HYBRID) == 10 * 32
+    assert [COSTS.state_bytes(stage, 3, 2) for stage in range(3)] == [2050, 2000, 2070]
+
+
+def test_file_round_trip():
+    for costs in (COSTS, ideal_costs()):
+        assert costs_from_json(costs_to_json(costs)) == costs
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"format": "helixpipe-plan"}, '"format" must be "helixpipe-chunk-costs"'),
+        ({"token_bytes": -1}, "token_bytes must be a number that is not negative"),
+        ({"token_bytes": 5}, "cannot be below input_bytes"),
+        ({"tokens": 1}, "'tokens' is unknown; known: source, forward"),
+        ({"forward": {"token_ms": 1}}, "forward: attention_ms missing"),
+        ({"forward": 3}, "forward must be an object"),
+        ({"forward": {"attention_ms": True, "token_ms": 1}}, "forward.attention_ms must be a number"),
+        ({"tensor_parallel": 0}, "tensor_parallel must be at least 1"),
+        ({"tensor_parallel": 1.5}, "tensor_parallel must be a whole number"),
+        ({"network": {"latency_ms": 0, "gb_per_s": 0}}, "gb_per_s must be above 0"),
+    ],
+)
+def test_a_wrong_file_is_one_clear_line(change, words):
+    data = {**json.loads(costs_to_json(COSTS)), **change}
+    with pytest.raises(ValueError, match=words) as caught:
+        costs_from_json(json.dumps(data))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_no_json():
+    with pytest.raises(ValueError, match="invalid JSON"):
+        costs_from_json("{")
+    data = json.loads(costs_to_json(COSTS))
+    del data["kv_bytes"]
+    with pytest.raises(ValueError, match="kv_bytes missing"):
+        costs_from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize("hardware", ["a800", "h20"])
+@pytest.mark.parametrize("t", [1, 8])
+def test_a_preset_agrees_with_the_analytic_model(hardware, t):
+    """A chunk that is one whole sequence costs what the common cost model says of a micro batch."""
+    workload = Workload(model=MODELS["llama-7b"], seq_length=32768, tensor_parallel=t)
+    pieces = predict_pieces(workload, HARDWARE[hardware])
+    plan = build_plan("1f1b", ScheduleRequest(num_layers=32, num_ranks=4, num_microbatches=2))
+    expected = costs_of_plan(pieces, plan, Recompute.NONE).segments["stage1"]
+    costs = predict_chunk_costs(workload, HARDWARE[hardware], num_stages=4)
+    chunk = Chunk((Piece(0, 0, 32768, 32768),))
+    assert costs.forward_ms(chunk, 8, is_last=False) == pytest.approx(expected.forward, rel=1e-6)
+    assert costs.backward_ms(chunk, 8, is_last=False) == pytest.approx(
+        expected.backward + expected.weight, rel=0.02
+    )
+    assert costs.activation_bytes(chunk, 8, is_last=False) == pytest.approx(expected.bytes, rel=1e-6)
+    last = costs_of_plan(pieces, plan, Recompute.NONE).segments["stage3"]
+    assert costs.forward_ms(chunk, 8, is_last=True) == pytest.approx(last.forward, rel=0.02)
+
+
+def test_a_preset_does_not_depend_on_the_sequence_length():
+    workload = Workload(model=MODELS["llama-7b"], seq_length=32768, tensor_parallel=8)
+    shorter = replace(workload, seq_length=100)
+    assert predict_chunk_costs(workload, HARDWARE["h20"], 4) == predict_chunk_costs(
+        shorter, HARDWARE["h20"], 4
+    )
