@@ -11,7 +11,7 @@ from typing import Any
 from helixpipe.plan import Plan, ScheduleRequest, build_plan, validate
 from helixpipe.plan.costs import Costs, parse_costs, uniform_costs
 from helixpipe.plan.schedules import SCHEDULES
-from helixpipe.plan.schedules.request import ATTENTION_RANGES
+from helixpipe.plan.schedules.request import ATTENTION_RANGES, HEAD_PLACEMENTS
 from helixpipe.plan.simulate import simulate
 from helixpipe.plan.timeline import Timeline
 from helixpipe.report.summary import Exhibit
@@ -42,6 +42,11 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
         "--attention-range",
         metavar="{" + ",".join(ATTENTION_RANGES) + "}",
         help="helix: pieces on the attention rank (default core)",
+    )
+    plan.add_argument(
+        "--head-placement",
+        metavar="{" + ",".join(HEAD_PLACEMENTS) + "}",
+        help="helix: ranks that run the head (default first)",
     )
     plan.add_argument("--compute-only", action="store_true", help="leave the messages out")
     plan.add_argument("--output", type=Path, required=True, help="plan.json")
@@ -80,6 +85,7 @@ def _plan(args: argparse.Namespace) -> None:
         virtual_stages=args.virtual_stages,
         num_slices=args.num_slices,
         attention_range=args.attention_range,
+        head_placement=args.head_placement,
     )
     plan = build_plan(args.schedule, request, compute_only=args.compute_only)
     args.output.write_text(plan.to_json(), encoding="utf-8")

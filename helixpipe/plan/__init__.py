@@ -5,6 +5,7 @@ on any machine, and the very object that was checked is what the runtime execute
 """
 
 from helixpipe.plan.build import build_plan
+from helixpipe.plan.loan import Loan
 from helixpipe.plan.operation import Kind, Operation
 from helixpipe.plan.plan import Plan
 from helixpipe.plan.schedules import SCHEDULES, ScheduleRequest
@@ -13,6 +14,7 @@ from helixpipe.plan.validate import PlanError, validate
 __all__ = [
     "SCHEDULES",
     "Kind",
+    "Loan",
     "Operation",
     "Plan",
     "PlanError",

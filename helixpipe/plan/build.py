@@ -15,6 +15,7 @@ OPTION_FLAGS = {
     "virtual_stages": "--virtual-stages",
     "attention_range": "--attention-range",
     "num_slices": "--num-slices",
+    "head_placement": "--head-placement",
 }
 
 

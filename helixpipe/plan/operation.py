@@ -11,7 +11,8 @@ class Kind(str, Enum):
     """The kinds of operation.
 
     ``B`` is the backward pass for the input gradient, or the whole backward pass in a plan without ``W``;
-    ``W`` is the weight gradient alone.
+    ``W`` is the weight gradient alone. Messages carry activations (``_F``), their gradients (``_B``),
+    weights on loan (``_P``, parameters) and the gradients of those (``_G``).
     """
 
     F = "F"
@@ -21,6 +22,10 @@ class Kind(str, Enum):
     RECV_F = "RECV_F"
     SEND_B = "SEND_B"
     RECV_B = "RECV_B"
+    SEND_P = "SEND_P"
+    RECV_P = "RECV_P"
+    SEND_G = "SEND_G"
+    RECV_G = "RECV_G"
 
     @property
     def is_compute(self) -> bool:
@@ -29,25 +34,26 @@ class Kind(str, Enum):
 
     @property
     def is_send(self) -> bool:
-        """True for SEND_F and SEND_B."""
+        """True for the sending end of a message."""
         return self in _SENDS
 
     @property
     def is_receive(self) -> bool:
-        """True for RECV_F and RECV_B."""
+        """True for the receiving end of a message."""
         return self in _RECEIVES
 
 
 _COMPUTE = frozenset((Kind.F, Kind.B, Kind.W))
-_SENDS = frozenset((Kind.SEND_F, Kind.SEND_B))
-_RECEIVES = frozenset((Kind.RECV_F, Kind.RECV_B))
+_SENDS = frozenset((Kind.SEND_F, Kind.SEND_B, Kind.SEND_P, Kind.SEND_G))
+_RECEIVES = frozenset((Kind.RECV_F, Kind.RECV_B, Kind.RECV_P, Kind.RECV_G))
 _OPPOSITE = {
     Kind.SEND_F: Kind.RECV_F,
-    Kind.RECV_F: Kind.SEND_F,
     Kind.SEND_B: Kind.RECV_B,
-    Kind.RECV_B: Kind.SEND_B,
+    Kind.SEND_P: Kind.RECV_P,
+    Kind.SEND_G: Kind.RECV_G,
 }
-_TEXT = re.compile(r"(\d+)(SEND_F|RECV_F|SEND_B|RECV_B|F|B|W)(\d+)(?:@(\d+))?", re.ASCII)
+_OPPOSITE |= {receive: send for send, receive in _OPPOSITE.items()}
+_TEXT = re.compile(r"(\d+)((?:SEND|RECV)_[FBPG]|F|B|W)(\d+)(?:@(\d+))?", re.ASCII)
 
 
 class Operation(NamedTuple):
@@ -56,6 +62,7 @@ class Operation(NamedTuple):
     Which rank runs it is the plan's placement, not part of its identity. A message is named by the
     edge it crosses: ``segment`` is the producer's for SEND_F/RECV_F, and the segment that consumes the
     gradient for SEND_B/RECV_B, so both directions of the edge ``s -> s+1`` carry the number ``s``.
+    The messages of a loan carry the segment that borrows and the loan's first micro batch.
     ``peer`` is the other rank of a message and None for compute.
     """
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
+from helixpipe.plan.loan import Loan
 from helixpipe.plan.operation import Kind, Operation
 
 Order: TypeAlias = tuple[Operation, ...]
@@ -37,6 +38,7 @@ class Plan:
         slices: groups of micro batches that are consecutive slices of one sequence: on every segment the
             forward of a slice follows that of the slice before it, whose keys and values it reads, and
             backwards run in reverse.
+        loans: weights that are used elsewhere than where they are owned.
     """
 
     schedule: str
@@ -48,6 +50,7 @@ class Plan:
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     micro_batch_names: tuple[str, ...] = ()
     slices: tuple[tuple[int, ...], ...] = ()
+    loans: tuple[Loan, ...] = ()
 
     @property
     def num_segments(self) -> int:
@@ -72,10 +75,10 @@ class Plan:
 
     @cached_property
     def is_lowered(self) -> bool:
-        """True if the plan holds its messages; always true where no edge crosses ranks."""
+        """True if the plan holds its messages; always true where nothing crosses ranks."""
         if any(not op.kind.is_compute for order in self.orders for op in order):
             return True
-        return all(
+        return not self.loans and all(
             here == there
             for segment in range(self.num_segments - 1)
             for here, there in zip(self.placement[segment], self.placement[segment + 1], strict=True)
@@ -91,13 +94,18 @@ class Plan:
         """True if weight gradients are operations of their own."""
         return any(op.kind is Kind.W for order in self.orders for op in order)
 
+    @property
+    def last_kind(self) -> Kind:
+        """What completes a segment's weight gradients for a micro batch."""
+        return Kind.W if self.splits_backward else Kind.B
+
     def compute_only(self) -> Plan:
         """The same plan without its messages."""
         return self.with_orders(tuple(op for op in order if op.kind.is_compute) for order in self.orders)
 
     def forward_only(self) -> Plan:
         """The forward half of the plan, for evaluation: same placement, same order."""
-        kept = (Kind.F, Kind.SEND_F, Kind.RECV_F)
+        kept = (Kind.F, Kind.SEND_F, Kind.RECV_F, Kind.SEND_P, Kind.RECV_P)
         return self.with_orders(tuple(op for op in order if op.kind in kept) for order in self.orders)
 
     def with_orders(self, orders: Iterable[Iterable[Operation]]) -> Plan:
@@ -125,6 +133,8 @@ class Plan:
         if self.slices:
             head["slices"] = [list(group) for group in self.slices]
         lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
+        if self.loans:
+            lines.append(_rows("loans", [loan._asdict() for loan in self.loans]))
         lines.append(_rows("placement", [_compact(row) for row in self.placement]))
         lines.append(_rows("orders", [[str(op) for op in order] for order in self.orders]))
         return "{\n" + ",\n".join(lines) + "\n}\n"
@@ -157,6 +167,7 @@ class Plan:
             parameters=_field(data, "parameters", dict),
             micro_batch_names=tuple(_strings(data.get("micro_batches", []), "micro_batches")),
             slices=_slices(data.get("slices", [])),
+            loans=tuple(_loan(entry) for entry in _optional_list(data, "loans")),
         )
 
     def to_csv(self) -> str:
@@ -195,6 +206,22 @@ def _slices(groups: object) -> tuple[tuple[int, ...], ...]:
     ):
         return tuple(tuple(group) for group in groups)
     raise ValueError('not a plan: "slices" must hold lists of micro batches')
+
+
+def _loan(entry: object) -> Loan:
+    if isinstance(entry, dict) and set(entry) == set(Loan._fields):
+        segment, owner, borrower, micro_batches = (entry[name] for name in Loan._fields)
+        if isinstance(micro_batches, list) and all(
+            type(i) is int for i in (segment, owner, borrower, *micro_batches)
+        ):
+            return Loan(segment, owner, borrower, tuple(micro_batches))
+    raise ValueError(
+        f'not a plan: "loans" holds {entry!r:.60} instead of numbers for {", ".join(Loan._fields)}'
+    )
+
+
+def _optional_list(data: Mapping[str, Any], key: str) -> list[Any]:
+    return _field(data, key, list) if key in data else []
 
 
 def _field(data: Mapping[str, Any], key: str, kind: type) -> Any:

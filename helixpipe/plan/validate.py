@@ -18,6 +18,7 @@ from helixpipe.plan.plan import Plan
 
 # How many operations of a rank an error shows on either side of the culprit.
 _CONTEXT = 4
+_LOAN_KINDS = frozenset((Kind.SEND_P, Kind.RECV_P, Kind.SEND_G, Kind.RECV_G))
 
 
 class PlanError(ValueError):
@@ -31,9 +32,11 @@ def validate(plan: Plan) -> None:
     rank that the placement names, in a possible order; slices of a sequence on one rank, forward in order and
     backward in reverse; one matching send and receive per edge between
     ranks, in the same order at both ends; no deadlock, neither with buffered sends nor when every send
-    waits for its receive.
+    waits for its receive. Weights on loan arrive once before they are used, and
+    their gradients return once, when they are complete.
     """
     _check_shape(plan)
+    _check_loans(plan)
     _check_compute(plan)
     _check_slices(plan)
     if plan.is_lowered:
@@ -85,6 +88,27 @@ def _check_shape(plan: Plan) -> None:
             raise PlanError(f"no such segment or micro batch:\n{_grid(plan, rank, index)}")
         if op.kind.is_compute != (op.peer is None) or op.peer == rank:
             raise PlanError(f"impossible peer:\n{_grid(plan, rank, index)}")
+
+
+def _check_loans(plan: Plan) -> None:
+    """Each between two ranks, for computations of the borrower that no other loan serves."""
+    served: set[tuple[int, int]] = set()
+    for loan in plan.loans:
+        pairs = {(loan.segment, micro_batch) for micro_batch in loan.micro_batches}
+        is_possible = (
+            0 <= loan.segment < plan.num_segments
+            and pairs
+            and all(0 <= i < plan.num_microbatches for i in loan.micro_batches)
+            and 0 <= loan.owner < plan.num_ranks
+            and loan.owner != loan.borrower
+        )
+        if not is_possible:
+            raise PlanError(f"impossible loan: {loan}")
+        if len(pairs) < len(loan.micro_batches) or pairs & served:
+            raise PlanError(f"weights are lent twice for one micro batch: {loan}")
+        if any(plan.rank_of(*pair) != loan.borrower for pair in pairs):
+            raise PlanError(f"weights are lent to another rank than the placement names: {loan}")
+        served |= pairs
 
 
 def _check_compute(plan: Plan) -> None:
@@ -144,6 +168,12 @@ def _check_messages(plan: Plan) -> None:
                 send, receive, number = message_of(op)
                 expected[rank, Operation(number, send, op.micro_batch, peer)] += 1
                 expected[peer, Operation(number, receive, op.micro_batch, rank)] += 1
+    for loan in plan.loans:
+        expected[loan.owner, loan.weights_sent] += 1
+        expected[loan.borrower, loan.weights_received] += 1
+        if plan.has_backward:
+            expected[loan.borrower, loan.gradients_sent] += 1
+            expected[loan.owner, loan.gradients_received] += 1
     for rank, index, op in _operations(plan):
         if not op.kind.is_compute:
             expected[rank, op] -= 1
@@ -153,6 +183,7 @@ def _check_messages(plan: Plan) -> None:
         if count:
             raise PlanError(f"{op} is missing from rank {rank}")
     _check_places_of_messages(plan)
+    _check_places_of_loans(plan)
     _check_pairwise_order(plan)
 
 
@@ -162,6 +193,8 @@ def _check_places_of_messages(plan: Plan) -> None:
         done: set[Operation] = set()
         received: set[Operation] = set()
         for index, op in enumerate(order):
+            if op.kind in _LOAN_KINDS:
+                continue
             if op.kind.is_send:
                 segment, kind = (op.segment, Kind.F) if op.kind is Kind.SEND_F else (op.segment + 1, Kind.B)
                 if Operation(segment, kind, op.micro_batch) not in done:
@@ -176,6 +209,20 @@ def _check_places_of_messages(plan: Plan) -> None:
                 _, receive, number = message_of(needed)
                 if Operation(number, receive, op.micro_batch) not in received:
                     raise PlanError(f"{op} stands before its receive:\n{_grid(plan, rank, index)}")
+
+
+def _check_places_of_loans(plan: Plan) -> None:
+    """Weights stand before the first forward of the loan, their gradients after all that add to them."""
+    needed = {op: loan for loan in plan.loans for op in loan.operations(Kind.F)}
+    returned = {loan.gradients_sent: loan for loan in plan.loans}
+    for rank, order in enumerate(plan.orders):
+        done: set[Operation] = set()
+        for index, op in enumerate(order):
+            if op in needed and needed[op].weights_received not in done:
+                raise PlanError(f"{op} stands before its weights:\n{_grid(plan, rank, index)}")
+            if op in returned and not returned[op].operations(plan.last_kind) <= done:
+                raise PlanError(f"{op} stands before its gradients are complete:\n{_grid(plan, rank, index)}")
+            done.add(op)
 
 
 def _check_pairwise_order(plan: Plan) -> None:

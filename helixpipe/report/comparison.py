@@ -195,16 +195,26 @@ def _grouped(plan: Plan, waits: Sequence[Sequence[Span]]) -> list[Wait]:
     count: Counter[tuple[int, str]] = Counter()
     for rank, spans in enumerate(waits):
         for op, start, end in spans:
-            names = plan.segment_names[op.segment], plan.segment_names[op.segment + 1]
-            arrow = "->" if op.kind is Kind.RECV_F else "<-"
-            what = "activations" if op.kind is Kind.RECV_F else "gradients"
-            key = rank, f"{what} {names[0]}{arrow}{names[1]} from rank {op.peer}"
+            key = rank, f"{_content(plan, op)} from rank {op.peer}"
             total[key] += end - start  # type: ignore[assignment]
             count[key] += 1
     return [
         Wait(rank, message, count[rank, message], milliseconds)
         for (rank, message), milliseconds in sorted(total.items(), key=lambda item: -item[1])
     ]
+
+
+def _content(plan: Plan, receive: Operation) -> str:
+    """What a message carries, by the names of the segments that it concerns."""
+    name = plan.segment_names[receive.segment]
+    if receive.kind is Kind.RECV_P:
+        return f"weights of {name}"
+    if receive.kind is Kind.RECV_G:
+        return f"gradients of weights of {name}"
+    following = plan.segment_names[receive.segment + 1]
+    if receive.kind is Kind.RECV_F:
+        return f"activations {name}->{following}"
+    return f"gradients {name}<-{following}"
 
 
 def verdict(found: Comparison) -> list[str]:

@@ -32,6 +32,7 @@ _KINDS = {
     Role.ATTENTION_BACKWARD: Kind.B,
     Role.WEIGHT: Kind.W,
 }
+_MESSAGES = (Kind.RECV_F, Kind.RECV_B, Kind.RECV_P, Kind.RECV_G)  # numbered alike in model.js
 _DIGITS = 8  # of times in the page: a tick is at most this small a part of the makespan
 _LEVELS = 1_000_000  # steps of a memory curve
 _KEY_RANKS = 8  # rank colours that a legend explains; the others lie between them
@@ -242,13 +243,13 @@ def _span_numbers(spans: Iterable[Span], timeline: Timeline, clock: _Ticks) -> l
 
 
 def _wait_numbers(waits: Iterable[Span], clock: _Ticks) -> list[int]:
-    """Edge, 1 for a gradient, micro batch, sender, gap since the last end, duration; and so on."""
+    """Segment, kind as in ``_MESSAGES``, micro batch, sender, gap since the last end, duration; and so on."""
     numbers: list[int] = []
     last = 0
     for op, start_ms, end_ms in waits:
         start, end = clock(start_ms), clock(end_ms)
         peer = -1 if op.peer is None else op.peer
-        numbers += (op.segment, int(op.kind is Kind.RECV_B), op.micro_batch, peer, start - last, end - start)
+        numbers += (op.segment, _MESSAGES.index(op.kind), op.micro_batch, peer, start - last, end - start)
         last = end
     return numbers
 

@@ -156,7 +156,12 @@ def _longest_wait(timeline: Timeline) -> _Entry:
 
 
 def _consumer(receive: Operation) -> Operation:
-    """What computes with a message. Its text form names the edge: F stands behind it, B before it."""
+    """What computes with a message. Its text form names the edge: F stands behind it, B before it.
+
+    Weights on loan are for the segment that they name, and their gradients come from there.
+    """
+    if receive.kind is Kind.RECV_P:
+        return Operation(receive.segment, Kind.F, receive.micro_batch)
     if receive.kind is Kind.RECV_F:
         return Operation(receive.segment + 1, Kind.F, receive.micro_batch)
     return Operation(receive.segment, Kind.B, receive.micro_batch)

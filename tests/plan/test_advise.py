@@ -94,7 +94,7 @@ def test_the_best_is_the_fastest_that_runs(long):
         "--num-layers-per-virtual-pipeline-stage 1",
     ]
     short = advise(job(seq_length=32768))
-    assert short.best.candidate.label == "helix fold=2 core"
+    assert short.best.candidate.label == "helix fold=2 block"
 
 
 def test_more_recomputation_only_where_memory_forces_it():

@@ -31,6 +31,10 @@ def test_text_round_trip(operation):
         ("4RECV_F2@0", Operation(4, Kind.RECV_F, 2, 0)),
         ("12SEND_B3@15", Operation(12, Kind.SEND_B, 3, 15)),
         ("12RECV_B3@14", Operation(12, Kind.RECV_B, 3, 14)),
+        ("3SEND_P8@1", Operation(3, Kind.SEND_P, 8, 1)),
+        ("3RECV_P8@0", Operation(3, Kind.RECV_P, 8, 0)),
+        ("3SEND_G8@0", Operation(3, Kind.SEND_G, 8, 0)),
+        ("3RECV_G8@1", Operation(3, Kind.RECV_G, 8, 1)),
     ],
 )
 def test_text_form_is_the_documented_one(text, operation):

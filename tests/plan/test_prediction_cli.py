@@ -44,8 +44,8 @@ def test_advise_prints_a_ranked_table_and_the_arguments(capsys):
     assert [int(row.split()[0]) for row in rows] == list(range(1, len(rows) + 1))
     assert "Rejected:" in lines
     assert any(line.startswith("Context parallelism (context-parallel ring)") for line in lines)
-    assert lines[-2] == "Fastest that runs: interleaved v=4. Use:"
-    assert lines[-1].split()[:2] == ["--pipeline-schedule", "interleaved"]
+    assert lines[-2] == "Fastest that runs: helix fold=1 block. Use:"
+    assert lines[-1].split()[:2] == ["--pipeline-schedule", "helix"]
 
 
 def test_advise_on_a_profile(capsys, profile_file):

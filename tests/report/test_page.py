@@ -139,7 +139,7 @@ def test_page_holds_every_operation_wait_and_level(schedule, tmp_path):
             assert time * tick == pytest.approx(span.end_ms, abs=1e-6)
     for numbers, waits in zip(shown["waits"], timeline.waits, strict=True):
         fields = list(zip(*[iter(numbers)] * 6, strict=True))
-        names = [f"{edge}RECV_{'FB'[back]}{i}@{peer}" for edge, back, i, peer, _, _ in fields]
+        names = [f"{edge}RECV_{'FBPG'[kind]}{i}@{peer}" for edge, kind, i, peer, _, _ in fields]
         assert names == [str(wait.operation) for wait in waits]
         assert sum(field[5] for field in fields) * tick == pytest.approx(sum(w[2] - w[1] for w in waits))
     for numbers, peak in zip(shown["memory"], timeline.peak_bytes, strict=True):

@@ -20,7 +20,6 @@ RUNNABLE: Mapping[str, frozenset[Recompute]] = {
     **dict.fromkeys(("1f1b", "interleaved", "gpipe", "zb-h1", *_V_SHAPED), _MEGATRON),
     "helix": frozenset((Recompute.NONE,)),
 }
-RUNNABLE_RANGES = ("core",)
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,6 @@ class Candidate:
         """What pretrain_gpt.py cannot execute of it, in a word; empty if it can."""
         if self.schedule not in RUNNABLE:
             return "schedule"
-        if self.options.get("attention_range", RUNNABLE_RANGES[0]) not in RUNNABLE_RANGES:
-            return "range"
         if self.recompute not in RUNNABLE[self.schedule]:
             return "recompute"
         if self.tied and self.schedule in _V_SHAPED:

@@ -10,7 +10,7 @@ from math import sqrt
 from typing import NamedTuple
 
 from helixpipe.plan.cost_model.pieces import PieceCost, Pieces
-from helixpipe.plan.cost_model.work import LAYER_PIECES
+from helixpipe.plan.cost_model.work import LAYER_PIECES, Workload
 from helixpipe.plan.costs import ANY_EDGE, Costs, RankCost, SegmentCost
 from helixpipe.plan.plan import Plan
 
@@ -268,8 +268,7 @@ def _helix_costs(
         "last": builder.segment([cut.post, _HEAD]),
     }
     # Borrowed weights travel once per slot and direction, with the first of its micro batches.
-    borrowed = {"core": (), "qkv": ("qkv",), "block": ("qkv", "proj")}[attention_range]
-    weights = sum(builder.workload.parameters[piece] for piece in borrowed)
+    weights = _lent_parameters(builder.workload, attention_range)
     into = builder.message_bytes(cut.into, weights // int(plan.parameters["num_fold"]))
     out = builder.message_bytes(cut.out)
     messages = {f"{name}->attention": into for name in ("first", "middle")}
@@ -308,12 +307,46 @@ def _equal_time_cut(share: float, linear: float, core: float) -> float:
 def _rank_costs(pieces: Pieces, plan: Plan) -> tuple[RankCost, ...]:
     return tuple(
         RankCost(
-            static_bytes=pieces.workload.static_bytes(parameters),
+            static_bytes=pieces.workload.static_bytes(parameters) + borrowed,
             gradient_reduction_ms=pieces.reduction_ms(parameters),
             optimizer_ms=pieces.optimizer_ms(parameters),
         )
-        for parameters in rank_parameters(pieces, plan)
+        for parameters, borrowed in zip(
+            rank_parameters(pieces, plan), _borrowed_bytes(pieces, plan), strict=True
+        )
     )
+
+
+def _lent_parameters(workload: Workload, attention_range: str) -> int:
+    """Matrix weights that one loan moves."""
+    lent = {"core": (), "qkv": ("qkv",), "block": ("qkv", "proj")}[attention_range]
+    return sum(workload.parameters[piece] for piece in lent)
+
+
+def _borrowed_bytes(pieces: Pieces, plan: Plan) -> list[int]:
+    """What each rank holds of others' weights when forward turns into backward: all loans of a round."""
+    held = [0] * plan.num_ranks
+    if not plan.loans:
+        return held
+    workload = pieces.workload
+    lent = {
+        "attention": _lent_parameters(workload, str(plan.parameters["attention_range"])),
+        "last": _helix_shares(workload, plan)["last"] + workload.parameters["head"],
+    }
+    round_size = plan.num_ranks * int(plan.parameters["num_fold"])
+    for loan in plan.loans:
+        if loan.micro_batches[0] < round_size:
+            held[loan.borrower] += lent[plan.segment_names[loan.segment]] * workload.element_bytes
+    return held
+
+
+def _helix_shares(workload: Workload, plan: Plan) -> dict[str, int]:
+    """Matrix weights of layers that belong to each kind of segment; attention's to the one before it."""
+    counts = workload.parameters
+    is_block = plan.parameters["attention_range"] == "block"
+    before = counts["qkv"] + (counts["proj"] if is_block else 0)
+    after = counts["fc1"] + counts["fc2"] + (0 if is_block else counts["proj"])
+    return {"first": before, "attention": 0, "middle": after + before, "last": after}
 
 
 def rank_parameters(pieces: Pieces, plan: Plan) -> list[int]:
@@ -322,12 +355,7 @@ def rank_parameters(pieces: Pieces, plan: Plan) -> list[int]:
     per_rank = [0] * plan.num_ranks
     last = plan.num_segments - 1
     if "attention" in plan.segment_names:
-        shares = {
-            "first": counts["qkv"],
-            "attention": 0,
-            "middle": counts["proj"] + counts["fc1"] + counts["fc2"] + counts["qkv"],
-            "last": counts["proj"] + counts["fc1"] + counts["fc2"],
-        }
+        shares = _helix_shares(pieces.workload, plan)
         for segment, name in enumerate(plan.segment_names):
             per_rank[plan.rank_of(segment, 0)] += shares[name]
     else:

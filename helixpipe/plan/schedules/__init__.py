@@ -42,7 +42,7 @@ SCHEDULES: Mapping[str, Schedule] = {
     "v-min": Schedule(v_min.plan),
     "dualpipe-v": Schedule(dualpipe_v.plan),
     "seq1f1b": Schedule(seq1f1b.plan, frozenset({"num_slices"})),
-    "helix": Schedule(helix.plan, frozenset({"num_fold", "attention_range"})),
+    "helix": Schedule(helix.plan, frozenset({"num_fold", "attention_range", "head_placement"})),
 }
 
 __all__ = ["SCHEDULES", "Schedule", "ScheduleRequest"]

@@ -9,6 +9,7 @@ from helixpipe.plan.operation import Operation
 from helixpipe.plan.plan import Parameter, Plan
 
 ATTENTION_RANGES = ("core", "qkv", "block")
+HEAD_PLACEMENTS = ("first", "spread")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,7 @@ class ScheduleRequest:
         num_fold: helix: micro batches that share a slot (2 hides every message behind compute).
         virtual_stages: interleaved: model chunks per rank.
         attention_range: helix: pieces that the attention rank runs, ``core``, ``qkv`` or ``block``.
+        head_placement: helix: the last segment of every slot on the ``first`` rank, or ``spread`` over all.
         num_slices: seq1f1b: slices of each sequence, which is a micro batch of the request.
     """
 
@@ -32,6 +34,7 @@ class ScheduleRequest:
     virtual_stages: int | None = None
     attention_range: str | None = None
     num_slices: int | None = None
+    head_placement: str | None = None
 
     def __post_init__(self) -> None:
         named = {
@@ -45,11 +48,12 @@ class ScheduleRequest:
         for name, value in named.items():
             if value < 1:
                 raise ValueError(f"the {name} must be at least 1, not {value}")
-        if self.attention_range not in (None, *ATTENTION_RANGES):
-            raise ValueError(
-                f"unknown attention range {self.attention_range!r}; "
-                f"choose one of {', '.join(ATTENTION_RANGES)}"
-            )
+        for what, choice, choices in (
+            ("attention range", self.attention_range, ATTENTION_RANGES),
+            ("head placement", self.head_placement, HEAD_PLACEMENTS),
+        ):
+            if choice not in (None, *choices):
+                raise ValueError(f"unknown {what} {choice!r}; choose one of {', '.join(choices)}")
 
 
 def require_multiple(value: int, factor: int, what: str, of_what: str) -> None:

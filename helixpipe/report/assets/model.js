@@ -1,5 +1,8 @@
 // The data of the page: schedules as typed arrays, and what can be asked of them.
 
+// Kinds of messages, by their numbers in the page's data.
+const MESSAGES = ["RECV_F", "RECV_B", "RECV_P", "RECV_G"];
+
 const page = JSON.parse(document.getElementById("data").textContent);
 
 class Schedule {
@@ -51,7 +54,7 @@ class Schedule {
     const edge = row.segment[index] - (kind === "F" ? 1 : 0);
     for (let i = lastUpTo(waits.start, row.start[index]); i >= 0; i--) {
       const same = waits.edge[i] === edge && waits.microBatch[i] === row.microBatch[index];
-      if (same && waits.backward[i] === (kind === "B" ? 1 : 0)) return i;
+      if (same && waits.kind[i] === MESSAGES.indexOf(`RECV_${kind}`)) return i;
       if (index > 0 && waits.end[i] < row.start[index - 1]) break;
     }
     return -1;
@@ -103,11 +106,11 @@ function decodeSpans(numbers, tick) {
 
 function decodeWaits(numbers, tick) {
   const length = numbers.length / 6;
-  const row = { length, edge: [], backward: [], microBatch: [], peer: [], start: new Float64Array(length), end: new Float64Array(length) };
+  const row = { length, edge: [], kind: [], microBatch: [], peer: [], start: new Float64Array(length), end: new Float64Array(length) };
   let time = 0;
   for (let i = 0, at = 0; i < length; i++, at += 6) {
     row.edge.push(numbers[at]);
-    row.backward.push(numbers[at + 1]);
+    row.kind.push(numbers[at + 1]);
     row.microBatch.push(numbers[at + 2]);
     row.peer.push(numbers[at + 3]);
     row.start[i] = (time += numbers[at + 4]) * tick;
@@ -179,7 +182,7 @@ function describeIdle(schedule, rank, time) {
 }
 
 function waitText(waits, i) {
-  const kind = waits.backward[i] ? "RECV_B" : "RECV_F";
+  const kind = MESSAGES[waits.kind[i]];
   const from = waits.peer[i] < 0 ? "" : `@${waits.peer[i]}`;
   return `${milliseconds(waits.end[i] - waits.start[i])} for ${waits.edge[i]}${kind}${waits.microBatch[i]}${from}`;
 }
