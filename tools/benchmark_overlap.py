@@ -71,6 +71,7 @@ class SleepingSegments:
     def __init__(self, case: Case, message_elements: int) -> None:
         self.plan, self.costs = case.plan, case.costs
         self.weight_gradients = DeferredWeightGradients()
+        self.lending = None
         self._layout = MessageLayout((torch.Size((message_elements,)),), torch.float64)
 
     def layout(self, edge: int) -> MessageLayout:

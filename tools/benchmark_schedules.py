@@ -186,7 +186,7 @@ def _random_batches(args: argparse.Namespace, seed: int) -> Iterator[dict[str, t
 def _iteration(contender: Contender, round_number: int) -> Sample:
     name, args, schedule, state = contender
     parallel_state.set_virtual_pipeline_model_parallel_world_size(args.virtual_stages)
-    data = _random_batches(args, round_number) if needs_data(name) else None
+    data = _random_batches(args, round_number) if needs_data(name, args.head_placement) else None
     for chunk in state.model:
         chunk.zero_grad_buffer()  # type: ignore[operator]
     state.optimizer.zero_grad()

@@ -1,14 +1,17 @@
 """A GPT split into segments around its attention, with Megatron's modules and parameter names.
 
-A layer's pieces are norm1, qkv | core | proj, norm2, mlp. Segment ``2l`` holds what stands between the core
-of layer ``l-1`` and that of layer ``l`` (the first begins with the embedding, the last ends with the head and
-the loss), segment ``2l+1`` the core of layer ``l``, which has no weights and may run anywhere.
+A layer's pieces are norm1, qkv, core, proj, norm2, mlp. Segment ``2l+1`` holds the attention range of layer
+``l``: the core alone, which has no weights, or qkv and core, or all from norm1 to proj. Segment ``2l`` holds
+what stands between the ranges of layers ``l-1`` and ``l`` (the first begins with the embedding, the last
+ends with the head and the loss). An attention segment may run anywhere: the rank of segment ``2l`` owns the
+weights of both, and lends those of segment ``2l+1``. The last segment may be lent in the same way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from typing import Any
 
 import torch
@@ -24,8 +27,9 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor
+from torch.func import functional_call
 
-from helixpipe.layers.spec import LayerPart, final_norm, layer_spec, partial_layer_spec
+from helixpipe.layers.spec import ATTENTION_PARTS, LayerPart, final_norm, layer_spec, partial_layer_spec
 
 Tensors = tuple[Tensor, ...]
 
@@ -60,9 +64,7 @@ class SegmentedDecoder(MegatronModule):
         )
         self.final_layernorm: torch.nn.Module | None = None
         if norm is not None:
-            self.final_layernorm = build_module(
-                norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
-            )
+            self.final_layernorm = _build_norm(config, norm)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -88,6 +90,40 @@ class SegmentedDecoder(MegatronModule):
         return state
 
 
+class _Guest(torch.nn.Module):
+    """Modules without weights: every call brings along those that some rank owns.
+
+    Megatron builds modules with their weights; these give theirs up at once.
+
+    Args:
+        modules: by name; built with :func:`_guest_config`.
+    """
+
+    def __init__(self, **modules: torch.nn.Module) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module.to_empty(device="meta"))
+        self.names = [name for name, _ in self.named_parameters()]
+
+    def compute(
+        self, function: Callable[..., Tensors], weights: Sequence[Tensor], *arguments: Any
+    ) -> Tensors:
+        """``function(*modules, *arguments)`` with these weights in the modules, in the order of ``names``."""
+        named = dict(zip(self.names, weights, strict=True))
+        return functional_call(self, named, (function, *arguments))
+
+    def forward(self, function: Callable[..., Tensors], *arguments: Any) -> Tensors:
+        """Not to be called but by :meth:`compute`, which puts the weights in their places."""
+        return function(*self.children(), *arguments)
+
+
+def _guest_config(config: TransformerConfig) -> TransformerConfig:
+    config = copy(config)
+    # A fused accumulation would look for the main_grad of a weight that is not this rank's.
+    config.gradient_accumulation_fusion = False
+    return config
+
+
 class SegmentedGPTModel(LanguageModule):
     """One rank's share of a GPT that runs by segments.
 
@@ -99,6 +135,8 @@ class SegmentedGPTModel(LanguageModule):
         owned_segments: the even segments whose weights are on this rank.
         vocab_size: padded vocabulary size.
         max_sequence_length: longest sequence, for learned positions.
+        attention_range: what attention segments hold: ``core``, ``qkv`` or ``block``.
+        lends_head: the last segment, too, runs on other ranks than its weights'.
         share_embeddings_and_output_weights: tie the head to the embedding; both segments must be here.
         position_embedding_type: ``learned_absolute``, ``rope`` or ``none``.
         rotary_percent, rotary_base, seq_len_interpolation_factor: of rotary positions.
@@ -115,6 +153,8 @@ class SegmentedGPTModel(LanguageModule):
         vocab_size: int,
         max_sequence_length: int,
         *,
+        attention_range: str = "core",
+        lends_head: bool = False,
         share_embeddings_and_output_weights: bool = False,
         position_embedding_type: str = "learned_absolute",
         rotary_percent: float = 1.0,
@@ -152,26 +192,23 @@ class SegmentedGPTModel(LanguageModule):
                 cp_group=self.pg_collection.cp,
             )
         spec = layer_spec(config, implementation)
+        self._attention_part = ATTENTION_PARTS[attention_range]
         self.decoder = SegmentedDecoder(
             config,
             spec,
-            owned_parts(config.num_layers, owned_segments),
+            owned_parts(config.num_layers, owned_segments, self._attention_part),
             final_norm(implementation) if self.post_process else None,
         )
+        # By segment, attention under 1; in a dictionary, as they are no submodules: they have no weights.
+        self._guests: dict[int, _Guest] = {}
+        if self._attention_part:
+            self._guests[1] = self._attention_guest(spec)
+        if lends_head:
+            self._guests[self.num_segments - 1] = self._last_guest(spec, final_norm(implementation))
         # Every rank runs the core attention of every layer; it has no weights and is no submodule.
         self._cores = [self._build_core(spec, number) for number in range(config.num_layers)]
         if self.post_process:
-            self.output_layer = tensor_parallel.ColumnParallelLinear(
-                config.hidden_size,
-                vocab_size,
-                config=config,
-                init_method=config.init_method,
-                bias=False,
-                skip_bias_add=False,
-                gather_output=False,
-                skip_weight_param_allocation=share_embeddings_and_output_weights,
-                tp_group=self.pg_collection.tp,
-            )
+            self.output_layer = self._build_output_layer(config, share_embeddings_and_output_weights)
         self._mark_embedding_parameters()
 
     def _build_core(self, spec: ModuleSpec, number: int) -> torch.nn.Module:
@@ -183,6 +220,36 @@ class SegmentedGPTModel(LanguageModule):
             attention_type="self",
             softmax_scale=self.config.softmax_scale,
             pg_collection=self.pg_collection,
+        )
+
+    def _build_output_layer(
+        self, config: TransformerConfig, is_tied: bool
+    ) -> tensor_parallel.ColumnParallelLinear:
+        return tensor_parallel.ColumnParallelLinear(
+            config.hidden_size,
+            self.vocab_size,
+            config=config,
+            init_method=config.init_method,
+            bias=False,
+            skip_bias_add=False,
+            gather_output=False,
+            skip_weight_param_allocation=is_tied,
+            tp_group=self.pg_collection.tp,
+        )
+
+    def _attention_guest(self, spec: ModuleSpec) -> _Guest:
+        config = _guest_config(self.config)
+        part = partial_layer_spec(spec, self._attention_part)
+        return _Guest(layer=build_module(part, config=config, layer_number=1))
+
+    def _last_guest(self, spec: ModuleSpec, norm: type) -> _Guest:
+        config = _guest_config(self.config)
+        part = partial_layer_spec(spec, LayerPart.POST & ~self._attention_part)
+        return _Guest(
+            layer=build_module(part, config=config, layer_number=1),
+            final_layernorm=_build_norm(config, norm),
+            # The weight is borrowed either way, from the embedding where it is tied.
+            output_layer=self._build_output_layer(config, is_tied=False),
         )
 
     def _mark_embedding_parameters(self) -> None:
@@ -214,6 +281,7 @@ class SegmentedGPTModel(LanguageModule):
         tokens: Tensor | None = None,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
+        borrowed: Sequence[Tensor] | None = None,
     ) -> Tensors:
         """Run one segment of one micro batch.
 
@@ -222,32 +290,71 @@ class SegmentedGPTModel(LanguageModule):
             inputs: what the previous segment returned; empty for segment 0.
             tokens, position_ids: [b, s], for segment 0.
             labels: [b, s], for the last segment; None returns logits instead of losses.
+            borrowed: weights for a segment whose own weights are elsewhere, as :meth:`lent_parameters` gives
+                them there.
 
         Returns:
-            Even segments: query [s, b, heads, d], key and value [s, b, groups, d], residual [s, b, h].
-            Odd segments: attention output [s, b, heads * d], residual. Last segment: losses [b, s] in
-            fp32, or logits [b, s, vocab]. Sizes are per tensor-parallel rank; with sequence parallelism
-            the residual holds this rank's part of s.
+            Even segments: what the attention range starts from: query [s, b, heads, d], key and value
+            [s, b, groups, d], residual [s, b, h] for ``core``; norm1's output and residual, [s, b, h] each,
+            for ``qkv``; the hidden state [s, b, h] for ``block``.
+            Odd segments: attention output [s, b, heads * d], residual; for ``block`` the hidden state.
+            Last segment: losses [b, s] in fp32, or logits [b, s, vocab]. Sizes are per tensor-parallel
+            rank; with sequence parallelism what has size h holds this rank's part of s.
         """
-        layer, is_attention = divmod(segment, 2)
+        number, is_attention = divmod(segment, 2)
         if is_attention:
-            query, key, value, residual = inputs
-            core = self._cores[layer]
-            return core(query, key, value, None, attn_mask_type=AttnMaskType.causal), residual
+            if borrowed is not None:
+                return self._guests[1].compute(self._run_attention, borrowed, number, inputs)
+            layer = self.decoder.layers[str(number)] if self._attention_part else None
+            return self._run_attention(layer, number, inputs)
+        if segment == self.num_segments - 1:
+            if borrowed is not None:
+                return self._guests[segment].compute(self._run_last, borrowed, inputs, labels)
+            return self._run_last(*self._last_modules(), inputs, labels)
         if segment == 0:
-            hidden = self.embedding(input_ids=tokens, position_ids=position_ids)
-            with self._random_state():
-                return self._before_attention(layer, hidden)
-        with self._random_state():
-            hidden = self._after_attention(layer - 1, *inputs)
-            if segment < self.num_segments - 1:
-                return self._before_attention(layer, hidden)
-        return (self._head(hidden, labels),)
+            values: Tensors = (self.embedding(input_ids=tokens, position_ids=position_ids),)
+        else:
+            after = LayerPart.POST & ~self._attention_part
+            values = self._run_parts(self.decoder.layers[str(number - 1)], after, inputs)
+        before = LayerPart.PRE & ~self._attention_part
+        return self._run_parts(self.decoder.layers[str(number)], before, values)
+
+    def lent_parameters(self, segment: int) -> list[torch.nn.Parameter]:
+        """This rank's parameters of an attention segment, or of the last, which other ranks borrow."""
+        guest = self._guest(segment)
+        own: tuple[Any, ...]
+        if segment == self.num_segments - 1:
+            own = self._last_modules()
+        else:
+            own = (self.decoder.layers[str(segment // 2)],)
+        places = dict(zip((name for name, _ in guest.named_children()), own, strict=True))
+        parameters = []
+        for name in guest.names:
+            module, _, inner = name.partition(".")
+            if module == "output_layer" and self.share_embeddings_and_output_weights:
+                parameters.append(self.embedding.word_embeddings.weight)
+            else:
+                parameters.append(places[module].get_parameter(inner))
+        return parameters
+
+    def lent_shapes(self, segment: int) -> list[torch.Size]:
+        """Shapes of :meth:`lent_parameters`, also where the segment's weights are elsewhere."""
+        return [parameter.shape for parameter in self._guest(segment).parameters()]
+
+    def _last_modules(self) -> tuple[Any, torch.nn.Module, torch.nn.Module]:
+        """What the last segment runs, in the order of its guest's modules."""
+        assert self.decoder.final_layernorm is not None
+        layer = self.decoder.layers[str(self.config.num_layers - 1)]
+        return layer, self.decoder.final_layernorm, self.output_layer
+
+    def _guest(self, segment: int) -> _Guest:
+        assert segment % 2 or segment == self.num_segments - 1, "only attention and the head are lent"
+        return self._guests[1 if segment % 2 else segment]
 
     def train(self, mode: bool = True) -> SegmentedGPTModel:
-        """Switch dropout on or off, in the core attention too."""
-        for core in self._cores:
-            core.train(mode)
+        """Switch dropout on or off, also in what is no submodule."""
+        for module in (*self._cores, *self._guests.values()):
+            module.train(mode)
         return super().train(mode)
 
     def _random_state(self) -> AbstractContextManager[Any]:
@@ -256,33 +363,58 @@ class SegmentedGPTModel(LanguageModule):
             return tensor_parallel.get_cuda_rng_tracker().fork()
         return nullcontext()
 
-    def _before_attention(self, number: int, hidden: Tensor) -> Tensors:
-        layer: TransformerLayer = self.decoder.layers[str(number)]
-        normed = layer.input_layernorm(hidden)
+    def _run_attention(self, layer: TransformerLayer | None, number: int, inputs: Tensors) -> Tensors:
+        """The attention range of layer ``number``, with the weights of ``layer`` where it has any."""
+        *attended, residual = self._run_parts(layer, LayerPart.PRE & self._attention_part, inputs)
+        output = self._cores[number](*attended, None, attn_mask_type=AttnMaskType.causal)
+        return self._run_parts(layer, LayerPart.POST & self._attention_part, (output, residual))
+
+    def _run_parts(self, layer: TransformerLayer | None, part: LayerPart, values: Tensors) -> Tensors:
+        """Consecutive parts of a layer: each takes what the one before it returns."""
+        if not part:
+            return values
+        assert layer is not None
+        with self._random_state():
+            if LayerPart.NORM1 in part:
+                values = (layer.input_layernorm(*values), *values)
+            if LayerPart.QKV in part:
+                values = self._query_key_value(layer, *values)
+            if LayerPart.PROJ in part:
+                values = (self._project(layer, *values),)
+            if LayerPart.MLP in part:
+                values = (layer._forward_mlp(*values),)
+        return values
+
+    def _query_key_value(self, layer: TransformerLayer, normed: Tensor, residual: Tensor) -> Tensors:
         query, key, value = layer.self_attention.get_query_key_value_tensors(normed)
         if self.rotary_pos_emb is not None:
             angles = self.rotary_pos_emb(query.shape[0])
             group = self.pg_collection.cp
             query = apply_rotary_pos_emb(query, angles, config=self.config, cp_group=group)
             key = apply_rotary_pos_emb(key, angles, config=self.config, cp_group=group)
-        return query, key, value, hidden
+        return query, key, value, residual
 
-    def _after_attention(self, number: int, attention_output: Tensor, residual: Tensor) -> Tensor:
-        layer: TransformerLayer = self.decoder.layers[str(number)]
+    def _project(self, layer: TransformerLayer, attention_output: Tensor, residual: Tensor) -> Tensor:
         projected = layer.self_attention.linear_proj(attention_output)
         add = layer.self_attn_bda(self.training, self.config.bias_dropout_fusion)
-        hidden = add(projected, residual, layer.hidden_dropout)
-        return layer._forward_mlp(hidden)
+        return add(projected, residual, layer.hidden_dropout)
 
-    def _head(self, hidden: Tensor, labels: Tensor | None) -> Tensor:
-        assert self.decoder.final_layernorm is not None
-        hidden = self.decoder.final_layernorm(hidden)
-        tied = self.share_embeddings_and_output_weights
-        weight = self.embedding.word_embeddings.weight if tied else None
-        logits, _ = self.output_layer(hidden, weight=weight)
+    def _run_last(
+        self,
+        layer: TransformerLayer,
+        final_layernorm: torch.nn.Module,
+        output_layer: torch.nn.Module,
+        inputs: Tensors,
+        labels: Tensor | None,
+    ) -> Tensors:
+        """What follows the last attention; a head without a weight of its own uses the embedding's."""
+        (hidden,) = self._run_parts(layer, LayerPart.POST & ~self._attention_part, inputs)
+        hidden = final_layernorm(hidden)
+        weight = self.embedding.word_embeddings.weight if output_layer.weight is None else None
+        logits, _ = output_layer(hidden, weight=weight)
         if labels is None:
-            return logits.transpose(0, 1).contiguous()
-        return self.compute_language_model_loss(labels, logits)
+            return (logits.transpose(0, 1).contiguous(),)
+        return (self.compute_language_model_loss(labels, logits),)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -306,24 +438,40 @@ class SegmentedGPTModel(LanguageModule):
         groups = max(config.num_query_groups // tp, 1)
         residual_length = seq_length // tp if config.sequence_parallel else seq_length
         residual = torch.Size((residual_length, micro_batch_size, config.hidden_size))
+        if LayerPart.NORM1 in self._attention_part:
+            return [residual]
         if edge % 2:
             return [torch.Size((seq_length, micro_batch_size, heads * config.kv_channels)), residual]
+        if LayerPart.QKV in self._attention_part:
+            return [residual, residual]
         query = torch.Size((seq_length, micro_batch_size, heads, config.kv_channels))
         key = torch.Size((seq_length, micro_batch_size, groups, config.kv_channels))
         return [query, key, key, residual]
 
 
-def owned_parts(num_layers: int, owned_segments: Collection[int]) -> dict[int, LayerPart]:
-    """Which part of which layer belongs to the given even segments."""
+def _build_norm(config: TransformerConfig, norm: type) -> torch.nn.Module:
+    return build_module(norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+
+
+def owned_parts(
+    num_layers: int, owned_segments: Collection[int], attention_part: LayerPart
+) -> dict[int, LayerPart]:
+    """Which part of which layer belongs to the given even segments.
+
+    Args:
+        num_layers: L.
+        owned_segments: others than even ones own nothing.
+        attention_part: what attention segments hold; it belongs to the segment before.
+    """
     parts: dict[int, LayerPart] = {}
     for segment in owned_segments:
         if segment % 2:
             continue
         layer = segment // 2
         if layer < num_layers:
-            parts[layer] = parts.get(layer, LayerPart(0)) | LayerPart.PRE
+            parts[layer] = parts.get(layer, LayerPart(0)) | LayerPart.PRE | attention_part
         if layer > 0:
-            parts[layer - 1] = parts.get(layer - 1, LayerPart(0)) | LayerPart.POST
+            parts[layer - 1] = parts.get(layer - 1, LayerPart(0)) | (LayerPart.POST & ~attention_part)
     return parts
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from copy import deepcopy
 from enum import Flag, auto
 
@@ -22,11 +23,23 @@ TRANSFORMER_ENGINE = "transformer_engine"
 
 
 class LayerPart(Flag):
-    """The parts of a layer on either side of its core attention."""
+    """The parts of a layer around its core attention."""
 
-    PRE = auto()  # norm1, qkv
-    POST = auto()  # proj, norm2, mlp
+    NORM1 = auto()
+    QKV = auto()
+    PROJ = auto()  # and the residual addition
+    MLP = auto()  # norm2, mlp and the residual addition
+    PRE = NORM1 | QKV
+    POST = PROJ | MLP
     WHOLE = PRE | POST
+
+
+# What an attention segment runs beside the core attention itself, by attention range.
+ATTENTION_PARTS: Mapping[str, LayerPart] = {
+    "core": LayerPart(0),
+    "qkv": LayerPart.QKV,
+    "block": LayerPart.NORM1 | LayerPart.QKV | LayerPart.PROJ,
+}
 
 
 def default_implementation() -> str:
@@ -77,12 +90,15 @@ def partial_layer_spec(spec: ModuleSpec, part: LayerPart) -> ModuleSpec:
     """``spec`` with the modules outside ``part`` replaced by identities, which own no parameters."""
     spec = deepcopy(spec)
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
-    if LayerPart.PRE not in part:
+    if LayerPart.NORM1 not in part:
         layer.input_layernorm = IdentityOp
+    if LayerPart.QKV not in part:
         attention.linear_qkv = attention.core_attention = IdentityOp
         attention.q_layernorm = attention.k_layernorm = IdentityOp
-    if LayerPart.POST not in part:
+    if LayerPart.PROJ not in part:
         attention.linear_proj = IdentityOp
-        layer.self_attn_bda = layer.mlp_bda = IdentityFuncOp
+        layer.self_attn_bda = IdentityFuncOp
+    if LayerPart.MLP not in part:
+        layer.mlp_bda = IdentityFuncOp
         layer.pre_mlp_layernorm = layer.mlp = IdentityOp
     return spec

@@ -37,7 +37,7 @@ class ModelSegments(Segments, Protocol):
 
     Attributes:
         result: what the iteration has given so far.
-        has_shared_weights: True if a weight of this rank is used by two segments.
+        has_shared_weights: True if a weight of this rank is used by two segments, or by other ranks.
     """
 
     result: IterationResult
@@ -184,26 +184,28 @@ class PlannedForwardBackward:
 
 
 class HelixForwardBackward(PlannedForwardBackward):
-    """The helix schedule: a model cut at its attention, with the loss on pipeline rank 0.
+    """The helix schedule: a model cut at its attention, with the loss on pipeline rank 0 or on all.
 
     Args:
         num_fold: micro batches per slot.
-        attention_range: only ``core`` is executed; the other ranges are planned.
+        attention_range: pieces that the attention rank runs, the range that the model was built for.
+        head_placement: where the head and the loss are: on the ``first`` rank, or ``spread`` over all, each
+            of which then reads the data and returns the losses of its own micro batches.
         clock: times the trace; chosen by the device if None.
-
-    Raises:
-        ValueError: an attention range that cannot be executed.
     """
 
     def __init__(
-        self, *, num_fold: int = 2, attention_range: str = "core", clock: Clock | None = None
+        self,
+        *,
+        num_fold: int = 2,
+        attention_range: str = "core",
+        head_placement: str = "first",
+        clock: Clock | None = None,
     ) -> None:
-        if attention_range != "core":
-            raise ValueError(
-                f"attention range {attention_range!r} can be planned but not executed; "
-                "use --attention-range core"
-            )
-        super().__init__("helix", {"num_fold": num_fold, "attention_range": attention_range}, clock=clock)
+        options = {"num_fold": num_fold, "attention_range": attention_range}
+        if head_placement != "first":
+            options["head_placement"] = head_placement
+        super().__init__("helix", options, clock=clock)
 
     def make_segments(
         self, chunks: list[torch.nn.Module], plan: Plan, size: IterationSize, dtype: torch.dtype, rank: int
@@ -211,7 +213,16 @@ class HelixForwardBackward(PlannedForwardBackward):
         """See :class:`PlannedForwardBackward`."""
         (model,) = chunks
         segmented: SegmentedGPTModel = get_attr_wrapped_model(model, "forward_segment", return_model_obj=True)
-        return GPTSegments(model, segmented, size.seq_length, size.micro_batch_size, dtype)
+        losses = plan.placement[plan.num_segments - 1]
+        return GPTSegments(
+            model,
+            segmented,
+            size.seq_length,
+            size.micro_batch_size,
+            dtype,
+            has_loans=bool(plan.loans),
+            losses_here=[micro_batch for micro_batch, home in enumerate(losses) if home == rank],
+        )
 
 
 class StageForwardBackward(PlannedForwardBackward):
@@ -291,7 +302,8 @@ def _hold_gradient_reduction(
 
     A segment's weights are complete after its last B, or its last B and its last W: both are let through,
     since norms get their gradient from the one and linear layers from the other. A weight that is used by two
-    segments defeats Megatron's count per parameter: then everything is reduced after the iteration.
+    segments defeats Megatron's count per parameter, and one on loan is complete only when its gradient has
+    come back: then everything is reduced after the iteration.
     """
     hold = get_model_config(chunks[0]).no_sync_func
     if hold is None:

@@ -83,6 +83,7 @@ def make_schedule(
         return HelixForwardBackward(
             num_fold=int(plan.parameters["num_fold"]),
             attention_range=str(plan.parameters["attention_range"]),
+            head_placement=str(plan.parameters.get("head_placement", "first")),
             clock=clock,
         )
     if name in MEGATRON_SCHEDULES:
@@ -91,7 +92,10 @@ def make_schedule(
 
 
 def owned_segments(plan: Plan, rank: int) -> list[int]:
-    """The segments with weights that a plan places on ``rank``: stages, or the even segments of helix."""
+    """The segments whose weights are on ``rank``: stages, or the even segments of helix.
+
+    A spread head belongs to the rank of its first slot.
+    """
     step = 2 if plan.schedule == "helix" else 1
     return [segment for segment in range(0, plan.num_segments, step) if plan.rank_of(segment, 0) == rank]
 
@@ -103,8 +107,10 @@ def loss_rank(name: str) -> int:
     )
 
 
-def needs_data(name: str) -> bool:
+def needs_data(name: str, head_placement: str | None = None) -> bool:
     """True if this rank's share of a schedule reads the data set (tokens or labels)."""
+    if head_placement == "spread":
+        return True
     rank = parallel_state.get_pipeline_model_parallel_rank()
     return rank in (0, loss_rank(name))
 

@@ -12,6 +12,7 @@ from megatron.core.utils import get_model_config
 from helixpipe.megatron_adapter.forward_step import IterationInput, IterationResult
 from helixpipe.plan import Kind, Plan
 from helixpipe.runtime.executor import Tensors
+from helixpipe.runtime.lending import WeightLending
 from helixpipe.runtime.message import MessageLayout
 from helixpipe.runtime.weight_gradients import DeferredWeightGradients
 
@@ -31,6 +32,7 @@ class StageSegments:
         ValueError: an option that would be ignored or wrong under a plan.
     """
 
+    lending: WeightLending | None = None  # every stage computes where its weights are
     has_shared_weights = False  # not between segments: a tied head is a copy, or in the embedding's own stage
 
     def __init__(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
 
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from helixpipe.plan.loan import Loan
 from helixpipe.plan.operation import Kind, Operation, input_of, message_of
 from helixpipe.plan.plan import Plan
 from helixpipe.runtime.communicator import Communicator, Handle
+from helixpipe.runtime.lending import WeightLending
 from helixpipe.runtime.message import MessageLayout
 from helixpipe.runtime.store import ActivationStore
 from helixpipe.runtime.trace import Trace
@@ -29,9 +31,12 @@ class Segments(Protocol):
     Attributes:
         weight_gradients: in a plan with W, the backward pass of :meth:`forward` adds to it what W is to do.
             Whatever is not added belongs to B, and a plan without W leaves nothing there.
+        lending: the weights on loan, with which :meth:`forward` computes where there are any; None for
+            segments whose plans have no loans.
     """
 
     weight_gradients: DeferredWeightGradients
+    lending: WeightLending | None
 
     def forward(self, segment: int, micro_batch: int, inputs: Tensors) -> Tensors:
         """Run a segment; the last one returns a single scalar, the loss to differentiate."""
@@ -79,6 +84,13 @@ class Executor:
     # plan cannot deadlock even if every send were waited for at once.
     MAX_UNFINISHED_SENDS = 16
 
+    # Returned gradients are waited for and added when this many more have been asked for, or at the end: the
+    # borrower may only just have sent them when their turn comes.
+    MAX_UNADDED_GRADIENTS = 2
+
+    # The direction of an edge, or of a loan, in the tag of a message.
+    _DIRECTION: Mapping[str, int] = {"F": 0, "B": 1, "P": 2, "G": 3}
+
     def __init__(
         self,
         plan: Plan,
@@ -107,6 +119,15 @@ class Executor:
         self._results: dict[Operation, Tensors] = {}
         self._incoming: dict[Operation, _Incoming] = {}
         self._outgoing: deque[_Outgoing] = deque()
+        self._returned: deque[Operation] = deque()
+        assert not plan.loans or segments.lending is not None
+        self._loans = {
+            (loan.segment, micro_batch): loan
+            for loan in plan.loans
+            if loan.borrower == self.communicator.rank
+            for micro_batch in loan.micro_batches
+        }
+        self._last_uses = {} if plan.has_backward else self._find_last_uses()
         self._dispatch: dict[Kind, Callable[[Operation], None]] = {
             Kind.F: self._forward,
             Kind.B: self._backward,
@@ -115,6 +136,10 @@ class Executor:
             Kind.SEND_B: self._send,
             Kind.RECV_F: self._receive,
             Kind.RECV_B: self._receive,
+            Kind.SEND_P: self._lend,
+            Kind.RECV_P: self._receive,
+            Kind.SEND_G: self._give_back,
+            Kind.RECV_G: self._receive_gradients,
         }
 
     def run(self) -> None:
@@ -129,13 +154,18 @@ class Executor:
             self.trace.operations.append(operation)
         while self._outgoing:
             self._outgoing.popleft().handle.wait()
+        while self._returned:
+            self._take_back()
         self.trace.stop()
         self.store.assert_empty()
         self.segments.weight_gradients.assert_empty()
+        if self.segments.lending is not None:
+            self.segments.lending.assert_empty()
         assert not self._results, f"results that nobody took: {list(self._results)}"
         assert not self._incoming, f"messages that nobody took: {list(self._incoming)}"
 
     def _forward(self, operation: Operation) -> None:
+        self._take_weights(operation)
         inputs = self._take_input(operation)
         differentiate = self.plan.has_backward
         with self.trace.compute(operation), torch.set_grad_enabled(differentiate):
@@ -146,6 +176,8 @@ class Executor:
             self.store.put((operation.segment, operation.micro_batch), _Saved(inputs, edges))
         if operation.segment + 1 < self.plan.num_segments:
             self._results[operation] = tuple(output.detach() for output in outputs)
+        if operation in self._last_uses:
+            self._lending.forget(self._last_uses[operation])
 
     def _backward(self, operation: Operation) -> None:
         # The loss is a scalar and starts the backward pass with a gradient of one.
@@ -176,11 +208,21 @@ class Executor:
             return self._results.pop(producer)
         _, receive, edge = message_of(producer)
         peer = self.plan.rank_of(producer.segment, producer.micro_batch)
-        message = Operation(edge, receive, operation.micro_batch, peer)
+        return self._wait(Operation(edge, receive, operation.micro_batch, peer))
+
+    def _wait(self, message: Operation) -> Tensors:
+        """What a message that was posted has brought."""
         incoming = self._incoming.pop(message)
         with self.trace.wait(message):
             incoming.handle.wait()
-        return self._layouts[edge].unpack(incoming.buffer)
+        return self._layout(message).unpack(incoming.buffer)
+
+    def _layout(self, message: Operation) -> MessageLayout:
+        if message.kind in (Kind.SEND_P, Kind.RECV_P):
+            return self._lending.weight_layout(message.segment)
+        if message.kind in (Kind.SEND_G, Kind.RECV_G):
+            return self._lending.gradient_layout(message.segment)
+        return self._layouts[message.segment]
 
     def _send(self, operation: Operation) -> None:
         forward = operation.kind is Kind.SEND_F
@@ -189,8 +231,11 @@ class Executor:
             Kind.F if forward else Kind.B,
             operation.micro_batch,
         )
+        self._post_send(operation, self._results.pop(producer))
+
+    def _post_send(self, operation: Operation, tensors: Tensors) -> None:
         assert operation.peer is not None
-        buffer = self._layouts[operation.segment].pack(self._results.pop(producer))
+        buffer = self._layout(operation).pack(tensors)
         handle = self.communicator.send(buffer, operation.peer, self._tag(operation))
         self._outgoing.append(_Outgoing(handle, buffer))
         if len(self._outgoing) > self.MAX_UNFINISHED_SENDS:
@@ -201,14 +246,51 @@ class Executor:
 
     def _post(self, operation: Operation) -> None:
         assert operation.peer is not None
-        buffer = self._layouts[operation.segment].empty(self.device)
+        buffer = self._layout(operation).empty(self.device)
         handle = self.communicator.receive(buffer, operation.peer, self._tag(operation))
         self._incoming[operation] = _Incoming(handle, buffer)
 
     def _tag(self, operation: Operation) -> int:
         """The same number at both ends of a message, and at no other message of the iteration."""
-        direction = operation.kind in (Kind.SEND_B, Kind.RECV_B)
-        return (operation.segment * self.plan.num_microbatches + operation.micro_batch) * 2 + direction
+        number = operation.segment * self.plan.num_microbatches + operation.micro_batch
+        return number * len(self._DIRECTION) + self._DIRECTION[operation.kind.value[-1]]
+
+    @property
+    def _lending(self) -> WeightLending:
+        assert self.segments.lending is not None
+        return self.segments.lending
+
+    def _find_last_uses(self) -> dict[Operation, Loan]:
+        """The forward after which an evaluation is done with a loan, which no message returns."""
+        last: dict[Loan, Operation] = {}
+        for operation in self._order:
+            loan = self._loans.get((operation.segment, operation.micro_batch))
+            if loan is not None and operation.kind is Kind.F:
+                last[loan] = operation
+        return {operation: loan for loan, operation in last.items()}
+
+    def _take_weights(self, operation: Operation) -> None:
+        """Before the first forward of a loan, wait for its weights."""
+        loan = self._loans.get((operation.segment, operation.micro_batch))
+        if loan is not None and loan.weights_received in self._incoming:
+            self._lending.borrow(loan, self._wait(loan.weights_received))
+
+    def _lend(self, operation: Operation) -> None:
+        self._post_send(operation, self._lending.lend(operation.segment))
+
+    def _give_back(self, operation: Operation) -> None:
+        loan = self._loans[operation.segment, operation.micro_batch]
+        self._post_send(operation, self._lending.give_back(loan))
+
+    def _receive_gradients(self, operation: Operation) -> None:
+        self._receive(operation)
+        self._returned.append(operation)
+        if len(self._returned) > self.MAX_UNADDED_GRADIENTS:
+            self._take_back()
+
+    def _take_back(self) -> None:
+        message = self._returned.popleft()
+        self._lending.take_back(message.segment, self._wait(message))
 
 
 def _posting_horizon(order: tuple[Operation, ...], ahead: int) -> list[int]:

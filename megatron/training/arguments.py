@@ -14,7 +14,9 @@ import torch
 
 from helixpipe.megatron_adapter.schedule import EXECUTABLE, V_SCHEDULES, make_schedule
 from helixpipe.plan import ScheduleRequest, build_plan
-from helixpipe.plan.schedules.request import ATTENTION_RANGES
+from helixpipe.plan.attention_range import AttentionSizes, cheapest_range
+from helixpipe.plan.schedules.helix import DEFAULT_FOLD
+from helixpipe.plan.schedules.request import ATTENTION_RANGES, HEAD_PLACEMENTS
 from helixpipe.runtime.trace import NullClock
 from megatron.training.auto import AUTO, choose_schedule
 from megatron.training.data.prefix import DatasetInfo, check_token_ids, inspect_prefix
@@ -55,6 +57,8 @@ def parse_arguments(
         args.choice = choose_schedule(args)
     _check_schedule(args)
     _check_recompute(args)
+    if args.attention_range == AUTO:
+        args.attention_range = _choose_range(args)
     args.schedule_request = _schedule_request(args)
     # Refuses what cannot be executed, and every combination of sizes that the schedule cannot run.
     make_schedule(args.pipeline_schedule, args.schedule_request, NullClock())
@@ -95,8 +99,14 @@ def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num-fold", type=int, help="helix: micro batches per slot (default 2)")
     add(
         "--attention-range",
-        metavar="{" + ",".join(ATTENTION_RANGES) + "}",
-        help="helix: pieces that the attention rank runs (default core)",
+        metavar="{" + ",".join((*ATTENTION_RANGES, AUTO)) + "}",
+        help="helix: pieces that the attention rank runs (default core; auto: the range with the smallest "
+        "messages)",
+    )
+    add(
+        "--head-placement",
+        metavar="{" + ",".join(HEAD_PLACEMENTS) + "}",
+        help="helix: ranks that run the head and the loss (default first, with the weights; spread: all)",
     )
     add("--tensor-model-parallel-size", type=int, default=1)
     add("--pipeline-model-parallel-size", type=int, default=1)
@@ -326,6 +336,23 @@ def _check_schedule(args: argparse.Namespace) -> None:
         )
 
 
+def _choose_range(args: argparse.Namespace) -> str:
+    """The attention range with the smallest messages between two GPUs."""
+    tp, groups = args.tensor_model_parallel_size, args.num_query_groups
+    tokens = args.micro_batch_size * args.seq_length
+    sizes = AttentionSizes(
+        tokens=tokens,
+        residual_tokens=tokens // tp if args.sequence_parallel else tokens,
+        hidden_size=args.hidden_size,
+        query_size=args.num_attention_heads // tp * args.kv_channels,
+        kv_size=max(groups // tp, 1) * args.kv_channels,
+        element_bytes=args.params_dtype.itemsize,
+        # As the model is wrapped: gradients are added up in fp32.
+        gradient_bytes=torch.float32.itemsize,
+    )
+    return cheapest_range(sizes, args.num_fold or DEFAULT_FOLD)
+
+
 def _check_recompute(args: argparse.Namespace) -> None:
     if args.recompute_granularity == "selective" and "mlp" in args.recompute_modules and args.add_bias_linear:
         # Megatron's checkpoint takes the bias that its MLP returns for its own output, and recurses for ever.
@@ -363,6 +390,7 @@ def _schedule_request(args: argparse.Namespace) -> ScheduleRequest:
         num_fold=args.num_fold,
         virtual_stages=args.virtual_stages,
         attention_range=args.attention_range,
+        head_placement=args.head_placement,
     )
 
 

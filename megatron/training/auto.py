@@ -102,7 +102,8 @@ def _check_profile(args: argparse.Namespace, profile: Pieces, workload: Workload
 
 
 def _is_allowed(args: argparse.Namespace, candidate: Candidate) -> bool:
-    given = {"num_fold": args.num_fold, "attention_range": args.attention_range}
+    attention_range = None if args.attention_range == AUTO else args.attention_range
+    given = {"num_fold": args.num_fold, "attention_range": attention_range}
     per_chunk = args.num_layers_per_virtual_pipeline_stage
     if per_chunk is not None:
         stages = args.pipeline_model_parallel_size * per_chunk
@@ -111,6 +112,7 @@ def _is_allowed(args: argparse.Namespace, candidate: Candidate) -> bool:
         not candidate.why_not_runnable
         and candidate.recompute is _RECOMPUTE[args.recompute_granularity]
         and candidate.micro_batch_size == args.micro_batch_size
+        and (args.head_placement is None or "head_placement" in SCHEDULES[candidate.schedule].options)
         and all(candidate.options.get(name) == value for name, value in given.items() if value is not None)
         and (args.pipeline_model_parallel_size > 1 or not SCHEDULES[candidate.schedule].options)
     )
@@ -119,6 +121,8 @@ def _is_allowed(args: argparse.Namespace, candidate: Candidate) -> bool:
 def _apply(args: argparse.Namespace, candidate: Candidate) -> None:
     args.pipeline_schedule = candidate.schedule
     options = dict(candidate.options)
+    if args.attention_range == AUTO:
+        args.attention_range = None  # the candidate's, if it has one
     virtual_stages = options.pop("virtual_stages", None)
     if virtual_stages is not None:
         stages = args.pipeline_model_parallel_size * int(virtual_stages)

@@ -124,6 +124,8 @@ def _build_chunks(args: argparse.Namespace, config: TransformerConfig) -> list[t
         plan = build_plan(args.pipeline_schedule, args.schedule_request)
         owned = owned_segments(plan, parallel_state.get_pipeline_model_parallel_rank())
         if args.pipeline_schedule == "helix":
+            arguments["attention_range"] = str(plan.parameters["attention_range"])
+            arguments["lends_head"] = args.head_placement == "spread"
             return [SegmentedGPTModel(config, implementation, owned, **arguments)]
         return [build_stage(config, implementation, stage, plan.num_segments, **arguments) for stage in owned]
     return [

@@ -54,12 +54,6 @@ def test_data_iterators_come_one_per_rank():
             call(model=[model], data_iterator=[iter(()), iter(())], decoder_seq_length=SEQ_LENGTH)
 
 
-@pytest.mark.parametrize("attention_range", ["qkv", "block"])
-def test_ranges_that_are_only_planned_are_refused(attention_range):
-    with pytest.raises(ValueError, match=f"'{attention_range}' can be planned but not executed"):
-        HelixForwardBackward(attention_range=attention_range)
-
-
 @pytest.mark.parametrize(
     ("arguments", "rule"),
     [

@@ -156,9 +156,13 @@ def mean_loss(output):
     return loss, {"lm loss": loss.detach().clone()}
 
 
-def segments_for(model_step, num_microbatches=2, *, differentiate=True, non_loss=False, **config):
+def segments_for(
+    model_step, num_microbatches=2, *, differentiate=True, non_loss=False, losses_here=None, **config
+):
     segmented = FakeSegmented(**config)
-    segments = GPTSegments(SimpleNamespace(), segmented, LENGTH, BATCH, torch.float32)
+    segments = GPTSegments(
+        SimpleNamespace(), segmented, LENGTH, BATCH, torch.float32, losses_here=losses_here
+    )
     data = iter(range(num_microbatches))
     segments.begin(IterationInput(model_step, [data], num_microbatches, non_loss, differentiate))
     return segments
@@ -195,7 +199,44 @@ def test_each_loss_function_meets_the_output_of_its_own_micro_batch():
 def test_segments_get_only_what_they_need():
     segments = segments_for(step_with())
     run(segments, 0)
-    assert segments.segmented.calls == [(0, ["position_ids", "tokens"]), (1, []), (2, ["labels"])]
+    assert segments.segmented.calls == [
+        (0, ["position_ids", "tokens"]),
+        (1, ["borrowed"]),
+        (2, ["borrowed", "labels"]),
+    ]
+
+
+def recorded_reads(reads):
+    def step(data_iterator, model):
+        output, loss_func = step_with()(data_iterator, model)
+        reads.append(output.call.tokens[0, 0].item())
+        return output, loss_func
+
+    return step
+
+
+def test_a_rank_with_some_of_the_losses_reads_every_micro_batch_once_and_in_order():
+    """Its data iterator stands where the others' do when the iteration ends."""
+    reads = []
+    segments = segments_for(recorded_reads(reads), 6, losses_here=[1, 2, 4])
+    segments.segmented.pre_process = False
+    inputs = (torch.ones(BATCH, LENGTH),)
+    for micro_batch, read in ((1, [0, 1]), (2, [0, 1, 2]), (4, [0, 1, 2, 3, 4, 5])):
+        segments.forward(2, micro_batch, inputs)
+        assert reads == read
+    # Each loss is that of its own micro batch's labels.
+    assert [entry["lm loss"].item() for entry in segments.result.loss_data] == [11, 21, 41]
+    assert not segments._pending
+
+
+def test_a_rank_without_losses_keeps_no_labels():
+    segments = segments_for(step_with(), 3, losses_here=[0])
+    for micro_batch in range(3):
+        segments.forward(0, micro_batch, ())
+    assert list(segments._pending) == [0]
+    run_last = segments.forward(2, 0, (torch.ones(BATCH, LENGTH),))
+    assert len(run_last) == 1
+    assert not segments._pending
 
 
 def test_layouts_follow_the_models_edges():

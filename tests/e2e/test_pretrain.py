@@ -102,6 +102,26 @@ def test_trace_is_the_plan(trained, schedule):
             assert all(earlier.end_ms <= later.start_ms for earlier, later in itertools.pairwise(rank))
 
 
+def test_borrowed_weights_train_alike(launch, trained, tmp_path):
+    """Attention and head with weights on loan, labels on every rank."""
+    metrics = tmp_path / "metrics.jsonl"
+    finished = launch(
+        2, "--pipeline-schedule", "helix", "--pipeline-model-parallel-size", 2, "--num-fold", 1,
+        "--attention-range", "block", "--head-placement", "spread", "--metrics-jsonl", metrics,
+        "--trace-dir", tmp_path, "--eval-iters", 1, "--eval-interval", 2,
+    )  # fmt: skip
+    assert finished.code == 0, finished.errors
+    assert finished.errors == ""
+    baseline, rows = trained("1f1b"), metrics_of(metrics)
+    assert column(rows, "lm_loss") == pytest.approx(column(baseline.rows, "lm_loss"), rel=1e-5)
+    assert column(rows, "grad_norm") == pytest.approx(column(baseline.rows, "grad_norm"), rel=1e-4)
+    assert validation_losses(finished.output) == pytest.approx(validation_losses(baseline.output), rel=1e-5)
+    plan = Plan.from_json((tmp_path / "plan.json").read_text())
+    timeline = Timeline.from_json((tmp_path / "iteration_0000004.json").read_text())
+    for waits, order in zip(timeline.waits, plan.orders, strict=True):
+        assert {wait.operation for wait in waits} == {op for op in order if op.kind.is_receive}
+
+
 def test_bf16_trains(launch, tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     finished = launch(

@@ -35,7 +35,7 @@ def _compare(case: Case, tamper: bool) -> dict[str, Any]:
     expected = gather_gradients(reference)
     planned = build_planned(case)
     schedule = planned_schedule(case)
-    losses = everywhere(run_iteration(case, planned, schedule, tamper=tamper))
+    losses = everywhere(run_iteration(case, planned, schedule, tamper=tamper), case.fold_of_losses)
     found = gather_gradients(planned)
     rank = parallel_state.get_pipeline_model_parallel_rank()
     assert schedule.plan is not None
@@ -54,18 +54,18 @@ def compare_training(case: Case, steps: int) -> dict[str, Any]:
     """Losses and gradient norms of ``steps`` training steps under both."""
     initialize(case)
     result = {}
-    for name, build, schedule in (
-        ("reference", build_reference, get_forward_backward_func()),
-        ("planned", build_planned, planned_schedule(case)),
+    for name, build, schedule, fold in (
+        ("reference", build_reference, get_forward_backward_func(), None),
+        ("planned", build_planned, planned_schedule(case), case.fold_of_losses),
     ):
         chunks = build(case)
         optimizer = build_optimizer(case, chunks)
         history = []
         for step in range(steps):
             optimizer.zero_grad()
-            losses = everywhere(run_iteration(case, chunks, schedule, step))
+            losses = everywhere(run_iteration(case, chunks, schedule, step), fold)
             _, norm, _ = optimizer.step()
             history.append((losses, float(norm)))
-        evaluation = everywhere(run_iteration(case, chunks, schedule, steps, forward_only=True))
+        evaluation = everywhere(run_iteration(case, chunks, schedule, steps, forward_only=True), fold)
         result[name] = (history, evaluation)
     return result

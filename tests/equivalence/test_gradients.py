@@ -56,6 +56,33 @@ def cases_of(layout: Case) -> list[Case]:
     ]
     if layout.tp > 1:
         cases += [replace(layout, style=style, sequence_parallel=True) for style in ("gpt", "llama")]
+    return cases + lending_cases_of(layout)
+
+
+def lending_cases_of(layout: Case) -> list[Case]:
+    """Attention, and the head, with weights that other ranks own; one option at a time on few ranks."""
+    if layout.pp == 1:
+        return [replace(layout, attention_range="block", head_placement="spread")]
+    qkv, block = (replace(layout, attention_range=name) for name in ("qkv", "block"))
+    spread = replace(layout, head_placement="spread")
+    cases = [
+        qkv,
+        replace(qkv, dtype=torch.float64, per_token_loss=True, head_placement="spread"),
+        replace(block, rounds=2),
+        replace(block, dtype=torch.float64, style="llama"),
+        replace(block, style="llama", fold=1, overlap=True, head_placement="spread"),
+        replace(spread, rounds=2),
+    ]
+    if layout.tp > 1:
+        cases.append(replace(qkv, style="llama", sequence_parallel=True))
+        cases.append(replace(block, sequence_parallel=True, head_placement="spread"))
+    if layout.world_size <= 4:
+        cases += [
+            replace(qkv, overlap=True, tied=False),
+            replace(block, overlap=True, style="llama", num_layers=8),
+            replace(block, dtype=torch.bfloat16, head_placement="spread"),
+            replace(block, per_token_loss=True, micro_batch_size=2, seq_length=127 + layout.tp % 2),
+        ]
     return cases
 
 
@@ -132,6 +159,15 @@ def test_the_comparison_notices_one_wrong_label():
         Case(pp=2, dp=2, style="llama", distributed_optimizer=True),
         Case(pp=2, dp=2, distributed_optimizer=True, overlap=True),
         Case(pp=2, dp=2, style="llama", distributed_optimizer=True, overlap=True, dtype=torch.bfloat16),
+        Case(pp=2, tp=2, style="llama", sequence_parallel=True, attention_range="qkv"),
+        Case(
+            pp=2,
+            dp=2,
+            distributed_optimizer=True,
+            overlap=True,
+            attention_range="block",
+            head_placement="spread",
+        ),
         Case(pp=2, dp=2, schedule="zb-h1", distributed_optimizer=True, overlap=True),
         Case(pp=1, dp=2, schedule="zb-h1", overlap=True),
         Case(pp=2, dp=2, schedule="zb-v", tied=False, distributed_optimizer=True, overlap=True),

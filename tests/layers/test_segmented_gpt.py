@@ -22,9 +22,13 @@ from helixpipe.layers.initialization import canonical_parameters
 from helixpipe.layers.segmented_gpt import SegmentedGPTModel, check_supported, owned_parts
 from helixpipe.layers.spec import LOCAL, LayerPart
 
-PRE, POST, WHOLE = LayerPart.PRE, LayerPart.POST, LayerPart.WHOLE
+PRE, POST, WHOLE, CORE = LayerPart.PRE, LayerPart.POST, LayerPart.WHOLE, LayerPart(0)
 STYLES = [Case(pp=1), Case(pp=1, style="llama")]
 every_style = pytest.mark.parametrize("style", STYLES, ids=lambda case: case.style)
+RANGED = [
+    STYLES[0],
+    *(replace(style, attention_range=name) for style in STYLES for name in ("qkv", "block")),
+]
 
 
 def batch_of(case):
@@ -63,6 +67,7 @@ def name_of(value):
         (Case(pp=1), {"softmax_scale": 0.4}),
         (Case(pp=1), {"kv_channels": 12}),
         (Case(pp=1), {"hidden_dropout": 0.2}),
+        *((case, {"hidden_dropout": 0.2, "qk_layernorm": True}) for case in RANGED[1:]),
     ],
     ids=name_of,
 )
@@ -114,13 +119,14 @@ def test_without_labels_the_last_segment_returns_logits(style):
 
 
 def test_evaluation_mode_reaches_everything():
-    case = Case(pp=1)
+    case = Case(pp=1, attention_range="block")
     with pretend_rank(case):
         _, model = both_models(case, hidden_dropout=0.5)
         batch = batch_of(case)
         for mode, repeats in ((False, True), (True, False)):
             assert model.train(mode) is model
-            assert {module.training for module in (*model.modules(), *model._cores)} == {mode}
+            guests = [module for guest in model._guests.values() for module in guest.modules()]
+            assert {module.training for module in (*model.modules(), *model._cores, *guests)} == {mode}
             first, second = (run_segments(model, **batch)[0] for _ in range(2))
             assert torch.equal(first, second) == repeats
 
@@ -136,6 +142,7 @@ def test_evaluation_mode_reaches_everything():
         ),
         Case(pp=1, tp=2, style="llama", groups=1),
         Case(pp=1, tp=4, style="llama", sequence_parallel=True),
+        *(replace(case, tp=2, sequence_parallel=True, micro_batch_size=3) for case in RANGED[1:3]),
     ],
     ids=str,
 )
@@ -152,7 +159,7 @@ def test_edges_have_the_shapes_that_segments_return(case, values):
                 assert all(tensor.dtype is torch.float32 for tensor in tensors)
 
 
-@every_style
+@pytest.mark.parametrize("style", [*STYLES, *RANGED[1:3]], ids=str)
 @pytest.mark.parametrize("pp", [1, 2, 4])
 def test_ranks_partition_the_parameters(style, pp):
     with pretend_rank(style):
@@ -211,7 +218,7 @@ def described(of_ranks):
     return shards
 
 
-@every_style
+@pytest.mark.parametrize("style", [*STYLES, *RANGED[3:]], ids=str)
 @pytest.mark.parametrize("metadata", [None, {"non_homogeneous_layers": True}], ids=["stacked", "numbered"])
 @pytest.mark.parametrize("pp", [1, 2, 4])
 @pytest.mark.parametrize("tp", [1, 2])
@@ -233,16 +240,84 @@ def test_the_integrity_check_misses_a_rank_that_does_not_save():
         validate_sharding_integrity(found[:-1])
 
 
+@pytest.mark.parametrize("case", RANGED[1:], ids=str)
+def test_attention_runs_anywhere_with_borrowed_weights(case):
+    """The same numbers as at home, and the gradients arrive at the borrowed tensors alone."""
+    values = {"qk_layernorm": True}
+    with pretend_rank(case):
+        _, model = both_models(case, **values)
+        _, returned = run_segments(model, **batch_of(case))
+        inputs = tuple(tensor.detach() for tensor in returned[2])
+        expected = model.forward_segment(3, inputs)
+        own = model.lent_parameters(3)
+        assert [parameter.shape for parameter in own] == model.lent_shapes(1) == model.lent_shapes(3)
+        grads = torch.autograd.grad(expected[0].square().sum(), own)
+    elsewhere = replace(case, pp=2)
+    with pretend_rank(elsewhere, 0):
+        borrower = segmented_share(elsewhere, **values)
+        assert borrower.lent_shapes(3) == model.lent_shapes(3)
+        leaves = [parameter.detach().clone().requires_grad_() for parameter in own]
+        found = borrower.forward_segment(3, inputs, borrowed=leaves)
+        found[0].square().sum().backward()
+    for tensor, wanted in zip(found, expected, strict=True):
+        assert torch.equal(tensor, wanted)
+    for leaf, grad in zip(leaves, grads, strict=True):
+        assert grad.norm() > 0
+        assert torch.equal(leaf.grad, grad)
+    assert all(parameter.grad is None for parameter in borrower.parameters())
+    assert not any(parameter.is_meta for parameter in borrower.parameters())
+
+
+@pytest.mark.parametrize("attention_range", ["core", "block"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_last_segment_runs_anywhere_with_borrowed_weights(attention_range, tied):
+    case = Case(pp=1, attention_range=attention_range, head_placement="spread", tied=tied)
+    last = 2 * case.num_layers
+    with pretend_rank(case):
+        _, model = both_models(case)
+        batch = batch_of(case)
+        expected, returned = run_segments(model, **batch)
+        own = model.lent_parameters(last)
+        assert (model.embedding.word_embeddings.weight is own[-1]) == tied
+        leaves = [parameter.detach().clone().requires_grad_() for parameter in own]
+        inputs = tuple(tensor.detach() for tensor in returned[-1])
+    elsewhere = replace(case, pp=2)
+    with pretend_rank(elsewhere, 1):
+        borrower = segmented_share(elsewhere)
+        assert not borrower.post_process
+        assert borrower.lent_shapes(last) == [parameter.shape for parameter in own]
+        (found,) = borrower.forward_segment(last, inputs, labels=batch["labels"], borrowed=leaves)
+        assert torch.equal(found, expected)
+        found.sum().backward()
+    assert all(leaf.grad.norm() > 0 for leaf in leaves)
+
+
+def test_an_unknown_part_of_the_weights_is_refused():
+    case = Case(pp=1, attention_range="block")
+    with pretend_rank(case):
+        model = segmented_share(case)
+        hidden = torch.zeros(*model.edge_shapes(0, case.seq_length, 1)[0])
+        with pytest.raises(ValueError, match="shorter"):
+            model.forward_segment(1, (hidden,), borrowed=model.lent_parameters(1)[:-1])
+
+
+def test_owned_parts_of_wider_attention():
+    block = LayerPart.PRE | LayerPart.PROJ
+    assert owned_parts(4, [2], LayerPart.QKV) == {0: POST, 1: PRE}
+    assert owned_parts(4, [2], block) == {0: LayerPart.MLP, 1: block}
+    assert owned_parts(4, range(9), block) == dict.fromkeys(range(4), WHOLE)
+
+
 def test_owned_parts():
-    assert owned_parts(4, range(9)) == dict.fromkeys(range(4), WHOLE)
-    assert owned_parts(4, [0]) == {0: PRE}
-    assert owned_parts(4, [8]) == {3: POST}
-    assert owned_parts(4, [2]) == {0: POST, 1: PRE}
-    assert owned_parts(4, [0, 4, 8]) == {0: PRE, 1: POST, 2: PRE, 3: POST}
-    assert owned_parts(4, [2, 4]) == {0: POST, 1: WHOLE, 2: PRE}
-    assert owned_parts(4, []) == {}
+    assert owned_parts(4, range(9), CORE) == dict.fromkeys(range(4), WHOLE)
+    assert owned_parts(4, [0], CORE) == {0: PRE}
+    assert owned_parts(4, [8], CORE) == {3: POST}
+    assert owned_parts(4, [2], CORE) == {0: POST, 1: PRE}
+    assert owned_parts(4, [0, 4, 8], CORE) == {0: PRE, 1: POST, 2: PRE, 3: POST}
+    assert owned_parts(4, [2, 4], CORE) == {0: POST, 1: WHOLE, 2: PRE}
+    assert owned_parts(4, [], CORE) == {}
     # Attention has no weights, so whoever runs it owns nothing more.
-    assert owned_parts(4, [1, 3, 7]) == {}
+    assert owned_parts(4, [1, 3, 7], CORE) == {}
 
 
 @pytest.mark.parametrize(

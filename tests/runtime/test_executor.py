@@ -9,11 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from split_plans import with_weight_gradients
 from threads import run_on_threads
 from torch.multiprocessing.reductions import StorageWeakRef
 from toy_segments import (
     TIMEOUT_S,
     RendezvousFabric,
+    SplitToySegments,
     ToySegments,
     collect,
     make_executor,
@@ -44,12 +46,23 @@ PLANS = [
         for fold in (1, 2)
         for rounds in (1, 2)
     ),
+    *(
+        plan_of("helix", p, p if p > 2 else 2 * p, 2 * p * rounds, attention_range="block")
+        for p, rounds in ((2, 2), (3, 1), (4, 2))
+    ),
+    plan_of("helix", 3, 3, 12, attention_range="qkv", head_placement="spread"),
 ]
-NAMES = [f"{p.schedule}-p{p.num_ranks}-s{p.num_segments}-m{p.num_microbatches}" for p in PLANS]
+LENDING = PLANS[-1]
+NAMES = [
+    f"{p.schedule}-p{p.num_ranks}-s{p.num_segments}-m{p.num_microbatches}" + "-loans" * bool(p.loans)
+    for p in PLANS
+]
 HELIX = plan_of("helix", 3, 3, 6)
 every_plan = pytest.mark.parametrize("plan", PLANS, ids=NAMES)
 one_of_each = pytest.mark.parametrize(
-    "plan", [PLANS[2], PLANS[6], PLANS[10], HELIX], ids=lambda p: p.schedule
+    "plan",
+    [PLANS[2], PLANS[6], PLANS[10], HELIX, LENDING],
+    ids=lambda p: p.schedule + "-loans" * bool(p.loans),
 )
 
 
@@ -350,6 +363,40 @@ def test_an_output_of_another_shape_is_refused_before_it_is_sent():
 
     with pytest.raises(ValueError, match=r"message holds \[\(2, 4\), \(3,\)\].*expects \[\(3, 4\), \(3,\)\]"):
         Ranks(plan_of("1f1b", 2, 2, 1), partial(Short, 2), fabric=InMemoryFabric(2, 0.5)).run()
+
+
+def poison(ranks):
+    """Make the weights unusable that a rank has in these tests but not in a job: those it borrows."""
+    for rank, segments in enumerate(ranks.segments):
+        owned = {loan.segment for loan in ranks.plan.loans if loan.owner == rank}
+        for segment in {loan.segment for loan in ranks.plan.loans} - owned:
+            segments.weights[segment].data.fill_(torch.nan)
+
+
+@pytest.mark.parametrize("plan", [plan for plan in PLANS if plan.loans], ids=lambda p: f"p{p.num_ranks}")
+@pytest.mark.parametrize("split", [False, True])
+def test_borrowers_compute_with_the_owners_weights_and_return_their_gradients(plan, split):
+    plan = with_weight_gradients(plan, delay=1) if split else plan
+    make = partial(SplitToySegments if split else ToySegments, plan.num_segments)
+    ranks = Ranks(plan, make)
+    poison(ranks)
+    assert_same(ranks.run(), run_whole(make, plan.num_microbatches))
+    for loan in plan.loans:
+        assert ranks.segments[loan.borrower].weights[loan.segment].grad is None
+        assert ranks.segments[loan.owner].weights[loan.segment].grad is not None
+
+
+def test_an_evaluation_forgets_a_loan_with_its_last_micro_batch():
+    plan = LENDING.forward_only()
+    held = []
+
+    class Counting(ToySegments):
+        def forward(self, segment, micro_batch, inputs):
+            held.append(len(self.lending._borrowed))
+            return super().forward(segment, micro_batch, inputs)
+
+    Ranks(plan, partial(Counting, plan.num_segments)).run()
+    assert set(held) == {0, 1}
 
 
 def test_only_whole_plans_for_this_number_of_ranks_are_taken():

@@ -68,6 +68,8 @@ class Case:
     groups: int | None = None
     tied: bool | None = None
     recompute: str | None = None
+    attention_range: str = "core"
+    head_placement: str = "first"
 
     @property
     def is_tied(self) -> bool:
@@ -81,6 +83,11 @@ class Case:
     @property
     def world_size(self) -> int:
         return self.pp * self.tp * self.dp
+
+    @property
+    def fold_of_losses(self) -> int | None:
+        """How many losses of a round each rank has; None if one rank has all of them."""
+        return self.fold if self.head_placement == "spread" else None
 
     @property
     def num_microbatches(self) -> int:
@@ -195,7 +202,14 @@ def _build_helix(case: Case) -> list[torch.nn.Module]:
     rank = parallel_state.get_pipeline_model_parallel_rank()
     owned = [2 * layer for layer in range(case.num_layers + 1) if layer % case.pp == rank]
     with deferred_initialization(config):
-        model = SegmentedGPTModel(config, LOCAL, owned, **_model_arguments(case))
+        model = SegmentedGPTModel(
+            config,
+            LOCAL,
+            owned,
+            attention_range=case.attention_range,
+            lends_head=case.head_placement == "spread",
+            **_model_arguments(case),
+        )
     return _wrap(case, config, [model])
 
 
@@ -307,11 +321,21 @@ def run_iteration(
     return [entry["lm loss"].tolist() for entry in losses]
 
 
-def everywhere(values: list[Any]) -> list[Any]:
-    """Losses from the pipeline rank that has them, on all."""
+def everywhere(values: list[Any], fold: int | None = None) -> list[Any]:
+    """Losses from the pipeline rank that has them, on all.
+
+    With ``fold``, every rank has those of a slot of so many micro batches, in each round.
+    """
     gathered: list[Any] = [None] * parallel_state.get_pipeline_model_parallel_world_size()
     dist.all_gather_object(gathered, values, group=parallel_state.get_pipeline_model_parallel_group())
-    return next(entry for entry in gathered if entry)
+    if fold is None:
+        return next(entry for entry in gathered if entry)
+    return [
+        entry
+        for first in range(0, len(values), fold)
+        for rank in gathered
+        for entry in rank[first : first + fold]
+    ]
 
 
 def gather_gradients(chunks: list[torch.nn.Module]) -> dict[str, torch.Tensor]:
@@ -332,7 +356,12 @@ def gather_gradients(chunks: list[torch.nn.Module]) -> dict[str, torch.Tensor]:
 def planned_schedule(case: Case) -> PlannedForwardBackward:
     """The case's schedule, executed from its plan."""
     if case.schedule == "helix":
-        return HelixForwardBackward(num_fold=case.fold, clock=HostClock())
+        return HelixForwardBackward(
+            num_fold=case.fold,
+            attention_range=case.attention_range,
+            head_placement=case.head_placement,
+            clock=HostClock(),
+        )
     return StageForwardBackward(case.schedule, chunks_per_rank=case.chunks_per_rank, clock=HostClock())
 
 

@@ -45,7 +45,14 @@ def segmented_share(case: Case, **values: Any) -> SegmentedGPTModel:
     owned = range(2 * rank, 2 * case.num_layers + 1, 2 * case.pp)
     config = configured(case, **values)
     with deferred_initialization(config):
-        return SegmentedGPTModel(config, LOCAL, owned, **_model_arguments(case))
+        return SegmentedGPTModel(
+            config,
+            LOCAL,
+            owned,
+            attention_range=case.attention_range,
+            lends_head=case.head_placement == "spread",
+            **_model_arguments(case),
+        )
 
 
 def run_segments(model: SegmentedGPTModel, **batch: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from helixpipe.plan.plan import Plan
 from helixpipe.runtime.communicator import Communicator, InMemoryFabric
 from helixpipe.runtime.executor import Executor
+from helixpipe.runtime.lending import WeightLending
 from helixpipe.runtime.message import MessageLayout
 from helixpipe.runtime.trace import HostClock, Trace
 from helixpipe.runtime.weight_gradients import DeferredWeightGradients
@@ -39,7 +40,7 @@ class DeferringProduct(torch.autograd.Function):
 class ToySegments:
     """Segments that hand on a hidden state, whose width differs by edge, and a residual.
 
-    Every third segment passes its residual on untouched, as attention does.
+    Every third segment passes its residual on untouched, as attention does. Any segment's weight can be lent.
 
     Args:
         num_segments: length of the chain.
@@ -53,6 +54,12 @@ class ToySegments:
         self.num_segments = num_segments
         self.deaf, self.frozen = deaf, frozen
         self.weight_gradients = DeferredWeightGradients()
+        self.lending = WeightLending(
+            lambda segment: [self.weights[segment]],
+            lambda segment: [self.weights[segment].shape],
+            torch.float64,
+            torch.float64,
+        )
         generator = torch.Generator().manual_seed(num_segments)
         self.weights = [
             torch.randn(
@@ -79,7 +86,8 @@ class ToySegments:
             residual = hidden.sum(dim=1)
         else:
             hidden, residual = inputs
-        hidden = torch.tanh(self._multiply(hidden, self.weights[segment]))
+        (weight,) = self.lending.weights_for(segment, micro_batch) or (self.weights[segment],)
+        hidden = torch.tanh(self._multiply(hidden, weight))
         if segment in self.deaf:
             residual = hidden.sum(dim=1)
         elif segment in self.frozen:

@@ -8,6 +8,8 @@ import re
 import pytest
 import torch
 
+from helixpipe.megatron_adapter.schedule import make_schedule
+from helixpipe.runtime.trace import NullClock
 from megatron.training.arguments import parse_arguments
 from megatron.training.data.corpus import PreparationOptions, prepare_dataset
 from megatron.training.data.prefix import DatasetInfo, inspect_prefix
@@ -106,6 +108,22 @@ def test_helix_options_reach_the_schedule(parse):
     )
     assert args.schedule_request.num_fold == 1
     assert args.schedule_request.attention_range == "core"
+
+
+@pytest.mark.parametrize(("sequence", "found"), [(32, "core"), (4096, "block")])
+def test_the_range_with_the_smallest_messages_is_chosen(parse, sequence, found):
+    options = "--pipeline-schedule helix --pipeline-model-parallel-size 2 --attention-range auto"
+    args = parse(f"{options} --seq-length {sequence}", world_size=2)
+    assert args.attention_range == args.schedule_request.attention_range == found
+
+
+def test_the_heads_placement_reaches_the_schedule(parse):
+    options = "--pipeline-schedule helix --pipeline-model-parallel-size 2"
+    assert parse(options, world_size=2).schedule_request.head_placement is None
+    spread = parse(f"{options} --head-placement spread", world_size=2).schedule_request
+    assert spread.head_placement == "spread"
+    schedule = make_schedule("helix", spread, NullClock())
+    assert str(schedule) == "helix (num_fold=2, attention_range=core, head_placement=spread)"
 
 
 @pytest.mark.parametrize(
@@ -251,8 +269,10 @@ REFUSED = [
     (2, f"{PP2} --pipeline-schedule helix --num-fold 0", "fold must be at least 1, not 0"),
     (2, f"{PP2} --num-fold 2", "--num-fold means nothing to 1f1b", "it is for helix"),
     (1, "--attention-range core", "--attention-range means nothing to 1f1b"),
-    (1, "--pipeline-schedule helix --attention-range qkv", "'qkv'", "use --attention-range core"),
+    (1, "--attention-range auto", "--attention-range means nothing to 1f1b"),
     (1, "--pipeline-schedule helix --attention-range all", "'all'", "core, qkv, block"),
+    (1, "--pipeline-schedule helix --head-placement last", "'last'", "first, spread"),
+    (1, "--head-placement spread", "--head-placement means nothing to 1f1b", "it is for helix"),
     (1, "--pipeline-schedule hellix", "'hellix'", "did you mean helix?"),
     (1, "--pipeline-schedule seq1f1b", "seq1f1b", "not executed", "1f1b, interleaved, gpipe"),
     (1, "--num-layers nine", "--num-layers", "'nine'"),

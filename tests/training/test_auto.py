@@ -45,6 +45,10 @@ def test_given_options_narrow_the_choice():
     assert parsed("--hardware h20 --seq-length 4096 --num-fold 1").schedule_request.num_fold == 1
     chosen = parsed("--hardware h20 --seq-length 4096 --num-layers-per-virtual-pipeline-stage 1")
     assert (chosen.pipeline_schedule, chosen.virtual_stages) == ("interleaved", 2)
+    chosen = parsed("--hardware h20 --seq-length 4096 --attention-range auto --num-fold 2")
+    assert chosen.attention_range in ("core", "qkv", "block")
+    chosen = parsed("--hardware h20 --seq-length 4096 --head-placement spread")
+    assert (chosen.pipeline_schedule, chosen.head_placement) == ("helix", "spread")
     again = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
     chosen = parsed(f"--hardware h20 --seq-length 4096 {again}")
     assert chosen.pipeline_schedule != "helix"

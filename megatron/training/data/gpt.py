@@ -59,13 +59,14 @@ def build_iterators(
         ValueError: a split that is needed holds no document.
     """
     evaluations = args.train_iters // args.eval_interval + 1
+    reads_data = needs_data(args.pipeline_schedule, args.head_placement)
     samples = [args.train_iters * args.global_batch_size, 0, 0]
     if args.eval_iters:
         samples[1] = evaluations * args.eval_iters * args.global_batch_size
     train, valid, _ = BlendedMegatronDatasetBuilder(
-        GPTDataset, samples, lambda: needs_data(args.pipeline_schedule), _dataset_config(args)
+        GPTDataset, samples, lambda: reads_data, _dataset_config(args)
     ).build()
-    if not needs_data(args.pipeline_schedule):
+    if not reads_data:
         return None, None
     train_batches = _batches(args, train, consumed_samples)
     return train_batches, _batches(args, valid, 0) if args.eval_iters else None
