@@ -42,6 +42,8 @@ SCHEDULES = ("1f1b", "zb-h1", "helix")
 class EmptySegments:
     """Hands on one number, without a graph of more than one node."""
 
+    lending = None
+
     def __init__(self, plan: Plan) -> None:
         self.last = plan.num_segments - 1
         self.weight_gradients = DeferredWeightGradients()
