@@ -61,8 +61,13 @@ ROWS = (
     Row("helix, one fold", "helix", {"num_fold": 1}),
     Row("**helix**, two folds", "helix", {}),
     Row("**helix**, two folds, chunked loss", "helix", {}, True),
+    Row("**helix**, two folds, spread head", "helix", {"head_placement": "spread"}),
     Row("**helix**, two folds, `block` range", "helix", {"attention_range": "block"}),
-    Row("**helix**, two folds, `block` range, chunked loss", "helix", {"attention_range": "block"}, True),
+    Row(
+        "**helix**, two folds, `block` range, spread head",
+        "helix",
+        {"attention_range": "block", "head_placement": "spread"},
+    ),
 )
 
 

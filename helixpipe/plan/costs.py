@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, NamedTuple, TypeVar
 
 from helixpipe.plan.network import Network
 from helixpipe.plan.operation import Kind
@@ -63,6 +63,13 @@ class RankCost:
 _NO_COST = RankCost()
 
 
+class LoanBytes(NamedTuple):
+    """Size of the weights that a loan of a segment sends, and of the gradients that it returns."""
+
+    weights: int
+    gradients: int
+
+
 @dataclass(frozen=True)
 class Costs:
     """Costs of every segment and every edge, by the plan's cost names.
@@ -75,6 +82,7 @@ class Costs:
         message_bytes: size of a message by edge, for a ``network``.
         network: if given, messages take the time of its links and queue for them.
         ranks: what each rank pays per iteration; empty for nothing.
+        loan_bytes: what loans of a segment's weights send, by segment name, for a ``network``.
     """
 
     segments: Mapping[str, SegmentCost]
@@ -82,6 +90,7 @@ class Costs:
     message_bytes: Mapping[str, int] | None = None
     network: Network | None = None
     ranks: tuple[RankCost, ...] = ()
+    loan_bytes: Mapping[str, LoanBytes] = field(default_factory=dict)
 
     def duration_ms(self, kind: Kind, name: str, *, splits_backward: bool) -> float:
         """Milliseconds of one compute operation; B is the whole backward unless the plan has W."""
@@ -112,6 +121,8 @@ class Costs:
         else:
             data["message_bytes"] = dict(self.message_bytes or {})
             data["network"] = asdict(self.network)
+        if self.loan_bytes:
+            data["loan_bytes"] = {name: size._asdict() for name, size in self.loan_bytes.items()}
         if self.ranks:
             data["ranks"] = [asdict(rank) for rank in self.ranks]
         return json.dumps(data, indent=1)
@@ -159,7 +170,10 @@ def parse_costs(text: str, plan: Plan) -> Costs:
     if not isinstance(data, dict):
         raise ValueError('costs: expected an object with "segments" and "p2p_ms"')
     _check_names(
-        data, {"segments", "p2p_ms", "message_bytes", "network", "ranks"}, {"segments"}, "costs: key"
+        data,
+        {"segments", "p2p_ms", "message_bytes", "network", "ranks", "loan_bytes"},
+        {"segments"},
+        "costs: key",
     )
     segments = _object(data["segments"], "segments")
     names = set(plan.cost_names)
@@ -173,6 +187,7 @@ def parse_costs(text: str, plan: Plan) -> Costs:
         _edge_table(data, "message_bytes", plan, _whole) if with_network else None,
         _network(data["network"]) if with_network else None,
         _rank_costs(data.get("ranks", []), plan),
+        _loan_bytes(data.get("loan_bytes", {}), plan),
     )
 
 
@@ -241,6 +256,19 @@ def _rank_costs(entries: Any, plan: Plan) -> tuple[RankCost, ...]:
         }
         ranks.append(RankCost(**values))
     return tuple(ranks)
+
+
+def _loan_bytes(entries: Any, plan: Plan) -> dict[str, LoanBytes]:
+    lent = {plan.segment_names[loan.segment] for loan in plan.loans}
+    _check_names(_object(entries, "loan_bytes"), lent, set(), "costs: loan of segment")
+    sizes = {}
+    for name, entry in entries.items():
+        keys = set(LoanBytes._fields)
+        _check_names(_object(entry, f"loan_bytes {name}"), keys, keys, f"costs: loan_bytes {name}: key")
+        sizes[name] = LoanBytes(
+            **{key: _whole(value, f"loan_bytes {name}: {key}") for key, value in entry.items()}
+        )
+    return sizes
 
 
 def _check_names(found: Mapping[str, Any], known: set[str], required: set[str], what: str) -> None:

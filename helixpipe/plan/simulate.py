@@ -7,10 +7,11 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from helixpipe.plan.costs import Costs
+from helixpipe.plan.costs import Costs, LoanBytes
+from helixpipe.plan.loan import Loan
 from helixpipe.plan.memory import held_bytes
 from helixpipe.plan.network import Links
-from helixpipe.plan.operation import Operation, input_of, message_of, output_edge
+from helixpipe.plan.operation import Kind, Operation, input_of, message_of, output_edge
 from helixpipe.plan.plan import Plan
 from helixpipe.plan.timeline import Level, Span, Timeline
 
@@ -53,7 +54,8 @@ def simulate(plan: Plan, costs: Costs) -> Simulation:
     An operation starts when its rank is free and its inputs have arrived. A message leaves when its
     producer ends and overlaps compute; within a rank it is free. With ``p2p_ms`` it takes the time of its
     edge whatever else is under way; with a network it queues for its links. After its last operation a
-    rank reduces its gradients; when all have, the optimizer runs.
+    rank reduces its gradients; when all have, the optimizer runs. Weights on loan and their gradients take
+    the network's links like other messages; without a network they are free.
 
     Args:
         plan: a valid plan, lowered or compute-only (the messages follow from the placement).
@@ -71,7 +73,7 @@ def simulate(plan: Plan, costs: Costs) -> Simulation:
             for rank, (spans, levels) in enumerate(zip(clock.spans, held, strict=True))
         ),
     )
-    return Simulation(timeline, timeline.peak_bytes, _finish_ms(timeline, costs))
+    return Simulation(timeline, timeline.peak_bytes, _finish_ms(timeline, costs, clock.returned_ms))
 
 
 def _memory_curve(spans: list[Span], levels: list[Any], static_bytes: int) -> tuple[Level, ...]:
@@ -81,13 +83,16 @@ def _memory_curve(spans: list[Span], levels: list[Any], static_bytes: int) -> tu
     return tuple(curve)
 
 
-def _finish_ms(timeline: Timeline, costs: Costs) -> float:
-    """From the pipeline's end to the iteration's: the gradient norm waits for every rank's reduction."""
+def _finish_ms(timeline: Timeline, costs: Costs, returned_ms: list[float]) -> float:
+    """From the pipeline's end to the iteration's: the gradient norm waits for every rank's reduction.
+
+    A rank that lends weights reduces when the last of their gradients has come back.
+    """
     if not costs.ranks:
         return 0.0
     reduced_ms = max(
-        (spans[-1].end_ms if spans else 0.0) + cost.gradient_reduction_ms
-        for spans, cost in zip(timeline.spans, costs.ranks, strict=True)
+        max(spans[-1].end_ms if spans else 0.0, returned) + cost.gradient_reduction_ms
+        for spans, returned, cost in zip(timeline.spans, returned_ms, costs.ranks, strict=True)
     )
     end_ms = timeline.start_ms + timeline.makespan_ms
     return reduced_ms - end_ms + max(cost.optimizer_ms for cost in costs.ranks)
@@ -107,7 +112,20 @@ class _Clock:
         self.arrival_ms: dict[Operation, float] = {}  # result -> when its consumer has it
         self._receive_ms: dict[Operation, float] = {}  # what its consumer spends on the message first
         self.waiting: dict[Operation, int] = {}
-        self.running: list[tuple[float, int, Operation]] = []  # (end, rank, operation)
+        # (time, rank, 1 for loans, an operation that ends or a loan whose weights leave)
+        self.events: list[tuple[float, int, int, Operation | Loan]] = []
+        self.loans = {(loan.segment, i): loan for loan in plan.loans for i in loan.micro_batches}
+        # A loan's weights leave as the forward starts that feeds its first micro batch: lowering says so.
+        self.lending: dict[Operation, list[Loan]] = {}
+        for loan in plan.loans:
+            feeding = Operation(loan.segment - 1, Kind.F, loan.micro_batches[0])
+            self.lending.setdefault(feeding, []).append(loan)
+        self.weights_ms: dict[Loan, float] = {}  # when the borrower has them
+        self.waiting_for_weights: dict[Loan, int] = {}
+        self.returning = {
+            loan: len(loan.micro_batches) for loan in plan.loans if plan.has_backward
+        }  # backwards until the gradients can be returned
+        self.returned_ms = [0.0] * plan.num_ranks  # when the last gradients have come back
         self._duration_ms = {
             (kind, name): costs.duration_ms(kind, name, splits_backward=plan.splits_backward)
             for kind in {op.kind for order in self.orders for op in order}
@@ -118,12 +136,17 @@ class _Clock:
         """Fill ``spans`` and ``waits``."""
         for rank in range(self.plan.num_ranks):
             self._start(rank)
-        while self.running:
-            end_ms, rank, op = heapq.heappop(self.running)
-            consumer = self._deliver(rank, op, end_ms)
-            self._start(rank)
-            if consumer is not None:
-                self._start(consumer)
+        while self.events:
+            now_ms, rank, _, event = heapq.heappop(self.events)
+            if isinstance(event, Loan):
+                self.weights_ms[event] = self._lent_ms(event, now_ms)
+                waiter = self.waiting_for_weights.pop(event, None)
+            else:
+                waiter = self._deliver(rank, event, now_ms)
+                self._give_back(event, now_ms)
+                self._start(rank)
+            if waiter is not None:
+                self._start(waiter)
         assert all(len(s) == len(o) for s, o in zip(self.spans, self.orders, strict=True)), (
             "the plan deadlocks; validate it first"
         )
@@ -135,20 +158,49 @@ class _Clock:
             return
         op = order[len(spans)]
         free_ms = start_ms = self.free_ms[rank]
+        loan = self.loans.get((op.segment, op.micro_batch)) if op.kind is Kind.F else None
+        if loan is not None:
+            if loan not in self.weights_ms:
+                self.waiting_for_weights[loan] = rank
+                return
+            start_ms = max(start_ms, self.weights_ms[loan])
         needed = input_of(op, self.plan.num_segments)
         if needed is not None:
             arrival_ms = self.arrival_ms.pop(needed, None)
             if arrival_ms is None:
                 self.waiting[needed] = rank
                 return
-            if arrival_ms > free_ms:
+            if arrival_ms > start_ms:
                 start_ms = arrival_ms
                 self._note_wait(rank, needed, free_ms, start_ms)
+            elif loan is not None and start_ms > free_ms:
+                self.waits[rank].append(Span(loan.weights_received, free_ms, start_ms))
             start_ms += self._receive_ms.pop(needed, 0.0)
         end_ms = start_ms + self._duration_ms[op.kind, self.plan.cost_name(op.segment, op.micro_batch)]
         spans.append(Span(op, start_ms, end_ms))
         self.free_ms[rank] = end_ms
-        heapq.heappush(self.running, (end_ms, rank, op))
+        for lent in self.lending.get(op, ()):
+            heapq.heappush(self.events, (start_ms, lent.owner, 1, lent))
+        heapq.heappush(self.events, (end_ms, rank, 0, op))
+
+    def _lent_ms(self, loan: Loan, ready_ms: float) -> float:
+        """When the borrower has a loan's weights."""
+        if self.links is None:
+            return ready_ms
+        return self.links.send(self._loan_bytes(loan).weights, loan.owner, loan.borrower, ready_ms)
+
+    def _give_back(self, op: Operation, end_ms: float) -> None:
+        """After the last backward of a loan, return the gradients of its weights to their owner."""
+        loan = self.loans.get((op.segment, op.micro_batch)) if op.kind is self.plan.last_kind else None
+        if loan is None or loan not in self.returning:
+            return
+        self.returning[loan] -= 1
+        if self.returning[loan] == 0 and self.links is not None:
+            arrival_ms = self.links.send(self._loan_bytes(loan).gradients, loan.borrower, loan.owner, end_ms)
+            self.returned_ms[loan.owner] = max(self.returned_ms[loan.owner], arrival_ms)
+
+    def _loan_bytes(self, loan: Loan) -> LoanBytes:
+        return self.costs.loan_bytes.get(self.plan.segment_names[loan.segment], LoanBytes(0, 0))
 
     def _note_wait(self, rank: int, needed: Operation, start_ms: float, end_ms: float) -> None:
         _, receive, edge = message_of(needed)

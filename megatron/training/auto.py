@@ -112,10 +112,17 @@ def _is_allowed(args: argparse.Namespace, candidate: Candidate) -> bool:
         not candidate.why_not_runnable
         and candidate.recompute is _RECOMPUTE[args.recompute_granularity]
         and candidate.micro_batch_size == args.micro_batch_size
-        and (args.head_placement is None or "head_placement" in SCHEDULES[candidate.schedule].options)
+        and args.head_placement in (None, _head_placement(candidate))
         and all(candidate.options.get(name) == value for name, value in given.items() if value is not None)
         and (args.pipeline_model_parallel_size > 1 or not SCHEDULES[candidate.schedule].options)
     )
+
+
+def _head_placement(candidate: Candidate) -> str | None:
+    """Where a candidate has its head, None if it has no choice."""
+    if "head_placement" not in SCHEDULES[candidate.schedule].options:
+        return None
+    return str(candidate.options.get("head_placement", "first"))
 
 
 def _apply(args: argparse.Namespace, candidate: Candidate) -> None:

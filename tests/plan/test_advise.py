@@ -83,18 +83,22 @@ def test_nothing_fits():
 
 
 def test_the_best_is_the_fastest_that_runs(long):
-    assert long.best.candidate.label == "interleaved v=4"
+    assert long.best.candidate.label == "helix fold=1 block spread head"
     assert long.best.candidate.arguments(job()) == [
-        "--pipeline-schedule interleaved",
+        "--pipeline-schedule helix",
         "--pipeline-model-parallel-size 8",
         "--tensor-model-parallel-size 8",
         "--sequence-parallel",
         "--micro-batch-size 1",
         "--global-batch-size 16",
-        "--num-layers-per-virtual-pipeline-stage 1",
+        "--num-fold 1",
+        "--attention-range block",
+        "--head-placement spread",
     ]
     short = advise(job(seq_length=32768))
-    assert short.best.candidate.label == "helix fold=2 block"
+    assert short.best.candidate.label == "helix fold=2 block spread head"
+    stages = advise(job(), accept=lambda candidate: candidate.schedule == "interleaved")
+    assert stages.best.candidate.arguments(job())[-1] == "--num-layers-per-virtual-pipeline-stage 1"
 
 
 def test_more_recomputation_only_where_memory_forces_it():
@@ -171,11 +175,13 @@ def test_one_rank_has_nothing_to_exchange():
         assert predict_context_parallel(pieces, exchange, 1, 1, Recompute.NONE, slow).exposed_ms == 0
 
 
-def test_advice_says_when_context_parallelism_wins():
-    """At 128k on fast links a ring needs no pipeline; at 32k its messages are exposed."""
-    long, short = advise(job()), advise(job(seq_length=32768))
-    assert long.options[0].candidate.schedule == "context-parallel ring"
-    assert short.options[0].candidate.schedule != "context-parallel ring"
+def test_context_parallelism_is_ranked_among_the_pipelines():
+    """At 128k a ring beats stages, and helix beats the ring; at 32k the ring's messages are exposed."""
+    stages = advise(job(), accept=lambda candidate: candidate.schedule != "helix")
+    assert stages.options[0].candidate.schedule == "context-parallel ring"
+    assert advise(job()).options[0].candidate.schedule == "helix"
+    short = advise(job(seq_length=32768), accept=lambda candidate: candidate.schedule == "1f1b")
+    assert short.options[0].candidate.schedule == "1f1b"
 
 
 def test_efficiency_is_one_over_the_bubble_without_recomputation():

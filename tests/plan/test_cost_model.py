@@ -294,12 +294,22 @@ def test_messages_have_the_size_of_their_tensors():
         cut: costs_of_plan(pieces(), planned("helix", attention_range=cut), Recompute.NONE).message_bytes
         for cut in ("core", "qkv", "block")
     }
-    weights = 4096 * 4096 * 2
+    square = 4096 * 4096
+    loans = {
+        cut: costs_of_plan(pieces(), planned("helix", attention_range=cut), Recompute.NONE).loan_bytes
+        for cut in ("core", "qkv", "block")
+    }
+    # Weights in bf16, gradients in fp32.
+    assert loans["core"] == {}
+    assert loans["qkv"] == {"attention": (3 * square * 2, 3 * square * 4)}
+    assert loans["block"] == {"attention": (4 * square * 2, 4 * square * 4)}
+    spread = costs_of_plan(pieces(), planned("helix", head_placement="spread"), Recompute.NONE).loan_bytes
+    last = 9 * square + 50304 * 4096  # proj, the MLP, the head
+    assert spread == {"last": (last * 2, last * 4)}
     assert messages["core"]["middle->attention"] == 4 * unit
     assert messages["core"]["attention->middle"] == 2 * unit
-    # Borrowed weights come along with each of a slot's two micro batches by half.
-    assert messages["qkv"]["middle->attention"] == 2 * unit + 3 * weights // 2
-    assert messages["block"]["middle->attention"] == unit + 4 * weights // 2
+    assert messages["qkv"]["middle->attention"] == 2 * unit
+    assert messages["block"]["middle->attention"] == unit
     assert messages["block"]["attention->middle"] == unit
     assert costs_of_plan(pieces(), planned("1f1b"), Recompute.NONE).message_bytes == {"*": unit}
 

@@ -1,13 +1,14 @@
 """Messages that queue for links, and what a simulation makes of them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from helixpipe.plan import Kind, Operation, Plan, ScheduleRequest, build_plan
-from helixpipe.plan.costs import Costs, RankCost, SegmentCost, parse_costs, uniform_costs
+from helixpipe.plan.costs import Costs, LoanBytes, RankCost, SegmentCost, parse_costs, uniform_costs
 from helixpipe.plan.memory import held_bytes, peak_bytes
 from helixpipe.plan.network import Links, Network
 from helixpipe.plan.simulate import simulate
@@ -112,6 +113,43 @@ def test_ranks_that_carry_their_messages_compute_nothing_meanwhile():
     assert all(span.end_ms - span.start_ms == 10 for rank in spans for span in rank), "compute is not longer"
 
 
+def lending_plan():
+    """One layer on two ranks, its attention's weights lent to rank 1 for the first micro batch."""
+    return built("helix", 2, 2, 2, num_fold=1, attention_range="block")
+
+
+def test_loans_travel_before_their_forward_and_back_after_their_backward():
+    plan = lending_plan()
+    first = plan.loans[0]
+    assert (first.segment, first.owner, first.borrower) == (1, 0, 1)
+    segments = uniform_costs(plan, 2, 2).segments
+    network = Network(latency_ms=0, gb_per_s=1)
+    sizes = {"attention": LoanBytes(5 * MEGABYTE, 7 * MEGABYTE)}
+    ranks = (RankCost(), RankCost())
+    found = simulate(plan, Costs(segments, {}, {"*": 0}, network, ranks, sizes))
+    free = simulate(plan, Costs(segments, {}, {"*": 0}, network, ranks))
+    starts = {span.operation: span.start_ms for rank in found.timeline.spans for span in rank}
+    # The weights leave as the first forward starts, at 0, and take 5 ms; the forward itself takes 2.
+    assert starts[Operation.parse("1F0")] == 5
+    assert found.timeline.waits[1][0] == Span(Operation.parse("1RECV_P0@0"), 0.0, 5.0)
+    assert found.timeline.makespan_ms > free.timeline.makespan_ms
+    # Rank 0 has its last gradients 7 ms after rank 1's last backward of attention with its weights.
+    ends = {span.operation: span.end_ms for rank in found.timeline.spans for span in rank}
+    back = max(
+        ends[Operation(loan.segment, Kind.B, loan.micro_batches[-1])] + 7
+        for loan in plan.loans
+        if loan.owner == 0
+    )
+    assert found.iteration_ms >= back
+    assert simulate(plan, Costs(segments, {"*": 0}, loan_bytes=sizes)).timeline.spans == free.timeline.spans
+
+
+def test_loans_of_other_segments_are_refused():
+    text = json.dumps({**json.loads(uniform_costs(lending_plan()).to_json()), "loan_bytes": {"middle": {}}})
+    with pytest.raises(ValueError, match=r"costs: loan of segment 'middle' is unknown; known: attention"):
+        parse_costs(text, lending_plan())
+
+
 def test_waits_name_their_message():
     plan = built("1f1b", 2, 2, 2)
     timeline = simulate(plan, Costs(uniform_costs(plan).segments, {"*": 0.5})).timeline
@@ -195,6 +233,9 @@ def test_costs_with_a_network_round_trip():
         (RankCost(1, 2.0, 3.0), RankCost()),
     )
     assert parse_costs(costs.to_json(), plan) == costs
+    lending = lending_plan()
+    lent = replace(costs, message_bytes={"*": 3}, loan_bytes={"attention": LoanBytes(6, 7)})
+    assert parse_costs(lent.to_json(), lending) == lent
     plain = uniform_costs(plan)
     assert parse_costs(plain.to_json(), plan) == plain
 

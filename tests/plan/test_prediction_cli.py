@@ -43,9 +43,17 @@ def test_advise_prints_a_ranked_table_and_the_arguments(capsys):
     rows = [line for line in lines if line[:1].isdigit() and "candidates" not in line]
     assert [int(row.split()[0]) for row in rows] == list(range(1, len(rows) + 1))
     assert "Rejected:" in lines
-    assert any(line.startswith("Context parallelism (context-parallel ring)") for line in lines)
-    assert lines[-2] == "Fastest that runs: helix fold=1 block. Use:"
+    verdict = "The best pipeline, helix fold=1 block spread head, is predicted to be 1."
+    assert any(line.startswith(verdict) for line in lines)
+    assert lines[-2] == "Fastest that runs: helix fold=1 block spread head. Use:"
     assert lines[-1].split()[:2] == ["--pipeline-schedule", "helix"]
+
+
+def test_advise_says_when_context_parallelism_wins(capsys):
+    """Fewer micro batches than ranks: no pipeline is ever full."""
+    sizes = ["--pipeline-model-parallel-size", "8", "--num-microbatches", "4"]
+    output = run(capsys, "advise", *MODEL, *CLUSTER, *sizes)
+    assert "Context parallelism (context-parallel ring) over the same GPUs is predicted to be " in output
 
 
 def test_advise_on_a_profile(capsys, profile_file):

@@ -351,7 +351,7 @@ def test_every_edge_by_name_needs_no_default():
         ('{"p2p_ms": {}}', "key 'segments' is missing"),
         (
             '{"segments": {}, "p2p": {}}',
-            "key 'p2p' is unknown; known: message_bytes, network, p2p_ms, ranks, segments",
+            "key 'p2p' is unknown; known: loan_bytes, message_bytes, network, p2p_ms, ranks, segments",
         ),
         (
             costs_file(TWO, {"stage1->stage0": 1}),

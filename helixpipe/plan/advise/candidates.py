@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 
 from helixpipe.plan.advise.job import Job
 from helixpipe.plan.build import OPTION_FLAGS
@@ -104,9 +105,12 @@ _RECOMPUTE_ARGUMENTS: Mapping[Recompute, list[str]] = {
 
 
 def _short(name: str, value: int | str) -> str:
-    return {"num_fold": f"fold={value}", "virtual_stages": f"v={value}", "num_slices": f"K={value}"}.get(
-        name, str(value)
-    )
+    return {
+        "num_fold": f"fold={value}",
+        "virtual_stages": f"v={value}",
+        "num_slices": f"K={value}",
+        "head_placement": f"{value} head",
+    }.get(name, str(value))
 
 
 def candidates(job: Job) -> Iterator[list[Candidate]]:
@@ -140,7 +144,8 @@ def _options(schedule: str, job: Job) -> Iterator[Mapping[str, int | str]]:
     elif "num_slices" in names:
         yield from ({"num_slices": count} for count in (2, 4, 8))
     elif "num_fold" in names:
-        for fold in (1, 2):
-            yield from ({"num_fold": fold, "attention_range": cut} for cut in ATTENTION_RANGES)
+        for fold, cut in product((1, 2), ATTENTION_RANGES):
+            yield {"num_fold": fold, "attention_range": cut}
+            yield {"num_fold": fold, "attention_range": cut, "head_placement": "spread"}
     else:
         yield {}

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from helixpipe.plan.cost_model.pieces import PieceCost, Pieces
 from helixpipe.plan.cost_model.work import LAYER_PIECES, Workload
-from helixpipe.plan.costs import ANY_EDGE, Costs, RankCost, SegmentCost
+from helixpipe.plan.costs import ANY_EDGE, Costs, LoanBytes, RankCost, SegmentCost
 from helixpipe.plan.plan import Plan
 
 
@@ -198,10 +198,9 @@ class _Builder:
         share = part_of.area if piece == "core" else part_of.tokens
         return PieceCost(cost.forward * share, cost.backward * share, cost.weight * share)
 
-    def message_bytes(self, names: Iterable[str], weights: int = 0) -> int:
-        """Bytes of a message on all GPUs of a rank: tensors, and weights that travel with it."""
-        per_gpu = sum(self.tensors[name] for name in names) + weights * self.workload.element_bytes
-        return per_gpu * self.workload.tensor_parallel
+    def message_bytes(self, names: Iterable[str]) -> int:
+        """Bytes of a message on all GPUs of a rank."""
+        return sum(self.tensors[name] for name in names) * self.workload.tensor_parallel
 
 
 def whole_layer_cost(pieces: Pieces, recompute: Recompute) -> SegmentCost:
@@ -232,7 +231,14 @@ def costs_of_plan(pieces: Pieces, plan: Plan, recompute: Recompute) -> Costs:
     builder = _Builder(pieces)
     build = _helix_costs if "attention" in plan.segment_names else _stage_costs
     segments, messages = build(builder, plan, recompute)
-    return Costs(segments, {}, messages, pieces.network, _rank_costs(pieces, plan))
+    return Costs(
+        segments,
+        {},
+        messages,
+        pieces.network,
+        _rank_costs(pieces, plan),
+        _loan_bytes(pieces.workload, plan),
+    )
 
 
 def _stage_costs(
@@ -267,10 +273,7 @@ def _helix_costs(
         "middle": builder.segment([cut.post, cut.pre]),
         "last": builder.segment([cut.post, _HEAD]),
     }
-    # Borrowed weights travel once per slot and direction, with the first of its micro batches.
-    weights = _lent_parameters(builder.workload, attention_range)
-    into = builder.message_bytes(cut.into, weights // int(plan.parameters["num_fold"]))
-    out = builder.message_bytes(cut.out)
+    into, out = builder.message_bytes(cut.into), builder.message_bytes(cut.out)
     messages = {f"{name}->attention": into for name in ("first", "middle")}
     messages |= {f"attention->{name}": out for name in ("middle", "last")}
     return {name: segments[name] for name in plan.cost_names}, messages
@@ -317,10 +320,27 @@ def _rank_costs(pieces: Pieces, plan: Plan) -> tuple[RankCost, ...]:
     )
 
 
-def _lent_parameters(workload: Workload, attention_range: str) -> int:
-    """Matrix weights that one loan moves."""
-    lent = {"core": (), "qkv": ("qkv",), "block": ("qkv", "proj")}[attention_range]
-    return sum(workload.parameters[piece] for piece in lent)
+def _lent_parameters(workload: Workload, plan: Plan) -> dict[str, int]:
+    """Matrix weights on one GPU that a loan of a segment moves, by segment name."""
+    if not plan.loans:
+        return {}
+    attention_range = str(plan.parameters["attention_range"])
+    pieces = {"core": (), "qkv": ("qkv",), "block": ("qkv", "proj")}[attention_range]
+    lent = {
+        "attention": sum(workload.parameters[piece] for piece in pieces),
+        "last": _helix_shares(workload, plan)["last"] + workload.parameters["head"],
+    }
+    used = {plan.segment_names[loan.segment] for loan in plan.loans}
+    return {name: count for name, count in lent.items() if name in used}
+
+
+def _loan_bytes(workload: Workload, plan: Plan) -> dict[str, LoanBytes]:
+    """Weights in their own type, gradients in fp32, on all GPUs of a rank."""
+    t = workload.tensor_parallel
+    return {
+        name: LoanBytes(count * workload.element_bytes * t, count * 4 * t)
+        for name, count in _lent_parameters(workload, plan).items()
+    }
 
 
 def _borrowed_bytes(pieces: Pieces, plan: Plan) -> list[int]:
@@ -329,10 +349,7 @@ def _borrowed_bytes(pieces: Pieces, plan: Plan) -> list[int]:
     if not plan.loans:
         return held
     workload = pieces.workload
-    lent = {
-        "attention": _lent_parameters(workload, str(plan.parameters["attention_range"])),
-        "last": _helix_shares(workload, plan)["last"] + workload.parameters["head"],
-    }
+    lent = _lent_parameters(workload, plan)
     round_size = plan.num_ranks * int(plan.parameters["num_fold"])
     for loan in plan.loans:
         if loan.micro_batches[0] < round_size:
