@@ -18,7 +18,6 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.transformer import MegatronModule, ModuleSpec, TransformerConfig
@@ -29,9 +28,15 @@ from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor
 from torch.func import functional_call
 
+from helixpipe.layers.chunked_loss import chunked_loss
+from helixpipe.layers.rotary import rotate
+from helixpipe.layers.saving_layer import NOTHING_SAVED, MemorySaving, SavingTransformerLayer
+from helixpipe.layers.slices import mark_sliced
 from helixpipe.layers.spec import ATTENTION_PARTS, LayerPart, final_norm, layer_spec, partial_layer_spec
 
 Tensors = tuple[Tensor, ...]
+
+_NORM1_AND_QKV = LayerPart.NORM1 | LayerPart.QKV
 
 
 class SegmentedDecoder(MegatronModule):
@@ -140,6 +145,7 @@ class SegmentedGPTModel(LanguageModule):
         share_embeddings_and_output_weights: tie the head to the embedding; both segments must be here.
         position_embedding_type: ``learned_absolute``, ``rope`` or ``none``.
         rotary_percent, rotary_base, seq_len_interpolation_factor: of rotary positions.
+        saving: what to do to keep less for the backward pass.
 
     Raises:
         ValueError: an option that segments do not support.
@@ -160,6 +166,7 @@ class SegmentedGPTModel(LanguageModule):
         rotary_percent: float = 1.0,
         rotary_base: int = 10000,
         seq_len_interpolation_factor: float | None = None,
+        saving: MemorySaving = NOTHING_SAVED,
     ) -> None:
         check_supported(config, position_embedding_type)
         super().__init__(config=config)
@@ -169,6 +176,7 @@ class SegmentedGPTModel(LanguageModule):
         self.post_process = self.num_segments - 1 in owned_segments
         self.vocab_size = vocab_size
         self.share_embeddings_and_output_weights = share_embeddings_and_output_weights
+        self.saving = saving
         if share_embeddings_and_output_weights and self.pre_process != self.post_process:
             raise ValueError("tied embeddings need the first and the last segment on one rank")
 
@@ -191,7 +199,9 @@ class SegmentedGPTModel(LanguageModule):
                 use_cpu_initialization=config.use_cpu_initialization,
                 cp_group=self.pg_collection.cp,
             )
-        spec = layer_spec(config, implementation)
+        spec = layer_spec(config, implementation, saving)
+        # What is computed again needs its weights in the backward pass; a guest's are there in the forward.
+        guest_spec = layer_spec(config, implementation)
         self._attention_part = ATTENTION_PARTS[attention_range]
         self.decoder = SegmentedDecoder(
             config,
@@ -202,13 +212,15 @@ class SegmentedGPTModel(LanguageModule):
         # By segment, attention under 1; in a dictionary, as they are no submodules: they have no weights.
         self._guests: dict[int, _Guest] = {}
         if self._attention_part:
-            self._guests[1] = self._attention_guest(spec)
+            self._guests[1] = self._attention_guest(guest_spec)
         if lends_head:
-            self._guests[self.num_segments - 1] = self._last_guest(spec, final_norm(implementation))
+            self._guests[self.num_segments - 1] = self._last_guest(guest_spec, final_norm(implementation))
         # Every rank runs the core attention of every layer; it has no weights and is no submodule.
         self._cores = [self._build_core(spec, number) for number in range(config.num_layers)]
         if self.post_process:
             self.output_layer = self._build_output_layer(config, share_embeddings_and_output_weights)
+            if saving.loss_chunk_size is not None:
+                mark_sliced([self.output_layer])
         self._mark_embedding_parameters()
 
     def _build_core(self, spec: ModuleSpec, number: int) -> torch.nn.Module:
@@ -375,24 +387,29 @@ class SegmentedGPTModel(LanguageModule):
             return values
         assert layer is not None
         with self._random_state():
-            if LayerPart.NORM1 in part:
-                values = (layer.input_layernorm(*values), *values)
-            if LayerPart.QKV in part:
-                values = self._query_key_value(layer, *values)
+            if _NORM1_AND_QKV in part and isinstance(layer, SavingTransformerLayer):
+                values = (*self._rotated(*layer.query_key_value(*values)), *values)
+            else:
+                if LayerPart.NORM1 in part:
+                    values = (layer.input_layernorm(*values), *values)
+                if LayerPart.QKV in part:
+                    normed, residual = values
+                    projected = layer.self_attention.get_query_key_value_tensors(normed)
+                    values = (*self._rotated(*projected), residual)
             if LayerPart.PROJ in part:
                 values = (self._project(layer, *values),)
             if LayerPart.MLP in part:
                 values = (layer._forward_mlp(*values),)
         return values
 
-    def _query_key_value(self, layer: TransformerLayer, normed: Tensor, residual: Tensor) -> Tensors:
-        query, key, value = layer.self_attention.get_query_key_value_tensors(normed)
+    def _rotated(self, query: Tensor, key: Tensor, value: Tensor) -> Tensors:
+        """Queries and keys with their rotary positions, if the model has any."""
         if self.rotary_pos_emb is not None:
             angles = self.rotary_pos_emb(query.shape[0])
             group = self.pg_collection.cp
-            query = apply_rotary_pos_emb(query, angles, config=self.config, cp_group=group)
-            key = apply_rotary_pos_emb(key, angles, config=self.config, cp_group=group)
-        return query, key, value, residual
+            query = rotate(query, angles, self.config, group)
+            key = rotate(key, angles, self.config, group)
+        return query, key, value
 
     def _project(self, layer: TransformerLayer, attention_output: Tensor, residual: Tensor) -> Tensor:
         projected = layer.self_attention.linear_proj(attention_output)
@@ -411,10 +428,13 @@ class SegmentedGPTModel(LanguageModule):
         (hidden,) = self._run_parts(layer, LayerPart.POST & ~self._attention_part, inputs)
         hidden = final_layernorm(hidden)
         weight = self.embedding.word_embeddings.weight if output_layer.weight is None else None
+        chunk, loss = self.saving.loss_chunk_size, self.compute_language_model_loss
+        if labels is not None and chunk is not None:
+            return (chunked_loss(hidden, labels, output_layer, weight, loss, chunk),)
         logits, _ = output_layer(hidden, weight=weight)
         if labels is None:
             return (logits.transpose(0, 1).contiguous(),)
-        return (self.compute_language_model_loss(labels, logits),)
+        return (loss(labels, logits),)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -483,7 +503,7 @@ def check_supported(config: TransformerConfig, position_embedding_type: str) -> 
         "multi-token prediction": bool(config.mtp_num_layers),
         "context parallelism": config.context_parallel_size > 1,
         "virtual pipeline stages": config.virtual_pipeline_model_parallel_size is not None,
-        "activation recomputation": config.recompute_granularity is not None,
+        "Megatron's activation recomputation": config.recompute_granularity is not None,
         "fp8 or fp4": bool(config.fp8 or config.fp4),
         "output-gated attention": config.attention_output_gate,
         "fused QKV rotary positions": config.fused_single_qkv_rope,

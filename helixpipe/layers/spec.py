@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from helixpipe.layers.attention import FlashCoreAttention
 from helixpipe.layers.norm import TorchNorm
+from helixpipe.layers.saving_layer import NOTHING_SAVED, MemorySaving, SavingTransformerLayer
 
 LOCAL = "local"
 TRANSFORMER_ENGINE = "transformer_engine"
@@ -48,13 +49,25 @@ def default_implementation() -> str:
     return TRANSFORMER_ENGINE if found else LOCAL
 
 
-def layer_spec(config: TransformerConfig, implementation: str) -> ModuleSpec:
+def layer_spec(
+    config: TransformerConfig,
+    implementation: str,
+    saving: MemorySaving = NOTHING_SAVED,
+) -> ModuleSpec:
     """The spec of one whole transformer layer.
 
     Args:
         config: decides the norm and query-key norm.
         implementation: ``local`` (our flash attention and norms) or ``transformer_engine``.
+        saving: what the layer does to keep less for the backward pass.
     """
+    spec = _megatrons_spec(config, implementation)
+    if saving.changes_layers:
+        spec.module, spec.params = SavingTransformerLayer, {"saving": saving}
+    return spec
+
+
+def _megatrons_spec(config: TransformerConfig, implementation: str) -> ModuleSpec:
     if implementation == TRANSFORMER_ENGINE:
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
@@ -77,12 +90,16 @@ def final_norm(implementation: str) -> type:
 
 
 def block_spec(
-    config: TransformerConfig, implementation: str, vp_stage: int | None = None
+    config: TransformerConfig,
+    implementation: str,
+    vp_stage: int | None = None,
+    saving: MemorySaving = NOTHING_SAVED,
 ) -> TransformerBlockSubmodules:
     """The spec of this rank's layers for Megatron's own GPTModel."""
     count = get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(config, implementation)] * count, layer_norm=final_norm(implementation)
+        layer_specs=[layer_spec(config, implementation, saving)] * count,
+        layer_norm=final_norm(implementation),
     )
 
 

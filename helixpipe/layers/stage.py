@@ -9,7 +9,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
-from helixpipe.layers.spec import block_spec
+from helixpipe.layers.gpt import build_gpt
+from helixpipe.layers.saving_layer import NOTHING_SAVED, MemorySaving
 
 
 class _PositionInChain(NamedTuple):
@@ -32,6 +33,7 @@ def build_stage(
     num_stages: int,
     *,
     share_embeddings_and_output_weights: bool,
+    saving: MemorySaving = NOTHING_SAVED,
     **arguments: Any,
 ) -> GPTModel:
     """The GPTModel of stage ``stage`` of ``num_stages``, whichever pipeline rank this is.
@@ -44,6 +46,7 @@ def build_stage(
         implementation: ``local`` or ``transformer_engine``, see :func:`helixpipe.layers.spec.layer_spec`.
         stage, num_stages: position in the chain.
         share_embeddings_and_output_weights: must be False.
+        saving: what to do to keep less for the backward pass.
         arguments: the rest of GPTModel's.
 
     Raises:
@@ -59,9 +62,10 @@ def build_stage(
     groups = ProcessGroupCollection.use_mpu_process_groups()
     groups.pp = _PositionInChain(stage, num_stages)
     groups.embd = None
-    return GPTModel(
+    return build_gpt(
         config,
-        block_spec(config, implementation),
+        implementation,
+        saving,
         pre_process=stage == 0,
         post_process=stage == num_stages - 1,
         share_embeddings_and_output_weights=False,

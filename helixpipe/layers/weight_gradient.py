@@ -16,6 +16,8 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
+from helixpipe.layers.slices import is_sliced
+
 Defer = Callable[[Callable[[], None]], None]
 
 
@@ -25,13 +27,16 @@ def defer_weight_gradients(model: torch.nn.Module, defer: Defer) -> None:
     The forward pass is Megatron's. In the backward pass a layer computes (and reduces over tensor-parallel
     ranks) its input gradient, adds up its bias, and calls ``defer`` with the rest of the work. That work adds
     to the weight's gradient through autograd, so every hook on it runs as if it came from the backward pass.
-    Norms, biases and embeddings stay with the input gradient: they cost next to nothing.
+    Norms, biases and embeddings stay with the input gradient: they cost next to nothing. So do layers that
+    run in slices, whose inputs and gradients are gone when the slice is done.
 
     Raises:
         ValueError: layers whose backward pass cannot be split.
     """
     for name, module in model.named_modules():
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+            if is_sliced(module):
+                continue
             _check(name, module)
             # In the place of the function only: the layer's own forward arranges the communication around it.
             module._forward_impl = partial(_linear, module._forward_impl, defer)

@@ -20,6 +20,7 @@ from helixpipe.plan.schedules.request import ATTENTION_RANGES, HEAD_PLACEMENTS
 from helixpipe.runtime.trace import NullClock
 from megatron.training.auto import AUTO, choose_schedule
 from megatron.training.data.prefix import DatasetInfo, check_token_ids, inspect_prefix
+from megatron.training.memory import add_memory_arguments, memory_saving
 
 
 class _Parser(argparse.ArgumentParser):
@@ -65,6 +66,7 @@ def parse_arguments(
     _check_split_backward(args)
     args.dataset = args.dataset or _inspect_data(args)
     args.padded_vocab_size = _pad_vocabulary(args)
+    args.memory_saving = memory_saving(args)
     _make_output_folders(args)
     return args
 
@@ -79,6 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_schedule_arguments(parser)
     _add_model_arguments(parser)
+    add_memory_arguments(parser)
     _add_training_arguments(parser)
     _add_data_arguments(parser)
     _add_output_arguments(parser)
@@ -327,7 +330,7 @@ def _check_schedule(args: argparse.Namespace) -> None:
         raise ValueError("--hardware and --memory-limit-gib are for --pipeline-schedule auto; leave them out")
     if args.pipeline_schedule == "helix" and args.recompute_granularity is not None:
         raise ValueError(
-            "helix does not recompute activations; leave --recompute-granularity out or use 1f1b"
+            "helix recomputes by --recompute-without-attention; leave --recompute-granularity out or use 1f1b"
         )
     if args.pipeline_schedule in V_SCHEDULES and not args.untie_embeddings_and_output_weights:
         raise ValueError(

@@ -12,14 +12,15 @@ from helixpipe.plan.cost_model.model import model_from_arguments
 from helixpipe.plan.schedules import SCHEDULES
 
 AUTO = "auto"
-_RECOMPUTE = {None: Recompute.NONE, "selective": Recompute.SELECTIVE, "full": Recompute.FULL}
+_RECOMPUTE = {"selective": Recompute.SELECTIVE, "full": Recompute.FULL}
 
 
 def choose_schedule(args: argparse.Namespace) -> str:
     """Put the fastest schedule that fits, with its options, in the place of ``auto``.
 
-    Sizes, micro batches and recomputation stay as given, and so do options of schedules, which then leave
-    only the schedules that have them. Every rank comes to the same choice by itself.
+    Sizes, micro batches and recomputation, if any is asked for, stay as given, and so do options of
+    schedules, which then leave only the schedules that have them. Every rank comes to the same choice by
+    itself.
 
     Args:
         args: parsed and checked but for the schedule, the padded vocabulary size known.
@@ -77,6 +78,7 @@ def _workload(args: argparse.Namespace) -> Workload:
         sequence_parallel=args.sequence_parallel or args.tensor_model_parallel_size == 1,
         data_parallel=args.data_parallel_size,
         distributed_optimizer=args.use_distributed_optimizer,
+        whole_logits=args.loss_chunk_size is None,
         element_bytes=2 if args.bf16 else 4,
     )
 
@@ -101,6 +103,15 @@ def _check_profile(args: argparse.Namespace, profile: Pieces, workload: Workload
             )
 
 
+def _recompute_choices(args: argparse.Namespace) -> set[Recompute]:
+    """What was asked for; without a word, the cheap parts are computed again where memory needs it."""
+    if args.recompute_granularity is not None:
+        return {_RECOMPUTE[args.recompute_granularity]}
+    if args.recompute_without_attention is None:
+        return {Recompute.NONE, Recompute.WITHOUT_ATTENTION}
+    return {Recompute.WITHOUT_ATTENTION if args.recompute_without_attention else Recompute.NONE}
+
+
 def _is_allowed(args: argparse.Namespace, candidate: Candidate) -> bool:
     attention_range = None if args.attention_range == AUTO else args.attention_range
     given = {"num_fold": args.num_fold, "attention_range": attention_range}
@@ -110,7 +121,7 @@ def _is_allowed(args: argparse.Namespace, candidate: Candidate) -> bool:
         given["virtual_stages"] = args.num_layers // stages
     return (
         not candidate.why_not_runnable
-        and candidate.recompute is _RECOMPUTE[args.recompute_granularity]
+        and candidate.recompute in _recompute_choices(args)
         and candidate.micro_batch_size == args.micro_batch_size
         and args.head_placement in (None, _head_placement(candidate))
         and all(candidate.options.get(name) == value for name, value in given.items() if value is not None)
@@ -127,6 +138,7 @@ def _head_placement(candidate: Candidate) -> str | None:
 
 def _apply(args: argparse.Namespace, candidate: Candidate) -> None:
     args.pipeline_schedule = candidate.schedule
+    args.recompute_without_attention = candidate.recompute is Recompute.WITHOUT_ATTENTION
     options = dict(candidate.options)
     if args.attention_range == AUTO:
         args.attention_range = None  # the candidate's, if it has one

@@ -13,15 +13,16 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
+from helixpipe.layers.gpt import build_gpt
 from helixpipe.layers.initialization import deferred_initialization, initialize_weights
+from helixpipe.layers.saving_layer import MemorySaving
 from helixpipe.layers.segmented_gpt import SegmentedGPTModel
-from helixpipe.layers.spec import LOCAL, block_spec, default_implementation
+from helixpipe.layers.spec import LOCAL, default_implementation
 from helixpipe.layers.stage import build_stage
 from helixpipe.megatron_adapter.schedule import V_SCHEDULES, owned_segments
 from helixpipe.plan import build_plan
@@ -109,8 +110,10 @@ def _splits_backward(args: argparse.Namespace) -> bool:
 
 
 def _build_chunks(args: argparse.Namespace, config: TransformerConfig) -> list[torch.nn.Module]:
-    # Only Megatron's local linear layers can leave their weight gradient for later.
-    implementation = args.transformer_impl or (LOCAL if _splits_backward(args) else default_implementation())
+    # Only Megatron's local linear layers can leave their weight gradient for later, or run in slices.
+    needs_local = _splits_backward(args) or args.memory_saving.mlp_chunk_size is not None
+    implementation = args.transformer_impl or (LOCAL if needs_local else default_implementation())
+    saving: MemorySaving = args.memory_saving
     arguments: dict[str, Any] = {
         "vocab_size": args.padded_vocab_size,
         "max_sequence_length": args.max_position_embeddings,
@@ -126,12 +129,16 @@ def _build_chunks(args: argparse.Namespace, config: TransformerConfig) -> list[t
         if args.pipeline_schedule == "helix":
             arguments["attention_range"] = str(plan.parameters["attention_range"])
             arguments["lends_head"] = args.head_placement == "spread"
-            return [SegmentedGPTModel(config, implementation, owned, **arguments)]
-        return [build_stage(config, implementation, stage, plan.num_segments, **arguments) for stage in owned]
+            return [SegmentedGPTModel(config, implementation, owned, saving=saving, **arguments)]
+        return [
+            build_stage(config, implementation, stage, plan.num_segments, saving=saving, **arguments)
+            for stage in owned
+        ]
     return [
-        GPTModel(
+        build_gpt(
             config,
-            block_spec(config, implementation, vp_stage),
+            implementation,
+            saving,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             vp_stage=vp_stage,

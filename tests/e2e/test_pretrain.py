@@ -126,7 +126,7 @@ def test_bf16_trains(launch, tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     finished = launch(
         2, "--pipeline-schedule", "helix", "--pipeline-model-parallel-size", 2, "--bf16",
-        "--metrics-jsonl", metrics,
+        "--mlp-chunk-size", 50, "--loss-chunk-size", "auto", "--metrics-jsonl", metrics,
     )  # fmt: skip
     assert finished.code == 0, finished.errors
     assert finished.errors == ""

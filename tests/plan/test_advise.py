@@ -124,6 +124,22 @@ def test_arguments_name_every_choice():
     assert words.endswith("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1")
 
 
+def test_arguments_say_what_helix_recomputes_and_how_the_loss_is_computed():
+    options = {"num_fold": 2, "attention_range": "core"}
+
+    def words(recompute, **changes):
+        return Candidate("helix", recompute, 2, 8, options).arguments(job(**changes))
+
+    assert words(Recompute.NONE)[-1] == "--no-recompute-without-attention"
+    assert words(Recompute.WITHOUT_ATTENTION)[-1] == "--recompute-without-attention"
+    assert words(Recompute.NONE, whole_logits=False)[-1] == "--loss-chunk-size auto"
+    assert not Candidate("helix", Recompute.WITHOUT_ATTENTION, 2, 8, options).why_not_runnable
+    block = {**options, "attention_range": "block", "head_placement": "spread"}
+    assert Candidate("helix", Recompute.WITHOUT_ATTENTION, 2, 8, block).why_not_runnable == "recompute"
+    chunked = Candidate("helix", Recompute.NONE, 2, 8, block, chunked_loss=True)
+    assert chunked.why_not_runnable == "chunked loss"
+
+
 # Context parallelism, against sums written out here.
 
 

@@ -21,18 +21,19 @@ from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
 
+from helixpipe.layers.gpt import build_gpt  # noqa: E402
 from helixpipe.layers.initialization import (  # noqa: E402
     canonical_parameters,
     deferred_initialization,
     initialize_weights,
 )
+from helixpipe.layers.saving_layer import NOTHING_SAVED, MemorySaving  # noqa: E402
 from helixpipe.layers.segmented_gpt import SegmentedGPTModel  # noqa: E402
-from helixpipe.layers.spec import LOCAL, block_spec  # noqa: E402
+from helixpipe.layers.spec import LOCAL  # noqa: E402
 from helixpipe.layers.stage import build_stage  # noqa: E402
 from helixpipe.megatron_adapter.forward_backward import (  # noqa: E402
     HelixForwardBackward,
@@ -70,11 +71,20 @@ class Case:
     recompute: str | None = None
     attention_range: str = "core"
     head_placement: str = "first"
+    without_attention: bool = False
+    mlp_chunk: int | None = None
+    loss_chunk: int | None = None
+    hidden_dropout: float = 0.0
 
     @property
     def is_tied(self) -> bool:
         """Embedding and head share a weight: by default GPT's do and Llama's do not."""
         return self.style == "gpt" if self.tied is None else self.tied
+
+    @property
+    def saving(self) -> MemorySaving:
+        """What the planned model does to keep less; the reference does nothing."""
+        return MemorySaving(self.without_attention, self.mlp_chunk, self.loss_chunk)
 
     @property
     def chunks_per_rank(self) -> int:
@@ -133,7 +143,7 @@ def make_config(case: Case) -> TransformerConfig:
         gated_linear_unit=llama,
         activation_func=torch.nn.functional.silu if llama else torch.nn.functional.gelu,
         add_bias_linear=not llama,
-        hidden_dropout=0.0,
+        hidden_dropout=case.hidden_dropout,
         attention_dropout=0.0,
         tensor_model_parallel_size=case.tp,
         pipeline_model_parallel_size=case.pp,
@@ -166,13 +176,14 @@ def _model_arguments(case: Case) -> dict[str, Any]:
     }
 
 
-def build_reference(case: Case) -> list[torch.nn.Module]:
+def build_reference(case: Case, saving: MemorySaving = NOTHING_SAVED) -> list[torch.nn.Module]:
     """Megatron's GPTModel for this rank's stage, with the same core attention, wrapped for training."""
     config = make_config(case)
     with deferred_initialization(config):
-        model = GPTModel(
+        model = build_gpt(
             config,
-            block_spec(config, LOCAL),
+            LOCAL,
+            saving,
             pre_process=parallel_state.is_pipeline_first_stage(),
             post_process=parallel_state.is_pipeline_last_stage(),
             **_model_arguments(case),
@@ -185,13 +196,13 @@ def build_planned(case: Case) -> list[torch.nn.Module]:
     if case.schedule == "helix":
         return _build_helix(case)
     if case.chunks_per_rank == 1:
-        return build_reference(case)
+        return build_reference(case, case.saving)
     config = make_config(case)
     rank = parallel_state.get_pipeline_model_parallel_rank()
     num_stages = 2 * case.pp
     with deferred_initialization(config):
         models = [
-            build_stage(config, LOCAL, stage, num_stages, **_model_arguments(case))
+            build_stage(config, LOCAL, stage, num_stages, saving=case.saving, **_model_arguments(case))
             for stage in (rank, num_stages - 1 - rank)
         ]
     return _wrap(case, config, models)
@@ -208,6 +219,7 @@ def _build_helix(case: Case) -> list[torch.nn.Module]:
             owned,
             attention_range=case.attention_range,
             lends_head=case.head_placement == "spread",
+            saving=case.saving,
             **_model_arguments(case),
         )
     return _wrap(case, config, [model])

@@ -8,11 +8,12 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
-from models import Case, _model_arguments, make_config
+from models import VOCABULARY, Case, _model_arguments, make_config
 
+from helixpipe.layers.gpt import build_gpt
 from helixpipe.layers.initialization import deferred_initialization
 from helixpipe.layers.segmented_gpt import SegmentedGPTModel
-from helixpipe.layers.spec import LOCAL, block_spec
+from helixpipe.layers.spec import LOCAL
 
 
 def configured(case: Case, **values: Any) -> TransformerConfig:
@@ -29,9 +30,10 @@ def gpt_stage(case: Case, vp_stage: int | None = None, **values: Any) -> GPTMode
     config = configured(case, **values)
     ends = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
     with deferred_initialization(config):
-        return GPTModel(
+        return build_gpt(
             config,
-            block_spec(config, LOCAL, vp_stage),
+            LOCAL,
+            case.saving,
             pre_process=parallel_state.is_pipeline_first_stage(**ends),
             post_process=parallel_state.is_pipeline_last_stage(**ends),
             vp_stage=vp_stage,
@@ -51,6 +53,7 @@ def segmented_share(case: Case, **values: Any) -> SegmentedGPTModel:
             owned,
             attention_range=case.attention_range,
             lends_head=case.head_placement == "spread",
+            saving=case.saving,
             **_model_arguments(case),
         )
 
@@ -63,3 +66,11 @@ def run_segments(model: SegmentedGPTModel, **batch: torch.Tensor) -> tuple[torch
         values = model.forward_segment(segment, values, **batch)
         returned.append(values)
     return values[0], returned[:-1]
+
+
+def batch_of(case: Case) -> dict[str, torch.Tensor]:
+    """Tokens, positions and labels of one micro batch, [b, s] each; the same at every call."""
+    shape = (case.micro_batch_size, case.seq_length + 1)
+    text = torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(11))
+    positions = torch.arange(case.seq_length).expand(case.micro_batch_size, -1)
+    return {"tokens": text[:, :-1], "position_ids": positions, "labels": text[:, 1:]}

@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 
+from helixpipe.layers.saving_layer import MemorySaving
 from helixpipe.megatron_adapter.schedule import make_schedule
 from helixpipe.runtime.trace import NullClock
 from megatron.training.arguments import parse_arguments
@@ -127,6 +128,34 @@ def test_the_heads_placement_reaches_the_schedule(parse):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "saving"),
+    [
+        ("", MemorySaving()),
+        ("--pipeline-schedule helix", MemorySaving(recompute_without_attention=True)),
+        ("--pipeline-schedule helix --no-recompute-without-attention", MemorySaving()),
+        ("--pipeline-schedule helix --attention-range block", MemorySaving()),
+        ("--recompute-without-attention", MemorySaving(recompute_without_attention=True)),
+        ("--mlp-chunk-size 8 --loss-chunk-size 100", MemorySaving(False, 8, 100)),
+        # 384 words in two precisions and 64 channels; 256 in the MLP.
+        ("--seq-length 32768 --mlp-chunk-size auto", MemorySaving(False, 8192)),
+        ("--seq-length 32768 --loss-chunk-size auto", MemorySaving(False, None, 32768 * 64 // (3 * 384))),
+        ("--seq-length 32768 --swiglu --mlp-chunk-size auto", MemorySaving(False, 4096)),
+        ("--mlp-chunk-size auto", MemorySaving(False, 32)),
+        ("--recompute-granularity selective --mlp-chunk-size 8", MemorySaving(False, 8)),
+    ],
+)
+def test_what_is_done_to_save_memory(parse, arguments, saving):
+    assert parse(f"--max-position-embeddings 32768 {arguments}").memory_saving == saving
+
+
+def test_automatic_slices_are_of_one_gpus_share(parse):
+    line = f"{TP2} --seq-length 32768 --mlp-chunk-size auto"
+    # The MLP is cut over two GPUs, the hidden state only by sequence parallelism.
+    assert parse(line, world_size=2).memory_saving.mlp_chunk_size == 16384
+    assert parse(f"{line} --sequence-parallel", world_size=2).memory_saving.mlp_chunk_size == 8192
+
+
+@pytest.mark.parametrize(
     ("vocabulary", "multiple", "tensor_size", "padded"),
     [
         (256, 128, 1, 256),
@@ -240,6 +269,26 @@ REFUSED = [
     (1, "--optimizer sgd --use-distributed-optimizer", "--optimizer sgd", "use adam"),
     (1, "--optimizer lion", "--optimizer", "lion", "adam", "sgd"),
     (1, "--pipeline-schedule helix --recompute-granularity selective", "helix", "use 1f1b"),
+    (
+        1,
+        "--recompute-without-attention --recompute-granularity selective",
+        "--recompute-without-attention and --recompute-granularity selective",
+        "leave one out",
+    ),
+    (1, "--mlp-chunk-size 0", "--mlp-chunk-size", "'0'", "give 1 or more, or auto"),
+    (1, "--loss-chunk-size half", "--loss-chunk-size", "'half'", "give 1 or more, or auto"),
+    (
+        1,
+        "--mlp-chunk-size 8 --transformer-impl transformer_engine",
+        "--mlp-chunk-size",
+        "use --transformer-impl local",
+    ),
+    (
+        1,
+        "--mlp-chunk-size 8 --disable-bias-linear --recompute-granularity selective --recompute-modules mlp",
+        "--mlp-chunk-size",
+        "leave mlp out of --recompute-modules",
+    ),
     (1, "--recompute-granularity full", "needs --recompute-method and --recompute-num-layers"),
     (1, "--recompute-num-layers 1", "need --recompute-granularity full"),
     (
@@ -274,6 +323,18 @@ REFUSED = [
     (1, "--pipeline-schedule helix --head-placement last", "'last'", "first, spread"),
     (1, "--head-placement spread", "--head-placement means nothing to 1f1b", "it is for helix"),
     (1, "--pipeline-schedule hellix", "'hellix'", "did you mean helix?"),
+    (
+        2,
+        f"{PP2} --pipeline-schedule helix --attention-range block --recompute-without-attention",
+        "--attention-range block",
+        "use core or --no-recompute-without-attention",
+    ),
+    (
+        2,
+        f"{PP2} --pipeline-schedule helix --head-placement spread --loss-chunk-size 8",
+        "--head-placement spread",
+        "use first",
+    ),
     (1, "--pipeline-schedule seq1f1b", "seq1f1b", "not executed", "1f1b, interleaved, gpipe"),
     (1, "--num-layers nine", "--num-layers", "'nine'"),
     (1, "--lr fast", "--lr", "'fast'"),

@@ -54,6 +54,21 @@ def test_given_options_narrow_the_choice():
     assert chosen.pipeline_schedule != "helix"
 
 
+def test_recomputation_is_as_given_or_where_memory_needs_it():
+    long = "--hardware h20 --seq-length 131072"
+    assert not parsed(long).memory_saving.recompute_without_attention
+    assert parsed(f"{long} --memory-limit-gib 16").memory_saving.recompute_without_attention
+    assert parsed(f"{long} --recompute-without-attention").memory_saving.recompute_without_attention
+    never = f"{long} --memory-limit-gib 16 --no-recompute-without-attention"
+    assert not parsed(never).memory_saving.recompute_without_attention
+    assert parsed(never).choice != parsed(f"{long} --memory-limit-gib 16").choice
+
+
+def test_chunks_of_the_loss_are_known_to_the_planner():
+    tight = "--hardware h20 --seq-length 131072 --memory-limit-gib 16"
+    assert parsed(f"{tight} --loss-chunk-size auto").choice != parsed(tight).choice
+
+
 def test_memory_decides():
     roomy = parsed("--hardware h20 --seq-length 131072")
     tight = parsed("--hardware h20 --seq-length 131072 --memory-limit-gib 20")

@@ -15,11 +15,10 @@ from helixpipe.plan.schedules.request import ATTENTION_RANGES
 MICRO_BATCH_FACTORS = (1, 2, 4)
 
 # What pretrain_gpt.py executes today; everything else can be planned and is marked as such.
-_MEGATRON = frozenset((Recompute.NONE, Recompute.SELECTIVE, Recompute.FULL))
 _V_SHAPED = ("zb-v", "v-half", "v-min", "dualpipe-v")
 RUNNABLE: Mapping[str, frozenset[Recompute]] = {
-    **dict.fromkeys(("1f1b", "interleaved", "gpipe", "zb-h1", *_V_SHAPED), _MEGATRON),
-    "helix": frozenset((Recompute.NONE,)),
+    **dict.fromkeys(("1f1b", "interleaved", "gpipe", "zb-h1", *_V_SHAPED), frozenset(Recompute)),
+    "helix": frozenset((Recompute.NONE, Recompute.WITHOUT_ATTENTION)),
 }
 
 
@@ -34,6 +33,7 @@ class Candidate:
         num_microbatches: per replica and iteration.
         options: the schedule's own, by name of :class:`ScheduleRequest`.
         tied: the model's head shares the embedding's weights.
+        chunked_loss: the loss is computed in chunks.
     """
 
     schedule: str
@@ -42,6 +42,7 @@ class Candidate:
     num_microbatches: int
     options: Mapping[str, int | str] = field(default_factory=dict)
     tied: bool = False
+    chunked_loss: bool = False
 
     def request(self, job: Job) -> ScheduleRequest:
         """What the schedule is asked for."""
@@ -66,6 +67,12 @@ class Candidate:
             return "recompute"
         if self.tied and self.schedule in _V_SHAPED:
             return "tied weights"
+        # Borrowed weights are gone when a backward pass would compute with them again.
+        lends_attention = self.options.get("attention_range", "core") != "core"
+        if lends_attention and self.recompute is Recompute.WITHOUT_ATTENTION:
+            return "recompute"
+        if self.chunked_loss and self.options.get("head_placement") == "spread":
+            return "chunked loss"
         return ""
 
     def arguments(self, job: Job) -> list[str]:
@@ -89,6 +96,11 @@ class Candidate:
             else:
                 words.append(f"{OPTION_FLAGS[name]} {value}")
         words += _RECOMPUTE_ARGUMENTS[self.recompute]
+        if self.options.get("attention_range") == "core" and self.recompute is Recompute.NONE:
+            # The range for which it is on by default.
+            words.append("--no-recompute-without-attention")
+        if not workload.whole_logits:
+            words.append("--loss-chunk-size auto")
         return words
 
 
@@ -131,6 +143,7 @@ def candidates(job: Job) -> Iterator[list[Candidate]]:
                         job.num_microbatches // factor,
                         options,
                         job.workload.model.tied,
+                        not job.workload.whole_logits,
                     )
                     for recompute in Recompute
                 ]

@@ -1,0 +1,209 @@
+"""Megatron's transformer layer with less kept for the backward pass."""
+
+from __future__ import annotations
+
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from helixpipe.layers.recompute import Tensors, recompute
+from helixpipe.layers.rotary import rotate
+from helixpipe.layers.slices import SlicedFunction, in_slices, mark_sliced
+
+
+@dataclass(frozen=True)
+class MemorySaving:
+    """What a model does to keep less.
+
+    Attributes:
+        recompute_without_attention: backward passes compute norms, QKV and the MLP's first half again.
+        mlp_chunk_size: tokens of the sequence for which norm2 and MLP run at a time; None: all.
+        loss_chunk_size: tokens of the sequence whose logits exist at a time; None: all.
+    """
+
+    recompute_without_attention: bool = False
+    mlp_chunk_size: int | None = None
+    loss_chunk_size: int | None = None
+
+    @property
+    def changes_layers(self) -> bool:
+        """True if layers run otherwise than Megatron's."""
+        return self.recompute_without_attention or self.mlp_chunk_size is not None
+
+
+NOTHING_SAVED = MemorySaving()
+
+
+def local_size(chunk_size: int, config: TransformerConfig) -> int:
+    """Positions of a slice of the residual: with sequence parallelism each rank has its share of them."""
+    return max(1, chunk_size // (config.tensor_model_parallel_size if config.sequence_parallel else 1))
+
+
+def check_supported(config: TransformerConfig, saving: MemorySaving) -> None:
+    """``ValueError`` for options that a :class:`SavingTransformerLayer` would ignore or get wrong."""
+    recompute_of_mlp = config.recompute_granularity == "selective" and "mlp" in (
+        config.recompute_modules or ()
+    )
+    refused = {
+        "mixture of experts": config.num_moe_experts is not None,
+        "multi-latent attention": config.multi_latent_attention,
+        "output-gated attention": config.attention_output_gate,
+        "context parallelism": config.context_parallel_size > 1,
+        "fused QKV rotary positions": config.fused_single_qkv_rope,
+        "layers without rotary positions": bool(config.no_rope_freq),
+        "fp8 or fp4": bool(config.fp8 or config.fp4),
+        "CPU offloading": config.cpu_offloading or config.fine_grained_activation_offloading,
+        "CUDA graphs": config.cuda_graph_impl != "none",
+        "Megatron's recomputation of the MLP": recompute_of_mlp,
+        "Megatron's activation recomputation": saving.recompute_without_attention
+        and config.recompute_granularity is not None,
+    }
+    for option, is_set in refused.items():
+        if is_set:
+            raise ValueError(
+                f"recomputation without attention and chunked MLP do not support {option}; leave one out"
+            )
+
+
+class SavingTransformerLayer(TransformerLayer):
+    """Computes what Megatron's layer computes.
+
+    With recomputation, between forward and backward a layer keeps its input, attention output with
+    log-sum-exp, and the input of norm2: 3 units of 17. Masks of hidden dropout are kept; nothing that is
+    computed again draws random numbers.
+
+    Args:
+        saving: what to do to keep less.
+        arguments: Megatron's.
+
+    Raises:
+        ValueError: options that do not go with it, or an MLP that cannot run in slices.
+    """
+
+    def __init__(self, *, saving: MemorySaving, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        check_supported(self.config, saving)
+        self.saving = saving
+        has_mlp = hasattr(self.mlp, "linear_fc1")
+        if saving.mlp_chunk_size is not None and has_mlp:
+            linears = (self.mlp.linear_fc1, self.mlp.linear_fc2)
+            if type(linears[0]) is not ColumnParallelLinear or type(linears[1]) is not RowParallelLinear:
+                raise ValueError(
+                    "a chunked MLP needs Megatron's own linear layers; use --transformer-impl local"
+                )
+            mark_sliced(linears)
+
+    def query_key_value(self, hidden: Tensor) -> Tensors:
+        """norm1 and QKV; [s, b, h] -> query [s, b, heads, d], key and value [s, b, groups, d]."""
+        project = self.self_attention.get_query_key_value_tensors
+        if not self.saving.recompute_without_attention:
+            return project(self.input_layernorm(hidden))
+        # QKV's weight gradient needs the norm's output; QKV's own is sent away.
+        return recompute(lambda hidden: (self.input_layernorm(hidden),), project, hidden)
+
+    def _forward_attention(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """Megatron's, with the core attention as the consumer of recomputed queries, keys and values."""
+        if not (self.saving.recompute_without_attention and torch.is_grad_enabled()):
+            return super()._forward_attention(hidden_states, *args, **kwargs)
+        mask = args[0] if args else kwargs.pop("attention_mask", None)
+        angles = kwargs.pop("rotary_pos_emb", None)
+        unknown = [name for name, value in kwargs.items() if value is not None]
+        if len(args) > 1 or unknown:
+            named = ", ".join(unknown) or "cross-attention"
+            raise ValueError(f"recomputation without attention does not support {named}; leave it out")
+        attention = self.self_attention
+
+        def produce(hidden: Tensor) -> Tensors:
+            query, key, value = attention.get_query_key_value_tensors(self.input_layernorm(hidden))
+            if angles is not None:
+                group = attention.pg_collection.cp
+                query, key = (rotate(tensor, angles, self.config, group) for tensor in (query, key))
+            return query, key, value
+
+        def consume(query: Tensor, key: Tensor, value: Tensor) -> Tensors:
+            return (
+                attention.core_attention(query, key, value, mask, attn_mask_type=attention.attn_mask_type),
+            )
+
+        (output,) = recompute(produce, consume, hidden_states)
+        add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
+        with self.bias_dropout_add_exec_handler():
+            return add(attention.linear_proj(output), hidden_states, self.hidden_dropout), None
+
+    def _forward_mlp(
+        self, hidden_states: Tensor, inference_context: Any = None, padding_mask: Tensor | None = None
+    ) -> Tensor:
+        """Megatron's, with fc2 as the consumer of a recomputed activation, or in slices."""
+        if inference_context is not None or padding_mask is not None:
+            return super()._forward_mlp(hidden_states, inference_context, padding_mask)
+        if self.saving.mlp_chunk_size is not None:
+            output = self._sliced_mlp(hidden_states, self.saving.mlp_chunk_size)
+        elif self.saving.recompute_without_attention:
+            (output,) = recompute(
+                lambda hidden: (self._first_half(hidden),),
+                lambda activation: (self.mlp.linear_fc2(activation)[0],),
+                hidden_states,
+            )
+        else:
+            return super()._forward_mlp(hidden_states)
+        # fc2 leaves its bias to the addition that follows; Transformer Engine's is never None.
+        bias = self.mlp.linear_fc2.bias if self.config.add_bias_linear else None
+        return self._forward_post_mlp((output, bias), hidden_states)
+
+    def _first_half(self, hidden: Tensor) -> Tensor:
+        """norm2, fc1 and the activation function; [s, b, h] -> [s, b, ffn]."""
+        half = copy(self.mlp)
+        half._modules = {**self.mlp._modules, "linear_fc2": _PassThrough()}
+        return half(self.pre_mlp_layernorm(hidden))[0]
+
+    def _sliced_mlp(self, hidden: Tensor, chunk_size: int) -> Tensor:
+        linear = self.mlp.linear_fc2
+        parameters = (
+            *self.pre_mlp_layernorm.parameters(),
+            *self.mlp.linear_fc1.parameters(),
+            linear.weight,
+        )
+        function = SlicedFunction(
+            forward=lambda part: linear(self._first_half(part))[0],
+            again=lambda part: _BackwardOfLinear.apply(self._first_half(part), linear.weight, linear),
+            parameters=parameters,
+            size=local_size(chunk_size, self.config),
+        )
+        return in_slices(function, hidden)
+
+
+class _PassThrough(torch.nn.Module):
+    """In the place of fc2."""
+
+    def forward(self, activation: Tensor) -> tuple[Tensor, None]:
+        """The activation itself, and no bias."""
+        return activation, None
+
+
+class _BackwardOfLinear(torch.autograd.Function):
+    """A row-parallel layer whose result nobody needs any more; [s, b, in/tp] -> [s, b, out].
+
+    In sequence parallelism the result is this rank's part, [s/tp, b, out].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, linear: RowParallelLinear) -> Tensor:
+        ctx.save_for_backward(input, weight)
+        ctx.linear = linear
+        length = input.shape[0] // (linear.tp_group.size() if linear.sequence_parallel else 1)
+        return input.new_empty((length, *input.shape[1:-1], weight.shape[0]))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        input, weight = ctx.saved_tensors
+        if ctx.linear.sequence_parallel:
+            grad = tensor_parallel.gather_from_sequence_parallel_region(grad, group=ctx.linear.tp_group)
+        grad_weight = grad.flatten(0, -2).t().matmul(input.flatten(0, -2))
+        return grad.matmul(weight), grad_weight, None

@@ -1,0 +1,58 @@
+"""How much a forward pass keeps for its backward pass, and how large tensors become on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Kept:
+    """``with Kept(model) as kept: …`` then ``kept.bytes(inputs)``: what autograd's graph holds on to.
+
+    Weights do not count. Storage counts once and at its present size: a tensor whose data was taken away
+    counts as nothing.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self._saved: list[Tensor] = []
+        self._hooks = saved_tensors_hooks(self._note, lambda tensor: tensor)
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        self._saved.append(tensor)
+        return tensor
+
+    def __enter__(self) -> Kept:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._hooks.__exit__(*exception)
+
+    def bytes(self, inputs: Iterable[Tensor] = ()) -> int:
+        """Bytes of what was saved and of ``inputs``, which the executor keeps for their gradients."""
+        storages = {}
+        for tensor in (*self._saved, *inputs):
+            storage = tensor.untyped_storage()
+            if storage.nbytes() and storage.data_ptr() not in self._weights:
+                storages[storage.data_ptr()] = storage.nbytes()
+        return sum(storages.values())
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the bytes of the largest tensor that any operation returns."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.bytes = max(self.bytes, leaf.numel() * leaf.element_size())
+        return result
