@@ -137,7 +137,8 @@ def _training_arguments(options: argparse.Namespace, schedule: str) -> argparse.
         --untie-embeddings-and-output-weights --micro-batch-size 1
         --global-batch-size {options.num_microbatches} --train-iters 1000 --lr 1e-4 --data-path random"""
     if schedule == "helix":
-        line += f" --num-fold {options.num_fold}"
+        # Nothing is recomputed under any schedule.
+        line += f" --num-fold {options.num_fold} --no-recompute-without-attention"
     if schedule == "interleaved":
         line += " --num-layers-per-virtual-pipeline-stage 1"
     if options.bf16:
