@@ -286,6 +286,10 @@ def test_chunked_loss_keeps_no_logits():
     logits = 131072 * 50304 // 8
     assert last().bytes - last(whole_logits=False).bytes == 4 * logits
     assert last().workspace_bytes >= 8 * logits > last(whole_logits=False).workspace_bytes
+    # They are computed twice.
+    head = pieces(seq_length=131072).times["head"].forward
+    assert last(whole_logits=False).backward - last().backward == pytest.approx(head)
+    assert last(whole_logits=False).recompute == pytest.approx(head)
 
 
 def test_messages_have_the_size_of_their_tensors():

@@ -162,6 +162,9 @@ class _Builder:
         """The cost of parts that run on one rank, one after the other."""
         names = [piece for part in parts for piece in part.pieces]
         again = [piece for part in parts for piece in part.recomputed]
+        if "head" in names and not self.workload.whole_logits:
+            # A loss in chunks computes each chunk's logits again in the backward pass.
+            again.append("head")
         costs = [self._time(piece, part_of) for piece in names]
         recompute = sum(self._time(piece, part_of).forward for piece in again)
         overhead = self.pieces.overhead_ms
