@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from helixpipe.layers.segmented_gpt import SegmentedGPTModel
+from helixpipe.layers.spec import LayerPart
 from helixpipe.plan.cost_model import PieceCost, Workload
 from helixpipe.profiling.stopwatch import Stopwatch, Times
 
@@ -51,7 +52,7 @@ class _Measurement:
         layer = self.layer
         mlp, attention = layer.mlp, layer.self_attention
         before = self._shared(
-            times(lambda x: model._before_attention(0, x), [self.hidden]),
+            times(lambda x: model._run_parts(layer, LayerPart.PRE, (x,)), [self.hidden]),
             {
                 "norm1": times(layer.input_layernorm, [self.hidden]),
                 "qkv": times(attention.get_query_key_value_tensors, [self.hidden]),
@@ -60,7 +61,7 @@ class _Measurement:
         activated = mlp.linear_fc1(self.hidden)[0].shape[-1] // (2 if self.workload.model.gated else 1)
         wide = self._random((self.workload.seq_length, self.workload.micro_batch_size, activated))
         after = self._shared(
-            times(lambda o, x: model._after_attention(0, o, x), [self.context, self.hidden]),
+            times(lambda o, x: model._run_parts(layer, LayerPart.POST, (o, x)), [self.context, self.hidden]),
             {
                 "proj": times(lambda o, x: attention.linear_proj(o)[0] + x, [self.context, self.hidden]),
                 "norm2": times(layer.pre_mlp_layernorm, [self.hidden]),
@@ -76,7 +77,7 @@ class _Measurement:
             "embedding": times(
                 lambda t, i: model.embedding(input_ids=t, position_ids=i), [self.tokens, self.positions]
             ),
-            "head": times(lambda x: model._head(x, self.tokens).mean(), [self.hidden]),
+            "head": times(self._head, [self.hidden]),
         }
         found = {**before, **after, "core": core, **ends}
         weights = self._weight_times()
@@ -84,6 +85,14 @@ class _Measurement:
             name: PieceCost(t.forward, max(0.0, t.backward - weights.get(name, 0.0)), weights.get(name, 0.0))
             for name, t in found.items()
         }
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        """The mean loss, as the last segment computes it from the last layer's output."""
+        model = self.model
+        assert model.decoder.final_layernorm is not None
+        weight = model.embedding.word_embeddings.weight if model.output_layer.weight is None else None
+        logits, _ = model.output_layer(model.decoder.final_layernorm(hidden), weight=weight)
+        return model.compute_language_model_loss(self.tokens, logits).mean()
 
     def _fc1(self, hidden: Tensor) -> Tensor:
         """The MLP's first matrix and activation function, as Megatron's MLP without fused kernels."""
