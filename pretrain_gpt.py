@@ -22,6 +22,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from megatron.training.arguments import parse_arguments  # noqa: E402
+from megatron.training.farewell import Farewell  # noqa: E402
 from megatron.training.initialize import finalize  # noqa: E402
 from megatron.training.training import pretrain  # noqa: E402
 
@@ -60,8 +61,18 @@ def forward_step(data_iterator: Iterator[dict[str, Tensor]] | None, model: Any) 
 
 def main() -> int:
     """Run the job; with one line on stderr, 2 if the input was wrong and 4 if another rank has stopped."""
+    farewell = Farewell()
+    code = _run(farewell)
+    if code:
+        farewell.wait()
+    return code
+
+
+def _run(farewell: Farewell) -> int:
     try:
-        pretrain(parse_arguments(), forward_step)
+        args = parse_arguments()
+        farewell.checked()
+        pretrain(args, forward_step)
     except (ValueError, OSError) as error:
         return _fail(str(error), EXIT_BAD_INPUT)
     except RuntimeError as error:

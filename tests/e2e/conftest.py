@@ -104,12 +104,12 @@ def damaged_corpus(corpus, tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def launch(corpus) -> Callable[..., Finished]:
-    """``launch(ranks, *arguments)``: pretrain_gpt.py under torchrun; later arguments win."""
+    """``launch(ranks, *arguments, **environment)``: pretrain_gpt.py under torchrun; later arguments win."""
 
-    def start(ranks: int, *arguments: object, timeout_s: float = 120) -> Finished:
+    def start(ranks: int, *arguments: object, timeout_s: float = 120, **environment: str) -> Finished:
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         script = ["pretrain_gpt.py", *MODEL, "--data-path", str(corpus)]
-        return run([sys.executable, *torchrun, *script, *map(str, arguments)], timeout_s)
+        return run([sys.executable, *torchrun, *script, *map(str, arguments)], timeout_s, **environment)
 
     return start
 
