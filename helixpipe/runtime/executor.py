@@ -15,6 +15,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from helixpipe.plan.loan import Loan
 from helixpipe.plan.operation import Kind, Operation, input_of, message_of
 from helixpipe.plan.plan import Plan
+from helixpipe.reliability.record import NoProgress, Progress
 from helixpipe.runtime.communicator import Communicator, Handle
 from helixpipe.runtime.lending import WeightLending
 from helixpipe.runtime.message import MessageLayout
@@ -62,6 +63,7 @@ class _Incoming(NamedTuple):
 
 
 class _Outgoing(NamedTuple):
+    operation: Operation
     handle: Handle
     buffer: Tensor
 
@@ -75,6 +77,7 @@ class Executor:
         communicator: this rank's end; its rank selects the order.
         device: where received tensors live.
         trace: records what was run.
+        progress: told of every operation and wait as it begins, for whoever watches this rank.
         receive_ahead: how many compute operations before its consumer's turn a receive is posted at the
             latest, so that the message travels while others are computed. Each receive ahead holds a buffer.
         backward_context: entered around each B and W; lets the caller hold back gradient reduction.
@@ -99,6 +102,7 @@ class Executor:
         *,
         device: torch.device,
         trace: Trace,
+        progress: Progress | None = None,
         receive_ahead: int = 4,
         backward_context: Callable[[Operation], AbstractContextManager[object]] | None = None,
     ) -> None:
@@ -109,6 +113,7 @@ class Executor:
         self.communicator = communicator
         self.device = device
         self.trace = trace
+        self.progress = progress or NoProgress()
         self.store: ActivationStore[_Saved] = ActivationStore()
         self._order = plan.orders[communicator.rank]
         self._layouts = [segments.layout(edge) for edge in range(plan.num_segments - 1)]
@@ -147,16 +152,18 @@ class Executor:
         posted = 0
         self.trace.start()
         for operation, horizon in zip(self._order, self._posted_before, strict=True):
+            self.progress.begin(operation)
             for receive in self._receives[posted:horizon]:
                 self._post(receive)
             posted = max(posted, horizon)
             self._dispatch[operation.kind](operation)
             self.trace.operations.append(operation)
         while self._outgoing:
-            self._outgoing.popleft().handle.wait()
+            self._finish_send()
         while self._returned:
             self._take_back()
         self.trace.stop()
+        self.progress.end()
         self.store.assert_empty()
         self.segments.weight_gradients.assert_empty()
         if self.segments.lending is not None:
@@ -213,8 +220,10 @@ class Executor:
     def _wait(self, message: Operation) -> Tensors:
         """What a message that was posted has brought."""
         incoming = self._incoming.pop(message)
+        self.progress.wait(message)
         with self.trace.wait(message):
             incoming.handle.wait()
+        self.progress.resume()
         return self._layout(message).unpack(incoming.buffer)
 
     def _layout(self, message: Operation) -> MessageLayout:
@@ -237,9 +246,15 @@ class Executor:
         assert operation.peer is not None
         buffer = self._layout(operation).pack(tensors)
         handle = self.communicator.send(buffer, operation.peer, self._tag(operation))
-        self._outgoing.append(_Outgoing(handle, buffer))
+        self._outgoing.append(_Outgoing(operation, handle, buffer))
         if len(self._outgoing) > self.MAX_UNFINISHED_SENDS:
-            self._outgoing.popleft().handle.wait()
+            self._finish_send()
+
+    def _finish_send(self) -> None:
+        outgoing = self._outgoing.popleft()
+        self.progress.wait(outgoing.operation)
+        outgoing.handle.wait()
+        self.progress.resume()
 
     def _receive(self, operation: Operation) -> None:
         assert operation in self._incoming, f"{operation} was not posted"

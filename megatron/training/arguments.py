@@ -129,6 +129,13 @@ def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
         help="for --recompute-granularity selective (default: core_attn)",
     )
     add("--distributed-timeout-minutes", type=int, default=10)
+    add(
+        "--hang-timeout-s",
+        type=float,
+        metavar="S",
+        help="longest wait or operation before the job ends as hung; 0: no limit (default: 3 x the median of "
+        "the phase, at least 5 s in a step and 60 s elsewhere; --distributed-timeout-minutes the first time)",
+    )
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -202,6 +209,12 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add("--log-interval", type=int, default=1)
     add("--metrics-jsonl", type=Path, metavar="PATH", help="one JSON object per iteration")
     add("--trace-dir", type=Path, metavar="DIR", help="the measured timeline of every iteration")
+    add(
+        "--failure-dir",
+        type=Path,
+        metavar="DIR",
+        help="stacks after a hang (default: DIR/failures of --save)",
+    )
     add("--save", type=Path, metavar="DIR")
     add("--save-interval", type=int, help="also save every so many iterations, not only at the end")
     add("--keep-checkpoints", type=int, metavar="N", help="of --save: only the last N (default: all)")
@@ -304,6 +317,8 @@ def _check_training(args: argparse.Namespace) -> None:
         # Written so that NaN is refused, too.
         if not getattr(args, name) >= 0:
             raise ValueError(f"{_flag(name)} must be 0 or more, not {getattr(args, name)}")
+    if args.hang_timeout_s is not None and not args.hang_timeout_s >= 0:
+        raise ValueError(f"--hang-timeout-s must be 0 or more, not {args.hang_timeout_s}; 0 means no limit")
     if args.lr_decay_iters is None:
         args.lr_decay_iters = args.train_iters
     if args.lr_warmup_iters >= args.lr_decay_iters:

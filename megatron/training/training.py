@@ -11,37 +11,54 @@ from typing import Any
 import torch
 
 from helixpipe.megatron_adapter.schedule import chunk_iterators, make_schedule
+from helixpipe.reliability.monitor import Monitor
 from helixpipe.runtime.trace import NullClock, default_clock
 from megatron.training.checkpointing import Progress, load_checkpoint, save_checkpoint
 from megatron.training.data.gpt import Batch, build_iterators
-from megatron.training.initialize import initialize, seed_random_states
+from megatron.training.initialize import finalize, initialize, seed_random_states
 from megatron.training.metrics import IterationMetrics, Reporter, gather_metrics, mean_loss
 from megatron.training.model import TrainingState, build_training_state
+from megatron.training.monitoring import monitored
 
 ForwardStep = Callable[..., Any]
 
 
-def pretrain(args: argparse.Namespace, forward_step: ForwardStep) -> None:
+def pretrain(
+    args: argparse.Namespace, forward_step: ForwardStep, before_exit: Callable[[], None] = lambda: None
+) -> None:
     """Train from the given arguments to ``--train-iters``.
+
+    If another rank is lost, fails or hangs, this process ends with a line that names it.
 
     Args:
         args: from :func:`megatron.training.arguments.parse_arguments`.
         forward_step: Megatron's ``forward_step_func(data_iterator, model)``.
+        before_exit: called before the process ends because of another rank.
 
     Raises:
         ValueError: bad input found after the arguments were parsed, or a loss that is not finite.
+        PeerLost: another rank has ended, and it is not known which.
     """
-    initialize(args)
+    with monitored(args, before_exit) as monitor:
+        initialize(args, monitor)
+        _train(args, forward_step, monitor)
+        monitor.enter("end")
+        finalize()
+
+
+def _train(args: argparse.Namespace, forward_step: ForwardStep, monitor: Monitor) -> None:
     args.measure = args.metrics_jsonl is not None or args.trace_dir is not None
-    schedule = make_schedule(
-        args.pipeline_schedule, args.schedule_request, default_clock() if args.measure else NullClock()
-    )
+    clock = default_clock() if args.measure else NullClock()
+    schedule = make_schedule(args.pipeline_schedule, args.schedule_request, clock, monitor.progress)
+    monitor.enter("build model")
     state = build_training_state(args)
+    monitor.enter("load")
     progress = load_checkpoint(args, state) if args.load is not None else Progress()
     reporter = Reporter(args, progress.iteration)
     _announce(args, progress, reporter)
+    monitor.enter("build data")
     train_data, valid_data = build_iterators(args, progress.consumed_samples)
-    run = _Run(args, forward_step, schedule, state, reporter)
+    run = _Run(args, forward_step, schedule, state, reporter, monitor)
     while progress.iteration < args.train_iters:
         progress = Progress(progress.iteration + 1, progress.consumed_samples + args.global_batch_size)
         run.train_iteration(progress.iteration, train_data)
@@ -49,6 +66,7 @@ def pretrain(args: argparse.Namespace, forward_step: ForwardStep) -> None:
         if args.eval_iters and (is_last or progress.iteration % args.eval_interval == 0):
             run.evaluate(progress.iteration, valid_data)
         if args.save and (is_last or (args.save_interval and progress.iteration % args.save_interval == 0)):
+            monitor.enter("save")
             folder = save_checkpoint(args, state, progress)
             reporter.say(f"saved checkpoint {folder}")
 
@@ -63,15 +81,18 @@ class _Run:
         schedule: Any,
         state: TrainingState,
         reporter: Reporter,
+        monitor: Monitor,
     ) -> None:
         self.args = args
         self.forward_step = forward_step
         self.schedule = schedule
         self.state = state
         self.reporter = reporter
+        self.monitor = monitor
 
     def train_iteration(self, iteration: int, data: Iterator[Batch] | None) -> IterationMetrics:
         """Forward, backward and optimizer step of one global batch."""
+        self.monitor.enter("step", iteration)
         started = time.perf_counter()
         learning_rate = self.state.optimizer.param_groups[0]["lr"]
         if self.args.hidden_dropout:
@@ -81,6 +102,7 @@ class _Run:
             chunk.zero_grad_buffer()  # type: ignore[operator]
         self.state.optimizer.zero_grad()
         losses = self._run_schedule(data, forward_only=False)
+        self.monitor.reach("optimizer")
         _, grad_norm, _ = self.state.optimizer.step()
         self.state.scheduler.step(increment=self.args.global_batch_size)
         if torch.cuda.is_available():
@@ -105,6 +127,7 @@ class _Run:
 
     def evaluate(self, iteration: int, data: Iterator[Batch] | None) -> float:
         """Mean loss over ``--eval-iters`` validation batches."""
+        self.monitor.enter("evaluate")
         for chunk in self.state.model:
             chunk.eval()
         losses: list[dict[str, torch.Tensor]] = []
