@@ -140,6 +140,7 @@ class PlannedForwardBackward:
         executor.run()
         if not forward_only:
             _finalize(chunks, segments, bool(force_all_reduce))
+        executor.check_messages()
         return segments.result.loss_data
 
     def make_segments(
@@ -164,7 +165,8 @@ class PlannedForwardBackward:
         dtype = config.pipeline_dtype or config.params_dtype
         group = parallel_state.get_pipeline_model_parallel_group()
         segments = self.make_segments(chunks, plan, size, dtype, dist.get_rank(group))
-        agree_on_plan(plan, size, dtype, group)
+        sizes = [segments.layout(edge).num_elements for edge in range(plan.num_segments - 1)]
+        agree_on_plan(plan, (*size, sum(sizes)), dtype, group)
         if self._communicator is None:
             self._communicator = _communicator(group)
         executor = Executor(
@@ -296,7 +298,7 @@ def agree_on_plan(plan: Plan, size: tuple[Any, ...], dtype: torch.dtype, group: 
         shown = "; ".join(f"rank {rank}: {value}" for rank, value in enumerate(everyone))
         raise ValueError(
             "pipeline ranks disagree on (plan, dtype, micro batches, sequence length, micro batch size, "
-            f"forward only): {shown}. Start every rank with the same arguments"
+            f"forward only, elements over all edges): {shown}. Start every rank with the same arguments"
         )
 
 

@@ -17,6 +17,7 @@ from helixpipe.plan.operation import Kind, Operation, input_of, message_of
 from helixpipe.plan.plan import Plan
 from helixpipe.reliability.record import NoProgress, Progress
 from helixpipe.runtime.communicator import Communicator, Handle
+from helixpipe.runtime.header import HeaderCheck
 from helixpipe.runtime.lending import WeightLending
 from helixpipe.runtime.message import MessageLayout
 from helixpipe.runtime.store import ActivationStore
@@ -118,6 +119,7 @@ class Executor:
         self._order = plan.orders[communicator.rank]
         self._layouts = [segments.layout(edge) for edge in range(plan.num_segments - 1)]
         self._receives = [op for op in self._order if op.kind.is_receive]
+        self._headers = HeaderCheck(int(plan.fingerprint[:15], 16), len(self._receives), device)
         self._posted_before = _posting_horizon(self._order, receive_ahead)
         self._backward_context = backward_context or (lambda operation: nullcontext())
         self._splits_backward = plan.splits_backward
@@ -148,7 +150,11 @@ class Executor:
         }
 
     def run(self) -> None:
-        """Execute this rank's operations of one iteration."""
+        """Execute this rank's operations of one iteration.
+
+        Raises:
+            ValueError: a message is not the one that the plan expects, see :meth:`check_messages`.
+        """
         posted = 0
         self.trace.start()
         for operation, horizon in zip(self._order, self._posted_before, strict=True):
@@ -170,6 +176,14 @@ class Executor:
             self.segments.lending.assert_empty()
         assert not self._results, f"results that nobody took: {list(self._results)}"
         assert not self._incoming, f"messages that nobody took: {list(self._incoming)}"
+
+    def check_messages(self) -> None:
+        """Where messages are not on the CPU, compare what has arrived, before its results are used.
+
+        Raises:
+            ValueError: a message was not the one that the plan expects.
+        """
+        self._headers.finish()
 
     def _forward(self, operation: Operation) -> None:
         self._take_weights(operation)
@@ -224,7 +238,9 @@ class Executor:
         with self.trace.wait(message):
             incoming.handle.wait()
         self.progress.resume()
-        return self._layout(message).unpack(incoming.buffer)
+        layout = self._layout(message)
+        self._headers.compare(message, self._tag(message), layout, incoming.buffer)
+        return layout.unpack(incoming.buffer)
 
     def _layout(self, message: Operation) -> MessageLayout:
         if message.kind in (Kind.SEND_P, Kind.RECV_P):
@@ -244,8 +260,10 @@ class Executor:
 
     def _post_send(self, operation: Operation, tensors: Tensors) -> None:
         assert operation.peer is not None
-        buffer = self._layout(operation).pack(tensors)
-        handle = self.communicator.send(buffer, operation.peer, self._tag(operation))
+        layout, tag = self._layout(operation), self._tag(operation)
+        buffer = layout.pack(tensors)
+        self._headers.write(tag, layout, buffer)
+        handle = self.communicator.send(buffer, operation.peer, tag)
         self._outgoing.append(_Outgoing(operation, handle, buffer))
         if len(self._outgoing) > self.MAX_UNFINISHED_SENDS:
             self._finish_send()
