@@ -16,7 +16,7 @@ from equivalence_worker import compare_one_iteration, compare_training
 from models import Case
 from ranks import run_on_ranks
 
-from helixpipe.megatron_adapter.schedule import V_SCHEDULES
+from helixpipe.plan.schedules import V_SHAPED
 
 # Each gradient tensor: norm of the difference over its norm.
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2}
@@ -101,7 +101,7 @@ def stage_cases_of(layout: Case) -> list[Case]:
         replace(layout, schedule="gpipe"),
         replace(layout, schedule="gpipe", style="llama", overlap=True),
     ]
-    for number, schedule in enumerate(V_SCHEDULES):
+    for number, schedule in enumerate(V_SHAPED):
         v = replace(layout, schedule=schedule, num_layers=8, tied=False, overlap=number % 2 == 0)
         cases += [v, replace(v, style="llama", dtype=torch.float64)]
     if layout.tp > 1:

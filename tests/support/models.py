@@ -40,7 +40,7 @@ from helixpipe.megatron_adapter.forward_backward import (  # noqa: E402
     PlannedForwardBackward,
     StageForwardBackward,
 )
-from helixpipe.megatron_adapter.schedule import V_SCHEDULES  # noqa: E402
+from helixpipe.plan.schedules import V_SHAPED  # noqa: E402
 from helixpipe.runtime.trace import HostClock  # noqa: E402
 
 VOCABULARY = 96
@@ -88,7 +88,7 @@ class Case:
 
     @property
     def chunks_per_rank(self) -> int:
-        return 2 if self.schedule in V_SCHEDULES else 1
+        return 2 if self.schedule in V_SHAPED else 1
 
     @property
     def world_size(self) -> int:
