@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import multiprocessing
 import os
+import pickle
 import sys
 import tempfile
 import time
@@ -69,7 +70,7 @@ def _collect(pipes: list[Any], deadline: float) -> list[Any]:
             if pipe in ready:
                 del waiting[rank]
                 try:
-                    ok, value = pipe.recv()
+                    ok, value = pickle.loads(pipe.recv_bytes())
                 except EOFError:
                     ok, value = False, "the process died"
                 (results if ok else failures)[rank] = value
@@ -102,8 +103,13 @@ def _entry(
             world_size=world_size,
             timeout=datetime.timedelta(seconds=60),
         )
-        pipe.send((True, function(*args)))
+        _send(pipe, True, function(*args))
         dist.barrier()
         dist.destroy_process_group()
     except Exception:
-        pipe.send((False, traceback.format_exc()))
+        _send(pipe, False, traceback.format_exc())
+
+
+def _send(pipe: Any, ok: bool, value: Any) -> None:
+    # With tensors by value: torch's own way to send them needs the sender to be alive when they are read.
+    pipe.send_bytes(pickle.dumps((ok, value)))
