@@ -31,6 +31,7 @@ LAYOUTS = [
     Case(pp=4, dp=2),
     Case(pp=2, tp=2, dp=2),
 ]
+LARGE_LAYOUTS = [layout for layout in LAYOUTS if layout.world_size > 4] + [Case(pp=4, tp=2, dp=2)]
 STAGE_LAYOUTS = [Case(pp=1), Case(pp=2, tp=2), Case(pp=4), Case(pp=2, dp=2)]
 
 
@@ -38,25 +39,32 @@ def layout_name(case: Case) -> str:
     return f"pp{case.pp}-tp{case.tp}-dp{case.dp}"
 
 
-def cases_of(layout: Case) -> list[Case]:
-    """Both styles, folds and rounds; then one option at a time."""
+def core_cases_of(layout: Case) -> list[Case]:
+    """Both styles; then one option at a time."""
+    cases = [
+        replace(layout, style=style, **change)
+        for change in ({}, {"dtype": torch.float64}, {"overlap": True})
+        for style in ("gpt", "llama")
+    ]
+    cases.append(replace(layout, per_token_loss=True))
+    if layout.tp > 1:
+        cases += [replace(layout, style=style, sequence_parallel=True) for style in ("gpt", "llama")]
+    return cases
+
+
+def further_cases_of(layout: Case) -> list[Case]:
+    """Folds, rounds, sizes and bf16."""
     cases = [
         replace(layout, style=style, fold=fold, rounds=rounds)
         for style in ("gpt", "llama")
-        for fold in (1, 2)
-        for rounds in (1, 2)
+        for fold, rounds in ((1, 1), (1, 2), (2, 2))
     ]
-    cases += [replace(layout, style=style, dtype=torch.float64) for style in ("gpt", "llama")]
-    cases += [replace(layout, style=style, overlap=True) for style in ("gpt", "llama")]
-    cases += [
+    return [
+        *cases,
         replace(layout, dtype=torch.bfloat16),
-        replace(layout, per_token_loss=True),
         replace(layout, style="llama", micro_batch_size=2),
         replace(layout, style="llama", num_layers=8, seq_length=127 + layout.tp % 2, groups=layout.tp),
     ]
-    if layout.tp > 1:
-        cases += [replace(layout, style=style, sequence_parallel=True) for style in ("gpt", "llama")]
-    return cases + lending_cases_of(layout)
 
 
 def lending_cases_of(layout: Case) -> list[Case]:
@@ -139,7 +147,14 @@ def saving_cases_of(layout: Case) -> list[Case]:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=layout_name)
 def test_losses_and_gradients_equal_megatrons(layout):
-    check(cases_of(layout), TOLERANCE)
+    further = [] if layout in LARGE_LAYOUTS else further_cases_of(layout)
+    check(core_cases_of(layout) + lending_cases_of(layout) + further, TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LARGE_LAYOUTS, ids=layout_name)
+def test_large_layouts(layout):
+    check(core_cases_of(layout) + lending_cases_of(layout) + further_cases_of(layout), TOLERANCE)
 
 
 @pytest.mark.parametrize("layout", STAGE_LAYOUTS, ids=layout_name)
