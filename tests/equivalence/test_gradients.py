@@ -136,10 +136,22 @@ def saving_cases_of(layout: Case) -> list[Case]:
         replace(helix, schedule="zb-v", style="llama", tied=False),
         replace(helix, schedule="gpipe", dtype=torch.float64),
         replace(layout, without_attention=True, schedule="zb-h1", style="llama"),
-        # What is borrowed is kept; the rest is saved.
-        replace(layout, without_attention=True, num_layers=2 * layout.pp, head_placement="spread"),
-        replace(layout, mlp_chunk=7, num_layers=2 * layout.pp, attention_range="block", style="llama"),
     ]
+    if layout.pp > 1:
+        # With borrowed weights, which the backward pass computes with again.
+        cases += [
+            replace(helix, attention_range="qkv", head_placement="spread"),
+            replace(helix, attention_range="qkv", dtype=torch.float64, style="llama", overlap=True),
+            replace(helix, attention_range="block", overlap=True),
+            replace(
+                helix,
+                attention_range="block",
+                head_placement="spread",
+                style="llama",
+                dtype=torch.float64,
+                rounds=2,
+            ),
+        ]
     if layout.tp > 1:
         cases += [replace(case, sequence_parallel=True, seq_length=126) for case in (*cases[:2], cases[5])]
     return cases

@@ -66,12 +66,6 @@ class Candidate:
             return "recompute"
         if self.tied and self.schedule in V_SHAPED:
             return "tied weights"
-        # Borrowed weights are gone when a backward pass would compute with them again.
-        lends_attention = self.options.get("attention_range", "core") != "core"
-        if lends_attention and self.recompute is Recompute.WITHOUT_ATTENTION:
-            return "recompute"
-        if self.chunked_loss and self.options.get("head_placement") == "spread":
-            return "chunked loss"
         return ""
 
     def arguments(self, job: Job) -> list[str]:
@@ -95,8 +89,8 @@ class Candidate:
             else:
                 words.append(f"{OPTION_FLAGS[name]} {value}")
         words += _RECOMPUTE_ARGUMENTS[self.recompute]
-        if self.options.get("attention_range") == "core" and self.recompute is Recompute.NONE:
-            # The range for which it is on by default.
+        if self.schedule == "helix" and self.recompute is Recompute.NONE:
+            # On by default.
             words.append("--no-recompute-without-attention")
         if not workload.whole_logits:
             words.append("--loss-chunk-size auto")
