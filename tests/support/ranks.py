@@ -18,17 +18,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import host_transport
+
 # The server is a fresh interpreter that knows only this variable, not pytest's changes of sys.path; what it
 # fails to import is imported again by every rank.
 os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+# The server must not start the driver, which does not survive a fork, only to see whether there is a GPU.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["models"])
 
 
 def run_on_ranks(
-    world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 200
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout_s: float = 200,
+    backend: str = "gloo",
 ) -> list[Any]:
-    """Call ``function(*args)`` on every rank of a fresh gloo group; the results by rank.
+    """Call ``function(*args)`` on every rank of a fresh group; the results by rank.
+
+    Where there are GPUs, each rank uses one, over gloo together with others.
 
     ``function`` must be importable by name. Raises ``AssertionError`` with the tracebacks of the ranks that
     failed, and kills every rank after ``timeout_s``.
@@ -39,7 +49,9 @@ def run_on_ranks(
         for rank in range(world_size):
             ours, theirs = _context.Pipe(duplex=False)
             process = _context.Process(
-                target=_entry, args=(rank, world_size, rendezvous, theirs, function, args), daemon=True
+                target=_entry,
+                args=(rank, world_size, backend, rendezvous, theirs, function, args),
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -85,6 +97,7 @@ def _collect(pipes: list[Any], deadline: float) -> list[Any]:
 def _entry(
     rank: int,
     world_size: int,
+    backend: str,
     rendezvous: str,
     pipe: Any,
     function: Callable[..., Any],
@@ -94,10 +107,14 @@ def _entry(
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+        if backend == "gloo":
+            host_transport.install()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     try:
         dist.init_process_group(
-            "gloo",
+            backend,
             init_method=f"file://{rendezvous}",
             rank=rank,
             world_size=world_size,
