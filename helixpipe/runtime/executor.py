@@ -58,6 +58,29 @@ class _Saved(NamedTuple):
     outputs: tuple[GradientEdge | None, ...]
 
 
+class _Rest(NamedTuple):
+    """The part of a message that only the forward pass reads, like a residual that passes by attention."""
+
+    layout: MessageLayout
+    buffer: Tensor
+
+    def is_part_of(self, tensors: Tensors) -> bool:
+        """True if one of the tensors is a view of the message."""
+        data = self.buffer.untyped_storage().data_ptr()
+        return any(tensor.untyped_storage().data_ptr() == data for tensor in tensors)
+
+    def drop(self) -> None:
+        """Free it."""
+        self.layout.drop_rest(self.buffer)
+
+
+class _Result(NamedTuple):
+    """What an operation hands on, and messages of which it is a part and which may shrink once it is gone."""
+
+    tensors: Tensors
+    rests: tuple[_Rest, ...] = ()
+
+
 class _Incoming(NamedTuple):
     handle: Handle
     buffer: Tensor
@@ -123,7 +146,7 @@ class Executor:
         self._posted_before = _posting_horizon(self._order, receive_ahead)
         self._backward_context = backward_context or (lambda operation: nullcontext())
         self._splits_backward = plan.splits_backward
-        self._results: dict[Operation, Tensors] = {}
+        self._results: dict[Operation, _Result] = {}
         self._incoming: dict[Operation, _Incoming] = {}
         self._outgoing: deque[_Outgoing] = deque()
         self._returned: deque[Operation] = deque()
@@ -187,7 +210,7 @@ class Executor:
 
     def _forward(self, operation: Operation) -> None:
         self._take_weights(operation)
-        inputs = self._take_input(operation)
+        inputs, rests = self._take_input(operation)
         differentiate = self.plan.has_backward
         with self.trace.compute(operation), torch.set_grad_enabled(differentiate):
             inputs = tuple(tensor.detach().requires_grad_(differentiate) for tensor in inputs)
@@ -195,14 +218,21 @@ class Executor:
         if differentiate:
             edges = tuple(get_gradient_edge(output) if output.requires_grad else None for output in outputs)
             self.store.put((operation.segment, operation.micro_batch), _Saved(inputs, edges))
+        passed_on = []
+        for rest in rests:
+            if rest.is_part_of(outputs):
+                passed_on.append(rest)
+            else:
+                rest.drop()
         if operation.segment + 1 < self.plan.num_segments:
-            self._results[operation] = tuple(output.detach() for output in outputs)
+            result = _Result(tuple(output.detach() for output in outputs), tuple(passed_on))
+            self._results[operation] = result
         if operation in self._last_uses:
             self._lending.forget(self._last_uses[operation])
 
     def _backward(self, operation: Operation) -> None:
         # The loss is a scalar and starts the backward pass with a gradient of one.
-        grads = self._take_input(operation) or (torch.ones((), device=self.device),)
+        grads = self._take_input(operation).tensors or (torch.ones((), device=self.device),)
         key = (operation.segment, operation.micro_batch)
         saved = self.store.take(key)
         split = self.segments.weight_gradients.collect(key) if self._splits_backward else nullcontext()
@@ -212,25 +242,27 @@ class Executor:
                 edges, grads = zip(*needed, strict=True)
                 torch.autograd.backward(edges, grads)
         if operation.segment > 0:
-            self._results[operation] = tuple(
-                torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in saved.inputs
+            self._results[operation] = _Result(
+                tuple(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in saved.inputs)
             )
 
     def _weight_gradient(self, operation: Operation) -> None:
         with self.trace.compute(operation), self._backward_context(operation):
             self.segments.weight_gradients.run((operation.segment, operation.micro_batch))
 
-    def _take_input(self, operation: Operation) -> Tensors:
+    def _take_input(self, operation: Operation) -> _Result:
         """The neighbour's result: from this rank, or from a message that is waited for here."""
         producer = input_of(operation, self.plan.num_segments)
         if producer is None:
-            return ()
+            return _Result(())
         if producer in self._results:
             return self._results.pop(producer)
-        return self._wait(self.plan.receive_of(producer))
+        layout, buffer = self._wait(self.plan.receive_of(producer))
+        shrinks = operation.kind is Kind.F and self.plan.has_backward and layout.num_kept is not None
+        return _Result(layout.unpack(buffer), (_Rest(layout, buffer),) if shrinks else ())
 
-    def _wait(self, message: Operation) -> Tensors:
-        """What a message that was posted has brought."""
+    def _wait(self, message: Operation) -> tuple[MessageLayout, Tensor]:
+        """A message that was posted, once it has arrived."""
         incoming = self._incoming.pop(message)
         self.progress.wait(message)
         with self.trace.wait(message):
@@ -238,7 +270,12 @@ class Executor:
         self.progress.resume()
         layout = self._layout(message)
         self._headers.compare(message, self._tag(message), layout, incoming.buffer)
-        return layout.unpack(incoming.buffer)
+        return layout, incoming.buffer
+
+    def _wait_for_loan(self, message: Operation) -> Tensors:
+        """Weights on loan, or their gradients."""
+        layout, buffer = self._wait(message)
+        return layout.unpack(buffer)
 
     def _layout(self, message: Operation) -> MessageLayout:
         if message.kind in (Kind.SEND_P, Kind.RECV_P):
@@ -254,7 +291,10 @@ class Executor:
             Kind.F if forward else Kind.B,
             operation.micro_batch,
         )
-        self._post_send(operation, self._results.pop(producer))
+        result = self._results.pop(producer)
+        self._post_send(operation, result.tensors)
+        for rest in result.rests:
+            rest.drop()
 
     def _post_send(self, operation: Operation, tensors: Tensors) -> None:
         assert operation.peer is not None
@@ -304,7 +344,7 @@ class Executor:
         """Before the first forward of a loan, wait for its weights."""
         loan = self._loans.get((operation.segment, operation.micro_batch))
         if loan is not None and loan.weights_received in self._incoming:
-            self._lending.borrow(loan, self._wait(loan.weights_received))
+            self._lending.borrow(loan, self._wait_for_loan(loan.weights_received))
 
     def _lend(self, operation: Operation) -> None:
         self._post_send(operation, self._lending.lend(operation.segment))
@@ -321,7 +361,7 @@ class Executor:
 
     def _take_back(self) -> None:
         message = self._returned.popleft()
-        self._lending.take_back(message.segment, self._wait(message))
+        self._lending.take_back(message.segment, self._wait_for_loan(message))
 
 
 def _posting_horizon(order: tuple[Operation, ...], ahead: int) -> list[int]:

@@ -19,10 +19,13 @@ class MessageLayout:
     Attributes:
         shapes: one per tensor.
         dtype: of all of them.
+        num_kept: so many tensors, from the first on, are needed by the backward pass of the segment that
+            takes the message; None: all.
     """
 
     shapes: tuple[torch.Size, ...]
     dtype: torch.dtype
+    num_kept: int | None = None
 
     @property
     def num_elements(self) -> int:
@@ -57,6 +60,11 @@ class MessageLayout:
     def header(self, buffer: Tensor) -> Tensor:
         """The header's numbers as a view of the buffer, [HEADER_WORDS]."""
         return buffer[: self._header_elements].view(torch.int64)
+
+    def drop_rest(self, buffer: Tensor) -> None:
+        """Give back the memory of the tensors that are not kept; the others stay where autograd has them."""
+        kept = self._header_elements + sum(shape.numel() for shape in self.shapes[: self.num_kept])
+        buffer.untyped_storage().resize_(kept * self.dtype.itemsize)
 
     def unpack(self, buffer: Tensor) -> tuple[Tensor, ...]:
         """The tensors as views of the buffer."""

@@ -167,7 +167,7 @@ def planned_costs(case, schedule, recompute, **options):
 
 
 def kept_by_segment(case):
-    """Bytes by segment: saved tensors, and the inputs that the executor keeps."""
+    """Bytes by segment: saved tensors, and the inputs whose data the executor keeps."""
     kept = {}
     with pretend_rank(case):
         model = segmented_share(case)
@@ -177,7 +177,8 @@ def kept_by_segment(case):
             values = tuple(value.detach().clone().requires_grad_() for value in values)
             with Kept(model) as saved:
                 returned = model.forward_segment(segment, values, **batch_of(case))
-            kept[segment] = saved.bytes(values)
+            # A residual that comes with others is cut off its message.
+            kept[segment] = saved.bytes(values[: max(1, len(values) - 1)])
             values = returned
     return kept
 
@@ -191,14 +192,14 @@ def kept_by_rms_norm(workload):
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
 @pytest.mark.parametrize("mlp_chunk", [None, 16])
 def test_helix_keeps_what_the_planner_believes(style, micro_batch_size, mlp_chunk):
-    """Four units between the cores of two layers, to the byte: the two inputs and those of both norms."""
+    """Three units between the cores of two layers, to the byte: attention's output and both norms' inputs."""
     case = Case(
         pp=1, style=style, seq_length=128, micro_batch_size=micro_batch_size,
         without_attention=True, mlp_chunk=mlp_chunk, loss_chunk=16,
     )  # fmt: skip
     kept = kept_by_segment(case)
     workload, planned = planned_costs(case, "helix", Recompute.WITHOUT_ATTENTION)
-    assert planned["middle"].bytes == 4 * workload.unit_bytes
+    assert planned["middle"].bytes == 3 * workload.unit_bytes
     for segment in range(2, 2 * case.num_layers, 2):
         assert kept[segment] == planned["middle"].bytes
         assert kept[segment - 1] == planned["attention"].bytes
@@ -232,7 +233,7 @@ def test_wider_ranges_keep_what_the_planner_believes(style, attention_range):
         else:
             assert beside == 0
         assert kept[segment - 1] == planned["attention"].bytes
-    units = {"qkv": 7, "block": 3}[attention_range]
+    units = {"qkv": 5, "block": 3}[attention_range]
     layer = planned["middle"].bytes + planned["attention"].bytes
     assert layer == units * workload.unit_bytes + workload.kept_tensors["log-sum-exp"]
 

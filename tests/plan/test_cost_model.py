@@ -265,10 +265,12 @@ def test_units_kept_by_a_layer():
 def test_units_kept_by_helix():
     lse = 4 * 32 / (2 * 4096)
     whole = kept(Recompute.NONE)
-    # q, k, v and the residual that came with them, and attention's output.
-    assert whole["attention"] == pytest.approx(5 + lse)
-    # Attention's output and the residual, both norms in and out, the MLP's 4 + 4.
-    assert whole["middle"] == pytest.approx(2 + 4 + 8)
+    # q, k, v and attention's output; the residual that came with them is not kept.
+    assert whole["attention"] == pytest.approx(4 + lse)
+    # Attention's output, both norms in and out, the MLP's 4 + 4.
+    assert whole["middle"] == pytest.approx(1 + 4 + 8)
+    qkv = kept(Recompute.WITHOUT_ATTENTION, attention_range="qkv")
+    assert qkv["attention"] + qkv["middle"] == pytest.approx(5 + lse)
     block = kept(Recompute.WITHOUT_ATTENTION, attention_range="block")
     assert block["attention"] + block["middle"] == pytest.approx(3 + lse)
     for recompute in Recompute:

@@ -26,6 +26,7 @@ from helixpipe.plan import Kind, ScheduleRequest, build_plan
 from helixpipe.plan.memory import peak_activations
 from helixpipe.runtime.communicator import InMemoryFabric
 from helixpipe.runtime.executor import Executor, _posting_horizon
+from helixpipe.runtime.message import HEADER_WORDS
 
 
 def plan_of(schedule, p, layers, m, **options):
@@ -302,6 +303,43 @@ def test_the_data_of_an_output_is_freed_once_it_is_sent(forward_only):
     Ranks(plan, partial(WatchedOutputs, 2, hold=False)).run()
     with pytest.raises(AssertionError, match="still held"):
         Ranks(plan, partial(WatchedOutputs, 2, hold=True), InMemoryFabric(2, timeout_s=0.2)).run()
+
+
+class LookingExecutor(Executor):
+    """Notes, as each backward starts, the bytes behind the inputs that its forward has kept."""
+
+    def _backward(self, operation):
+        saved = self.store._values[operation.segment, operation.micro_batch]
+        here = self.plan.rank_of(operation.segment, operation.micro_batch)
+        if saved.inputs and self.plan.rank_of(operation.segment - 1, operation.micro_batch) != here:
+            self.looks[operation] = [tensor.untyped_storage().nbytes() for tensor in saved.inputs]
+        super()._backward(operation)
+
+
+@pytest.mark.parametrize("plan", [HELIX, plan_of("helix", 4, 4, 8)], ids=["3 ranks", "4 ranks"])
+def test_of_a_message_only_what_the_backward_pass_needs_is_kept(plan):
+    """Also where an attention's result stays on its rank, as it does for one micro batch of a slot in p."""
+    fabric = InMemoryFabric(plan.num_ranks)
+
+    def run(rank):
+        segments = ToySegments(plan.num_segments)
+        executor = make_executor(plan, segments, fabric.communicator(rank), kind=LookingExecutor)
+        executor.looks = {}
+        executor.run()
+        return segments, executor.looks
+
+    ranks = run_on_threads(plan.num_ranks, run)
+    assert_same(
+        collect([segments for segments, _ in ranks]),
+        run_whole(lambda: ToySegments(plan.num_segments), plan.num_microbatches),
+    )
+    looks = {operation: found for _, of_rank in ranks for operation, found in of_rank.items()}
+    assert len(looks) > plan.num_microbatches
+    for operation, found in looks.items():
+        layout = ToySegments(plan.num_segments).layout(operation.segment - 1)
+        kept = 8 * (HEADER_WORDS + layout.shapes[0].numel())
+        # Both inputs are views of the message.
+        assert found == [kept, kept], operation
 
 
 def test_backward_context_surrounds_each_backward_and_nothing_else():

@@ -32,6 +32,19 @@ def test_round_trip(dtype):
     assert all(torch.equal(a, b) for a, b in zip(found, sent, strict=True))
 
 
+def test_what_is_not_kept_is_dropped_and_the_rest_stays():
+    wanted = MessageLayout(
+        (torch.Size((3, 2)), torch.Size((5,)), torch.Size((4,))), torch.bfloat16, num_kept=2
+    )
+    sent = [torch.randn(shape).to(torch.bfloat16) for shape in wanted.shapes]
+    buffer = wanted.pack(sent)
+    first, second, _ = wanted.unpack(buffer)
+    wanted.drop_rest(buffer)
+    assert buffer.untyped_storage().nbytes() == HEADER_WORDS * 8 + 2 * (6 + 5)
+    assert torch.equal(first, sent[0])
+    assert torch.equal(second, sent[1])
+
+
 def test_tensors_may_be_laid_out_in_any_way():
     whole = torch.arange(24.0).reshape(4, 6)
     sent = [whole.t(), whole[:, ::2]]

@@ -40,7 +40,8 @@ class DeferringProduct(torch.autograd.Function):
 class ToySegments:
     """Segments that hand on a hidden state, whose width differs by edge, and a residual.
 
-    Every third segment passes its residual on untouched, as attention does. Any segment's weight can be lent.
+    Every third segment passes its residual on untouched, as attention does; no backward pass needs a
+    residual's data. Any segment's weight can be lent.
 
     Args:
         num_segments: length of the chain.
@@ -74,7 +75,8 @@ class ToySegments:
         return 4 + edge % 3
 
     def layout(self, edge: int) -> MessageLayout:
-        return MessageLayout((torch.Size((ROWS, self._width(edge))), torch.Size((ROWS,))), torch.float64)
+        shapes = (torch.Size((ROWS, self._width(edge))), torch.Size((ROWS,)))
+        return MessageLayout(shapes, torch.float64, num_kept=1)
 
     def _multiply(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return hidden @ weight
@@ -149,11 +151,13 @@ def collect(ranks: list[ToySegments]) -> Run:
 
 
 def make_executor(
-    plan: Plan, segments: ToySegments, communicator: Communicator, **options: object
+    plan: Plan,
+    segments: ToySegments,
+    communicator: Communicator,
+    kind: type[Executor] = Executor,
+    **options: object,
 ) -> Executor:
-    return Executor(
-        plan, segments, communicator, device=torch.device("cpu"), trace=Trace(HostClock()), **options
-    )
+    return kind(plan, segments, communicator, device=torch.device("cpu"), trace=Trace(HostClock()), **options)
 
 
 class RendezvousFabric(InMemoryFabric):

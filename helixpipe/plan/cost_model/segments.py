@@ -70,11 +70,11 @@ def _cut(attention_range: str, recompute: Recompute) -> _Cut:
 
 
 def _cut_core(recompute: Recompute) -> _Cut:
-    # The residual passes by attention in the same message and lives as long.
-    kept: tuple[str, ...] = ("qkv", "residual", "attention output", "log-sum-exp")
+    # The residual passes by attention in the same message, which is cut off behind the rest afterwards.
+    kept: tuple[str, ...] = ("qkv", "attention output", "log-sum-exp")
     again: tuple[str, ...] = ()
     if recompute in (Recompute.SELECTIVE, Recompute.FULL):
-        kept, again = ("qkv", "residual"), ("core",)
+        kept, again = ("qkv",), ("core",)
     pre = {
         Recompute.WITHOUT_ATTENTION: _Part(("norm1", "qkv"), ("norm1 input",), ("norm1",)),
         Recompute.FULL: _Part(("norm1", "qkv"), (), ("norm1", "qkv")),
@@ -84,7 +84,7 @@ def _cut_core(recompute: Recompute) -> _Cut:
 
 
 def _cut_qkv(recompute: Recompute) -> _Cut:
-    kept: tuple[str, ...] = ("norm1 output", "residual")
+    kept: tuple[str, ...] = ("norm1 output",)
     again: tuple[str, ...] = ()
     if recompute is Recompute.WITHOUT_ATTENTION:
         kept, again = (*kept, "attention output", "log-sum-exp"), ("qkv",)
@@ -122,12 +122,11 @@ def _cut_block(recompute: Recompute) -> _Cut:
 
 def _post(recompute: Recompute) -> _Part:
     pieces = ("proj", "norm2", "fc1", "fc2")
-    received = ("attention output", "residual")
     if recompute is Recompute.FULL:
-        return _Part(pieces, received, pieces)
+        return _Part(pieces, ("attention output", "residual"), pieces)
     if recompute is Recompute.WITHOUT_ATTENTION:
-        return _Part(pieces, (*received, "norm2 input"), ("norm2", "fc1"))
-    return _Part(pieces, received + _MLP_KEPT)
+        return _Part(pieces, ("attention output", "norm2 input"), ("norm2", "fc1"))
+    return _Part(pieces, ("attention output", *_MLP_KEPT))
 
 
 # Inputs of matrix products and gradients of their outputs: what weight gradients are computed from.
