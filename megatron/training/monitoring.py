@@ -27,7 +27,6 @@ PROGRAM = "pretrain_gpt"
 _PEER_LOST = ("by peer", "Broken pipe", "Connection refused", "remote process exited", "Socket closed")
 # How long this rank waits to be told which rank is to blame, before it says only that one is.
 _VERDICT_S = 5.0
-_TERMINATION_S = 2.0
 
 
 class PeerLost(Exception):
@@ -57,7 +56,7 @@ def monitored(args: argparse.Namespace, before_exit: Callable[[], None]) -> Iter
         yield monitor
     except (SystemExit, KeyboardInterrupt):
         # torchrun ends all ranks as soon as one has gone: then the verdict about that one is under way.
-        time.sleep(_TERMINATION_S)
+        time.sleep(_VERDICT_S)
         monitor.report_failure("it was terminated")
         raise
     except Exception as error:
