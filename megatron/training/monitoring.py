@@ -55,9 +55,7 @@ def monitored(args: argparse.Namespace, before_exit: Callable[[], None]) -> Iter
     try:
         yield monitor
     except (SystemExit, KeyboardInterrupt):
-        # torchrun ends all ranks as soon as one has gone: then the verdict about that one is under way.
-        time.sleep(_VERDICT_S)
-        monitor.report_failure("it was terminated")
+        monitor.report_failure("it was told to stop")
         raise
     except Exception as error:
         if _is_peer_loss(error):
@@ -81,8 +79,13 @@ def join(args: argparse.Namespace, monitor: Monitor, store: Store) -> None:
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    # Launchers may send it again, while the verdict is waited for.
+    """Stop, unless this process is ended meanwhile because of another rank.
+
+    torchrun sends SIGTERM to all ranks as soon as one has gone, when the verdict about that one is under way;
+    and may send it again.
+    """
     signal.signal(number, signal.SIG_IGN)
+    time.sleep(_VERDICT_S)
     sys.exit(128 + number)
 
 
