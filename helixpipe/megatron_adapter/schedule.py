@@ -18,14 +18,14 @@ from helixpipe.megatron_adapter.forward_backward import (
 )
 from helixpipe.megatron_adapter.tracing import TracingTimers
 from helixpipe.plan import Plan, ScheduleRequest, build_plan
+from helixpipe.plan.schedules import V_SHAPED
 from helixpipe.reliability.record import NoProgress, Progress
 from helixpipe.runtime.trace import Clock, Trace
 
 # By Megatron's own functions; the others are executed from their plans.
 MEGATRON_SCHEDULES = ("1f1b", "interleaved")
 # Both ends of the model are on rank 0, which has two stages, like every rank.
-V_SCHEDULES = ("zb-v", "v-half", "v-min", "dualpipe-v")
-EXECUTABLE = (*MEGATRON_SCHEDULES, "gpipe", "zb-h1", *V_SCHEDULES, "helix")
+EXECUTABLE = (*MEGATRON_SCHEDULES, "gpipe", "zb-h1", *V_SHAPED, "helix")
 
 
 class MegatronForwardBackward:
@@ -108,9 +108,7 @@ def owned_segments(plan: Plan, rank: int) -> list[int]:
 
 def loss_rank(name: str) -> int:
     """The pipeline rank on which a schedule computes the loss."""
-    return (
-        0 if name in ("helix", *V_SCHEDULES) else parallel_state.get_pipeline_model_parallel_world_size() - 1
-    )
+    return 0 if name in ("helix", *V_SHAPED) else parallel_state.get_pipeline_model_parallel_world_size() - 1
 
 
 def needs_data(name: str, head_placement: str | None = None) -> bool:

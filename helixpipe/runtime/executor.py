@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from helixpipe.plan.loan import Loan
-from helixpipe.plan.operation import Kind, Operation, input_of, message_of
+from helixpipe.plan.operation import Kind, Operation, input_of
 from helixpipe.plan.plan import Plan
 from helixpipe.reliability.record import NoProgress, Progress
 from helixpipe.runtime.communicator import Communicator, Handle
@@ -227,9 +227,7 @@ class Executor:
             return ()
         if producer in self._results:
             return self._results.pop(producer)
-        _, receive, edge = message_of(producer)
-        peer = self.plan.rank_of(producer.segment, producer.micro_batch)
-        return self._wait(Operation(edge, receive, operation.micro_batch, peer))
+        return self._wait(self.plan.receive_of(producer))
 
     def _wait(self, message: Operation) -> Tensors:
         """What a message that was posted has brought."""

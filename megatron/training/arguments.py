@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 
 from helixpipe.commands.parser import Parser, flag_of, require_positive
-from helixpipe.megatron_adapter.schedule import EXECUTABLE, V_SCHEDULES, make_schedule
+from helixpipe.megatron_adapter.schedule import EXECUTABLE, make_schedule
 from helixpipe.plan import ScheduleRequest, build_plan
 from helixpipe.plan.attention_range import AttentionSizes, cheapest_range
+from helixpipe.plan.schedules import V_SHAPED
 from helixpipe.plan.schedules.helix import DEFAULT_FOLD
 from helixpipe.plan.schedules.request import ATTENTION_RANGES, HEAD_PLACEMENTS
 from helixpipe.runtime.trace import NullClock
@@ -337,7 +338,7 @@ def _check_schedule(args: argparse.Namespace) -> None:
         raise ValueError(
             "helix recomputes by --recompute-without-attention; leave --recompute-granularity out or use 1f1b"
         )
-    if args.pipeline_schedule in V_SCHEDULES and not args.untie_embeddings_and_output_weights:
+    if args.pipeline_schedule in V_SHAPED and not args.untie_embeddings_and_output_weights:
         raise ValueError(
             f"{args.pipeline_schedule} has two stages per rank and needs separate weights for embedding and "
             "head; add --untie-embeddings-and-output-weights"
