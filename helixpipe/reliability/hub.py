@@ -20,7 +20,7 @@ from helixpipe.reliability.exit_codes import HANG, PEER_LOST
 from helixpipe.reliability.status import DEAD, ENDED, FAILED, Status
 from helixpipe.reliability.wire import Connection, Message
 
-TICK_S = 0.1
+TICK_S = 0.2
 BEAT_S = 1.0
 # A sentinel that is silent for longer has lost its host or its network.
 SILENCE_S = 15.0

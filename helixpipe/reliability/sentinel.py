@@ -21,7 +21,7 @@ from helixpipe.reliability.record import RECORD_BYTES, WAITING, read_record
 from helixpipe.reliability.status import ALIVE, DEAD, ENDED, FAILED, STOPPED, Status
 from helixpipe.reliability.wire import Connection, Message
 
-REPORT_S = 0.25
+REPORT_S = 0.5
 # How long an interpreter may be out of touch before it is said to hang.
 PULSE_LIMIT_S = 3.0
 CONNECT_S = 60.0

@@ -1,7 +1,7 @@
 """Headers of messages: a transport that loses count must not become a wrong number.
 
-gloo delivers a message of another size or type without an error, NCCL matches messages by order alone. So every
-message begins with four numbers that say which it is and what is in it.
+gloo delivers a message of another size or type without an error, NCCL matches messages by order alone. So
+every message begins with four numbers that say which it is and what is in it.
 """
 
 from __future__ import annotations

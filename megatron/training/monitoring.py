@@ -27,7 +27,6 @@ PROGRAM = "pretrain_gpt"
 _PEER_LOST = ("by peer", "Broken pipe", "Connection refused", "remote process exited", "Socket closed")
 # How long this rank waits to be told which rank is to blame, before it says only that one is.
 _VERDICT_S = 5.0
-_TERMINATION_S = 2.0
 
 
 class PeerLost(Exception):
@@ -56,9 +55,7 @@ def monitored(args: argparse.Namespace, before_exit: Callable[[], None]) -> Iter
     try:
         yield monitor
     except (SystemExit, KeyboardInterrupt):
-        # torchrun ends all ranks as soon as one has gone: then the verdict about that one is under way.
-        time.sleep(_TERMINATION_S)
-        monitor.report_failure("it was terminated")
+        monitor.report_failure("it was told to stop")
         raise
     except Exception as error:
         if _is_peer_loss(error):
@@ -82,8 +79,13 @@ def join(args: argparse.Namespace, monitor: Monitor, store: Store) -> None:
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    # Launchers may send it again, while the verdict is waited for.
+    """Stop, unless this process is ended meanwhile because of another rank.
+
+    torchrun sends SIGTERM to all ranks as soon as one has gone, when the verdict about that one is under way;
+    and may send it again.
+    """
     signal.signal(number, signal.SIG_IGN)
+    time.sleep(_VERDICT_S)
     sys.exit(128 + number)
 
 

@@ -22,6 +22,7 @@ import torch
 import pretrain_gpt
 from helixpipe.reliability.monitor import Monitor
 from helixpipe.reliability.record import SharedProgress
+from helixpipe.runtime.header import HeaderCheck
 from helixpipe.runtime.message import MessageLayout
 
 
@@ -34,22 +35,28 @@ def _run_out_of_memory() -> None:
 
 
 def _hold_interpreter() -> None:
-    # A PyDLL's functions are called without letting go of the interpreter.
-    sleep = ctypes.PyDLL(None).sleep
-    while True:
-        sleep(1000)
+    """Lock a mutex twice: no signal ends this wait. A PyDLL's functions keep the interpreter's lock."""
+    lock = ctypes.PyDLL(None).pthread_mutex_lock
+    mutex = ctypes.create_string_buffer(64)
+    lock(mutex)
+    lock(mutex)
 
 
-def _send_other_type() -> None:
-    """From now on this rank's messages are of half precision and twice as many elements, as many bytes."""
-    pack = MessageLayout.pack
+def _send_half() -> None:
+    """From now on this rank believes that messages are half as long."""
+    pack, write = MessageLayout.pack, HeaderCheck.write
 
-    def packed(self: MessageLayout, tensors: Any, *rest: Any) -> Any:
-        layout = MessageLayout(tuple(torch.Size((*s, 2)) for s in self.shapes), torch.bfloat16)
-        wrong = [torch.zeros(shape, dtype=layout.dtype) for shape in layout.shapes]
-        return pack(layout, wrong, *rest)
+    def half(layout: MessageLayout) -> MessageLayout:
+        return MessageLayout((torch.Size((layout.num_elements // 2,)),), layout.dtype)
+
+    def packed(self: MessageLayout, tensors: Any) -> Any:
+        return pack(half(self), [torch.zeros(shape, dtype=self.dtype) for shape in half(self).shapes])
+
+    def written(self: HeaderCheck, tag: int, layout: MessageLayout, buffer: Any) -> None:
+        write(self, tag, half(layout), buffer)
 
     MessageLayout.pack = packed  # type: ignore[method-assign]
+    HeaderCheck.write = written  # type: ignore[method-assign]
 
 
 FAULTS: dict[str, Callable[[], None]] = {
@@ -59,7 +66,7 @@ FAULTS: dict[str, Callable[[], None]] = {
     "oom": _run_out_of_memory,
     "hold": _hold_interpreter,
     "sleep": lambda: time.sleep(1000),
-    "type": _send_other_type,
+    "half": _send_half,
 }
 
 
