@@ -130,10 +130,14 @@ class ElasticBatches(Iterator[ElasticStep]):
 
 
 def make_shared_planner(job: ElasticJob) -> SharedPlanner:
-    """A planner for this rank's replica; collective over its ranks, after Megatron's groups are built.
+    """A planner for this rank's replica; collective over all ranks, once Megatron's groups are built.
 
-    Plans travel over gloo, beside the messages of training.
+    Plans travel over gloo groups of their own, beside the messages of training.
     """
-    ranks = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
-    group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True) if len(ranks) > 1 else None
+    own = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
+    everyone: list[list[int]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    # Every rank makes the groups of all replicas, in one order, as new_group asks for.
+    replicas = sorted({tuple(ranks) for ranks in everyone})
+    group, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in replicas], backend="gloo")
     return SharedPlanner(BackgroundPlanner, job, group)
