@@ -1,5 +1,7 @@
 """Samples of different lengths: bounded by documents, cut off, masked, in a reproducible order."""
 
+import contextlib
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -17,6 +19,15 @@ from megatron.training.data.corpus import PreparationOptions, prepare_dataset
 from megatron.training.data.gpt import build_iterators
 from megatron.training.data.prefix import DatasetInfo, dataset_paths, inspect_prefix, load_tokenizer
 from megatron.training.data.variable_length import VariableLengthDataset
+
+SCRIPT = Path(__file__).parents[2] / "tools" / "prepare_data.py"
+
+
+def prepare_data(arguments):
+    spec = importlib.util.spec_from_file_location("prepare_data", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main(arguments)
 
 
 def write(folder, documents, dtype=np.uint16, multimodal=True):
@@ -225,3 +236,24 @@ def test_prompts_need_jsonl_and_are_not_joined(tmp_path):
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"has prompts, .* joins documents"):
         build_iterators(args, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--response-key", "a"], "--response-key goes with --prompt-key"),
+        (["--prompt-key", "p", "--json-key", "a"], "give --response-key"),
+        (["--prompt-key", "p", "--response-key", "p"], "are both 'p'"),
+    ],
+)
+def test_prompt_options_of_the_command(tmp_path, capsys, options, words):
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps({"p": "why? ", "a": "because", "response": "so"}) + "\n")
+    command = ["--input", str(source), "--output-prefix", str(tmp_path / "set"), "--tokenizer", "byte"]
+    with contextlib.suppress(SystemExit):
+        assert prepare_data([*command, *options]) == 2
+    assert words in capsys.readouterr().err
+    for option, wanted in ((["--response-key", "a"], "because"), (["--overwrite"], "so")):
+        assert prepare_data([*command, "--prompt-key", "p", *option]) == 0
+        dataset = VariableLengthDataset(inspect_prefix(tmp_path / "set"), 64)
+        assert bytes(dataset[0].ids[:-1].tolist()).decode() == "why? " + wanted
