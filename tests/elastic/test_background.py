@@ -117,11 +117,12 @@ def test_wrong_lengths_are_refused_at_once_and_leave_no_trace():
 
 
 @pytest.mark.parametrize(
-    ("number", "words"), [(signal.SIGSTOP, "no plan within 0.2 seconds"), (signal.SIGKILL, "exit code -9")]
+    ("number", "patience_s", "words"),
+    [(signal.SIGSTOP, 0.2, "no plan within 0.2 seconds"), (signal.SIGKILL, 60, "exit code -9")],
 )
-def test_a_late_or_dead_planner_is_replaced(caplog, number, words):
+def test_a_late_or_dead_planner_is_replaced(caplog, number, patience_s, words):
     job = make_job()
-    with BackgroundPlanner(job, slice_counts=(3,), patience_s=0.2) as planner:
+    with BackgroundPlanner(job, slice_counts=(3,), patience_s=patience_s) as planner:
         assert plan_of(planner, LENGTHS).fallback == ""
         pid = pid_of(planner)
         os.kill(pid, number)
