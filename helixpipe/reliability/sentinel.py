@@ -25,7 +25,8 @@ from helixpipe.reliability.wire import Connection, Message
 REPORT_S = 0.5
 # How long an interpreter may be out of touch before it is said to hang.
 PULSE_LIMIT_S = 3.0
-CONNECT_S = 60.0
+# The hub listens before its address is known.
+CONNECT_S = 20.0
 # How long a rank may take to end when told to, before it is killed.
 EXIT_GRACE_S = 2.0
 # After its rank is gone, a sentinel stays for the verdict, and the first one for all others.
@@ -90,6 +91,8 @@ class Sentinel:
             last_tick = now
             if not self._is_rank_alive() and self._gone_at is None:
                 self._gone_at = next_report = now
+                # What it has said last is heard before it is reported.
+                continue
             if self._hub_connection is not None and now >= next_report:
                 self._hub_connection.send(status_message(self._status(now)))
                 next_report = now + REPORT_S
@@ -168,6 +171,8 @@ class Sentinel:
         is_waiting = record.state == WAITING
         named = "" if record.operation is None else str(record.operation)
         peer = record.operation.peer if record.operation is not None and is_waiting else None
+        # The rank may have begun before this process has heard where it is.
+        peer = self._pipeline[peer] if peer is not None and peer < len(self._pipeline) else None
         return Status(
             rank=self._rank,
             stage=self._stage,
@@ -178,7 +183,7 @@ class Sentinel:
             phase=record.phase,
             operation="" if is_waiting else named,
             message=named if is_waiting else "",
-            peer=None if peer is None else self._pipeline[peer],
+            peer=peer,
             last="" if record.last is None else str(record.last),
             seconds=now - max(record.since, self._resumed_at),
             deadline_s=record.deadline_s,
