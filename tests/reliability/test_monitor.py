@@ -143,6 +143,7 @@ def test_a_rank_whose_sentinel_is_killed(job, rank):
     assert f"rank {rank} " in ended.of(f"job: rank {1 - rank}: error: ")
 
 
+@pytest.mark.slow
 def test_a_job_that_is_suspended_and_goes_on_is_not_overdue(job):
     started = job("work", "work")
     time.sleep(1.5)

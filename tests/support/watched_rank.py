@@ -57,7 +57,7 @@ def main() -> None:
     rank, world_size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     role = os.environ["ROLES"].split(",")[rank]
     if role == "absent":
-        time.sleep(6)
+        time.sleep(3)
         sys.exit(9)
     monitor = Monitor(
         rank,
