@@ -18,12 +18,12 @@ from megatron.training.agreement import agree_on_arguments
 from megatron.training.monitoring import join
 
 
-def initialize(args: argparse.Namespace, monitor: Monitor) -> None:
+def initialize(args: argparse.Namespace, monitor: Monitor | None = None) -> None:
     """Join the process group, build Megatron's groups and seed the random states.
 
     Uses NCCL and one GPU per rank where GPUs are present, else gloo on the CPU with one thread per rank.
     Ranks that have to share a GPU, which NCCL refuses, use gloo, too. Before the first message the ranks
-    begin to watch each other, and compare what they were given.
+    begin to watch each other, if there is a monitor, and compare what they were given.
 
     Raises:
         ValueError: ranks that were not given the same.
@@ -42,7 +42,8 @@ def initialize(args: argparse.Namespace, monitor: Monitor) -> None:
     store, _, _ = next(rendezvous("env://", args.rank, args.world_size, timeout=timeout))
     store.set_timeout(timeout)
     before = dist.PrefixStore("before", store)
-    join(args, monitor, before)
+    if monitor is not None:
+        join(args, monitor, before)
     agree_on_arguments(args, before)
     dist.init_process_group(
         backend,
@@ -57,8 +58,9 @@ def initialize(args: argparse.Namespace, monitor: Monitor) -> None:
         args.virtual_stages,
         distributed_timeout_minutes=args.distributed_timeout_minutes,
     )
-    pipeline = parallel_state.get_pipeline_model_parallel_group()
-    monitor.place_in_pipeline(dist.get_process_group_ranks(pipeline))
+    if monitor is not None:
+        pipeline = parallel_state.get_pipeline_model_parallel_group()
+        monitor.place_in_pipeline(dist.get_process_group_ranks(pipeline))
     seed_random_states(args.seed)
 
 
