@@ -9,7 +9,7 @@ RUN    := runs/quickstart
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.installed
 
-.PHONY: quickstart test test-all lint benchmark overlap tables pictures clean
+.PHONY: quickstart test test-all lint kernels benchmark overlap tables pictures clean
 
 # A few minutes on 2 cores: a corpus, a training run under helix on four ranks, a picture of what it ran.
 quickstart: $(READY)
@@ -25,6 +25,10 @@ lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+# The CUDA kernels, again after a change to csrc/; installing builds them, too, where nvcc is.
+kernels: $(READY)
+	$(PY) -m helixpipe.kernels.build
 
 # Schedules side by side on two ranks, with what the planner predicts from a profile; attention is the heaviest part. The variables let glibc keep
 # freed activations instead of returning them page by page, as allocators for GPUs do.
@@ -51,4 +55,4 @@ $(READY): setup.py pyproject.toml
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs build/kernels helixpipe/kernels/*.so
