@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from helixpipe import kernels
+from helixpipe.kernels.choice import uses_kernels
+
 
 @dataclass(frozen=True)
 class MessageLayout:
@@ -39,6 +42,11 @@ class MessageLayout:
                 f"message holds {[tuple(s) for s in found]} {[t.dtype for t in tensors]}, the plan expects "
                 f"{[tuple(s) for s in self.shapes]} {self.dtype}; check sequence length and micro batch size"
             )
+        if tensors and uses_kernels(tensors[0]):
+            buffer = self.empty(tensors[0].device)
+            # As they are: queries, keys and values are often views of one projection.
+            kernels.pack(buffer, [tensor.detach() for tensor in tensors])
+            return buffer
         return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
     def empty(self, device: torch.device) -> Tensor:
