@@ -21,12 +21,14 @@ logging.getLogger("megatron.core").setLevel(logging.ERROR)
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from helixpipe.runtime.out_of_memory import OutOfMemory  # noqa: E402
 from megatron.training.arguments import parse_arguments  # noqa: E402
 from megatron.training.initialize import finalize  # noqa: E402
 from megatron.training.training import pretrain  # noqa: E402
 
 EXIT_BAD_INPUT = 2
 EXIT_PEER_LOST = 4
+EXIT_OUT_OF_MEMORY = 7
 
 # What gloo's errors say when the process at the other end is gone.
 _PEER_LOST = ("by peer", "Broken pipe")
@@ -59,11 +61,13 @@ def forward_step(data_iterator: Iterator[dict[str, Tensor]] | None, model: Any) 
 
 
 def main() -> int:
-    """Run the job; with one line on stderr, 2 if the input was wrong and 4 if another rank has stopped."""
+    """Run the job; with one line on stderr, 2: wrong input, 4: another rank has stopped, 7: out of memory."""
     try:
         pretrain(parse_arguments(), forward_step)
     except (ValueError, OSError) as error:
         return _fail(str(error), EXIT_BAD_INPUT)
+    except OutOfMemory as error:
+        return _fail(str(error), EXIT_OUT_OF_MEMORY)
     except RuntimeError as error:
         if not any(words in str(error) for words in _PEER_LOST):
             raise

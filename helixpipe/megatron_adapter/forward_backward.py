@@ -18,6 +18,7 @@ from helixpipe.megatron_adapter.stage_segments import StageSegments
 from helixpipe.plan import Kind, Operation, Plan, ScheduleRequest, build_plan
 from helixpipe.runtime.communicator import Communicator, TorchCommunicator
 from helixpipe.runtime.executor import Executor, Segments
+from helixpipe.runtime.out_of_memory import naming_operation
 from helixpipe.runtime.staging import HostStagedCommunicator
 from helixpipe.runtime.trace import Clock, Trace, default_clock
 from helixpipe.runtime.weight_gradients import DeferredWeightGradients
@@ -133,7 +134,8 @@ class PlannedForwardBackward:
                 differentiate=not forward_only,
             )
         )
-        executor.run()
+        with naming_operation(executor.plan, executor.communicator.rank, self.trace):
+            executor.run()
         if not forward_only:
             _finalize(chunks, segments, bool(force_all_reduce))
         return segments.result.loss_data

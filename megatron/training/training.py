@@ -15,12 +15,14 @@ from helixpipe.runtime.trace import NullClock, default_clock
 from megatron.training.checkpointing import Progress, load_checkpoint, save_checkpoint
 from megatron.training.data.gpt import Batch, build_iterators
 from megatron.training.initialize import initialize, seed_random_states
+from megatron.training.memory_report import MemoryWatch, explains_out_of_memory
 from megatron.training.metrics import IterationMetrics, Reporter, gather_metrics, mean_loss
 from megatron.training.model import TrainingState, build_training_state
 
 ForwardStep = Callable[..., Any]
 
 
+@explains_out_of_memory
 def pretrain(args: argparse.Namespace, forward_step: ForwardStep) -> None:
     """Train from the given arguments to ``--train-iters``.
 
@@ -30,6 +32,7 @@ def pretrain(args: argparse.Namespace, forward_step: ForwardStep) -> None:
 
     Raises:
         ValueError: bad input found after the arguments were parsed, or a loss that is not finite.
+        OutOfMemory: memory ran out.
     """
     initialize(args)
     args.measure = args.metrics_jsonl is not None or args.trace_dir is not None
@@ -42,15 +45,18 @@ def pretrain(args: argparse.Namespace, forward_step: ForwardStep) -> None:
     _announce(args, progress, reporter)
     train_data, valid_data = build_iterators(args, progress.consumed_samples)
     run = _Run(args, forward_step, schedule, state, reporter)
+    memory = MemoryWatch(args)
     while progress.iteration < args.train_iters:
         progress = Progress(progress.iteration + 1, progress.consumed_samples + args.global_batch_size)
         run.train_iteration(progress.iteration, train_data)
+        memory.check()
         is_last = progress.iteration == args.train_iters
         if args.eval_iters and (is_last or progress.iteration % args.eval_interval == 0):
             run.evaluate(progress.iteration, valid_data)
         if args.save and (is_last or (args.save_interval and progress.iteration % args.save_interval == 0)):
             folder = save_checkpoint(args, state, progress)
             reporter.say(f"saved checkpoint {folder}")
+    reporter.say(memory.summary())
 
 
 class _Run:

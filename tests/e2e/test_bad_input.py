@@ -130,6 +130,7 @@ def refusal(pretrain_gpt, corpus, monkeypatch, capsys):
             ["--recompute-granularity", "use 1f1b"],
         ),
         (1, "--seq-length 129 --max-position-embeddings 128", ["--seq-length 129", "128"]),
+        (1, "--memory-limit-gib -1", ["--memory-limit-gib", "above 0", "-1"]),
         (1, "--attention-dropout 0.1", ["--attention-dropout", "use 0"]),
         (1, "--data-path /nowhere/at/all", ["/nowhere/at/all.bin: no such file", "check the prefix"]),
         (1, "--save /proc/nowhere", ["--save", "/proc/nowhere", "give another path"]),
