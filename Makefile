@@ -9,7 +9,7 @@ RUN    := runs/quickstart
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.installed
 
-.PHONY: quickstart test test-all lint kernels benchmark overlap tables pictures clean
+.PHONY: quickstart test test-all lint kernels benchmark layer-benchmark overlap tables pictures clean
 
 # A few minutes on 2 cores: a corpus, a training run under helix on four ranks, a picture of what it ran.
 quickstart: $(READY)
@@ -35,6 +35,10 @@ kernels: $(READY)
 benchmark: $(READY)
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node 2 \
 	    tools/benchmark_schedules.py --seq-length 8192 --num-layers 8 --schedules 1f1b interleaved helix --predict
+
+# Layers under each way of recomputing, the kernels' bandwidth, the longest sequence. Needs a GPU; nine minutes.
+layer-benchmark: kernels
+	$(PY) tools/benchmark_layer.py --output benchmarks/results.csv
 
 # The executor against the simulator: eight ranks whose operations sleep, with real messages. Five minutes.
 overlap: $(READY)

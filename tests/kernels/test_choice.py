@@ -15,6 +15,8 @@ from helixpipe.layers.slices import SlicedFunction, in_slices
 from helixpipe.runtime import message
 from helixpipe.runtime.message import MessageLayout
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="pretends on a CPU what a GPU does")
+
 WITH_MLP = [saving for saving in SAVINGS if saving.get("without_attention") or saving.get("mlp_chunk")]
 
 
