@@ -28,7 +28,7 @@ lint: $(READY)
 
 # The CUDA kernels, again after a change to csrc/; installing builds them, too, where nvcc is.
 kernels: $(READY)
-	$(PY) -m helixpipe.kernels.build
+	$(PY) -m helixpipe.kernels
 
 # Schedules side by side on two ranks, with what the planner predicts from a profile; attention is the heaviest part. The variables let glibc keep
 # freed activations instead of returning them page by page, as allocators for GPUs do.

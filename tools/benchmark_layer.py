@@ -59,7 +59,7 @@ def main() -> int:
     finally:
         run.workers.close()
         run.write()
-    return 0
+    return int(run.workers.failed)
 
 
 def _options() -> argparse.Namespace:
@@ -104,7 +104,9 @@ class _Run:
         self.rows: list[dict[str, Any]] = []
         on_gpu = options.device == "cuda"
         command = [sys.executable, __file__, "--worker", "--device", options.device]
-        self.workers = Workers(command, ahead=on_gpu)
+        # Megatron takes a GPU that it sees.
+        hidden = {} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}
+        self.workers = Workers(command, ahead=on_gpu, environment=hidden)
         self.common = {
             "date": time.strftime("%Y-%m-%d"),
             "machine": torch.cuda.get_device_name() if on_gpu else f"CPU ({platform.machine()})",

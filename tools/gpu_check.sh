@@ -8,7 +8,7 @@ OUT=${OUT:-benchmarks}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 failed=0
 
-"$PYTHON" -m helixpipe.kernels.build || exit 1
+"$PYTHON" -m helixpipe.kernels || exit 1
 "$PYTHON" -m pytest -q -o timeout=300 -p no:cacheprovider tests/kernels 2>&1 | tee "${TMPDIR:-/tmp}/gpu_tests.log" | tail -n 40
 [ "${PIPESTATUS[0]}" -eq 0 ] || failed=1
 [ "$OUT" = benchmarks ] || cp "${TMPDIR:-/tmp}/gpu_tests.log" "$OUT/gpu_tests.log"

@@ -1,7 +1,7 @@
-"""Build the CUDA kernels of ``csrc/``: ``python -m helixpipe.kernels.build``.
+"""Build the CUDA kernels of ``csrc/``: ``python -m helixpipe.kernels``.
 
-Imports neither torch nor CUDA, so ``setup.py`` and machines without a GPU can use it. Objects are kept in
-``build/kernels``, named by a hash of what they were made from: a second build does nothing.
+Imports neither torch nor CUDA, so ``setup.py`` and machines without a GPU can use it. What was built is kept
+in ``build/kernels``, named by a hash of what it was made from: a second build does nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -77,28 +78,40 @@ def build(name: str, folder: Path | None = None) -> Path:
     Raises:
         BuildError: no compiler, or one that reports an error.
     """
+    if not source_hash():
+        raise BuildError(f"there are no sources in {SOURCES}; build from a checkout of the repository")
     compiler = _compiler(name)
     flags = [*_FLAGS, *_kernel_flags(name)]
     made_from = [source_hash(), compiler, *flags, sysconfig.get_config_var("EXT_SUFFIX")]
     key = hashlib.sha256("\0".join(made_from).encode()).hexdigest()[:16]
-    work = ROOT / "build" / "kernels" / f"{name.strip('_')}-{key}"
-    built = library_path(name, work)
+    built = library_path(name, ROOT / "build" / "kernels" / f"{name.strip('_')}-{key}")
     if not built.exists():
-        work.mkdir(parents=True, exist_ok=True)
-        jobs = [
-            [compiler, *flags, "-c", str(SOURCES / f"{kernel}.cu"), "-o", str(work / f"{kernel}.o")]
-            for kernel in KERNELS
-        ]
-        _run([*jobs, _bindings(name, work)])
-        _link(name, compiler, work, built)
+        with tempfile.TemporaryDirectory() as work:
+            _publish(_compile(name, compiler, flags, Path(work)), built)
     target = library_path(name, folder)
-    if target != built:
-        # By renaming: a process that has loaded the old one keeps it.
-        temporary = target.with_name(f"{target.name}.{os.getpid()}")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(built, temporary)
-        temporary.replace(target)
+    _publish(built, target)
     return target
+
+
+def _compile(name: str, compiler: str, flags: Sequence[str], work: Path) -> Path:
+    jobs = [
+        [compiler, *flags, "-c", str(SOURCES / f"{kernel}.cu"), "-o", str(work / f"{kernel}.o")]
+        for kernel in KERNELS
+    ]
+    _run([*jobs, _bindings(name, work)])
+    objects = [str(work / f"{part}.o") for part in (*KERNELS, "bindings")]
+    # The runtime inside the module looks for a driver at the first call only: importing needs none.
+    how = ["-shared", "-cudart=static"] if name == CUDA else ["-shared"]
+    _run([[compiler, *how, *objects, "-o", str(work / name)]])
+    return work / name
+
+
+def _publish(source: Path, target: Path) -> None:
+    """Copy by renaming: another process sees all of it or nothing, and keeps what it has loaded."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{target.name}.{os.getpid()}")
+    shutil.copyfile(source, temporary)
+    temporary.replace(target)
 
 
 def _compiler(name: str) -> str:
@@ -134,15 +147,6 @@ def _bindings(name: str, work: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def _link(name: str, compiler: str, work: Path, built: Path) -> None:
-    objects = [str(work / f"{part}.o") for part in (*KERNELS, "bindings")]
-    # The runtime inside the module looks for a driver at the first call only: importing needs none.
-    how = ["-shared", "-cudart=static"] if name == CUDA else ["-shared"]
-    temporary = built.with_name(f"{built.name}.{os.getpid()}")
-    _run([[compiler, *how, *objects, "-o", str(temporary)]])
-    temporary.replace(built)
-
-
 def _run(commands: Sequence[Sequence[str]]) -> None:
     """Run compilers side by side, one per processor."""
 
@@ -158,7 +162,9 @@ def _run(commands: Sequence[Sequence[str]]) -> None:
 
 def main() -> int:
     """Build and say where it is, or fail with what the compiler said."""
-    parser = argparse.ArgumentParser(description="Build the CUDA kernels; needs nvcc, but no GPU.")
+    parser = argparse.ArgumentParser(
+        prog="python -m helixpipe.kernels", description="Build the CUDA kernels; needs nvcc, but no GPU."
+    )
     parser.add_argument("--host", action="store_true", help="as loops of the processor, for tests")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: where it is imported from")
     options = parser.parse_args()
@@ -168,7 +174,3 @@ def main() -> int:
         print(f"kernels were not built: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -74,6 +74,7 @@ class _Activate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         # A second pass would find a tensor that was modified, which autograd refuses.
         input, bias = ctx.saved_tensors
+        input = input.detach()
         if ctx.form == SWIGLU:
             operators.swiglu_backward(input, grad.contiguous(), input, bias)
         else:

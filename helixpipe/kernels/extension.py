@@ -29,7 +29,7 @@ def load() -> Any | None:
 def _warn(reason: str) -> None:
     warnings.warn(
         f"the CUDA kernels {reason}; torch's operators are used instead. "
-        "Build them: python -m helixpipe.kernels.build",
+        "Build them: python -m helixpipe.kernels",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -168,9 +168,7 @@ def test_what_is_refused_and_why(case):
 def test_kernels_that_are_missing_or_stale_are_reported_once(monkeypatch):
     monkeypatch.setattr(extension, "CUDA", "_not_there")
     extension.load.cache_clear()
-    with pytest.warns(
-        RuntimeWarning, match=r"were not built; torch's .* python -m helixpipe\.kernels\.build"
-    ):
+    with pytest.warns(RuntimeWarning, match=r"were not built; torch's .* python -m helixpipe\.kernels$"):
         assert extension.load() is None
     assert extension.load() is None
     extension.load.cache_clear()

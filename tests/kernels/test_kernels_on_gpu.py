@@ -16,7 +16,7 @@ SHIFTS_OF_THREE = [(0, 0, 0), (1, 1, 1), (0, 1, 2), (4, 4, 4)]
 
 @pytest.fixture(scope="module", autouse=True)
 def built():
-    assert extension.load() is not None, "build the kernels first: python -m helixpipe.kernels.build"
+    assert extension.load() is not None, "build the kernels first: python -m helixpipe.kernels"
 
 
 def run(name, *arguments):

@@ -130,7 +130,7 @@ def check_merge(
         for row in marks:
             flat[row::11] = math.inf if row in (3, 4) else -math.inf
         flat[5::11] += 200 if sum is sums[0] else -200
-    output.view_as(output)[sums[0].isinf()] = math.nan
+    output[sums[0].isinf()] = math.nan
     part[sums[1].isinf()] = math.nan
     wide = [tensor.double() for tensor in (output, sums[0], part, sums[1])]
     own = [tensor.clone() for tensor in (output, sums[0], part, sums[1])]

@@ -7,6 +7,7 @@ of its own. On a GPU the next one starts while the present one measures, imports
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -21,12 +22,18 @@ class Workers:
 
     Args:
         command: starts a process that calls :func:`serve`.
+        environment: variables to change for it.
         ahead: start the next process while one measures; for machines that measure on another device.
+
+    Attributes:
+        failed: a process has ended with an error other than of memory or time.
     """
 
-    def __init__(self, command: list[str], *, ahead: bool) -> None:
+    def __init__(self, command: list[str], *, ahead: bool, environment: dict[str, str]) -> None:
         self._command = command
+        self._environment = os.environ | environment
         self._ahead = ahead
+        self.failed = False
         self._next = self._start() if ahead else None
 
     def run(self, task: dict[str, Any], timeout_s: float) -> Any:
@@ -40,9 +47,12 @@ class Workers:
             process.communicate()
             return "out of time"
         if process.returncode:
+            # The other configurations are still worth their time.
             errors.seek(0)
             said = errors.read().strip()
-            raise RuntimeError(f"{task} failed with {process.returncode}:\n{said[-3000:]}")
+            self.failed = True
+            print(f"{task} failed with {process.returncode}:\n{said[-3000:]}", file=sys.stderr, flush=True)
+            return f"failed: {said.splitlines()[-1] if said else process.returncode}"
         return json.loads(output.splitlines()[-1])
 
     def close(self) -> None:
@@ -54,15 +64,18 @@ class Workers:
     def _start(self) -> tuple[subprocess.Popen[str], Any]:
         errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         process = subprocess.Popen(
-            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+            self._command,
+            env=self._environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
         )
         return process, errors
 
 
 def serve(measure: Callable[[dict[str, Any]], Any]) -> int:
     """Read a task, print its result; 0 also where memory ran out, which is a result."""
-    import torch
-
     from helixpipe.runtime.out_of_memory import amount_asked
 
     line = sys.stdin.readline()
@@ -71,7 +84,8 @@ def serve(measure: Callable[[dict[str, Any]], Any]) -> int:
     try:
         result = measure(json.loads(line))
     except RuntimeError as error:
-        if amount_asked(error) is None and not isinstance(error, torch.OutOfMemoryError):
+        # Libraries that cannot get their workspace say it in their own way.
+        if amount_asked(error) is None and "ALLOC_FAILED" not in str(error):
             raise
         result = RAN_OUT
     print(json.dumps(result), flush=True)
