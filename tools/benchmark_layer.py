@@ -58,7 +58,6 @@ def main() -> int:
             getattr(run, part)()
     finally:
         run.workers.close()
-        run.write()
     return int(run.workers.failed)
 
 
@@ -96,12 +95,11 @@ def _measure(task: dict[str, Any], device: torch.device, dtype: torch.dtype) -> 
 
 
 class _Run:
-    """One start of the program: its processes, its deadline and its rows."""
+    """One start of the program: its processes and its deadline."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.end = time.monotonic() + 60 * options.minutes
-        self.rows: list[dict[str, Any]] = []
         on_gpu = options.device == "cuda"
         command = [sys.executable, __file__, "--worker", "--device", options.device]
         # Megatron takes a GPU that it sees.
@@ -193,11 +191,11 @@ class _Run:
     def _add(self, part: str, shape: str, length: int, found: Any, **known: Any) -> dict[str, Any]:
         measured = {"note": found} if isinstance(found, str) else found
         row = {**self.common, "part": part, "shape": shape, "seq_length": length, **known, **measured}
-        self.rows.append(row)
+        self._write(row)
         return row
 
-    def write(self) -> None:
-        """Append what was measured, under a head line if the file is new."""
+    def _write(self, row: dict[str, Any]) -> None:
+        """Append a row at once, so that a run that is ended keeps what it has measured."""
         path = self.options.output
         if path is None:
             return
@@ -207,8 +205,7 @@ class _Run:
             writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
             if is_new:
                 writer.writeheader()
-            for row in self.rows:
-                writer.writerow({name: _rounded(value) for name, value in row.items()})
+            writer.writerow({name: _rounded(value) for name, value in row.items()})
 
 
 def _multiple(length: float) -> int:

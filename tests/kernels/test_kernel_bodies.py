@@ -3,6 +3,7 @@
 import ctypes
 import importlib.util
 import itertools
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -151,3 +152,21 @@ def test_cuda_kernels_compile(tmp_path):
     """For every architecture; and the module can be loaded where there is no driver."""
     module = ctypes.PyDLL(str(build.build(build.CUDA, tmp_path)))
     assert hasattr(module, f"PyInit_{build.CUDA}")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(build.find_nvcc() is None, reason="needs nvcc")
+@pytest.mark.parametrize("kernel", build.KERNELS)
+def test_accesses_are_wide_and_registers_suffice(kernel, tmp_path):
+    """What the compiler makes of the vectors: 16 bytes at once, and nothing in slow local memory."""
+    command = [build.find_nvcc(), "-std=c++17", "-O3", "-arch=sm_90", str(build.SOURCES / f"{kernel}.cu")]
+    text = subprocess.run([*command, "-ptx", "-o", "-"], capture_output=True, text=True, check=True).stdout
+    entries = text.split(".entry ")[1:]
+    assert entries
+    for entry in entries:
+        wide = [len(re.findall(rf"\b{way}\.global\S*\.v[24]\.[buf](?:32|64)", entry)) for way in ("ld", "st")]
+        # Sums of log-sum-exps are single numbers, a tiny part of a merge.
+        assert min(wide) > 0 or "MergeSums" in entry[:200], entry[:200]
+    cubin = [*command, "-cubin", "-Xptxas", "-v", "-o", str(tmp_path / "out")]
+    report = subprocess.run(cubin, capture_output=True, text=True, check=True).stderr
+    assert report.count(" 0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == len(entries)
