@@ -9,7 +9,7 @@ RUN    := runs/quickstart
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.installed
 
-.PHONY: quickstart test test-all lint benchmark overlap tables pictures clean
+.PHONY: quickstart test test-all lint kernels benchmark layer-benchmark overlap tables pictures clean
 
 # A few minutes on 2 cores: a corpus, a training run under helix on four ranks, a picture of what it ran.
 quickstart: $(READY)
@@ -27,11 +27,19 @@ lint: $(READY)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
+# The CUDA kernels, again after a change to csrc/; installing builds them, too, where nvcc is.
+kernels: $(READY)
+	$(PY) -m helixpipe.kernels
+
 # Schedules side by side on two ranks, with what the planner predicts from a profile; attention is the heaviest part. The variables let glibc keep
 # freed activations instead of returning them page by page, as allocators for GPUs do.
 benchmark: $(READY)
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node 2 \
 	    tools/benchmark_schedules.py --seq-length 8192 --num-layers 8 --schedules 1f1b interleaved helix --predict
+
+# Layers under each way of recomputing, the kernels' bandwidth, the longest sequence. Needs a GPU; nine minutes.
+layer-benchmark: kernels
+	$(PY) tools/benchmark_layer.py --output benchmarks/results.csv
 
 # The executor against the simulator: eight ranks whose operations sleep, with real messages. Five minutes.
 overlap: $(READY)
@@ -52,4 +60,4 @@ $(READY): setup.py pyproject.toml
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs build/kernels helixpipe/kernels/*.so

@@ -1,10 +1,47 @@
-"""Build of HelixPipe. Tool settings are in pyproject.toml."""
+"""Build of HelixPipe, with its CUDA kernels where nvcc is. Tool settings are in pyproject.toml."""
 
+import importlib.util
+import os
+import sys
 from pathlib import Path
+from types import ModuleType
 
-from setuptools import find_namespace_packages, setup
+from setuptools import Extension, find_namespace_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 HERE = Path(__file__).parent
+
+
+def load_kernel_build() -> ModuleType:
+    # By its path: importing the package would need torch, which a build environment does not have.
+    path = HERE / "helixpipe" / "kernels" / "build.py"
+    spec = importlib.util.spec_from_file_location("kernel_build", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+kernel_build = load_kernel_build()
+
+
+class BuildKernels(build_ext):
+    def build_extension(self, extension: Extension) -> None:
+        try:
+            kernel_build.build(kernel_build.CUDA, Path(self.get_ext_fullpath(extension.name)).parent)
+        except kernel_build.BuildError as error:
+            raise CompileError(f"{error}\nset HELIXPIPE_KERNELS=0 to install without CUDA kernels") from None
+
+
+def extensions() -> list[Extension]:
+    if os.environ.get("HELIXPIPE_KERNELS") == "0":
+        print("helixpipe: HELIXPIPE_KERNELS=0, no CUDA kernels are built", file=sys.stderr)
+    elif kernel_build.find_nvcc() is None:
+        print("helixpipe: nvcc was not found, no CUDA kernels are built", file=sys.stderr)
+    else:
+        return [Extension(f"helixpipe.kernels.{kernel_build.CUDA}", sources=[])]
+    return []
+
 
 setup(
     name="helixpipe",
@@ -18,6 +55,8 @@ setup(
     # and only our part of it may be named.
     packages=find_namespace_packages(include=["helixpipe*", "megatron.training*"]),
     package_data={"helixpipe.report": ["assets/*"]},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildKernels},
     install_requires=[
         "torch>=2.6",
         # From 0.17 on the wheel ships a megatron.training of its own and needs Python 3.12.

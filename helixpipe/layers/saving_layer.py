@@ -13,6 +13,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from helixpipe.kernels.choice import activate, fused_form
 from helixpipe.layers.recompute import Tensors, recompute
 from helixpipe.layers.rotary import rotate
 from helixpipe.layers.slices import SlicedFunction, in_slices, mark_sliced
@@ -159,9 +160,14 @@ class SavingTransformerLayer(TransformerLayer):
 
     def _first_half(self, hidden: Tensor) -> Tensor:
         """norm2, fc1 and the activation function; [s, b, h] -> [s, b, ffn]."""
+        normed = self.pre_mlp_layernorm(hidden)
+        form = fused_form(self.mlp, normed)
+        if form is not None:
+            wide, bias = self.mlp.linear_fc1(normed)
+            return activate(wide, bias, form)
         half = copy(self.mlp)
         half._modules = {**self.mlp._modules, "linear_fc2": _PassThrough()}
-        return half(self.pre_mlp_layernorm(hidden))[0]
+        return half(normed)[0]
 
     def _sliced_mlp(self, hidden: Tensor, chunk_size: int) -> Tensor:
         linear = self.mlp.linear_fc2

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from helixpipe.kernels.choice import add_gradient
 from helixpipe.layers.guest import with_same_weights
 
 # Matrix products of fewer tokens are slower per token.
@@ -123,7 +124,7 @@ class _GradientSum:
 
     def add(self, grad: Tensor) -> None:
         """Add one slice's share."""
-        self._sum.add_(grad)
+        add_gradient(self._sum, grad)
 
     def result(self) -> Tensor:
         """What goes on to the parameter."""

@@ -19,6 +19,7 @@ from helixpipe.plan import Kind, Operation, Plan, ScheduleRequest, build_plan
 from helixpipe.reliability.record import Progress
 from helixpipe.runtime.communicator import Communicator, TorchCommunicator
 from helixpipe.runtime.executor import Executor, Segments
+from helixpipe.runtime.out_of_memory import naming_operation
 from helixpipe.runtime.staging import HostStagedCommunicator
 from helixpipe.runtime.trace import Clock, Trace, default_clock
 from helixpipe.runtime.weight_gradients import DeferredWeightGradients
@@ -137,7 +138,8 @@ class PlannedForwardBackward:
                 differentiate=not forward_only,
             )
         )
-        executor.run()
+        with naming_operation(executor.plan, executor.communicator.rank, self.trace):
+            executor.run()
         if not forward_only:
             _finalize(chunks, segments, bool(force_all_reduce))
         executor.check_messages()

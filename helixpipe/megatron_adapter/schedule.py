@@ -20,6 +20,7 @@ from helixpipe.megatron_adapter.tracing import TracingTimers
 from helixpipe.plan import Plan, ScheduleRequest, build_plan
 from helixpipe.plan.schedules import V_SHAPED
 from helixpipe.reliability.record import NoProgress, Progress
+from helixpipe.runtime.out_of_memory import naming_operation
 from helixpipe.runtime.trace import Clock, Trace
 
 # By Megatron's own functions; the others are executed from their plans.
@@ -51,7 +52,8 @@ class MegatronForwardBackward:
         config = get_model_config(arguments["model"][0])
         config.timers = TracingTimers(self.plan, rank, self.trace, self._progress)
         try:
-            return _original_function()(forward_only=forward_only, **arguments)
+            with naming_operation(self.plan, rank, self.trace):
+                return _original_function()(forward_only=forward_only, **arguments)
         finally:
             config.timers = None
 

@@ -7,6 +7,7 @@ BAD_DATA = 3  # a file: the data set or a checkpoint
 PEER_LOST = 4  # another rank is gone: its own message says why, or that it was killed
 HANG = 5  # a rank did not answer within the deadline
 BAD_NUMERICS = 6  # a loss or gradient that is not finite, or ranks whose numbers differ
+OUT_OF_MEMORY = 7  # of a device
 PREEMPTED = 75  # saved on request of the scheduler: start the same command again (EX_TEMPFAIL)
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from helixpipe.kernels.choice import add_gradient
 from helixpipe.plan.loan import Loan
 from helixpipe.runtime.message import MessageLayout
 
@@ -99,7 +100,7 @@ class WeightLending:
             if total is None:
                 parameter.grad = gradient.clone()
             else:
-                total.add_(gradient)
+                add_gradient(total, gradient)
 
     def assert_empty(self) -> None:
         """Everything that was borrowed has been given back."""
@@ -110,4 +111,7 @@ def _move_gradient(sums: list[Tensor | None], index: int, dtype: torch.dtype, le
     gradient, total = leaf.grad, sums[index]
     assert gradient is not None
     leaf.grad = None
-    sums[index] = gradient.to(dtype) if total is None else total.add_(gradient)
+    if total is None:
+        sums[index] = gradient.to(dtype)
+    else:
+        add_gradient(total, gradient)

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from helixpipe import kernels
+from helixpipe.kernels.choice import uses_kernels
+
 # In 64-bit numbers; see helixpipe.runtime.header.
 HEADER_WORDS = 4
 
@@ -50,7 +53,12 @@ class MessageLayout:
                 f"{[tuple(s) for s in self.shapes]} {self.dtype}; check sequence length and micro batch size"
             )
         buffer = self.empty(tensors[0].device)
-        torch.cat([tensor.reshape(-1) for tensor in tensors], out=buffer[self._header_elements :])
+        content = buffer[self._header_elements :]
+        if uses_kernels(buffer):
+            # As they are: queries, keys and values are often views of one projection.
+            kernels.pack(content, [tensor.detach() for tensor in tensors])
+        else:
+            torch.cat([tensor.reshape(-1) for tensor in tensors], out=content)
         return buffer
 
     def empty(self, device: torch.device) -> Tensor:

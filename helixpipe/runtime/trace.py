@@ -96,7 +96,7 @@ class Trace:
         self.operations.clear()
         self._marks.clear()
         self._wait_marks.clear()
-        self._end = None
+        self._open = self._end = None
         self._origin = self.clock.mark()
 
     @contextmanager
@@ -109,6 +109,11 @@ class Trace:
     def begin(self, operation: Operation) -> None:
         """A compute operation starts."""
         self._open = (operation, self.clock.mark())
+
+    @property
+    def current(self) -> Operation | None:
+        """The compute operation that has begun and not ended, perhaps because of an error."""
+        return None if self._open is None else self._open[0]
 
     def end(self) -> None:
         """The operation begun last has ended."""

@@ -88,7 +88,12 @@ def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto: the fastest that fits, as python -m helixpipe advise predicts",
     )
     add("--hardware", help="auto: h20, h100, h200, a800, a file of rates or a profile (default: this GPU)")
-    add("--memory-limit-gib", type=float, help="auto: of one GPU (default: the hardware's less 4 GiB)")
+    add(
+        "--memory-limit-gib",
+        type=float,
+        help="of one GPU: a warning is given close to it, and auto stays below it (default: all that the "
+        "GPU has; auto: the hardware's less 4 GiB)",
+    )
     add("--num-fold", type=int, help="helix: micro batches per slot (default 2)")
     add(
         "--attention-range",
@@ -332,8 +337,10 @@ def _check_training(args: argparse.Namespace) -> None:
 
 
 def _check_schedule(args: argparse.Namespace) -> None:
-    if args.choice is None and (args.hardware is not None or args.memory_limit_gib is not None):
-        raise ValueError("--hardware and --memory-limit-gib are for --pipeline-schedule auto; leave them out")
+    if args.choice is None and args.hardware is not None:
+        raise ValueError("--hardware is for --pipeline-schedule auto; leave it out")
+    if args.memory_limit_gib is not None and not args.memory_limit_gib > 0:
+        raise ValueError(f"--memory-limit-gib must be above 0, not {args.memory_limit_gib:g}")
     if args.pipeline_schedule == "helix" and args.recompute_granularity is not None:
         raise ValueError(
             "helix recomputes by --recompute-without-attention; leave --recompute-granularity out or use 1f1b"

@@ -32,7 +32,7 @@ def choose_schedule(args: argparse.Namespace) -> str:
         ValueError: hardware that is not known or was not measured for these sizes, or nothing that fits.
     """
     machine = _machine(args)
-    workload = _workload(args)
+    workload = workload_of(args)
     if isinstance(machine, Pieces):
         _check_profile(args, machine, workload)
     job = make_job(
@@ -68,7 +68,8 @@ def _machine(args: argparse.Namespace) -> Hardware | Pieces:
     return found
 
 
-def _workload(args: argparse.Namespace) -> Workload:
+def workload_of(args: argparse.Namespace) -> Workload:
+    """The model, its sizes and how it is cut, for the cost model."""
     return Workload(
         model=model_from_arguments("the model", vars(args)),
         seq_length=args.seq_length,

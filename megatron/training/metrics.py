@@ -174,6 +174,7 @@ def iteration_line(metrics: IterationMetrics, args: argparse.Namespace) -> str:
         f"lm loss: {metrics.lm_loss:.6E}",
         f"grad norm: {norm}",
     ]
+    parts.append(f"peak memory (GiB): {max(metrics.peak_memory_bytes) / 2**30:.2f}")
     if args.measure:
         parts.append(f"bubble: {100 * metrics.bubble_ratio:.1f}%")
     return " | ".join(parts)

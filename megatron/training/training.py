@@ -16,6 +16,7 @@ from helixpipe.runtime.trace import NullClock, default_clock
 from megatron.training.checkpointing import Progress, load_checkpoint, save_checkpoint
 from megatron.training.data.gpt import Batch, build_iterators
 from megatron.training.initialize import finalize, initialize, seed_random_states
+from megatron.training.memory_report import MemoryWatch, explains_out_of_memory
 from megatron.training.metrics import IterationMetrics, Reporter, gather_metrics, mean_loss
 from megatron.training.model import TrainingState, build_training_state
 from megatron.training.monitoring import monitored
@@ -37,6 +38,7 @@ def pretrain(
 
     Raises:
         ValueError: bad input found after the arguments were parsed, or a loss that is not finite.
+        OutOfMemory: memory ran out; a ValueError, too.
         PeerLost: another rank has ended, and it is not known which.
     """
     with monitored(args, before_exit) as monitor:
@@ -46,6 +48,7 @@ def pretrain(
         finalize()
 
 
+@explains_out_of_memory
 def _train(args: argparse.Namespace, forward_step: ForwardStep, monitor: Monitor) -> None:
     args.measure = args.metrics_jsonl is not None or args.trace_dir is not None
     clock = default_clock() if args.measure else NullClock()
@@ -59,9 +62,11 @@ def _train(args: argparse.Namespace, forward_step: ForwardStep, monitor: Monitor
     monitor.enter("build data")
     train_data, valid_data = build_iterators(args, progress.consumed_samples)
     run = _Run(args, forward_step, schedule, state, reporter, monitor)
+    memory = MemoryWatch(args)
     while progress.iteration < args.train_iters:
         progress = Progress(progress.iteration + 1, progress.consumed_samples + args.global_batch_size)
         run.train_iteration(progress.iteration, train_data)
+        memory.check()
         is_last = progress.iteration == args.train_iters
         if args.eval_iters and (is_last or progress.iteration % args.eval_interval == 0):
             run.evaluate(progress.iteration, valid_data)
@@ -69,6 +74,7 @@ def _train(args: argparse.Namespace, forward_step: ForwardStep, monitor: Monitor
             monitor.enter("save")
             folder = save_checkpoint(args, state, progress)
             reporter.say(f"saved checkpoint {folder}")
+    reporter.say(memory.summary())
 
 
 class _Run:

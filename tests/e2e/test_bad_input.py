@@ -132,6 +132,7 @@ def refusal(pretrain_gpt, corpus, monkeypatch, capsys):
             ["--recompute-granularity", "use 1f1b"],
         ),
         (1, "--seq-length 129 --max-position-embeddings 128", ["--seq-length 129", "128"]),
+        (1, "--memory-limit-gib -1", ["--memory-limit-gib", "above 0", "-1"]),
         (1, "--attention-dropout 0.1", ["--attention-dropout", "use 0"]),
         (1, "--split 1,99,0", ["--split 1,99,0 leaves none of", "for training; give it at least", "%"]),
         (1, "--eval-iters 1 --split 1,0,0", ["--split 1,0,0 leaves none of", "for validation"]),

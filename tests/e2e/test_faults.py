@@ -123,11 +123,10 @@ def test_arguments_that_differ_are_refused_with_both_values(end_of):
 @pytest.mark.slow
 def test_memory_that_runs_out_is_named_with_its_operation(end_of):
     ended = end_of("oom 0 3 F", *HELIX)
-    assert_one_line(
-        ended, 0, "OutOfMemoryError: CUDA out of memory.", "0F0 (forward of segment 0, micro batch 0)"
-    )
-    assert_one_line(ended, 1, "rank 0 (stage 0, host ", "OutOfMemoryError", "0F0", "this rank: step 3")
-    assert ended.codes == {0: 1, 1: 4}
+    failure = ("out of memory on pipeline rank 0, 0F0, the forward", "asked for 20.00 GiB; to need less: ")
+    assert_one_line(ended, 0, *failure)
+    assert_one_line(ended, 1, "rank 0 (stage 0, host ", *failure, "this rank: step 3")
+    assert ended.codes == {0: 7, 1: 4}
 
 
 @pytest.mark.slow

@@ -67,7 +67,7 @@ def test_metrics_keep_their_contract(trained, schedule):
 def test_terminal_shows_each_iteration_and_nothing_else(trained, schedule):
     job = trained(schedule)
     assert job.errors == ""
-    first, *lines = job.output.splitlines()
+    first, *lines, last = job.output.splitlines()
     assert first.startswith(f"{schedule}: 2 ranks = tensor 1 x pipeline 2 x data 1; 4 micro batches")
     iterations = [line for line in lines if "validation" not in line]
     assert len(lines) == len(job.rows) + 2
@@ -78,6 +78,9 @@ def test_terminal_shows_each_iteration_and_nothing_else(trained, schedule):
         assert f"lm loss: {row['lm_loss']:.6E}" in fields
         assert f"grad norm: {row['grad_norm']:.3f}" in fields
         assert f"learning rate: {row['learning_rate']:.6E}" in fields
+        assert f"peak memory (GiB): {max(row['peak_memory_bytes']) / 2**30:.2f}" in fields
+    peaks = " ".join(r"\d+\.\d\d" for _ in range(2))
+    assert re.fullmatch(rf"peak memory by rank \(GiB resident; a CPU's .* no figures\): {peaks}", last)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -118,5 +118,5 @@ def test_wrong_hardware(tmp_path, extra, message):
 
 def test_hardware_is_for_auto_only():
     line = LINE.replace("auto", "1f1b")
-    with pytest.raises(ValueError, match="are for --pipeline-schedule auto; leave them out"):
+    with pytest.raises(ValueError, match="--hardware is for --pipeline-schedule auto; leave it out"):
         parse_arguments(f"{line} --hardware h20 --seq-length 4096".split(), DATASET)
