@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from helixpipe.megatron_adapter import cpu_backend
+from megatron.training.rendezvous import fresh_store
 
 
 def initialize(args: argparse.Namespace) -> None:
@@ -30,11 +31,13 @@ def initialize(args: argparse.Namespace) -> None:
         backend = "nccl" if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= count else "gloo"
     os.environ.setdefault("MASTER_ADDR", "localhost")
     os.environ.setdefault("MASTER_PORT", "29500")
+    timeout = timedelta(minutes=args.distributed_timeout_minutes)
     dist.init_process_group(
         backend,
+        store=fresh_store(args.rank, args.world_size, timeout),
         rank=args.rank,
         world_size=args.world_size,
-        timeout=timedelta(minutes=args.distributed_timeout_minutes),
+        timeout=timeout,
     )
     parallel_state.initialize_model_parallel(
         args.tensor_model_parallel_size,
