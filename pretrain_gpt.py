@@ -21,13 +21,11 @@ logging.getLogger("megatron.core").setLevel(logging.ERROR)
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from helixpipe.reliability.exit_codes import PEER_LOST, exit_code_of  # noqa: E402
 from megatron.training.arguments import parse_arguments  # noqa: E402
 from megatron.training.farewell import Farewell  # noqa: E402
 from megatron.training.initialize import finalize  # noqa: E402
 from megatron.training.training import pretrain  # noqa: E402
-
-EXIT_BAD_INPUT = 2
-EXIT_PEER_LOST = 4
 
 # What gloo's errors say when the process at the other end is gone.
 _PEER_LOST = ("by peer", "Broken pipe")
@@ -60,7 +58,7 @@ def forward_step(data_iterator: Iterator[dict[str, Tensor]] | None, model: Any) 
 
 
 def main() -> int:
-    """Run the job; with one line on stderr, 2 if the input was wrong and 4 if another rank has stopped."""
+    """Run the job; its exit code as in helixpipe.reliability.exit_codes, with a line on stderr."""
     farewell = Farewell()
     code = _run(farewell)
     if code:
@@ -72,17 +70,16 @@ def _run(farewell: Farewell) -> int:
     try:
         args = parse_arguments()
         farewell.checked()
-        pretrain(args, forward_step)
+        return pretrain(args, forward_step)
     except (ValueError, OSError) as error:
-        return _fail(str(error), EXIT_BAD_INPUT)
+        return _fail(str(error), exit_code_of(error))
     except RuntimeError as error:
         if not any(words in str(error) for words in _PEER_LOST):
             raise
         # A traceback of this rank would bury the other one's message.
-        return _fail("another rank has stopped; its own message says why", EXIT_PEER_LOST)
+        return _fail("another rank has stopped; its own message says why", PEER_LOST)
     finally:
         finalize()
-    return 0
 
 
 def _fail(message: str, code: int) -> int:

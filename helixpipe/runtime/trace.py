@@ -110,6 +110,11 @@ class Trace:
         """A compute operation starts."""
         self._open = (operation, self.clock.mark())
 
+    @property
+    def current(self) -> Operation | None:
+        """The compute operation that has begun and not ended."""
+        return None if self._open is None else self._open[0]
+
     def end(self) -> None:
         """The operation begun last has ended."""
         assert self._open is not None
