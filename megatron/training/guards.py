@@ -132,7 +132,7 @@ def explain(
         losses = run_again()
     second = _gathered(_report(state, schedule, losses, probe.findings))
     if all(report.is_finite for _, report in second):
-        fate = "computed once more the step is finite: a transient fault, of memory or of a processor?"
+        fate = "computed once more the step is finite: a transient fault, as of memory or a processor"
     else:
         fate = f"computed once more it is the same{_first_met(second)}: lower --lr or check the data"
     return NumericsError(f"iteration {iteration}: {_what(first)}; {fate}; {stands}")

@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import os
 import queue
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
@@ -77,7 +79,7 @@ class PlannedSave(TorchDistSaveShardedStrategy):
         results: list[WriteResult] = []
         digests: dict[str, FileDigest] = {}
         try:
-            with ThreadPoolExecutor(max_workers=_FILES) as pool:
+            with _without_torch_checksums(), ThreadPoolExecutor(max_workers=_FILES) as pool:
                 for name, found, file_digest in pool.map(self._write_file, buckets):
                     results += found
                     digests[name] = file_digest
@@ -100,6 +102,17 @@ class PlannedSave(TorchDistSaveShardedStrategy):
                 for item, data in [*raw, *tensors]
             ]
         return name, results, stream.digest
+
+
+@contextmanager
+def _without_torch_checksums() -> Iterator[None]:
+    """torch adds a CRC-32 of every tensor, which nothing reads: the manifest's hash covers it."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 class HashingFile:

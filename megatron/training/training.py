@@ -46,6 +46,10 @@ def pretrain(args: argparse.Namespace, forward_step: ForwardStep) -> int:
         NumericsError: a loss or gradient that is not finite; the weights are those before the iteration.
     """
     initialize(args)
+    return _train(args, forward_step)
+
+
+def _train(args: argparse.Namespace, forward_step: ForwardStep) -> int:
     args.measure = args.metrics_jsonl is not None or args.trace_dir is not None
     schedule = make_schedule(
         args.pipeline_schedule, args.schedule_request, default_clock() if args.measure else NullClock()
@@ -64,7 +68,7 @@ def pretrain(args: argparse.Namespace, forward_step: ForwardStep) -> int:
         progress = Progress(progress.iteration + 1, progress.consumed_samples + args.global_batch_size)
         try:
             stops, statuses = run.train_iteration(
-                progress.iteration, data, [bool(request.signal_name), saver.status]
+                progress.iteration, data, lambda: (bool(request.signal_name), saver.status)
             )
         except NumericsError:
             # The save that is still under way is of an iteration that was in order.
@@ -118,14 +122,14 @@ class _Run:
         watch_gradient_norm(state.optimizer)
 
     def train_iteration(
-        self, iteration: int, data: KeptBatches | None, news: Sequence[int]
+        self, iteration: int, data: KeptBatches | None, news: Callable[[], Sequence[int]]
     ) -> list[list[int]]:
         """Forward, backward and optimizer step of one global batch.
 
         Args:
             iteration: number of the iteration, from 1.
             data: this rank's micro batches, or None where it reads none.
-            news: what this rank has to tell the others.
+            news: what this rank has to tell the others at the iteration's end.
 
         Returns:
             for each of the news, what all ranks have told.
@@ -159,7 +163,7 @@ class _Run:
             elapsed_ms=(time.perf_counter() - started) * 1e3,
             learning_rate=learning_rate,
             trace=self.schedule.trace,
-            news=news,
+            news=news(),
         )
         self.reporter.report(metrics)
         self.reporter.write_timeline(iteration, self.schedule.plan, self.schedule.trace)
