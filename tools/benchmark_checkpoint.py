@@ -2,8 +2,8 @@
 
     python tools/benchmark_checkpoint.py [--mebibytes 256] [--repetitions 5] [--folder DIR]
 
-Prints milliseconds of each save, and the ratio of the medians. The folder should be on the file system that
-checkpoints go to: hashing runs beside the writing and costs nothing while that is slower than one core hashes.
+Prints milliseconds of each save, and the ratio of the medians. The folder should be on the file system
+that checkpoints go to: hashing runs beside the writing, on a core of its own if there is one free.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def main() -> None:
     ratio = statistics.median(times["with"]) / statistics.median(times["without"])
     rate = args.mebibytes / alone * 1e3
     print(
-        f"medians, with / without: {ratio:.3f}; reading and hashing afterwards: {alone:.0f} ms, {rate:.0f} MiB/s"
+        f"medians, with / without: {ratio:.3f}; reading and hashing afterwards: {alone:.0f} ms, "
+        f"{rate:.0f} MiB/s"
     )
 
 

@@ -147,7 +147,7 @@ def manifest_of(folder: Path) -> dict[str, FileDigest]:
         raise DataError(f"{path} is damaged or of another checkpoint; use another one") from None
     for name in files:
         # A name must not lead out of the folder.
-        if name != Path(name).name:
+        if name in ("", "..") or name != Path(name).name:
             raise DataError(f"{path} names {name!r}, which is not a file of this folder; use another one")
     found = {entry.name for entry in folder.iterdir()} - {MANIFEST}
     for name in sorted(found ^ set(files)):

@@ -138,7 +138,7 @@ def _load_from(folder: Path, args: argparse.Namespace, state: TrainingState) -> 
     if torch_adam is not None:
         _start_steps(torch_adam)
     wanted = sharded_state(state, Progress(), args, is_loading=True)
-    _check_tensors(folder, wanted)
+    check_tensors(folder, wanted)
     try:
         loaded = dist_checkpointing.load(wanted, str(folder))
     except (CheckpointException, CheckpointingException, RuntimeError) as error:
@@ -172,8 +172,12 @@ def sharded_state(
     }
 
 
-def _check_tensors(folder: Path, wanted: dict[str, Any]) -> None:
-    """Compare the table of contents with the model: torch would convert another type without a word."""
+def check_tensors(folder: Path, wanted: dict[str, Any]) -> None:
+    """Compare the table of contents with the model: torch would convert another type without a word.
+
+    Raises:
+        DataError: a tensor that is missing, or has another type or shape.
+    """
     saved = read_table(folder).state_dict_metadata
     for value in nested_values(wanted):
         parts = nested_values(value.build()) if isinstance(value, ShardedTensorFactory) else [value]
