@@ -130,6 +130,7 @@ def run_cases(
 def _run(arguments: list[str], fault: Fault) -> dict[str, Any]:
     args = parse_arguments(arguments)
     seed_random_states(args.seed)
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(args.virtual_stages)
     before: dict[int, list[torch.Tensor]] = {}
     seen: dict[str, Any] = {}
     lines: list[str] = []
