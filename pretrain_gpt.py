@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -24,11 +25,10 @@ from torch import Tensor  # noqa: E402
 from helixpipe.reliability.exit_codes import PEER_LOST, exit_code_of  # noqa: E402
 from megatron.training.arguments import parse_arguments  # noqa: E402
 from megatron.training.farewell import Farewell  # noqa: E402
-from megatron.training.initialize import finalize  # noqa: E402
+from megatron.training.monitoring import PROGRAM, PeerLost  # noqa: E402
 from megatron.training.training import pretrain  # noqa: E402
 
-# What gloo's errors say when the process at the other end is gone.
-_PEER_LOST = ("by peer", "Broken pipe")
+EXIT_UNEXPECTED = 1  # an error in the program; the others are in helixpipe.reliability.exit_codes
 
 
 def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> tuple[Tensor | None, ...]:
@@ -58,7 +58,7 @@ def forward_step(data_iterator: Iterator[dict[str, Tensor]] | None, model: Any) 
 
 
 def main() -> int:
-    """Run the job; its exit code as in helixpipe.reliability.exit_codes, with a line on stderr."""
+    """Run the job; its exit code, see :mod:`helixpipe.reliability.exit_codes`, after one line on stderr."""
     farewell = Farewell()
     code = _run(farewell)
     if code:
@@ -70,24 +70,27 @@ def _run(farewell: Farewell) -> int:
     try:
         args = parse_arguments()
         farewell.checked()
-        return pretrain(args, forward_step)
+        return pretrain(args, forward_step, farewell.leave)
     except (ValueError, OSError) as error:
         return _fail(str(error), exit_code_of(error))
-    except RuntimeError as error:
-        if not any(words in str(error) for words in _PEER_LOST):
-            raise
-        # A traceback of this rank would bury the other one's message.
-        return _fail("another rank has stopped; its own message says why", PEER_LOST)
-    finally:
-        finalize()
+    except PeerLost as error:
+        return _fail(str(error), PEER_LOST)
+    except Exception:
+        traceback.print_exc()
+        return EXIT_UNEXPECTED
 
 
 def _fail(message: str, code: int) -> int:
     rank = os.environ.get("RANK", "0")
     # In one write, newline included: ranks share the terminal.
-    sys.stderr.write(f"pretrain_gpt: rank {rank}: error: {message}\n")
+    sys.stderr.write(f"{PROGRAM}: rank {rank}: error: {message}\n")
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    if exit_code:
+        # Not through the destructors of a process group whose other ranks are gone: they may wait for them.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)

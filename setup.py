@@ -33,7 +33,7 @@ setup(
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.0", "flash-attn>=2.6"],
-        "test": ["pytest>=8", "pytest-timeout", "hypothesis>=6"],
+        "test": ["pytest>=8", "pytest-timeout", "pytest-xdist>=3.6", "hypothesis>=6"],
         # Linters are pinned: a new release must not turn a green tree red.
         "dev": ["ruff==0.17.5", "mypy==2.4.1"],
     },

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from helixpipe.commands.parser import require_positive
 from helixpipe.plan import Plan, ScheduleRequest, build_plan, validate
 from helixpipe.plan.costs import Costs, parse_costs, uniform_costs
 from helixpipe.plan.schedules import SCHEDULES
@@ -77,6 +78,13 @@ def _add_draw(draw: argparse.ArgumentParser) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
+    require_positive(
+        args,
+        (
+            "num_layers", "pipeline_model_parallel_size", "num_microbatches", "num_fold", "virtual_stages",
+            "num_slices",
+        ),
+    )  # fmt: skip
     request = ScheduleRequest(
         num_layers=args.num_layers,
         num_ranks=args.pipeline_model_parallel_size,

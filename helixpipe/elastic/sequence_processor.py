@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from math import ceil, sqrt
+from math import ceil
 
 import numpy as np
 
 from helixpipe.elastic.chunk_costs import ChunkCosts
 from helixpipe.elastic.chunks import Chunk, Piece
+from helixpipe.plan.equal_time import equal_time_end
 
 # Sums of times in different orders differ in the last digits; no sequence shall be turned away for that.
 _ROUNDING = 1e-9
@@ -36,9 +37,7 @@ def equal_time_mesh(length: int, num_slices: int, costs: ChunkCosts) -> tuple[in
     total = attention * length * length + linear * length
     ends: list[int] = []
     for j in range(1, num_slices):
-        part = total * j / num_slices
-        # The root of a x^2 + t x = part in the form that does not cancel where attention is nothing.
-        x = 2 * part / (linear + sqrt(linear * linear + 4 * attention * part))
+        x = equal_time_end(total * j / num_slices, linear, attention)
         first = ends[-1] + 1 if ends else 1
         ends.append(min(max(round(x), first), length - (num_slices - j)))
     return (*ends, length)

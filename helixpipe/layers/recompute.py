@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from helixpipe.layers.guest import with_same_weights
+
 Tensors = tuple[Tensor, ...]
 
 
@@ -37,7 +39,7 @@ def recompute(
     """
     if not (torch.is_grad_enabled() and input.requires_grad):
         return consume(*produce(input))
-    production = _Production(produce)
+    production = _Production(with_same_weights(produce))
     produced = _Produce.apply(production, input)
     consumed = consume(*produced)
     production.release(produced, needed=(input, *consumed))

@@ -9,7 +9,7 @@ weights of both, and lends those of segment ``2l+1``. The last segment may be le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from typing import Any
@@ -26,9 +26,10 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor
-from torch.func import functional_call
 
 from helixpipe.layers.chunked_loss import chunked_loss
+from helixpipe.layers.guest import Guest
+from helixpipe.layers.recompute import recompute
 from helixpipe.layers.rotary import rotate
 from helixpipe.layers.saving_layer import NOTHING_SAVED, MemorySaving, SavingTransformerLayer
 from helixpipe.layers.slices import mark_sliced
@@ -93,33 +94,6 @@ class SegmentedDecoder(MegatronModule):
                 sharded_state_dict_default(self.final_layernorm, norm_prefix, (), metadata, tp_group=group)
             )
         return state
-
-
-class _Guest(torch.nn.Module):
-    """Modules without weights: every call brings along those that some rank owns.
-
-    Megatron builds modules with their weights; these give theirs up at once.
-
-    Args:
-        modules: by name; built with :func:`_guest_config`.
-    """
-
-    def __init__(self, **modules: torch.nn.Module) -> None:
-        super().__init__()
-        for name, module in modules.items():
-            self.add_module(name, module.to_empty(device="meta"))
-        self.names = [name for name, _ in self.named_parameters()]
-
-    def compute(
-        self, function: Callable[..., Tensors], weights: Sequence[Tensor], *arguments: Any
-    ) -> Tensors:
-        """``function(*modules, *arguments)`` with these weights in the modules, in the order of ``names``."""
-        named = dict(zip(self.names, weights, strict=True))
-        return functional_call(self, named, (function, *arguments))
-
-    def forward(self, function: Callable[..., Tensors], *arguments: Any) -> Tensors:
-        """Not to be called but by :meth:`compute`, which puts the weights in their places."""
-        return function(*self.children(), *arguments)
 
 
 def _guest_config(config: TransformerConfig) -> TransformerConfig:
@@ -200,8 +174,6 @@ class SegmentedGPTModel(LanguageModule):
                 cp_group=self.pg_collection.cp,
             )
         spec = layer_spec(config, implementation, saving)
-        # What is computed again needs its weights in the backward pass; a guest's are there in the forward.
-        guest_spec = layer_spec(config, implementation)
         self._attention_part = ATTENTION_PARTS[attention_range]
         self.decoder = SegmentedDecoder(
             config,
@@ -210,11 +182,11 @@ class SegmentedGPTModel(LanguageModule):
             final_norm(implementation) if self.post_process else None,
         )
         # By segment, attention under 1; in a dictionary, as they are no submodules: they have no weights.
-        self._guests: dict[int, _Guest] = {}
+        self._guests: dict[int, Guest] = {}
         if self._attention_part:
-            self._guests[1] = self._attention_guest(guest_spec)
+            self._guests[1] = self._attention_guest(spec)
         if lends_head:
-            self._guests[self.num_segments - 1] = self._last_guest(guest_spec, final_norm(implementation))
+            self._guests[self.num_segments - 1] = self._last_guest(spec, final_norm(implementation))
         # Every rank runs the core attention of every layer; it has no weights and is no submodule.
         self._cores = [self._build_core(spec, number) for number in range(config.num_layers)]
         if self.post_process:
@@ -249,19 +221,22 @@ class SegmentedGPTModel(LanguageModule):
             tp_group=self.pg_collection.tp,
         )
 
-    def _attention_guest(self, spec: ModuleSpec) -> _Guest:
+    def _attention_guest(self, spec: ModuleSpec) -> Guest:
         config = _guest_config(self.config)
         part = partial_layer_spec(spec, self._attention_part)
-        return _Guest(layer=build_module(part, config=config, layer_number=1))
+        return Guest(layer=build_module(part, config=config, layer_number=1))
 
-    def _last_guest(self, spec: ModuleSpec, norm: type) -> _Guest:
+    def _last_guest(self, spec: ModuleSpec, norm: type) -> Guest:
         config = _guest_config(self.config)
         part = partial_layer_spec(spec, LayerPart.POST & ~self._attention_part)
-        return _Guest(
+        # The weight is borrowed either way, from the embedding where it is tied.
+        output_layer = self._build_output_layer(config, is_tied=False)
+        if self.saving.loss_chunk_size is not None:
+            mark_sliced([output_layer])
+        return Guest(
             layer=build_module(part, config=config, layer_number=1),
             final_layernorm=_build_norm(config, norm),
-            # The weight is borrowed either way, from the embedding where it is tied.
-            output_layer=self._build_output_layer(config, is_tied=False),
+            output_layer=output_layer,
         )
 
     def _mark_embedding_parameters(self) -> None:
@@ -359,7 +334,7 @@ class SegmentedGPTModel(LanguageModule):
         layer = self.decoder.layers[str(self.config.num_layers - 1)]
         return layer, self.decoder.final_layernorm, self.output_layer
 
-    def _guest(self, segment: int) -> _Guest:
+    def _guest(self, segment: int) -> Guest:
         assert segment % 2 or segment == self.num_segments - 1, "only attention and the head are lent"
         return self._guests[1 if segment % 2 else segment]
 
@@ -377,8 +352,20 @@ class SegmentedGPTModel(LanguageModule):
 
     def _run_attention(self, layer: TransformerLayer | None, number: int, inputs: Tensors) -> Tensors:
         """The attention range of layer ``number``, with the weights of ``layer`` where it has any."""
-        *attended, residual = self._run_parts(layer, LayerPart.PRE & self._attention_part, inputs)
-        output = self._cores[number](*attended, None, attn_mask_type=AttnMaskType.causal)
+        before, core = LayerPart.PRE & self._attention_part, self._cores[number]
+
+        def project(first: Tensor) -> Tensors:
+            return self._run_parts(layer, before, (first, *inputs[1:]))
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensors:
+            return (core(query, key, value, None, attn_mask_type=AttnMaskType.causal),)
+
+        if before and self.saving.recompute_without_attention:
+            residual = inputs[-1]
+            (output,) = recompute(lambda first: project(first)[:-1], attend, inputs[0])
+        else:
+            *attended, residual = project(inputs[0])
+            (output,) = attend(*attended)
         return self._run_parts(layer, LayerPart.POST & self._attention_part, (output, residual))
 
     def _run_parts(self, layer: TransformerLayer | None, part: LayerPart, values: Tensors) -> Tensors:
@@ -387,7 +374,8 @@ class SegmentedGPTModel(LanguageModule):
             return values
         assert layer is not None
         with self._random_state():
-            if _NORM1_AND_QKV in part and isinstance(layer, SavingTransformerLayer):
+            # In an attention segment both are computed again together, for the core.
+            if _NORM1_AND_QKV in part & ~self._attention_part and isinstance(layer, SavingTransformerLayer):
                 values = (*self._rotated(*layer.query_key_value(*values)), *values)
             else:
                 if LayerPart.NORM1 in part:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from helixpipe.layers.guest import with_same_weights
+
 # Matrix products of fewer tokens are slower per token.
 _FEWEST_TOKENS = 1024
 
@@ -44,6 +46,7 @@ def in_slices(function: SlicedFunction, input: Tensor, *constants: Tensor) -> Te
     Returns:
         [s, …], with what follows as ``function`` returns it.
     """
+    function = function._replace(again=with_same_weights(function.again))
     return _InSlices.apply(function, input, len(constants), *constants, *function.parameters)
 
 

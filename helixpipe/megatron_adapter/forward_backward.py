@@ -16,6 +16,7 @@ from helixpipe.layers.weight_gradient import defer_weight_gradients
 from helixpipe.megatron_adapter.forward_step import GPTSegments, IterationInput, IterationResult
 from helixpipe.megatron_adapter.stage_segments import StageSegments
 from helixpipe.plan import Kind, Operation, Plan, ScheduleRequest, build_plan
+from helixpipe.reliability.record import Progress
 from helixpipe.runtime.communicator import Communicator, TorchCommunicator
 from helixpipe.runtime.executor import Executor, Segments
 from helixpipe.runtime.staging import HostStagedCommunicator
@@ -60,6 +61,7 @@ class PlannedForwardBackward:
         options: arguments of the schedule beside the sizes, as :class:`ScheduleRequest` names them.
         chunks_per_rank: model chunks on each rank.
         clock: times the trace; chosen by the device if None.
+        progress: told of every operation and wait as it begins.
 
     Attributes:
         trace: what the last iteration ran on this rank.
@@ -73,8 +75,10 @@ class PlannedForwardBackward:
         *,
         chunks_per_rank: int = 1,
         clock: Clock | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.name = name
+        self._progress = progress
         self.options = options or {}
         self.chunks_per_rank = chunks_per_rank
         self.trace = Trace(clock or default_clock())
@@ -136,6 +140,7 @@ class PlannedForwardBackward:
         executor.run()
         if not forward_only:
             _finalize(chunks, segments, bool(force_all_reduce))
+        executor.check_messages()
         return segments.result.loss_data
 
     def make_segments(
@@ -160,7 +165,8 @@ class PlannedForwardBackward:
         dtype = config.pipeline_dtype or config.params_dtype
         group = parallel_state.get_pipeline_model_parallel_group()
         segments = self.make_segments(chunks, plan, size, dtype, dist.get_rank(group))
-        agree_on_plan(plan, size, dtype, group)
+        sizes = [segments.layout(edge).num_elements for edge in range(plan.num_segments - 1)]
+        agree_on_plan(plan, (*size, sum(sizes)), dtype, group)
         if self._communicator is None:
             self._communicator = _communicator(group)
         executor = Executor(
@@ -169,6 +175,7 @@ class PlannedForwardBackward:
             self._communicator,
             device=next(chunks[0].parameters()).device,
             trace=self.trace,
+            progress=self._progress,
             backward_context=_hold_gradient_reduction(chunks, segments, plan, self._communicator.rank),
         )
         return executor, segments
@@ -192,6 +199,7 @@ class HelixForwardBackward(PlannedForwardBackward):
         head_placement: where the head and the loss are: on the ``first`` rank, or ``spread`` over all, each
             of which then reads the data and returns the losses of its own micro batches.
         clock: times the trace; chosen by the device if None.
+        progress: told of every operation and wait as it begins.
     """
 
     def __init__(
@@ -201,11 +209,12 @@ class HelixForwardBackward(PlannedForwardBackward):
         attention_range: str = "core",
         head_placement: str = "first",
         clock: Clock | None = None,
+        progress: Progress | None = None,
     ) -> None:
         options = {"num_fold": num_fold, "attention_range": attention_range}
         if head_placement != "first":
             options["head_placement"] = head_placement
-        super().__init__("helix", options, clock=clock)
+        super().__init__("helix", options, clock=clock, progress=progress)
 
     def make_segments(
         self, chunks: list[torch.nn.Module], plan: Plan, size: IterationSize, dtype: torch.dtype, rank: int
@@ -232,8 +241,15 @@ class StageForwardBackward(PlannedForwardBackward):
     gradients for W, see :func:`helixpipe.layers.weight_gradient.defer_weight_gradients`.
     """
 
-    def __init__(self, name: str, *, chunks_per_rank: int = 1, clock: Clock | None = None) -> None:
-        super().__init__(name, chunks_per_rank=chunks_per_rank, clock=clock)
+    def __init__(
+        self,
+        name: str,
+        *,
+        chunks_per_rank: int = 1,
+        clock: Clock | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        super().__init__(name, chunks_per_rank=chunks_per_rank, clock=clock, progress=progress)
         self._weight_gradients = DeferredWeightGradients()
         self._defers = False
 
@@ -282,7 +298,7 @@ def agree_on_plan(plan: Plan, size: tuple[Any, ...], dtype: torch.dtype, group: 
         shown = "; ".join(f"rank {rank}: {value}" for rank, value in enumerate(everyone))
         raise ValueError(
             "pipeline ranks disagree on (plan, dtype, micro batches, sequence length, micro batch size, "
-            f"forward only): {shown}. Start every rank with the same arguments"
+            f"forward only, elements over all edges): {shown}. Start every rank with the same arguments"
         )
 
 

@@ -18,13 +18,14 @@ from helixpipe.megatron_adapter.forward_backward import (
 )
 from helixpipe.megatron_adapter.tracing import TracingTimers
 from helixpipe.plan import Plan, ScheduleRequest, build_plan
+from helixpipe.plan.schedules import V_SHAPED
+from helixpipe.reliability.record import NoProgress, Progress
 from helixpipe.runtime.trace import Clock, Trace
 
 # By Megatron's own functions; the others are executed from their plans.
 MEGATRON_SCHEDULES = ("1f1b", "interleaved")
 # Both ends of the model are on rank 0, which has two stages, like every rank.
-V_SCHEDULES = ("zb-v", "v-half", "v-min", "dualpipe-v")
-EXECUTABLE = (*MEGATRON_SCHEDULES, "gpipe", "zb-h1", *V_SCHEDULES, "helix")
+EXECUTABLE = (*MEGATRON_SCHEDULES, "gpipe", "zb-h1", *V_SHAPED, "helix")
 
 
 class MegatronForwardBackward:
@@ -33,10 +34,12 @@ class MegatronForwardBackward:
     Args:
         plan: the plan of the same schedule: says which micro batch each traced operation is.
         clock: times the trace.
+        progress: told of every operation as it begins and ends.
     """
 
-    def __init__(self, plan: Plan, clock: Clock) -> None:
+    def __init__(self, plan: Plan, clock: Clock, progress: Progress | None = None) -> None:
         self.plan = plan
+        self._progress = progress or NoProgress()
         # Megatron's timers also run while sends are waited for, and not around every receive.
         self.trace = Trace(clock, sees_waits=False)
         self._plans = {False: plan, True: plan.forward_only()}
@@ -46,7 +49,7 @@ class MegatronForwardBackward:
         self.plan = self._plans[forward_only]
         rank = parallel_state.get_pipeline_model_parallel_rank()
         config = get_model_config(arguments["model"][0])
-        config.timers = TracingTimers(self.plan, rank, self.trace)
+        config.timers = TracingTimers(self.plan, rank, self.trace, self._progress)
         try:
             return _original_function()(forward_only=forward_only, **arguments)
         finally:
@@ -64,7 +67,7 @@ def _original_function() -> Any:
 
 
 def make_schedule(
-    name: str, request: ScheduleRequest, clock: Clock
+    name: str, request: ScheduleRequest, clock: Clock, progress: Progress | None = None
 ) -> MegatronForwardBackward | PlannedForwardBackward:
     """The ``forward_backward_func`` of a schedule.
 
@@ -72,6 +75,7 @@ def make_schedule(
         name: one of ``EXECUTABLE``.
         request: its sizes and options.
         clock: times the trace.
+        progress: told of every operation as it begins.
 
     Raises:
         ValueError: a schedule that is unknown or can only be planned, or sizes that do not fit it.
@@ -85,10 +89,12 @@ def make_schedule(
             attention_range=str(plan.parameters["attention_range"]),
             head_placement=str(plan.parameters.get("head_placement", "first")),
             clock=clock,
+            progress=progress,
         )
     if name in MEGATRON_SCHEDULES:
-        return MegatronForwardBackward(plan, clock)
-    return StageForwardBackward(name, chunks_per_rank=plan.num_segments // plan.num_ranks, clock=clock)
+        return MegatronForwardBackward(plan, clock, progress)
+    chunks = plan.num_segments // plan.num_ranks
+    return StageForwardBackward(name, chunks_per_rank=chunks, clock=clock, progress=progress)
 
 
 def owned_segments(plan: Plan, rank: int) -> list[int]:
@@ -102,9 +108,7 @@ def owned_segments(plan: Plan, rank: int) -> list[int]:
 
 def loss_rank(name: str) -> int:
     """The pipeline rank on which a schedule computes the loss."""
-    return (
-        0 if name in ("helix", *V_SCHEDULES) else parallel_state.get_pipeline_model_parallel_world_size() - 1
-    )
+    return 0 if name in ("helix", *V_SHAPED) else parallel_state.get_pipeline_model_parallel_world_size() - 1
 
 
 def needs_data(name: str, head_placement: str | None = None) -> bool:

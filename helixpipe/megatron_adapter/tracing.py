@@ -6,6 +6,7 @@ from typing import Any
 
 from helixpipe.plan.operation import Kind, Operation
 from helixpipe.plan.plan import Plan
+from helixpipe.reliability.record import NoProgress, Progress
 from helixpipe.runtime.trace import Trace
 
 _COMPUTE_TIMERS = {"forward-compute": Kind.F, "backward-compute": Kind.B}
@@ -21,10 +22,12 @@ class TracingTimers:
         plan: the plan of the schedule that Megatron runs, for training or for evaluation.
         rank: this pipeline rank.
         trace: where to record.
+        progress: told of operations. What Megatron waits for between them it does not say.
     """
 
-    def __init__(self, plan: Plan, rank: int, trace: Trace) -> None:
+    def __init__(self, plan: Plan, rank: int, trace: Trace, progress: Progress | None = None) -> None:
         self.trace = trace
+        self.progress = progress or NoProgress()
         self._order = [op for op in plan.orders[rank] if op.kind.is_compute]
         self._next = 0
 
@@ -67,10 +70,13 @@ class _ComputeTimer:
         self.kind = kind
 
     def start(self, barrier: bool = False) -> None:
-        self.timers.trace.begin(self.timers.next_operation(self.kind))
+        operation = self.timers.next_operation(self.kind)
+        self.timers.progress.begin(operation)
+        self.timers.trace.begin(operation)
 
     def stop(self, barrier: bool = False) -> None:
         self.timers.trace.end()
+        self.timers.progress.end()
 
 
 class _Ignored:

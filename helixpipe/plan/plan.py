@@ -6,13 +6,14 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
 from helixpipe.plan.loan import Loan
-from helixpipe.plan.operation import Kind, Operation
+from helixpipe.plan.operation import Kind, Operation, message_of
+from helixpipe.plan.rows import json_rows
 
 Order: TypeAlias = tuple[Operation, ...]
 Parameter: TypeAlias = int | str
@@ -60,6 +61,11 @@ class Plan:
     def rank_of(self, segment: int, micro_batch: int) -> int:
         """The rank that runs ``segment`` of ``micro_batch``."""
         return self.placement[segment][micro_batch]
+
+    def receive_of(self, result: Operation) -> Operation:
+        """The receive that brings ``result``, a forward or backward on another rank, to its neighbour."""
+        _, receive, edge = message_of(result)
+        return Operation(edge, receive, result.micro_batch, self.rank_of(result.segment, result.micro_batch))
 
     def cost_name(self, segment: int, micro_batch: int) -> str:
         """What the cost of one micro batch in one segment is filed under: ``SEGMENT[/MICRO BATCH]``."""
@@ -134,9 +140,9 @@ class Plan:
             head["slices"] = [list(group) for group in self.slices]
         lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
         if self.loans:
-            lines.append(_rows("loans", [loan._asdict() for loan in self.loans]))
-        lines.append(_rows("placement", [_compact(row) for row in self.placement]))
-        lines.append(_rows("orders", [[str(op) for op in order] for order in self.orders]))
+            lines.append(json_rows("loans", [loan._asdict() for loan in self.loans]))
+        lines.append(json_rows("placement", [_compact(row) for row in self.placement]))
+        lines.append(json_rows("orders", [[str(op) for op in order] for order in self.orders]))
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
     @classmethod
@@ -180,11 +186,6 @@ class Plan:
 def orders_from_csv(text: str) -> tuple[Order, ...]:
     """Read the orders written by :meth:`Plan.to_csv`."""
     return tuple(tuple(Operation.parse(word) for word in row) for row in csv.reader(io.StringIO(text)))
-
-
-def _rows(key: str, rows: Sequence[object]) -> str:
-    body = ",\n".join("    " + json.dumps(row) for row in rows)
-    return f'  "{key}": [\n{body}\n  ]'
 
 
 def _compact(row: tuple[int, ...]) -> int | list[int]:

@@ -11,7 +11,7 @@ from helixpipe.plan.costs import Costs, LoanBytes
 from helixpipe.plan.loan import Loan
 from helixpipe.plan.memory import held_bytes
 from helixpipe.plan.network import Links
-from helixpipe.plan.operation import Kind, Operation, input_of, message_of, output_edge
+from helixpipe.plan.operation import Kind, Operation, input_of, output_edge
 from helixpipe.plan.plan import Plan
 from helixpipe.plan.timeline import Level, Span, Timeline
 
@@ -172,7 +172,7 @@ class _Clock:
                 return
             if arrival_ms > start_ms:
                 start_ms = arrival_ms
-                self._note_wait(rank, needed, free_ms, start_ms)
+                self.waits[rank].append(Span(self.plan.receive_of(needed), free_ms, start_ms))
             elif loan is not None and start_ms > free_ms:
                 self.waits[rank].append(Span(loan.weights_received, free_ms, start_ms))
             start_ms += self._receive_ms.pop(needed, 0.0)
@@ -201,11 +201,6 @@ class _Clock:
 
     def _loan_bytes(self, loan: Loan) -> LoanBytes:
         return self.costs.loan_bytes.get(self.plan.segment_names[loan.segment], LoanBytes(0, 0))
-
-    def _note_wait(self, rank: int, needed: Operation, start_ms: float, end_ms: float) -> None:
-        _, receive, edge = message_of(needed)
-        peer = self.plan.rank_of(needed.segment, needed.micro_batch)
-        self.waits[rank].append(Span(Operation(edge, receive, needed.micro_batch, peer), start_ms, end_ms))
 
     def _deliver(self, rank: int, op: Operation, end_ms: float) -> int | None:
         """Send the operation's result; the rank that was waiting for it, or None."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from helixpipe.plan.operation import Operation
+from helixpipe.plan.rows import json_rows
 
 
 class Span(NamedTuple):
@@ -80,13 +80,12 @@ class Timeline:
         parts = [f'  "source": {json.dumps(self.source)}']
         if self.segment_names:
             parts.append(f'  "segments": {json.dumps(self.segment_names)}')
-        parts.append(_rows("ranks", map(_span_rows, self.spans)))
+        parts.append(json_rows("ranks", map(_span_rows, self.spans)))
         if self.waits:
-            parts.append(_rows("waits", map(_span_rows, self.waits)))
+            parts.append(json_rows("waits", map(_span_rows, self.waits)))
         if self.memory:
-            parts.append(
-                _rows("memory", ([[round(time, 4), held] for time, held in curve] for curve in self.memory))
-            )
+            curves = ([[round(time, 4), held] for time, held in curve] for curve in self.memory)
+            parts.append(json_rows("memory", curves))
         return "{\n" + ",\n".join(parts) + "\n}\n"
 
     @classmethod
@@ -131,11 +130,6 @@ class Timeline:
 
 def _span_rows(spans: tuple[Span, ...]) -> list[list[Any]]:
     return [[str(op), round(start, 4), round(end, 4)] for op, start, end in spans]
-
-
-def _rows(key: str, ranks: Iterable[Any]) -> str:
-    body = ",\n".join("    " + json.dumps(row) for row in ranks)
-    return f'  "{key}": [\n{body}\n  ]'
 
 
 def _read_spans(ranks: Any) -> tuple[tuple[Span, ...], ...]:

@@ -19,6 +19,7 @@ from megatron.core.transformer.module import Float16Module
 from helixpipe.layers.segmented_gpt import SegmentedGPTModel
 from helixpipe.layers.spec import default_implementation
 from helixpipe.megatron_adapter import cpu_backend
+from helixpipe.megatron_adapter.schedule import device
 from helixpipe.plan.cost_model import PieceCost, Pieces, Workload
 from helixpipe.plan.network import Network
 from helixpipe.profiling.layer import measure_pieces
@@ -54,21 +55,17 @@ def profile(workload: Workload, *, repeats: int = 5, alive: int = 4) -> Pieces:
 
 
 def _measure(workload: Workload, repeats: int, alive: int) -> Pieces:
-    device = (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    here = device()
     stopwatch = Stopwatch(default_clock(), repeats, alive, dist.barrier)
     model, wrapped = _model(workload)
-    times = measure_pieces(model, workload, stopwatch, device)
+    times = measure_pieces(model, workload, stopwatch, here)
     communicator = TorchCommunicator(parallel_state.get_pipeline_model_parallel_group())
-    network = measure_network(communicator, workload.unit_bytes, device, workload.tensor_parallel)
+    network = measure_network(communicator, workload.unit_bytes, here, workload.tensor_parallel)
     parameters = sum(p.numel() for p in model.parameters())
     optimizer_ms = stopwatch.plain(_optimizer_step(workload, wrapped))
-    times = {name: PieceCost(*_mean((t.forward, t.backward, t.weight), device)) for name, t in times.items()}
+    times = {name: PieceCost(*_mean((t.forward, t.backward, t.weight), here)) for name, t in times.items()}
     links = (network.latency_ms, network.gb_per_s, network.send_gb_per_s, network.receive_gb_per_s)
-    latency, rate, send, receive, optimizer_ms = _mean((*links, optimizer_ms), device)
+    latency, rate, send, receive, optimizer_ms = _mean((*links, optimizer_ms), here)
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     unmeasured = "" if communicator.size > 1 else ", links not measured"
     return Pieces(

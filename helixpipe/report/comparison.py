@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from helixpipe.plan.costs import Costs, SegmentCost
-from helixpipe.plan.operation import Kind, Operation, input_of, message_of
+from helixpipe.plan.operation import Kind, Operation, input_of
 from helixpipe.plan.plan import Plan
 from helixpipe.plan.simulate import simulate
 from helixpipe.plan.timeline import Span, Timeline
@@ -171,10 +171,9 @@ def _gaps(plan: Plan, timeline: Timeline) -> tuple[tuple[Span, ...], ...]:
         for op, start, end in spans:
             needed = input_of(op, plan.num_segments)
             if needed is not None and start > free_ms:
-                peer = plan.rank_of(needed.segment, needed.micro_batch)
-                if peer != rank:
-                    _, receive, edge = message_of(needed)
-                    found.append(Span(Operation(edge, receive, op.micro_batch, peer), free_ms, start))
+                receive = plan.receive_of(needed)
+                if receive.peer != rank:
+                    found.append(Span(receive, free_ms, start))
             free_ms = end
         waits.append(tuple(found))
     return tuple(waits)

@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from helixpipe.plan.loan import Loan
-from helixpipe.plan.operation import Kind, Operation, input_of, message_of
+from helixpipe.plan.operation import Kind, Operation, input_of
 from helixpipe.plan.plan import Plan
+from helixpipe.reliability.record import NoProgress, Progress
 from helixpipe.runtime.communicator import Communicator, Handle
+from helixpipe.runtime.header import HeaderCheck
 from helixpipe.runtime.lending import WeightLending
 from helixpipe.runtime.message import MessageLayout
 from helixpipe.runtime.store import ActivationStore
@@ -62,6 +64,7 @@ class _Incoming(NamedTuple):
 
 
 class _Outgoing(NamedTuple):
+    operation: Operation
     handle: Handle
     buffer: Tensor
 
@@ -75,6 +78,7 @@ class Executor:
         communicator: this rank's end; its rank selects the order.
         device: where received tensors live.
         trace: records what was run.
+        progress: told of every operation and wait as it begins, for whoever watches this rank.
         receive_ahead: how many compute operations before its consumer's turn a receive is posted at the
             latest, so that the message travels while others are computed. Each receive ahead holds a buffer.
         backward_context: entered around each B and W; lets the caller hold back gradient reduction.
@@ -99,6 +103,7 @@ class Executor:
         *,
         device: torch.device,
         trace: Trace,
+        progress: Progress | None = None,
         receive_ahead: int = 4,
         backward_context: Callable[[Operation], AbstractContextManager[object]] | None = None,
     ) -> None:
@@ -109,10 +114,12 @@ class Executor:
         self.communicator = communicator
         self.device = device
         self.trace = trace
+        self.progress = progress or NoProgress()
         self.store: ActivationStore[_Saved] = ActivationStore()
         self._order = plan.orders[communicator.rank]
         self._layouts = [segments.layout(edge) for edge in range(plan.num_segments - 1)]
         self._receives = [op for op in self._order if op.kind.is_receive]
+        self._headers = HeaderCheck(int(plan.fingerprint[:15], 16), len(self._receives), device)
         self._posted_before = _posting_horizon(self._order, receive_ahead)
         self._backward_context = backward_context or (lambda operation: nullcontext())
         self._splits_backward = plan.splits_backward
@@ -143,26 +150,40 @@ class Executor:
         }
 
     def run(self) -> None:
-        """Execute this rank's operations of one iteration."""
+        """Execute this rank's operations of one iteration.
+
+        Raises:
+            ValueError: a message is not the one that the plan expects, see :meth:`check_messages`.
+        """
         posted = 0
         self.trace.start()
         for operation, horizon in zip(self._order, self._posted_before, strict=True):
+            self.progress.begin(operation)
             for receive in self._receives[posted:horizon]:
                 self._post(receive)
             posted = max(posted, horizon)
             self._dispatch[operation.kind](operation)
             self.trace.operations.append(operation)
         while self._outgoing:
-            self._outgoing.popleft().handle.wait()
+            self._finish_send()
         while self._returned:
             self._take_back()
         self.trace.stop()
+        self.progress.end()
         self.store.assert_empty()
         self.segments.weight_gradients.assert_empty()
         if self.segments.lending is not None:
             self.segments.lending.assert_empty()
         assert not self._results, f"results that nobody took: {list(self._results)}"
         assert not self._incoming, f"messages that nobody took: {list(self._incoming)}"
+
+    def check_messages(self) -> None:
+        """Where messages are not on the CPU, compare what has arrived, before its results are used.
+
+        Raises:
+            ValueError: a message was not the one that the plan expects.
+        """
+        self._headers.finish()
 
     def _forward(self, operation: Operation) -> None:
         self._take_weights(operation)
@@ -206,16 +227,18 @@ class Executor:
             return ()
         if producer in self._results:
             return self._results.pop(producer)
-        _, receive, edge = message_of(producer)
-        peer = self.plan.rank_of(producer.segment, producer.micro_batch)
-        return self._wait(Operation(edge, receive, operation.micro_batch, peer))
+        return self._wait(self.plan.receive_of(producer))
 
     def _wait(self, message: Operation) -> Tensors:
         """What a message that was posted has brought."""
         incoming = self._incoming.pop(message)
+        self.progress.wait(message)
         with self.trace.wait(message):
             incoming.handle.wait()
-        return self._layout(message).unpack(incoming.buffer)
+        self.progress.resume()
+        layout = self._layout(message)
+        self._headers.compare(message, self._tag(message), layout, incoming.buffer)
+        return layout.unpack(incoming.buffer)
 
     def _layout(self, message: Operation) -> MessageLayout:
         if message.kind in (Kind.SEND_P, Kind.RECV_P):
@@ -235,11 +258,19 @@ class Executor:
 
     def _post_send(self, operation: Operation, tensors: Tensors) -> None:
         assert operation.peer is not None
-        buffer = self._layout(operation).pack(tensors)
-        handle = self.communicator.send(buffer, operation.peer, self._tag(operation))
-        self._outgoing.append(_Outgoing(handle, buffer))
+        layout, tag = self._layout(operation), self._tag(operation)
+        buffer = layout.pack(tensors)
+        self._headers.write(tag, layout, buffer)
+        handle = self.communicator.send(buffer, operation.peer, tag)
+        self._outgoing.append(_Outgoing(operation, handle, buffer))
         if len(self._outgoing) > self.MAX_UNFINISHED_SENDS:
-            self._outgoing.popleft().handle.wait()
+            self._finish_send()
+
+    def _finish_send(self) -> None:
+        outgoing = self._outgoing.popleft()
+        self.progress.wait(outgoing.operation)
+        outgoing.handle.wait()
+        self.progress.resume()
 
     def _receive(self, operation: Operation) -> None:
         assert operation in self._incoming, f"{operation} was not posted"

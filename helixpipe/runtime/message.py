@@ -1,4 +1,4 @@
-"""Messages: the tensors of an edge, packed into one contiguous buffer."""
+"""Messages: the tensors of an edge, packed into one contiguous buffer behind room for a header."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+# In 64-bit numbers; see helixpipe.runtime.header.
+HEADER_WORDS = 4
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,12 @@ class MessageLayout:
 
     @property
     def num_elements(self) -> int:
-        """Length of the packed buffer."""
+        """Of all tensors together."""
         return sum(shape.numel() for shape in self.shapes)
+
+    @property
+    def _header_elements(self) -> int:
+        return HEADER_WORDS * torch.int64.itemsize // self.dtype.itemsize
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
         """Copy the tensors one after the other into a new buffer.
@@ -39,13 +46,19 @@ class MessageLayout:
                 f"message holds {[tuple(s) for s in found]} {[t.dtype for t in tensors]}, the plan expects "
                 f"{[tuple(s) for s in self.shapes]} {self.dtype}; check sequence length and micro batch size"
             )
-        return torch.cat([tensor.reshape(-1) for tensor in tensors])
+        buffer = self.empty(tensors[0].device)
+        torch.cat([tensor.reshape(-1) for tensor in tensors], out=buffer[self._header_elements :])
+        return buffer
 
     def empty(self, device: torch.device) -> Tensor:
         """A buffer to receive into."""
-        return torch.empty(self.num_elements, dtype=self.dtype, device=device)
+        return torch.empty(self._header_elements + self.num_elements, dtype=self.dtype, device=device)
+
+    def header(self, buffer: Tensor) -> Tensor:
+        """The header's numbers as a view of the buffer, [HEADER_WORDS]."""
+        return buffer[: self._header_elements].view(torch.int64)
 
     def unpack(self, buffer: Tensor) -> tuple[Tensor, ...]:
         """The tensors as views of the buffer."""
-        parts = buffer.split([shape.numel() for shape in self.shapes])
+        parts = buffer[self._header_elements :].split([shape.numel() for shape in self.shapes])
         return tuple(part.view(shape) for part, shape in zip(parts, self.shapes, strict=True))

@@ -8,26 +8,21 @@ import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
-from helixpipe.megatron_adapter.schedule import EXECUTABLE, V_SCHEDULES, make_schedule
+from helixpipe.commands.parser import Parser, flag_of, require_positive
+from helixpipe.megatron_adapter.schedule import EXECUTABLE, make_schedule
 from helixpipe.plan import ScheduleRequest, build_plan
 from helixpipe.plan.attention_range import AttentionSizes, cheapest_range
+from helixpipe.plan.schedules import V_SHAPED
 from helixpipe.plan.schedules.helix import DEFAULT_FOLD
 from helixpipe.plan.schedules.request import ATTENTION_RANGES, HEAD_PLACEMENTS
 from helixpipe.runtime.trace import NullClock
 from megatron.training.auto import AUTO, choose_schedule
+from megatron.training.data.gpt import check_split
 from megatron.training.data.prefix import DatasetInfo, check_token_ids, inspect_prefix
 from megatron.training.memory import add_memory_arguments, memory_saving
-
-
-class _Parser(argparse.ArgumentParser):
-    """Raises instead of exiting, so that every rank reports errors in the same form."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
 
 
 def parse_arguments(
@@ -73,12 +68,7 @@ def parse_arguments(
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser alone."""
-    # No abbreviations, as in Megatron: a flag added later must not change what a script means.
-    parser = _Parser(
-        prog="pretrain_gpt.py",
-        description="Pre-train a GPT under a pipeline schedule.",
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="pretrain_gpt.py", description="Pre-train a GPT under a pipeline schedule.")
     _add_schedule_arguments(parser)
     _add_model_arguments(parser)
     add_memory_arguments(parser)
@@ -129,6 +119,13 @@ def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
         help="for --recompute-granularity selective (default: core_attn)",
     )
     add("--distributed-timeout-minutes", type=int, default=10)
+    add(
+        "--hang-timeout-s",
+        type=float,
+        metavar="S",
+        help="longest wait or operation before the job ends as hung; 0: no limit (default: 3 x the median of "
+        "the phase, at least 5 s in a step and 60 s elsewhere; --distributed-timeout-minutes the first time)",
+    )
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -208,6 +205,12 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add("--log-interval", type=int, default=1)
     add("--metrics-jsonl", type=Path, metavar="PATH", help="one JSON object per iteration")
     add("--trace-dir", type=Path, metavar="DIR", help="the measured timeline of every iteration")
+    add(
+        "--failure-dir",
+        type=Path,
+        metavar="DIR",
+        help="stacks after a hang (default: DIR/failures of --save)",
+    )
     add("--save", type=Path, metavar="DIR")
     add("--save-interval", type=int, help="also save every so many iterations, not only at the end")
     add("--keep-checkpoints", type=int, metavar="N", help="of --save: only the last N (default: all)")
@@ -224,17 +227,17 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _derive_layout(args: argparse.Namespace) -> None:
-    for name in (
-        "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers", "hidden_size",
-        "num_attention_heads", "num_query_groups", "seq_length", "micro_batch_size", "global_batch_size",
-        "train_iters", "make_vocab_size_divisible_by", "log_interval", "eval_interval", "ffn_hidden_size",
-        "kv_channels", "max_position_embeddings", "num_layers_per_virtual_pipeline_stage",
-        "recompute_num_layers", "distributed_timeout_minutes", "save_interval", "keep_checkpoints",
-        "check_gradients_every",
-    ):  # fmt: skip
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{_flag(name)} must be at least 1, not {value}")
+    require_positive(
+        args,
+        (
+            "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers", "hidden_size",
+            "num_attention_heads", "num_query_groups", "seq_length", "micro_batch_size", "global_batch_size",
+            "train_iters", "make_vocab_size_divisible_by", "log_interval", "eval_interval",
+            "ffn_hidden_size", "kv_channels", "max_position_embeddings",
+            "num_layers_per_virtual_pipeline_stage", "recompute_num_layers", "distributed_timeout_minutes",
+            "save_interval", "keep_checkpoints", "num_fold", "check_gradients_every",
+        ),
+    )  # fmt: skip
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     if args.world_size % (tp * pp):
         raise ValueError(
@@ -289,7 +292,7 @@ def _derive_model(args: argparse.Namespace) -> None:
     if groups % tp and tp % groups:
         raise ValueError(
             f"--num-query-groups {groups} must be a multiple or a divisor of "
-            f"--tensor-model-parallel-size {tp}"
+            f"--tensor-model-parallel-size {tp}; use {_nearest_groups(groups, heads, tp)}"
         )
     if args.ffn_hidden_size is None:
         args.ffn_hidden_size = 4 * args.hidden_size
@@ -303,7 +306,7 @@ def _derive_model(args: argparse.Namespace) -> None:
     if args.seq_length > args.max_position_embeddings:
         raise ValueError(
             f"--seq-length {args.seq_length} is longer than the model's --max-position-embeddings "
-            f"{args.max_position_embeddings}; shorten the one or raise the other"
+            f"{args.max_position_embeddings}; use at most {args.max_position_embeddings}, or raise the other"
         )
     if args.attention_dropout:
         raise ValueError(
@@ -318,19 +321,21 @@ def _check_training(args: argparse.Namespace) -> None:
     ):  # fmt: skip
         # Written so that NaN is refused, too.
         if not getattr(args, name) >= 0:
-            raise ValueError(f"{_flag(name)} must be 0 or more, not {getattr(args, name)}")
+            raise ValueError(f"{flag_of(name)} must be 0 or more, not {getattr(args, name)}")
+    if args.hang_timeout_s is not None and not args.hang_timeout_s >= 0:
+        raise ValueError(f"--hang-timeout-s must be 0 or more, not {args.hang_timeout_s}; 0 means no limit")
     if args.lr_decay_iters is None:
         args.lr_decay_iters = args.train_iters
     if args.lr_warmup_iters >= args.lr_decay_iters:
         raise ValueError(
             f"--lr-warmup-iters {args.lr_warmup_iters} must be smaller than --lr-decay-iters "
-            f"{args.lr_decay_iters}"
+            f"{args.lr_decay_iters}; use at most {args.lr_decay_iters - 1}"
         )
     if args.min_lr > args.lr:
-        raise ValueError(f"--min-lr {args.min_lr} is above --lr {args.lr}")
+        raise ValueError(f"--min-lr {args.min_lr} is above --lr {args.lr}; use at most that")
     for name in ("save_interval", "keep_checkpoints"):
         if getattr(args, name) is not None and args.save is None:
-            raise ValueError(f"{_flag(name)} {getattr(args, name)} needs --save DIR")
+            raise ValueError(f"{flag_of(name)} {getattr(args, name)} needs --save DIR")
     if args.check_gradients_every is not None and args.data_parallel_size == 1:
         raise ValueError(
             f"--check-gradients-every {args.check_gradients_every} compares data-parallel ranks, and there "
@@ -338,7 +343,7 @@ def _check_training(args: argparse.Namespace) -> None:
         )
     for name, default in (("async_save", False), ("on_save_failure", "stop")):
         if getattr(args, name) != default and args.save is None:
-            raise ValueError(f"{_flag(name)} needs --save DIR")
+            raise ValueError(f"{flag_of(name)} needs --save DIR")
     if args.load_fallback and args.load is None:
         raise ValueError("--load-fallback needs --load DIR")
     if args.optimizer == "sgd" and (args.use_distributed_optimizer or args.save or args.load):
@@ -355,7 +360,7 @@ def _check_schedule(args: argparse.Namespace) -> None:
         raise ValueError(
             "helix recomputes by --recompute-without-attention; leave --recompute-granularity out or use 1f1b"
         )
-    if args.pipeline_schedule in V_SCHEDULES and not args.untie_embeddings_and_output_weights:
+    if args.pipeline_schedule in V_SHAPED and not args.untie_embeddings_and_output_weights:
         raise ValueError(
             f"{args.pipeline_schedule} has two stages per rank and needs separate weights for embedding and "
             "head; add --untie-embeddings-and-output-weights"
@@ -442,8 +447,9 @@ def _inspect_data(args: argparse.Namespace) -> DatasetInfo:
     if info.num_tokens <= args.seq_length:
         raise ValueError(
             f"{args.data_path} holds {info.num_tokens} tokens, not even one sequence of --seq-length "
-            f"{args.seq_length}; prepare more text or shorten the sequence"
+            f"{args.seq_length}; prepare more text or use at most {info.num_tokens - 1}"
         )
+    check_split(args.split, info, with_validation=args.eval_iters > 0)
     return info
 
 
@@ -473,16 +479,20 @@ def _pad_vocabulary(args: argparse.Namespace) -> int:
     return -(-args.dataset.vocab_size // multiple) * multiple
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def _nearest(value: int, factor: int) -> str:
     below = value - value % factor
     return " or ".join(str(v) for v in (below, below + factor) if v > 0)
 
 
 def _nearest_divisors(value: int, of: int) -> str:
-    divisors = [divisor for divisor in range(1, of + 1) if of % divisor == 0]
-    nearest = [d for d in divisors if d < value][-1:] + [d for d in divisors if d > value][:1]
+    return _around(value, [divisor for divisor in range(1, of + 1) if of % divisor == 0])
+
+
+def _nearest_groups(value: int, heads: int, tp: int) -> str:
+    """Key/value heads that query heads and tensor-parallel ranks can share."""
+    return _around(value, [g for g in range(1, heads + 1) if heads % g == 0 and (g % tp == 0 or tp % g == 0)])
+
+
+def _around(value: int, valid: list[int]) -> str:
+    nearest = [v for v in valid if v < value][-1:] + [v for v in valid if v > value][:1]
     return " or ".join(map(str, nearest))

@@ -38,6 +38,10 @@ class Farewell:
         self._checked = True
         self._count("arrived", 1)
 
+    def leave(self) -> None:
+        """Note that this rank stops, without waiting for others."""
+        self._count("stopped", 1)
+
     def wait(self) -> None:
         """Return when no other rank is left that would stop for the same reason, or the bound is over.
 

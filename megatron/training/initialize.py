@@ -10,16 +10,24 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from torch.distributed.rendezvous import rendezvous
 
 from helixpipe.megatron_adapter import cpu_backend
+from helixpipe.reliability.monitor import Monitor
+from megatron.training.agreement import agree_on_arguments
+from megatron.training.monitoring import join
 from megatron.training.rendezvous import fresh_store
 
 
-def initialize(args: argparse.Namespace) -> None:
+def initialize(args: argparse.Namespace, monitor: Monitor) -> None:
     """Join the process group, build Megatron's groups and seed the random states.
 
     Uses NCCL and one GPU per rank where GPUs are present, else gloo on the CPU with one thread per rank.
-    Ranks that have to share a GPU, which NCCL refuses, use gloo, too.
+    Ranks that have to share a GPU, which NCCL refuses, use gloo, too. Before the first message the ranks
+    begin to watch each other, and compare what they were given.
+
+    Raises:
+        ValueError: ranks that were not given the same.
     """
     if cpu_backend.install():
         if "OMP_NUM_THREADS" not in os.environ:
@@ -32,9 +40,16 @@ def initialize(args: argparse.Namespace) -> None:
     os.environ.setdefault("MASTER_ADDR", "localhost")
     os.environ.setdefault("MASTER_PORT", "29500")
     timeout = timedelta(minutes=args.distributed_timeout_minutes)
+    store = fresh_store(args.rank, args.world_size, timeout)
+    if store is None:
+        store, _, _ = next(rendezvous("env://", args.rank, args.world_size, timeout=timeout))
+    store.set_timeout(timeout)
+    before = dist.PrefixStore("before", store)
+    join(args, monitor, before)
+    agree_on_arguments(args, before)
     dist.init_process_group(
         backend,
-        store=fresh_store(args.rank, args.world_size, timeout),
+        store=dist.PrefixStore("group", store),
         rank=args.rank,
         world_size=args.world_size,
         timeout=timeout,
@@ -45,6 +60,8 @@ def initialize(args: argparse.Namespace) -> None:
         args.virtual_stages,
         distributed_timeout_minutes=args.distributed_timeout_minutes,
     )
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    monitor.place_in_pipeline(dist.get_process_group_ranks(pipeline))
     seed_random_states(args.seed)
 
 

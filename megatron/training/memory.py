@@ -20,7 +20,7 @@ def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
         "--recompute-without-attention",
         action=argparse.BooleanOptionalAction,
         help="keep attention's output and compute norms, QKV and the MLP's first half again "
-        "(default: on for helix with --attention-range core, else off)",
+        "(default: on for helix, else off)",
     )
     add(
         "--mlp-chunk-size",
@@ -43,19 +43,8 @@ def memory_saving(args: argparse.Namespace) -> MemorySaving:
         ValueError: options that contradict each other or do not go with the model's implementation.
     """
     again = args.recompute_without_attention
-    lends_attention = args.attention_range in ("qkv", "block")
     if again is None:
-        again = args.pipeline_schedule == "helix" and not lends_attention
-    if again and lends_attention:
-        raise ValueError(
-            f"--recompute-without-attention cannot compute with borrowed weights again, as --attention-range "
-            f"{args.attention_range} would need; use core or --no-recompute-without-attention"
-        )
-    if args.head_placement == "spread" and (args.mlp_chunk_size or args.loss_chunk_size):
-        raise ValueError(
-            "--mlp-chunk-size and --loss-chunk-size cannot compute with borrowed weights again, as "
-            "--head-placement spread would need; use first"
-        )
+        again = args.pipeline_schedule == "helix"
     if again and args.recompute_granularity is not None:
         raise ValueError(
             f"--recompute-without-attention and --recompute-granularity {args.recompute_granularity} are two "

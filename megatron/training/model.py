@@ -24,8 +24,9 @@ from helixpipe.layers.saving_layer import MemorySaving
 from helixpipe.layers.segmented_gpt import SegmentedGPTModel
 from helixpipe.layers.spec import LOCAL, default_implementation
 from helixpipe.layers.stage import build_stage
-from helixpipe.megatron_adapter.schedule import V_SCHEDULES, owned_segments
+from helixpipe.megatron_adapter.schedule import owned_segments
 from helixpipe.plan import build_plan
+from helixpipe.plan.schedules import V_SHAPED
 
 
 class TrainingState(NamedTuple):
@@ -123,7 +124,7 @@ def _build_chunks(args: argparse.Namespace, config: TransformerConfig) -> list[t
         "rotary_base": args.rotary_base,
         "seq_len_interpolation_factor": args.rotary_seq_len_interpolation_factor,
     }
-    if args.pipeline_schedule in ("helix", *V_SCHEDULES):
+    if args.pipeline_schedule in ("helix", *V_SHAPED):
         plan = build_plan(args.pipeline_schedule, args.schedule_request)
         owned = owned_segments(plan, parallel_state.get_pipeline_model_parallel_rank())
         if args.pipeline_schedule == "helix":

@@ -12,14 +12,16 @@ from typing import Any
 import torch
 
 from helixpipe.megatron_adapter.schedule import chunk_iterators, make_schedule
-from helixpipe.reliability.exit_codes import PREEMPTED, NumericsError
+from helixpipe.reliability.exit_codes import PREEMPTED, DataError, NumericsError
+from helixpipe.reliability.monitor import Monitor
 from helixpipe.runtime.trace import NullClock, default_clock
 from megatron.training.checkpointing import Progress, load_checkpoint
 from megatron.training.data.gpt import Batch, build_iterators
 from megatron.training.guards import KeptBatches, NotFinite, explain, spread_to_gradients, watch_gradient_norm
-from megatron.training.initialize import initialize, seed_random_states
+from megatron.training.initialize import finalize, initialize, seed_random_states
 from megatron.training.metrics import Reporter, gather_metrics, mean_loss
 from megatron.training.model import TrainingState, build_training_state
+from megatron.training.monitoring import monitored
 from megatron.training.preemption import StopRequest
 from megatron.training.rendezvous import agent_store, has_saved, note_saved
 from megatron.training.replica_check import check_replicas
@@ -30,12 +32,17 @@ ForwardStep = Callable[..., Any]
 _STORE_TIMEOUT = timedelta(seconds=30)
 
 
-def pretrain(args: argparse.Namespace, forward_step: ForwardStep) -> int:
+def pretrain(
+    args: argparse.Namespace, forward_step: ForwardStep, before_exit: Callable[[], None] = lambda: None
+) -> int:
     """Train from the given arguments to ``--train-iters``, or until the scheduler asks to stop.
+
+    If another rank is lost, fails or hangs, this process ends with a line that names it.
 
     Args:
         args: from :func:`megatron.training.arguments.parse_arguments`.
         forward_step: Megatron's ``forward_step_func(data_iterator, model)``.
+        before_exit: called before the process ends because of another rank.
 
     Returns:
         the job's exit code: 0, or 75 after a stop on request, saved if ``--save`` is given.
@@ -44,22 +51,29 @@ def pretrain(args: argparse.Namespace, forward_step: ForwardStep) -> int:
         ValueError: bad input found after the arguments were parsed.
         DataError: a checkpoint that cannot be loaded or saved.
         NumericsError: a loss or gradient that is not finite; the weights are those before the iteration.
+        PeerLost: another rank has ended, and it is not known which.
     """
-    initialize(args)
-    return _train(args, forward_step)
+    with monitored(args, before_exit) as monitor:
+        initialize(args, monitor)
+        code = _train(args, forward_step, monitor)
+        monitor.enter("end")
+        finalize()
+    return code
 
 
-def _train(args: argparse.Namespace, forward_step: ForwardStep) -> int:
+def _train(args: argparse.Namespace, forward_step: ForwardStep, monitor: Monitor) -> int:
     args.measure = args.metrics_jsonl is not None or args.trace_dir is not None
-    schedule = make_schedule(
-        args.pipeline_schedule, args.schedule_request, default_clock() if args.measure else NullClock()
-    )
+    clock = default_clock() if args.measure else NullClock()
+    schedule = make_schedule(args.pipeline_schedule, args.schedule_request, clock, monitor.progress)
+    monitor.enter("build model")
     state = build_training_state(args)
+    monitor.enter("load")
     progress = _resume(args, state)
     reporter = Reporter(args, progress.iteration)
     _announce(args, progress, reporter)
+    monitor.enter("build data")
     train_data, valid_data = build_iterators(args, progress.consumed_samples, progress.iteration)
-    run = _Run(args, forward_step, schedule, state, reporter)
+    run = _Run(args, forward_step, schedule, state, reporter, monitor)
     saver = Saver(args, reporter.say, lambda: note_saved(agent_store(_STORE_TIMEOUT)))
     request = StopRequest()
     request.listen()
@@ -70,9 +84,13 @@ def _train(args: argparse.Namespace, forward_step: ForwardStep) -> int:
             stops, statuses = run.train_iteration(
                 progress.iteration, data, lambda: (bool(request.signal_name), saver.status)
             )
-        except NumericsError:
+        except NumericsError as error:
             # The save that is still under way is of an iteration that was in order.
-            saver.finish()
+            monitor.enter("save")
+            try:
+                saver.finish()
+            except DataError as failure:
+                raise NumericsError(f"{error}; {failure}") from None
             raise
         saver.poll([SaveStatus(status) for status in statuses])
         is_last, must_stop = progress.iteration == args.train_iters, any(stops)
@@ -80,6 +98,7 @@ def _train(args: argparse.Namespace, forward_step: ForwardStep) -> int:
             run.evaluate(progress.iteration, valid_data)
         is_due = args.save_interval is not None and progress.iteration % args.save_interval == 0
         if args.save and (is_last or must_stop or is_due):
+            monitor.enter("save")
             saver.save(state, progress, is_last=is_last or must_stop)
         if must_stop and not is_last:
             return _leave(args, progress, request, reporter)
@@ -113,12 +132,14 @@ class _Run:
         schedule: Any,
         state: TrainingState,
         reporter: Reporter,
+        monitor: Monitor,
     ) -> None:
         self.args = args
         self.forward_step = forward_step
         self.schedule = schedule
         self.state = state
         self.reporter = reporter
+        self.monitor = monitor
         watch_gradient_norm(state.optimizer)
 
     def train_iteration(
@@ -134,6 +155,7 @@ class _Run:
         Returns:
             for each of the news, what all ranks have told.
         """
+        self.monitor.enter("step", iteration)
         started = time.perf_counter()
         learning_rate = self.state.optimizer.param_groups[0]["lr"]
         if data is not None:
@@ -144,9 +166,11 @@ class _Run:
             check_replicas(
                 self.state.model, iteration, with_gradients=not self.args.use_distributed_optimizer
             )
+        self.monitor.reach("optimizer")
         try:
             _, grad_norm, _ = self.state.optimizer.step()
         except NotFinite:
+            self.monitor.enter("diagnosis")
             again = None if data is None else data.again()
             raise explain(
                 self.args, self.state, self.schedule, iteration, losses,
@@ -183,6 +207,7 @@ class _Run:
 
     def evaluate(self, iteration: int, data: Iterator[Batch] | None) -> float:
         """Mean loss over ``--eval-iters`` validation batches."""
+        self.monitor.enter("evaluate")
         for chunk in self.state.model:
             chunk.eval()
         losses: list[dict[str, torch.Tensor]] = []

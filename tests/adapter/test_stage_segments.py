@@ -17,7 +17,6 @@ from helixpipe.megatron_adapter.forward_step import IterationInput
 from helixpipe.megatron_adapter.schedule import (
     EXECUTABLE,
     MEGATRON_SCHEDULES,
-    V_SCHEDULES,
     MegatronForwardBackward,
     chunk_iterators,
     make_schedule,
@@ -25,6 +24,7 @@ from helixpipe.megatron_adapter.schedule import (
 )
 from helixpipe.megatron_adapter.stage_segments import StageSegments
 from helixpipe.plan import ScheduleRequest, build_plan
+from helixpipe.plan.schedules import V_SHAPED
 from helixpipe.runtime.trace import HostClock, NullClock
 from helixpipe.runtime.weight_gradients import DeferredWeightGradients
 from megatron.training.arguments import parse_arguments
@@ -48,7 +48,7 @@ def test_every_executable_schedule_is_made_in_its_way(name):
     assert isinstance(schedule, HelixForwardBackward if name == "helix" else StageForwardBackward)
     assert schedule.trace.sees_waits
     assert schedule.name == name
-    assert schedule.chunks_per_rank == (2 if name in V_SCHEDULES else 1)
+    assert schedule.chunks_per_rank == (2 if name in V_SHAPED else 1)
 
 
 def test_a_schedule_that_is_only_planned_is_refused():

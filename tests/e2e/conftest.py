@@ -106,10 +106,16 @@ def damaged_corpus(corpus, tmp_path) -> Path:
 def launch(corpus) -> Callable[..., Finished]:
     """``launch(ranks, *arguments, **environment)``: pretrain_gpt.py under torchrun; later arguments win."""
 
-    def start(ranks: int, *arguments: object, timeout_s: float = 120, **environment: str) -> Finished:
+    def start(
+        ranks: int,
+        *arguments: object,
+        script: Path = ROOT / "pretrain_gpt.py",
+        timeout_s: float = 120,
+        **environment: str,
+    ) -> Finished:
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        script = ["pretrain_gpt.py", *MODEL, "--data-path", str(corpus)]
-        return run([sys.executable, *torchrun, *script, *map(str, arguments)], timeout_s, **environment)
+        job = [str(script), *MODEL, "--data-path", str(corpus), *map(str, arguments)]
+        return run([sys.executable, *torchrun, *job], timeout_s, **environment)
 
     return start
 

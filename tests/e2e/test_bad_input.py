@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import MODEL, ROOT
 
+from helixpipe.__main__ import main as planner
 from megatron.training import training
 
 HELIX = ("--pipeline-schedule", "helix", "--pipeline-model-parallel-size", 2)
@@ -69,19 +70,11 @@ def test_failure_of_one_rank_alone_ends_the_others(launch, tmp_path):
     finished = launch(2, *HELIX, "--metrics-jsonl", tmp_path, timeout_s=60)
     assert finished.code != 0
     lines = [line for line in finished.errors.splitlines() if line.startswith("pretrain_gpt: ")]
-    assert sorted(lines) == [
-        f"pretrain_gpt: rank 0: error: [Errno 21] Is a directory: '{tmp_path}'",
-        "pretrain_gpt: rank 1: error: another rank has stopped; its own message says why",
-    ]
+    own, other = sorted(lines)
+    assert own == f"pretrain_gpt: rank 0: error: [Errno 21] Is a directory: '{tmp_path}'"
+    assert other.startswith("pretrain_gpt: rank 1: error: rank 0 (stage 0, host ")
+    assert f"failed: [Errno 21] Is a directory: '{tmp_path}'" in other
     assert_no_traceback_of_ours(finished)
-
-
-def test_training_split_without_documents(launch_alone):
-    finished = launch_alone("--split", "1,99,0")
-    assert finished.code == 2
-    (line,) = finished.errors.splitlines()
-    assert line.startswith("pretrain_gpt: rank 0: error: --split 1,99,0 leaves none of the ")
-    assert "documents for training; give it more weight" in line
 
 
 # Found before there is a process group, so in this process
@@ -99,13 +92,15 @@ def pretrain_gpt():
 def refusal(pretrain_gpt, corpus, monkeypatch, capsys):
     """``refusal(*arguments)``: the single line with which the job refuses them."""
 
-    def refuse(*arguments, world_size=1, rank=0):
+    def refuse(*arguments, world_size=1, rank=0, code=2):
         command = ["pretrain_gpt.py", *MODEL, "--data-path", corpus, *arguments]
         monkeypatch.setattr(sys, "argv", [str(word) for word in command])
         monkeypatch.setenv("WORLD_SIZE", str(world_size))
         monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setattr(training, "initialize", lambda args: pytest.fail("went on with bad input"))
-        assert pretrain_gpt.main() == 2
+        monkeypatch.setattr(
+            training, "initialize", lambda args, monitor: pytest.fail("went on with bad input")
+        )
+        assert pretrain_gpt.main() == code
         output, errors = capsys.readouterr()
         assert output == ""
         (line,) = errors.splitlines()
@@ -139,22 +134,54 @@ def refusal(pretrain_gpt, corpus, monkeypatch, capsys):
         ),
         (1, "--seq-length 129 --max-position-embeddings 128", ["--seq-length 129", "128"]),
         (1, "--attention-dropout 0.1", ["--attention-dropout", "use 0"]),
-        (1, "--data-path /nowhere/at/all", ["/nowhere/at/all.bin: no such file", "check the prefix"]),
+        (1, "--split 1,99,0", ["--split 1,99,0 leaves none of", "for training; give it at least", "%"]),
+        (1, "--eval-iters 1 --split 1,0,0", ["--split 1,0,0 leaves none of", "for validation"]),
+        (4, "--num-layers 30", ["layers (30)", "pipeline-parallel size (4)", "use 28 or 32"]),
+        (1, "--num-layers 9999999", ["layers (9999999)", "at most 1048576", "use at most 262144 layers"]),
         (1, "--save /proc/nowhere", ["--save", "/proc/nowhere", "give another path"]),
         (1, "--trace-dir /proc/nowhere", ["--trace-dir", "/proc/nowhere", "give another path"]),
         (1, "--metrics-jsonl /proc/nowhere/m", ["--metrics-jsonl", "/proc/nowhere", "another path"]),
     ],
 )
 def test_bad_arguments(refusal, world_size, arguments, words):
-    size = ["--pipeline-model-parallel-size", min(world_size, 2)]
+    size = ["--pipeline-model-parallel-size", 4 if world_size == 4 else min(world_size, 2)]
     for rank in range(world_size):
         line = refusal(*size, *arguments.split(), world_size=world_size, rank=rank)
         for word in words:
             assert word in line
 
 
+def test_no_data(refusal):
+    line = refusal("--data-path", "/nowhere/at/all", code=3)
+    assert line.startswith("/nowhere/at/all.bin: no such file")
+    assert "check the prefix" in line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--num-layers 30",
+        "--num-layers 0",
+        "--num-layers nine",
+        "--num-layers 9999999",
+        "--num-layrs 4",
+        "--pipeline-schedule heliks",
+        "--pipeline-schedule helix --num-fold 3",
+        "--pipeline-schedule helix --attention-range mlp",
+    ],
+)
+def test_the_planner_says_the_same(refusal, capsys, tmp_path, arguments):
+    """In the same words, of the same sizes: 4 ranks, 4 micro batches."""
+    said = refusal("--pipeline-model-parallel-size", 4, *arguments.split(), world_size=4)
+    sizes = "--schedule 1f1b --num-layers 4 --pipeline-model-parallel-size 4 --num-microbatches 4"
+    changes = arguments.replace("--pipeline-schedule", "--schedule")
+    assert planner(["plan", *sizes.split(), *changes.split(), "--output", str(tmp_path / "plan.json")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.partition(": error: ")[2] == said
+
+
 def test_data_file_instead_of_prefix(refusal, corpus):
-    assert refusal("--data-path", f"{corpus}.bin").endswith(f"without the suffix, {corpus}")
+    assert refusal("--data-path", f"{corpus}.bin", code=3).endswith(f"without the suffix, {corpus}")
 
 
 @pytest.mark.parametrize("suffix", [".idx", ".bin", ".tokenizer.json"])
@@ -165,7 +192,7 @@ def test_damaged_dataset(refusal, damaged_corpus, suffix, damage):
     path.unlink()
     if damage == "truncated":
         path.write_bytes(content[:-7])
-    line = refusal("--data-path", damaged_corpus)
+    line = refusal("--data-path", damaged_corpus, code=3)
     assert line.startswith(f"{path}: ")
 
 
@@ -174,7 +201,7 @@ def test_token_outside_the_vocabulary(refusal, damaged_corpus):
     tokens = np.fromfile(path, dtype=np.uint16)
     tokens[1000] = 300
     tokens.tofile(path)
-    line = refusal("--data-path", damaged_corpus)
+    line = refusal("--data-path", damaged_corpus, code=3)
     assert line.startswith(f"{path}: token 1000 has id 300, outside the vocabulary of 300")
 
 

@@ -139,7 +139,7 @@ def test_only_what_the_backward_pass_needs_runs_twice():
         assert per_layer == dict(zip(kinds, (2, 2, qkv, 1, 2, 1), strict=True))
 
 
-def planned_costs(case, schedule, recompute):
+def planned_costs(case, schedule, recompute, **options):
     """What the planner believes of the case's model in fp32."""
     llama = case.style == "llama"
     shape = ModelShape(
@@ -161,7 +161,8 @@ def planned_costs(case, schedule, recompute):
         whole_logits=case.loss_chunk is None,
         element_bytes=4,
     )
-    plan = build_plan(schedule, ScheduleRequest(num_layers=case.num_layers, num_ranks=1, num_microbatches=2))
+    request = ScheduleRequest(num_layers=case.num_layers, num_ranks=1, num_microbatches=2, **options)
+    plan = build_plan(schedule, request)
     return workload, costs_of_plan(predict_pieces(workload, HARDWARE["h20"]), plan, recompute).segments
 
 
@@ -179,6 +180,11 @@ def kept_by_segment(case):
             kept[segment] = saved.bytes(values)
             values = returned
     return kept
+
+
+def kept_by_rms_norm(workload):
+    """What PyTorch's RMSNorm on CPUs keeps beside its input: the same divided by the deviation, and that."""
+    return workload.unit_bytes + 4 * workload.tokens
 
 
 @every_style
@@ -199,8 +205,36 @@ def test_helix_keeps_what_the_planner_believes(style, micro_batch_size, mlp_chun
     # The ends keep tokens and labels, too, and statistics of the last norm, which is not computed again.
     small = 3 * 8 * workload.tokens
     assert 0 <= kept[0] - planned["first"].bytes <= small
-    norm = workload.unit_bytes if style == "llama" else 0  # PyTorch's RMSNorm on CPUs keeps its input twice
+    norm = kept_by_rms_norm(workload) if style == "llama" else 0
     assert 0 <= kept[2 * case.num_layers] - planned["last"].bytes - norm <= small
+
+
+@every_style
+@pytest.mark.parametrize("attention_range", ["qkv", "block"])
+def test_wider_ranges_keep_what_the_planner_believes(style, attention_range):
+    """With ``block`` the input of either norm and attention's output, 3 units a layer, to the byte.
+
+    With ``qkv`` the first norm is not computed again, as its output leaves the segment: what it keeps beside
+    its input stays, mean and deviation.
+    """
+    case = Case(
+        pp=1, style=style, seq_length=128, attention_range=attention_range, without_attention=True,
+        loss_chunk=16,
+    )  # fmt: skip
+    kept = kept_by_segment(case)
+    workload, planned = planned_costs(
+        case, "helix", Recompute.WITHOUT_ATTENTION, attention_range=attention_range
+    )
+    for segment in range(2, 2 * case.num_layers, 2):
+        beside = kept[segment] - planned["middle"].bytes
+        if attention_range == "qkv":
+            assert beside == (kept_by_rms_norm(workload) if style == "llama" else 8 * workload.tokens)
+        else:
+            assert beside == 0
+        assert kept[segment - 1] == planned["attention"].bytes
+    units = {"qkv": 7, "block": 3}[attention_range]
+    layer = planned["middle"].bytes + planned["attention"].bytes
+    assert layer == units * workload.unit_bytes + workload.kept_tensors["log-sum-exp"]
 
 
 @every_style

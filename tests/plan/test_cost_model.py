@@ -368,7 +368,7 @@ def test_slices_take_equal_times():
 
 def test_profiles_round_trip_and_say_what_is_wrong():
     found = pieces(LLAMA, machine="a800")
-    assert Pieces.from_json(found.to_json()) == found
+    assert Pieces.from_object(json.loads(found.to_json())) == found
     data = json.loads(found.to_json())
     for change, message in [
         ({"format": "x"}, '"format" must be "helixpipe-pieces"'),
@@ -380,10 +380,8 @@ def test_profiles_round_trip_and_say_what_is_wrong():
         ({"workload": {"model": {}}}, "wrong or missing field"),
     ]:
         with pytest.raises(ValueError, match=r"^profile: ") as caught:
-            Pieces.from_json(json.dumps({**data, **change}))
+            Pieces.from_object({**data, **change})
         assert message in str(caught.value)
-    with pytest.raises(ValueError, match="invalid JSON"):
-        Pieces.from_json("{")
 
 
 def test_a_plan_of_another_depth_is_refused():

@@ -169,7 +169,7 @@ def test_draw_a_measured_timeline(tmp_path, capsys):
         (["--schedule", "helix", "--virtual-stages", "2"], "--virtual-stages means nothing to helix"),
         (["--schedule", "gpipe", "--attention-range", "core"], "--attention-range means nothing to gpipe"),
         (["--schedule", "helix", "--attention-range", "mlp"], "unknown attention range 'mlp'"),
-        (["--schedule", "helix", "--num-fold", "0"], "the fold must be at least 1"),
+        (["--schedule", "helix", "--num-fold", "0"], "--num-fold must be at least 1"),
         (["--schedule", "1f1b", "--pipeline-model-parallel-size", "0"], "must be at least 1, not 0"),
     ],
 )
@@ -267,8 +267,8 @@ def test_wrong_draw_arguments(tmp_path, plan_file, costs_file, capsys):
 
 
 @pytest.mark.parametrize("arguments", [[], ["plan"], ["draw"], ["sing"]])
-def test_missing_arguments_end_with_usage(arguments, capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    assert caught.value.code == 2
-    assert "usage: helixpipe" in capsys.readouterr().err
+def test_missing_arguments_end_with_one_line(arguments, capsys):
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("helixpipe")
+    assert ": error: " in line

@@ -80,7 +80,7 @@ def test_from_a_model_file_to_a_prediction(tmp_path):
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("model measured on 1 x ")
-    assert Pieces.from_json(profile.read_text()).workload.model.num_layers == 4
+    assert Pieces.from_object(json.loads(profile.read_text())).workload.model.num_layers == 4
     sizes = ["--num-layers", 4, "--pipeline-model-parallel-size", 2, "--num-microbatches", 4]
     assert command("plan", "--schedule", "1f1b", *sizes, "--output", plan).returncode == 0
     assert command("costs", "--hardware", profile, "--plan", plan, "--output", costs).returncode == 0

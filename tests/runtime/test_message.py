@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from helixpipe.runtime.message import MessageLayout
+from helixpipe.runtime.message import HEADER_WORDS, MessageLayout
 
 SHAPES = ((3, 2, 5), (1,), (127, 1), ())
 
@@ -23,7 +23,10 @@ def test_round_trip(dtype):
     sent = tensors(dtype)
     buffer = layout(dtype).pack(sent)
     assert buffer.dtype is dtype
-    assert buffer.shape == (30 + 1 + 127 + 1,) == (layout().num_elements,)
+    assert layout().num_elements == 30 + 1 + 127 + 1
+    assert buffer.nbytes == HEADER_WORDS * 8 + layout().num_elements * dtype.itemsize
+    layout(dtype).header(buffer).copy_(torch.tensor([-1, 2**62, 3, 4]))
+    assert layout(dtype).header(buffer).tolist() == [-1, 2**62, 3, 4]
     found = layout(dtype).unpack(buffer)
     assert [tensor.shape for tensor in found] == [tensor.shape for tensor in sent]
     assert all(torch.equal(a, b) for a, b in zip(found, sent, strict=True))
@@ -57,7 +60,7 @@ def test_a_single_tensor_is_copied_too():
 
 def test_empty_buffer():
     buffer = layout(torch.bfloat16).empty(torch.device("cpu"))
-    assert (buffer.shape, buffer.dtype, buffer.is_contiguous()) == ((159,), torch.bfloat16, True)
+    assert (buffer.shape, buffer.dtype, buffer.is_contiguous()) == ((16 + 159,), torch.bfloat16, True)
 
 
 @pytest.mark.parametrize(
@@ -83,4 +86,4 @@ def test_other_tensors_are_refused_with_what_was_found_and_expected(change, foun
 @pytest.mark.parametrize("extra", [-1, 1])
 def test_a_buffer_of_another_size_cannot_be_unpacked(extra):
     with pytest.raises(RuntimeError):
-        layout().unpack(torch.zeros(layout().num_elements + extra))
+        layout().unpack(torch.zeros(layout().empty(torch.device("cpu")).numel() + extra))

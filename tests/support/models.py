@@ -40,7 +40,7 @@ from helixpipe.megatron_adapter.forward_backward import (  # noqa: E402
     PlannedForwardBackward,
     StageForwardBackward,
 )
-from helixpipe.megatron_adapter.schedule import V_SCHEDULES  # noqa: E402
+from helixpipe.plan.schedules import V_SHAPED  # noqa: E402
 from helixpipe.runtime.trace import HostClock  # noqa: E402
 
 VOCABULARY = 96
@@ -88,7 +88,7 @@ class Case:
 
     @property
     def chunks_per_rank(self) -> int:
-        return 2 if self.schedule in V_SCHEDULES else 1
+        return 2 if self.schedule in V_SHAPED else 1
 
     @property
     def world_size(self) -> int:
@@ -163,6 +163,8 @@ def make_config(case: Case) -> TransformerConfig:
         init_method_std=0.2,
     )
     config.finalize_model_grads_func = finalize_model_grads
+    # Ranks on one GPU talk over gloo, see host_transport.
+    config.batch_p2p_comm = not torch.cuda.is_available() or dist.get_backend() == "nccl"
     return config
 
 
@@ -257,7 +259,7 @@ def _wrap_chunk(case: Case, config: TransformerConfig, model: torch.nn.Module) -
             grad_reduce_in_fp32=case.dtype is torch.bfloat16,
             bucket_size=4000 if case.overlap else None,
         ),
-        model,
+        model.cuda(),
     )
 
 
@@ -286,7 +288,7 @@ def batches(case: Case, step: int = 0, tamper: bool = False) -> Any:
         if tamper and index == case.num_microbatches - 1:
             text[0, -1] = (text[0, -1] + 1) % VOCABULARY
             mask[0, -1] = 1.0
-        yield text[:, :-1], text[:, 1:], mask
+        yield text[:, :-1].cuda(), text[:, 1:].cuda(), mask.cuda()
 
 
 def make_forward_step(case: Case) -> Any:
@@ -301,7 +303,7 @@ def make_forward_step(case: Case) -> Any:
 
     def forward_step(data_iterator: Any, model: Any) -> Any:
         tokens, labels, mask = next(data_iterator)
-        positions = torch.arange(case.seq_length).expand_as(tokens)
+        positions = torch.arange(case.seq_length, device=tokens.device).expand_as(tokens)
         output = model(tokens, positions, None, labels=labels)
         return output, lambda output: loss_func(mask, output)
 
@@ -356,7 +358,9 @@ def gather_gradients(chunks: list[torch.nn.Module]) -> dict[str, torch.Tensor]:
     for chunk in chunks:
         inner = chunk.module
         inner = inner.module if isinstance(inner, Float16Module) else inner
-        mine.update((name, parameter.main_grad.clone()) for name, parameter in canonical_parameters(inner))
+        mine.update(
+            (name, parameter.main_grad.cpu().clone()) for name, parameter in canonical_parameters(inner)
+        )
     gathered: list[Any] = [None] * parallel_state.get_pipeline_model_parallel_world_size()
     dist.all_gather_object(gathered, mine, group=parallel_state.get_pipeline_model_parallel_group())
     whole: dict[str, torch.Tensor] = {}

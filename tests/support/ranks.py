@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import multiprocessing
 import os
+import pickle
 import sys
 import tempfile
 import time
@@ -17,17 +18,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import host_transport
+
 # The server is a fresh interpreter that knows only this variable, not pytest's changes of sys.path; what it
 # fails to import is imported again by every rank.
 os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+# The server must not start the driver, which does not survive a fork, only to see whether there is a GPU.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["models"])
 
 
 def run_on_ranks(
-    world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 200
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout_s: float = 200,
+    backend: str = "gloo",
 ) -> list[Any]:
-    """Call ``function(*args)`` on every rank of a fresh gloo group; the results by rank.
+    """Call ``function(*args)`` on every rank of a fresh group; the results by rank.
+
+    Where there are GPUs, each rank uses one, over gloo together with others.
 
     ``function`` must be importable by name. Raises ``AssertionError`` with the tracebacks of the ranks that
     failed, and kills every rank after ``timeout_s``.
@@ -38,7 +49,9 @@ def run_on_ranks(
         for rank in range(world_size):
             ours, theirs = _context.Pipe(duplex=False)
             process = _context.Process(
-                target=_entry, args=(rank, world_size, rendezvous, theirs, function, args), daemon=True
+                target=_entry,
+                args=(rank, world_size, backend, rendezvous, theirs, function, args),
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -69,7 +82,7 @@ def _collect(pipes: list[Any], deadline: float) -> list[Any]:
             if pipe in ready:
                 del waiting[rank]
                 try:
-                    ok, value = pipe.recv()
+                    ok, value = pickle.loads(pipe.recv_bytes())
                 except EOFError:
                     ok, value = False, "the process died"
                 (results if ok else failures)[rank] = value
@@ -84,6 +97,7 @@ def _collect(pipes: list[Any], deadline: float) -> list[Any]:
 def _entry(
     rank: int,
     world_size: int,
+    backend: str,
     rendezvous: str,
     pipe: Any,
     function: Callable[..., Any],
@@ -93,17 +107,26 @@ def _entry(
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+        if backend == "gloo":
+            host_transport.install()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     try:
         dist.init_process_group(
-            "gloo",
+            backend,
             init_method=f"file://{rendezvous}",
             rank=rank,
             world_size=world_size,
             timeout=datetime.timedelta(seconds=60),
         )
-        pipe.send((True, function(*args)))
+        _send(pipe, True, function(*args))
         dist.barrier()
         dist.destroy_process_group()
     except Exception:
-        pipe.send((False, traceback.format_exc()))
+        _send(pipe, False, traceback.format_exc())
+
+
+def _send(pipe: Any, ok: bool, value: Any) -> None:
+    # With tensors by value: torch's own way to send them needs the sender to be alive when they are read.
+    pipe.send_bytes(pickle.dumps((ok, value)))

@@ -133,7 +133,10 @@ def test_the_heads_placement_reaches_the_schedule(parse):
         ("", MemorySaving()),
         ("--pipeline-schedule helix", MemorySaving(recompute_without_attention=True)),
         ("--pipeline-schedule helix --no-recompute-without-attention", MemorySaving()),
-        ("--pipeline-schedule helix --attention-range block", MemorySaving()),
+        (
+            "--pipeline-schedule helix --attention-range block --head-placement spread --loss-chunk-size 8",
+            MemorySaving(True, None, 8),
+        ),
         ("--recompute-without-attention", MemorySaving(recompute_without_attention=True)),
         ("--mlp-chunk-size 8 --loss-chunk-size 100", MemorySaving(False, 8, 100)),
         # 384 words in two precisions and 64 channels; 256 in the MLP.
@@ -323,18 +326,6 @@ REFUSED = [
     (1, "--pipeline-schedule helix --head-placement last", "'last'", "first, spread"),
     (1, "--head-placement spread", "--head-placement means nothing to 1f1b", "it is for helix"),
     (1, "--pipeline-schedule hellix", "'hellix'", "did you mean helix?"),
-    (
-        2,
-        f"{PP2} --pipeline-schedule helix --attention-range block --recompute-without-attention",
-        "--attention-range block",
-        "use core or --no-recompute-without-attention",
-    ),
-    (
-        2,
-        f"{PP2} --pipeline-schedule helix --head-placement spread --loss-chunk-size 8",
-        "--head-placement spread",
-        "use first",
-    ),
     (1, "--pipeline-schedule seq1f1b", "seq1f1b", "not executed", "1f1b, interleaved, gpipe"),
     (1, "--num-layers nine", "--num-layers", "'nine'"),
     (1, "--lr fast", "--lr", "'fast'"),

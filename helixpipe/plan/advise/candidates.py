@@ -9,15 +9,14 @@ from itertools import product
 from helixpipe.plan.advise.job import Job
 from helixpipe.plan.build import OPTION_FLAGS
 from helixpipe.plan.cost_model import Recompute
-from helixpipe.plan.schedules import SCHEDULES, ScheduleRequest
+from helixpipe.plan.schedules import SCHEDULES, V_SHAPED, ScheduleRequest
 from helixpipe.plan.schedules.request import ATTENTION_RANGES
 
 MICRO_BATCH_FACTORS = (1, 2, 4)
 
 # What pretrain_gpt.py executes today; everything else can be planned and is marked as such.
-_V_SHAPED = ("zb-v", "v-half", "v-min", "dualpipe-v")
 RUNNABLE: Mapping[str, frozenset[Recompute]] = {
-    **dict.fromkeys(("1f1b", "interleaved", "gpipe", "zb-h1", *_V_SHAPED), frozenset(Recompute)),
+    **dict.fromkeys(("1f1b", "interleaved", "gpipe", "zb-h1", *V_SHAPED), frozenset(Recompute)),
     "helix": frozenset((Recompute.NONE, Recompute.WITHOUT_ATTENTION)),
 }
 
@@ -65,14 +64,8 @@ class Candidate:
             return "schedule"
         if self.recompute not in RUNNABLE[self.schedule]:
             return "recompute"
-        if self.tied and self.schedule in _V_SHAPED:
+        if self.tied and self.schedule in V_SHAPED:
             return "tied weights"
-        # Borrowed weights are gone when a backward pass would compute with them again.
-        lends_attention = self.options.get("attention_range", "core") != "core"
-        if lends_attention and self.recompute is Recompute.WITHOUT_ATTENTION:
-            return "recompute"
-        if self.chunked_loss and self.options.get("head_placement") == "spread":
-            return "chunked loss"
         return ""
 
     def arguments(self, job: Job) -> list[str]:
@@ -96,8 +89,8 @@ class Candidate:
             else:
                 words.append(f"{OPTION_FLAGS[name]} {value}")
         words += _RECOMPUTE_ARGUMENTS[self.recompute]
-        if self.options.get("attention_range") == "core" and self.recompute is Recompute.NONE:
-            # The range for which it is on by default.
+        if self.schedule == "helix" and self.recompute is Recompute.NONE:
+            # On by default.
             words.append("--no-recompute-without-attention")
         if not workload.whole_logits:
             words.append("--loss-chunk-size auto")

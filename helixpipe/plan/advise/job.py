@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from helixpipe.plan.cost_model import HARDWARE, Hardware, Pieces, Workload, predict_pieces, read_hardware
 from helixpipe.plan.cost_model.analytic import pipeline_network
+from helixpipe.plan.cost_model.hardware import hardware_from, read_object
 from helixpipe.plan.cost_model.pieces import FORMAT
 from helixpipe.plan.network import Network
 
@@ -71,15 +71,12 @@ def read_machine(source: str) -> Hardware | Pieces:
         ValueError: neither; the message lists the known names.
     """
     path = Path(source)
-    if source not in HARDWARE and path.is_file():
-        try:
-            text = path.read_text(encoding="utf-8")
-            found = json.loads(text)
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            raise ValueError(f"hardware {source}: not a JSON file") from None
-        if isinstance(found, dict) and found.get("format") == FORMAT:
-            return Pieces.from_json(text)
-    return read_hardware(source)
+    if source in HARDWARE or not path.is_file():
+        return read_hardware(source)
+    found = read_object(path)
+    if isinstance(found, dict) and found.get("format") == FORMAT:
+        return Pieces.from_object(found)
+    return hardware_from(found, source)
 
 
 def make_job(

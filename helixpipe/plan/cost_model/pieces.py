@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from helixpipe.plan.cost_model.model import ModelShape
@@ -69,17 +68,13 @@ class Pieces:
         return parameters / self.workload.optimizer_shards(context_parallel) * self.optimizer_ns * 1e-6
 
     def to_json(self) -> str:
-        """The profile file, read back by :meth:`from_json`."""
+        """The profile file, read back by :meth:`from_object`."""
         data = {"format": FORMAT, "version": VERSION, **asdict(self)}
         return json.dumps(data, indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Pieces:
-        """Read a profile file; ``ValueError`` says what is wrong with it."""
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"profile: invalid JSON ({error})") from None
+    def from_object(cls, data: Any) -> Pieces:
+        """Read a profile file's JSON; ``ValueError`` says what is wrong with it."""
         if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("version") != VERSION:
             raise ValueError(f'profile: "format" must be "{FORMAT}" and "version" {VERSION}')
         try:
@@ -99,14 +94,6 @@ class Pieces:
         if set(times) != set(PIECES):
             raise ValueError(f"profile: times must be given for {', '.join(PIECES)}")
         return pieces
-
-
-def read_pieces(path: Path) -> Pieces:
-    """The profile in a file."""
-    try:
-        return Pieces.from_json(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not a profile: not a text file") from None
 
 
 def _times(cost: Any) -> dict[str, float]:

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise
-from math import sqrt
 from typing import NamedTuple
 
 from helixpipe.plan.cost_model.pieces import PieceCost, Pieces
 from helixpipe.plan.cost_model.work import LAYER_PIECES, Workload
 from helixpipe.plan.costs import ANY_EDGE, Costs, LoanBytes, RankCost, SegmentCost
+from helixpipe.plan.equal_time import equal_time_end
 from helixpipe.plan.plan import Plan
 
 
@@ -297,17 +297,11 @@ def _slices(pieces: Pieces, plan: Plan) -> dict[str, _Slice]:
     core = pieces.times["core"].total
     linear = sum(pieces.times[piece].total for piece in LAYER_PIECES) - core
     count = len(kinds)
-    cuts = [_equal_time_cut(j / count, linear, core) for j in range(count + 1)]
+    cuts = [equal_time_end((linear + core) * j / count, linear, core) for j in range(count + 1)]
     return {
         kind: _Slice(tokens=end - start, area=end * end - start * start)
         for kind, start, end in zip(kinds, cuts[:-1], cuts[1:], strict=True)
     }
-
-
-def _equal_time_cut(share: float, linear: float, core: float) -> float:
-    if core == 0:
-        return share
-    return (sqrt(linear * linear + 4 * core * share * (linear + core)) - linear) / (2 * core)
 
 
 def _rank_costs(pieces: Pieces, plan: Plan) -> tuple[RankCost, ...]:

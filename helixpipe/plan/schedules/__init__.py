@@ -45,4 +45,7 @@ SCHEDULES: Mapping[str, Schedule] = {
     "helix": Schedule(helix.plan, frozenset({"num_fold", "attention_range", "head_placement"})),
 }
 
-__all__ = ["SCHEDULES", "Schedule", "ScheduleRequest"]
+# Two stages per rank, the second half of them in reverse order: the loss is on the first rank.
+V_SHAPED = ("zb-v", "v-half", "v-min", "dualpipe-v")
+
+__all__ = ["SCHEDULES", "V_SHAPED", "Schedule", "ScheduleRequest"]

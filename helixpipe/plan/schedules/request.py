@@ -10,6 +10,8 @@ from helixpipe.plan.plan import Parameter, Plan
 
 ATTENTION_RANGES = ("core", "qkv", "block")
 HEAD_PLACEMENTS = ("first", "spread")
+# Layers x micro batches: a larger plan is a slip of the keyboard, and would take minutes to find out.
+MAX_CELLS = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,12 @@ class ScheduleRequest:
         for name, value in named.items():
             if value < 1:
                 raise ValueError(f"the {name} must be at least 1, not {value}")
+        pieces = self.num_microbatches * (self.num_slices or 1)
+        if self.num_layers * pieces > MAX_CELLS:
+            raise ValueError(
+                f"layers ({self.num_layers}) times micro batches ({pieces}) must be at most {MAX_CELLS}; "
+                f"use at most {MAX_CELLS // pieces} layers or {MAX_CELLS // self.num_layers} micro batches"
+            )
         for what, choice, choices in (
             ("attention range", self.attention_range, ATTENTION_RANGES),
             ("head placement", self.head_placement, HEAD_PLACEMENTS),

@@ -12,6 +12,10 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch.utils.data import DataLoader
 
@@ -50,15 +54,13 @@ def build_iterators(
 ) -> tuple[Iterator[Batch] | None, Iterator[Batch] | None]:
     """Endless iterators over this data-parallel rank's training and validation micro batches.
 
-    None where this rank's share of the schedule reads no data. Collective: every rank must call it.
+    None where this rank's share of the schedule reads no data. Collective: every rank must call it. The split
+    must have passed :func:`check_split`.
 
     Args:
         args: parsed arguments.
         consumed_samples: training sequences already seen, over all data-parallel ranks.
         iteration: the last finished one; tells how much of the validation data was seen.
-
-    Raises:
-        ValueError: a split that is needed holds no document.
     """
     evaluations = args.train_iters // args.eval_interval + 1
     reads_data = needs_data(args.pipeline_schedule, args.head_placement)
@@ -94,13 +96,19 @@ def _dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
     # Only what is used is built: from a split without documents Megatron draws samples for ever.
     needed = ["training", "validation"] if args.eval_iters else ["training"]
     config.split_matrix[len(needed) :] = [None] * (3 - len(needed))
-    for name, bounds in zip(needed, config.split_matrix, strict=False):
-        if bounds is None or not _documents_in(bounds, args.dataset):
-            raise ValueError(
-                f"--split {args.split} leaves none of the {args.dataset.num_documents} documents for {name}; "
-                "give it more weight, or prepare more documents"
-            )
     return config
+
+
+def check_split(split: str, info: DatasetInfo, *, with_validation: bool) -> None:
+    """``ValueError`` if no document falls to a part that is used, for which Megatron would draw for ever."""
+    matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
+    needed = ["training", "validation"] if with_validation else ["training"]
+    for name, bounds in zip(needed, matrix, strict=False):
+        if bounds is None or not _documents_in(bounds, info):
+            raise ValueError(
+                f"--split {split} leaves none of the {info.num_documents} documents for {name}; give it at "
+                f"least {100 / info.num_documents:.2g}% of the weight, or prepare more documents"
+            )
 
 
 def _documents_in(bounds: tuple[float, float], info: DatasetInfo) -> int:

@@ -16,7 +16,7 @@ The .idx file is little-endian:
     ======  =====================  ==================================================
 
 megatron-core checks this layout with assertions, or not at all: a damaged file gives a bare
-``AssertionError`` or wrong tokens. Here each defect is a ValueError of one line that names the
+``AssertionError`` or wrong tokens. Here each defect is a DataError, a ValueError, of one line that names the
 file, the defect and the remedy.
 """
 
@@ -27,6 +27,8 @@ from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
+
+from helixpipe.reliability.exit_codes import DataError
 
 END_OF_DOCUMENT = "<|endoftext|>"
 
@@ -95,7 +97,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """Load a tokenizer file that has an end-of-document token.
 
     Raises:
-        ValueError: The file cannot be read, is not the JSON of the `tokenizers` library, or has no
+        DataError: The file cannot be read, is not the JSON of the `tokenizers` library, or has no
             `<|endoftext|>`.
     """
     path = os.fsdecode(path)
@@ -103,17 +105,17 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         with open(path, encoding="utf-8") as stream:
             tokenizer = Tokenizer.from_str(stream.read())
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}): check the path") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}): check the path") from error
     except Exception as error:  # the library raises plain Exception for any bad content
         reason = " ".join(str(error).split())
-        raise ValueError(
+        raise DataError(
             f"{path}: is not a tokenizer of the `tokenizers` library ({reason}): "
             "give a tokenizer.json that it saved"
         ) from error
     try:
         end_of_document_id(tokenizer)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise DataError(f"{path}: {error}") from error
     return tokenizer
 
 
@@ -126,11 +128,11 @@ def end_of_document_id(tokenizer: Tokenizer) -> int:
     """Return the id that ends a document.
 
     Raises:
-        ValueError: The tokenizer has no `<|endoftext|>`.
+        DataError: The tokenizer has no `<|endoftext|>`.
     """
     token_id = tokenizer.token_to_id(END_OF_DOCUMENT)
     if token_id is None:
-        raise ValueError(
+        raise DataError(
             f"has no {END_OF_DOCUMENT} token: add it as a special token, or use a tokenizer "
             "trained by tools/prepare_data.py"
         )
@@ -141,7 +143,7 @@ def inspect_prefix(prefix: str | os.PathLike[str]) -> DatasetInfo:
     """Check the structure of a dataset and return its sizes, without reading its tokens.
 
     Raises:
-        ValueError: One of the three files is missing, damaged, or does not fit the others.
+        DataError: One of the three files is missing, damaged, or does not fit the others.
     """
     name = os.fsdecode(prefix)
     paths = dataset_paths(name)
@@ -165,7 +167,7 @@ def check_token_ids(prefix: str | os.PathLike[str], info: DatasetInfo) -> None:
     """Check that every token id is in the vocabulary; reads the whole .bin once.
 
     Raises:
-        ValueError: A token id is out of range, or the files changed since `info` was read.
+        DataError: A token id is out of range, or the files changed since `info` was read.
     """
     paths = dataset_paths(prefix)
     index = _open_index(paths.idx)
@@ -176,7 +178,7 @@ def check_token_ids(prefix: str | os.PathLike[str], info: DatasetInfo) -> None:
         if part.min() >= 0 and part.max() < info.vocab_size:
             continue
         first = int(np.flatnonzero((part < 0) | (part >= info.vocab_size))[0])
-        raise ValueError(
+        raise DataError(
             f"{paths.bin}: token {start + first} has id {part[first]}, outside the vocabulary of "
             f"{info.vocab_size} in {paths.tokenizer}: the files are not of one dataset; "
             f"{_PREPARE_AGAIN}"
@@ -194,7 +196,7 @@ def _require_files(prefix: str, paths: DatasetPaths) -> None:
         remedy = "check the prefix, or make the dataset with tools/prepare_data.py"
     else:
         remedy = f"copy it next to the others, or {_PREPARE_AGAIN}"
-    raise ValueError(f"{missing[0]}: no such file: {remedy}")
+    raise DataError(f"{missing[0]}: no such file: {remedy}")
 
 
 def _open_index(path: str) -> _Index:
@@ -203,21 +205,21 @@ def _open_index(path: str) -> _Index:
         with open(path, "rb") as stream:
             head = stream.read(_HEADER.size)
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}): check the file") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}): check the file") from error
     if not _MAGIC.startswith(head[: len(_MAGIC)]):
-        raise ValueError(f"{path}: is not a Megatron index (wrong magic): {_PREPARE_AGAIN}")
+        raise DataError(f"{path}: is not a Megatron index (wrong magic): {_PREPARE_AGAIN}")
     if len(head) < _HEADER.size:
-        raise ValueError(
+        raise DataError(
             f"{path}: is truncated, {size} bytes where the header alone has {_HEADER.size}: {_PREPARE_AGAIN}"
         )
     _, version, code, sequences, indices = _HEADER.unpack(head)
     if version != _VERSION:
-        raise ValueError(f"{path}: has version {version}, only version {_VERSION} is known: {_PREPARE_AGAIN}")
+        raise DataError(f"{path}: has version {version}, only version {_VERSION} is known: {_PREPARE_AGAIN}")
     if code not in _DTYPES:
-        raise ValueError(f"{path}: has an unknown dtype code, {code}: {_PREPARE_AGAIN}")
+        raise DataError(f"{path}: has an unknown dtype code, {code}: {_PREPARE_AGAIN}")
     dtype = np.dtype(_DTYPES[code]).newbyteorder("<")
     if dtype.kind == "f":
-        raise ValueError(f"{path}: describes {dtype.name} data, which are not token ids: {_PREPARE_AGAIN}")
+        raise DataError(f"{path}: describes {dtype.name} data, which are not token ids: {_PREPARE_AGAIN}")
     _check_index_size(path, size, sequences, indices)
     lengths_at = _HEADER.size
     pointers_at = lengths_at + 4 * sequences
@@ -235,15 +237,15 @@ def _check_index_size(path: str, size: int, sequences: int, indices: int) -> Non
     expected = _HEADER.size + 12 * sequences + 8 * indices
     counts = f"{sequences} sequences and {indices} document indices"
     if size == expected + sequences and sequences:
-        raise ValueError(
+        raise DataError(
             f"{path}: is a multimodal index (one mode per sequence): give a text dataset, "
             "made with tools/prepare_data.py"
         )
     if size != expected:
         state = "is truncated" if size < expected else "is too long"
-        raise ValueError(f"{path}: {state}, {size} bytes where {counts} take {expected}: {_PREPARE_AGAIN}")
+        raise DataError(f"{path}: {state}, {size} bytes where {counts} take {expected}: {_PREPARE_AGAIN}")
     if sequences < 1 or indices < 2:
-        raise ValueError(f"{path}: holds no documents ({counts}): {_PREPARE_AGAIN}")
+        raise DataError(f"{path}: holds no documents ({counts}): {_PREPARE_AGAIN}")
 
 
 def _check_sequences(index: _Index) -> int:
@@ -255,18 +257,18 @@ def _check_sequences(index: _Index) -> int:
         sizes = index.lengths[step].astype(np.int64) * itemsize
         if sizes.min() < 0:
             first = start + int(np.argmax(sizes < 0))
-            raise ValueError(f"{index.path}: sequence {first} has a negative length: {_PREPARE_AGAIN}")
+            raise DataError(f"{index.path}: sequence {first} has a negative length: {_PREPARE_AGAIN}")
         ends = end + np.cumsum(sizes)
         wrong = index.pointers[step] != ends - sizes
         if wrong.any():
             first = start + int(np.argmax(wrong))
-            raise ValueError(
+            raise DataError(
                 f"{index.path}: sequence {first} does not start where the one before it ends: "
                 f"{_PREPARE_AGAIN}"
             )
         end = int(ends[-1])
     if end == 0:
-        raise ValueError(f"{index.path}: holds no tokens: {_PREPARE_AGAIN}")
+        raise DataError(f"{index.path}: holds no tokens: {_PREPARE_AGAIN}")
     return end
 
 
@@ -275,7 +277,7 @@ def _check_documents(index: _Index, num_bytes: int) -> int:
     sequences = len(index.lengths)
     indices = index.document_indices
     if indices[0] != 0 or indices[-1] != sequences:
-        raise ValueError(
+        raise DataError(
             f"{index.path}: document indices run from {indices[0]} to {indices[-1]}, not from 0 "
             f"to the {sequences} sequences: {_PREPARE_AGAIN}"
         )
@@ -287,7 +289,7 @@ def _check_documents(index: _Index, num_bytes: int) -> int:
         falling = bounds[1:] < bounds[:-1]
         if falling.any():
             first = start + int(np.argmax(falling))
-            raise ValueError(
+            raise DataError(
                 f"{index.path}: document indices decrease after document {first}: {_PREPARE_AGAIN}"
             )
         offsets = index.pointers[np.minimum(bounds, sequences - 1)]
@@ -300,9 +302,9 @@ def _check_bin_size(paths: DatasetPaths, expected: int) -> None:
     try:
         size = os.path.getsize(paths.bin)
     except OSError as error:
-        raise ValueError(f"{paths.bin}: cannot be read ({error.strerror}): check the file") from error
+        raise DataError(f"{paths.bin}: cannot be read ({error.strerror}): check the file") from error
     if size != expected:
-        raise ValueError(
+        raise DataError(
             f"{paths.bin}: is {size} bytes, but {paths.idx} describes {expected}: "
             f"copy both files again, or {_PREPARE_AGAIN}"
         )

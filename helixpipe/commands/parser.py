@@ -1,0 +1,65 @@
+"""Command lines whose errors are one line: the same for the planner and for training."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterable
+from typing import NoReturn
+
+_UNKNOWN = "unrecognized arguments: "
+
+
+class UsageError(ValueError):
+    """A command line that cannot be read.
+
+    Attributes:
+        program: the command that it was given to.
+    """
+
+    def __init__(self, message: str, program: str) -> None:
+        super().__init__(message)
+        self.program = program
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises instead of exiting, and suggests the flag that was meant.
+
+    It knows no abbreviations, as Megatron's does not: a flag added later must not change what a script means.
+    """
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        """Raise :class:`UsageError`."""
+        raise UsageError(f"{message}{self._suggestion(message)}", self.prog)
+
+    def _suggestion(self, message: str) -> str:
+        if not message.startswith(_UNKNOWN):
+            return ""
+        unknown = message.removeprefix(_UNKNOWN).split()[0].partition("=")[0]
+        close = difflib.get_close_matches(unknown, self._flags(), n=1)
+        return f"; did you mean {close[0]}?" if close else f"; see {self.prog} --help"
+
+    def _flags(self) -> list[str]:
+        """Of this parser and of its commands."""
+        flags: list[str] = []
+        for action in self._actions:
+            flags += action.option_strings
+            if isinstance(action, argparse._SubParsersAction):
+                flags += [flag for parser in action.choices.values() for flag in parser._flags()]
+        return flags
+
+
+def flag_of(name: str) -> str:
+    """The flag of an argument."""
+    return "--" + name.replace("_", "-")
+
+
+def require_positive(args: argparse.Namespace, names: Iterable[str]) -> None:
+    """``ValueError`` for the first of these arguments that is given and below 1."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{flag_of(name)} must be at least 1, not {value}")

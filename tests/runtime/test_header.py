@@ -1,0 +1,81 @@
+"""Headers: every message that is not the expected one is refused with what was expected and what came."""
+
+import pytest
+import torch
+
+from helixpipe.plan import Operation
+from helixpipe.runtime.header import HeaderCheck
+from helixpipe.runtime.message import MessageLayout
+
+PLAN, TAG = 0x123456789ABCDEF, 40
+MESSAGE = Operation.parse("3RECV_F2@1")
+LAYOUT = MessageLayout((torch.Size((2, 3)),), torch.float32)
+
+
+def other(shape=(2, 3), dtype=torch.float32):
+    return MessageLayout((torch.Size(shape),), dtype)
+
+
+class Deferred(HeaderCheck):
+    """As on a device for which the host must not wait."""
+
+    def __init__(self, plan, num_messages, device):
+        super().__init__(plan, num_messages, device)
+        self._is_deferred = True
+        self._arrived = torch.zeros(num_messages, 4, dtype=torch.int64)
+
+
+def receive(kind, sent, received=(PLAN, TAG, LAYOUT)):
+    """Send with one idea of the message, receive with another; as many bytes as fit arrive."""
+    device = torch.device("cpu")
+    (plan, tag, layout), (own_plan, own_tag, own_layout) = sent, received
+    buffer = layout.pack([torch.ones(shape, dtype=layout.dtype) for shape in layout.shapes])
+    HeaderCheck(plan, 0, device).write(tag, layout, buffer)
+    arrived = own_layout.empty(device)
+    count = min(buffer.nbytes, arrived.nbytes)
+    arrived.view(torch.uint8)[:count] = buffer.view(torch.uint8)[:count]
+    check = kind(own_plan, 1, device)
+    check.compare(MESSAGE, own_tag, own_layout, arrived)
+    check.finish()
+
+
+@pytest.mark.parametrize("kind", [HeaderCheck, Deferred])
+def test_the_expected_message_passes(kind):
+    receive(kind, (PLAN, TAG, LAYOUT))
+
+
+@pytest.mark.parametrize("kind", [HeaderCheck, Deferred])
+@pytest.mark.parametrize(
+    ("sent", "got"),
+    [
+        ((PLAN, TAG, other((2, 2))), "got 4 elements torch.float32"),
+        ((PLAN, TAG, other((4, 3), torch.bfloat16)), "got 12 elements torch.bfloat16"),
+        ((PLAN, TAG, other((3, 2))), "got 6 elements torch.float32"),
+        ((PLAN, TAG + 1, LAYOUT), f"number {TAG + 1}, plan"),
+        ((PLAN + 1, TAG, LAYOUT), "plan 123456789abcdf0"),
+        ((PLAN, TAG, other((2, 3), torch.float64)), "got 6 elements torch.float64"),
+    ],
+    ids=["short", "type of as many bytes", "shape", "another message", "another plan", "type"],
+)
+def test_any_other_message_is_refused(kind, sent, got):
+    with pytest.raises(ValueError, match=r"3RECV_F2@1 .* expected 6 elements torch.float32") as error:
+        receive(kind, sent)
+    assert got in str(error.value)
+
+
+def test_what_was_never_sent_is_refused():
+    check = HeaderCheck(PLAN, 1, torch.device("cpu"))
+    buffer = LAYOUT.empty(torch.device("cpu"))
+    buffer.zero_()
+    with pytest.raises(ValueError, match="got 0 elements"):
+        check.compare(MESSAGE, TAG, LAYOUT, buffer)
+
+
+def test_deferred_comparison_starts_anew_every_iteration():
+    check = Deferred(PLAN, 2, torch.device("cpu"))
+    for _ in range(3):
+        for _ in range(2):
+            buffer = LAYOUT.empty(torch.device("cpu"))
+            check.write(TAG, LAYOUT, buffer)
+            check.compare(MESSAGE, TAG, LAYOUT, buffer)
+        check.finish()
