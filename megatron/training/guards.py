@@ -92,7 +92,7 @@ class _Report(NamedTuple):
 
     stage: int
     losses: list[tuple[int, float]]
-    gradients: list[str]
+    gradients: list[tuple[float, str]]
     findings: list[Finding]
 
     @property
@@ -152,7 +152,7 @@ def _report(state: TrainingState, schedule: Any, losses: Losses, findings: list[
         if not is_finite(entry["lm loss"])
     ]
     gradients = [
-        name
+        (_depth(name, parameter), name)
         for chunk in state.model
         for name, parameter in canonical_names(chunk)
         if not is_finite(parameter.main_grad)
@@ -187,19 +187,21 @@ def _what(reports: list[tuple[int, _Report]]) -> str:
     if losses:
         more = f" (and {len(losses) - 1} more)" if len(losses) > 1 else ""
         return losses[0] + more
-    gradients = [(name, rank, report.stage) for rank, report in reports for name in report.gradients]
+    gradients = [(*entry, rank, report.stage) for rank, report in reports for entry in report.gradients]
     if not gradients:
         return "the gradient norm is not finite, though every gradient is"
-    name, rank, stage = max(gradients, key=lambda entry: _depth(entry[0]))
+    _, name, rank, stage = max(gradients)
     return f"the gradient of {name} is not finite on rank {rank} (stage {stage})"
 
 
-def _depth(name: str) -> float:
+def _depth(name: str, parameter: Any) -> float:
     """Where a parameter stands between the input (-1) and the loss (infinity)."""
     layer = layer_of(name)
     if layer is not None:
         return layer
-    return -1 if name.startswith("embedding") else math.inf
+    # Tied weights have the sum of the gradients at both ends, which says little about either.
+    is_tied = getattr(parameter, "shared_embedding", False)
+    return -1 if is_tied or name.startswith("embedding") else math.inf
 
 
 def _first_met(reports: list[tuple[int, _Report]]) -> str:

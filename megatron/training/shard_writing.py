@@ -7,6 +7,7 @@ a rank that is killed. Threads do neither.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import queue
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any, NamedTuple
 
 import torch
@@ -32,8 +33,8 @@ BACKEND, VERSION = "torch_dist", 1
 
 # Files per rank, each with a thread that writes it and one that hashes it.
 _FILES = 2
-# Blocks on their way from the writer to the hash: bounds what a slow hash may hold.
-_MAX_UNHASHED = 16
+_BLOCK_BYTES = 1 << 20
+_POLL_S = 0.002
 
 
 class Written(NamedTuple):
@@ -116,7 +117,10 @@ def _without_torch_checksums() -> Iterator[None]:
 
 
 class HashingFile:
-    """A file to write from start to end; a thread hashes what another one brings to disk.
+    """A file to write from start to end, while a thread that follows the writer reads and hashes it.
+
+    It goes on while the file is brought to disk, and takes no copy of what is written: it finds it in the
+    page cache.
 
     Attributes:
         digest: of the whole file, once the context has been left.
@@ -129,23 +133,24 @@ class HashingFile:
         self._hash = hashlib.sha256()
         self._position = 0
         self._error: OSError | None = None
-        self._blocks: queue.Queue[bytes | None] = queue.Queue(_MAX_UNHASHED)
+        self._has_ended = Event()
 
     def __enter__(self) -> HashingFile:
-        self._stream = self._path.open("wb")
-        self._hashing = Thread(target=self._hash_all, daemon=True)
+        self._stream = self._path.open("wb", buffering=_BLOCK_BYTES)
+        self._hashing = Thread(target=self._follow, daemon=True)
         self._hashing.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._blocks.put(None)
         try:
             with self._stream:
                 if kind is None:
                     self._stream.flush()
+                    self._has_ended.set()
                     os.fsync(self._stream.fileno())
         except OSError as error:
             self._note(error)
+        self._has_ended.set()
         self._hashing.join()
         if self._error is not None:
             # torch's own exception, raised over this one, does not say what was wrong.
@@ -161,23 +166,37 @@ class HashingFile:
 
     def write(self, block: Any) -> int:
         """Append a block."""
-        data = bytes(block)
         try:
-            self._stream.write(data)
+            self._stream.write(block)
         except OSError as error:
             self._note(error)
             raise
-        self._position += len(data)
-        self._blocks.put(data)
-        return len(data)
+        self._position += len(block)
+        return len(block)
 
     def _note(self, error: OSError) -> None:
         if self._error is None:
             self._error = OSError(error.errno, error.strerror, str(self._path))
 
-    def _hash_all(self) -> None:
-        while (block := self._blocks.get()) is not None:
-            self._hash.update(block)
+    def _follow(self) -> None:
+        buffer, hashed = memoryview(bytearray(_BLOCK_BYTES)), 0
+        try:
+            with self._path.open("rb", buffering=0) as stream:
+                while self._error is None:
+                    is_last = self._has_ended.is_set()
+                    missing = min(self._position - hashed, _BLOCK_BYTES)
+                    count = stream.readinto(buffer[:missing]) if missing else 0
+                    if count:
+                        self._hash.update(buffer[:count])
+                        hashed += count
+                    elif is_last:
+                        break
+                    else:
+                        self._has_ended.wait(_POLL_S)
+            if hashed != self._position and self._error is None:
+                raise OSError(errno.EIO, f"{hashed} of {self._position} bytes can be read back")
+        except OSError as error:
+            self._note(error)
 
 
 def describe(error: BaseException) -> str:

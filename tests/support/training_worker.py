@@ -49,15 +49,23 @@ class BadModule(Fault):
     """One module's output (or the gradient of it) becomes ``value`` in one micro batch of iteration 2."""
 
     def __init__(
-        self, name: str, *, micro_batch: int, value: float, backward: bool = False, times: int = 99
+        self,
+        name: str,
+        *,
+        micro_batch: int,
+        value: float,
+        rank: int | None = None,
+        backward: bool = False,
+        times: int = 99,
     ) -> None:
+        self.rank = rank
         self.name, self.micro_batch, self.value = name, micro_batch, value
         self.backward, self.times = backward, times
 
     def on_build(self, state: Any, schedule: Any) -> None:
         for chunk in state.model:
             module = dict(unwrap(chunk).named_modules()).get(self.name)
-            if module is not None:
+            if module is not None and self.rank in (None, dist.get_rank()):
                 module.register_forward_hook(lambda _, inputs, output: self._spoil(schedule, output))
 
     def _spoil(self, schedule: Any, output: Any) -> Any:
