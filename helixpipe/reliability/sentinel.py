@@ -17,6 +17,7 @@ from pathlib import Path
 
 from helixpipe.reliability.exit_codes import PEER_LOST
 from helixpipe.reliability.hub import PAUSE_S, SILENCE_S, TICK_S, Hub, status_message
+from helixpipe.reliability.process import is_stopped, write_stacks
 from helixpipe.reliability.record import RECORD_BYTES, WAITING, read_record
 from helixpipe.reliability.status import ALIVE, DEAD, ENDED, FAILED, STOPPED, Status
 from helixpipe.reliability.wire import Connection, Message
@@ -81,6 +82,8 @@ class Sentinel:
                     self._hear_rank(selector)
                 elif self._hear_hub():
                     return
+                if isinstance(key.fileobj, Connection) and not key.fileobj.is_open:
+                    selector.unregister(key.fileobj)
             now = time.monotonic()
             if now - last_tick > PAUSE_S:
                 self._resumed_at = self._hub_heard = now
@@ -129,8 +132,6 @@ class Sentinel:
                 self._has_ended = True
                 if self._hub_connection is not None:
                     self._hub_connection.send(status_message(self._status(time.monotonic())))
-        if not self._channel.is_open:
-            selector.unregister(self._channel)
 
     def _hear_hub(self) -> bool:
         """True if the hub has given its verdict and it has been carried out."""
@@ -192,7 +193,7 @@ class Sentinel:
             return ENDED
         if not self._is_rank_alive():
             return DEAD
-        return STOPPED if _process_state(self._parent) in ("T", "t") else ALIVE
+        return STOPPED if is_stopped(self._parent) else ALIVE
 
     def _end(self, verdict: Message) -> None:
         """Say this rank's line and end the rank."""
@@ -200,8 +201,9 @@ class Sentinel:
             return
         status = self._status(time.monotonic())
         if verdict["kind"] == "hang":
-            stacks = self._write_stacks()
-            self._say_of_rank(f"hang: stage {status.stage}, {status.position}{stacks}")
+            path = self._stack_folder / f"stacks_rank_{self._rank}.txt"
+            stacks = write_stacks(self._parent, self._stacks, path)
+            self._say_of_rank(f"hang: stage {status.stage}, {status.position}; {stacks}")
         else:
             self._say_of_rank(f"{verdict['reason']}; this rank: {status.position}")
         self._channel.send({"exit": verdict["code"]})
@@ -210,28 +212,6 @@ class Sentinel:
             time.sleep(0.02)
         if self._is_rank_alive():
             os.kill(self._parent, signal.SIGKILL)
-
-    def _write_stacks(self) -> str:
-        """Have the rank's stacks written, whatever it is doing; where they are."""
-        # Delivered in this order when the rank is stopped: it writes before it goes on.
-        os.kill(self._parent, signal.SIGUSR2)
-        os.kill(self._parent, signal.SIGCONT)
-        text, end = b"", time.monotonic() + 1.0
-        while time.monotonic() < end:
-            time.sleep(0.05)
-            found = os.pread(self._stacks, 1 << 20, 0)
-            if found and found == text:
-                break
-            text = found
-        if not text:
-            return "; its stacks could not be written"
-        path = self._stack_folder / f"stacks_rank_{self._rank}.txt"
-        try:
-            self._stack_folder.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(text)
-        except OSError as error:
-            return f"; its stacks could not be written to {path} ({error.strerror})"
-        return f"; stacks in {path}"
 
     def _say_of_rank(self, text: str) -> None:
         self._say(f"rank {self._rank}: error: {text}")
@@ -243,15 +223,6 @@ class Sentinel:
 
 def _hub_lost() -> Message:
     return {"kind": "lost", "code": PEER_LOST, "reason": "rank 0 was lost: its host no longer answers"}
-
-
-def _process_state(process: int) -> str:
-    """The letter of ``ps``: T for stopped; empty where there is no /proc."""
-    try:
-        text = Path(f"/proc/{process}/stat").read_text(encoding="utf-8")
-    except OSError:
-        return ""
-    return text.rpartition(")")[2].split()[0]
 
 
 def main() -> None:

@@ -44,12 +44,14 @@ def monitored(args: argparse.Namespace, before_exit: Callable[[], None]) -> Iter
     Raises:
         PeerLost: another rank has ended, and this process was not told which.
     """
+    # A single rank holds nobody up; it may be stopped from its terminal, or stand in a debugger.
+    fixed_s = 0.0 if args.world_size == 1 and args.hang_timeout_s is None else args.hang_timeout_s
     monitor = Monitor(
         args.rank,
         args.world_size,
         program=PROGRAM,
         stack_folder=_stack_folder(args),
-        deadlines=Deadlines(60.0 * args.distributed_timeout_minutes, args.hang_timeout_s),
+        deadlines=Deadlines(60.0 * args.distributed_timeout_minutes, fixed_s),
         before_exit=before_exit,
     )
     try:

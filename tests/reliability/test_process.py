@@ -1,0 +1,62 @@
+"""What a sentinel learns from its rank without the rank's help."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from helixpipe.reliability.process import is_stopped, write_stacks
+
+BUSY = """
+import faulthandler, signal, sys
+faulthandler.register(signal.SIGUSR2, file=int(sys.argv[1]))
+def stand_still():
+    print("ready", flush=True)
+    while True:
+        signal.pause()
+stand_still()
+"""
+
+
+@pytest.fixture
+def stacks():
+    descriptor = os.memfd_create("stacks")
+    yield descriptor
+    os.close(descriptor)
+
+
+@pytest.fixture
+def process(stacks):
+    started = subprocess.Popen(
+        [sys.executable, "-c", BUSY, str(stacks)], stdout=subprocess.PIPE, text=True, pass_fds=[stacks]
+    )
+    assert started.stdout.readline() == "ready\n"
+    yield started
+    started.kill()
+    started.wait()
+
+
+def test_stacks_of_a_stopped_process(process, stacks, tmp_path):
+    assert not is_stopped(process.pid)
+    os.kill(process.pid, signal.SIGSTOP)
+    end = time.monotonic() + 10
+    while not is_stopped(process.pid):
+        assert time.monotonic() < end
+    path = tmp_path / "new folder" / "stacks.txt"
+    assert write_stacks(process.pid, stacks, path) == f"stacks in {path}"
+    assert "in stand_still" in path.read_text()
+
+
+def test_stacks_that_cannot_be_kept_are_no_error(process, stacks, tmp_path):
+    (tmp_path / "file").touch()
+    said = write_stacks(process.pid, stacks, tmp_path / "file" / "stacks.txt")
+    assert "could not be written to" in said
+
+
+def test_a_process_that_has_gone_is_not_stopped():
+    assert not is_stopped(2**22 + 1)
