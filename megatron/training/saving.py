@@ -73,7 +73,7 @@ class Saver:
             DataError: a save failed, this or the one before it, and the job is to stop, or cannot save again.
         """
         self.finish()
-        if self._start(state, progress) and (is_last or not self._args.async_save):
+        if self._start(state, progress, is_last) and (is_last or not self._args.async_save):
             self.finish(must_succeed=is_last)
 
     def poll(self, statuses: Sequence[SaveStatus]) -> None:
@@ -106,7 +106,7 @@ class Saver:
         else:
             self._say(f"saved checkpoint {folder}")
 
-    def _start(self, state: TrainingState, progress: Progress) -> bool:
+    def _start(self, state: TrainingState, progress: Progress, must_succeed: bool) -> bool:
         """Agree on who writes what, and start to write; False if that failed already."""
         args, folder = self._args, saving_folder(self._args.save, progress.iteration)
         error = self._from_first_rank(lambda: start_saving(args.save, progress.iteration))
@@ -121,7 +121,7 @@ class Saver:
                 if args.overlap_param_gather:
                     chunk.enable_forward_pre_hook()  # type: ignore[operator]
         if error:
-            self._fail(progress.iteration, error, must_succeed=False)
+            self._fail(progress.iteration, error, must_succeed)
             return False
         buckets = plan.host_copy(detached=args.async_save)
         written: Future[Written] = Future()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import resource
 import signal
@@ -30,10 +31,12 @@ class Fault:
     Attributes:
         iteration: the one that is being computed.
         runs: how often it has been computed.
+        args: of the run.
     """
 
     iteration = 0
     runs = 0
+    args: argparse.Namespace
 
     def on_build(self, state: Any, schedule: Any) -> None:
         """The model exists."""
@@ -127,6 +130,14 @@ class FullDisk(Fault):
         return Path("/dev/full" if "iter_0000002" in name else name)
 
 
+class BlockedFolder(Fault):
+    """A file stands where the folder of iteration 2's checkpoint is to be made."""
+
+    def on_step(self) -> None:
+        if self.iteration == 2 and dist.get_rank() == 0:
+            (self.args.save / "iter_0000002.saving").touch()
+
+
 def run_cases(
     cases: list[tuple[str, Fault]], tensor: int, pipeline: int, common: str
 ) -> list[dict[str, Any]]:
@@ -138,6 +149,7 @@ def run_cases(
 
 def _run(arguments: list[str], fault: Fault) -> dict[str, Any]:
     args = parse_arguments(arguments)
+    fault.args = args
     seed_random_states(args.seed)
     parallel_state.set_virtual_pipeline_model_parallel_world_size(args.virtual_stages)
     before: dict[int, list[torch.Tensor]] = {}

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 from ranks import run_on_ranks
-from training_worker import BadModule, Fault, FullDisk, Signalled, run_cases
+from training_worker import BadModule, BlockedFolder, Fault, FullDisk, Signalled, run_cases
 
 from megatron.training.checkpoint_files import check_file, manifest_of, tracked, usable
 
@@ -23,6 +23,7 @@ CASES = {
     "full, go on": ("--on-save-failure continue", FullDisk(0)),
     "full, async, go on": ("--async-save --on-save-failure continue", FullDisk(1)),
     "full at the end": ("--async-save --on-save-failure continue --train-iters 2", FullDisk(0)),
+    "blocked at the end": ("--on-save-failure continue --train-iters 2", BlockedFolder()),
     "one signalled": ("--save-interval 100", Signalled((1, 2, TERM))),
     "signalled apart": (
         "--async-save --save-interval 100",
@@ -97,9 +98,13 @@ def test_a_full_disk_can_be_survived(runs, case):
     assert losses(folder) == losses(runs["plain"][0])
 
 
-def test_the_last_save_must_succeed(runs):
-    folder, outcomes = runs["full at the end"]
+@pytest.mark.parametrize("case", ["full at the end", "blocked at the end"])
+def test_the_last_save_must_succeed(runs, case):
+    folder, outcomes = runs[case]
     assert codes(outcomes) == [3, 3]
+    assert "(rank 0: [Errno " in outcomes[1]["error"]
+    if case.startswith("blocked"):
+        (folder / "iter_0000002.saving").unlink()
     assert whole(folder) == [1]
 
 
