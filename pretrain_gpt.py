@@ -70,7 +70,7 @@ def _run(farewell: Farewell) -> int:
     try:
         args = parse_arguments()
         farewell.checked()
-        pretrain(args, forward_step, farewell.leave)
+        return pretrain(args, forward_step, farewell.leave)
     except (ValueError, OSError) as error:
         return _fail(str(error), exit_code_of(error))
     except PeerLost as error:
@@ -78,7 +78,6 @@ def _run(farewell: Farewell) -> int:
     except Exception:
         traceback.print_exc()
         return EXIT_UNEXPECTED
-    return 0
 
 
 def _fail(message: str, code: int) -> int:

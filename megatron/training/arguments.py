@@ -184,6 +184,12 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--bf16", action="store_true", help="bfloat16 weights, fp32 gradients and optimizer; default fp32")
     add("--calculate-per-token-loss", action="store_true")
     add("--seed", type=int, default=1234)
+    add(
+        "--check-gradients-every",
+        type=int,
+        metavar="N",
+        help="compare gradients and weights of data-parallel ranks every so many iterations",
+    )
     add("--eval-interval", type=int, default=1000)
     add("--eval-iters", type=int, default=0)
 
@@ -213,7 +219,15 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add("--save", type=Path, metavar="DIR")
     add("--save-interval", type=int, help="also save every so many iterations, not only at the end")
     add("--keep-checkpoints", type=int, metavar="N", help="of --save: only the last N (default: all)")
-    add("--load", type=Path, metavar="DIR", help="go on from the latest checkpoint there, if there is one")
+    add("--async-save", action="store_true", help="write checkpoints while training goes on")
+    add(
+        "--on-save-failure",
+        choices=("stop", "continue"),
+        default="stop",
+        help="a full disk: stop (default), or train on with the checkpoints before it; the last save must "
+        "succeed",
+    )
+    add("--load", type=Path, metavar="DIR", help="go on from the latest checkpoint there")
     add("--load-fallback", action="store_true", help="from an older one if the latest is damaged")
 
 
@@ -226,7 +240,7 @@ def _derive_layout(args: argparse.Namespace) -> None:
             "train_iters", "make_vocab_size_divisible_by", "log_interval", "eval_interval",
             "ffn_hidden_size", "kv_channels", "max_position_embeddings",
             "num_layers_per_virtual_pipeline_stage", "recompute_num_layers", "distributed_timeout_minutes",
-            "save_interval", "keep_checkpoints", "num_fold",
+            "save_interval", "keep_checkpoints", "num_fold", "check_gradients_every",
         ),
     )  # fmt: skip
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
@@ -327,6 +341,14 @@ def _check_training(args: argparse.Namespace) -> None:
     for name in ("save_interval", "keep_checkpoints"):
         if getattr(args, name) is not None and args.save is None:
             raise ValueError(f"{flag_of(name)} {getattr(args, name)} needs --save DIR")
+    if args.check_gradients_every is not None and args.data_parallel_size == 1:
+        raise ValueError(
+            f"--check-gradients-every {args.check_gradients_every} compares data-parallel ranks, and there "
+            "is only one; leave it out"
+        )
+    for name, default in (("async_save", False), ("on_save_failure", "stop")):
+        if getattr(args, name) != default and args.save is None:
+            raise ValueError(f"{flag_of(name)} needs --save DIR")
     if args.load_fallback and args.load is None:
         raise ValueError("--load-fallback needs --load DIR")
     if args.optimizer == "sgd" and (args.use_distributed_optimizer or args.save or args.load):

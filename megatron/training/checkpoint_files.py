@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from helixpipe.reliability.exit_codes import DataError
+
 MANIFEST = "manifest.json"
 TRACKER = "latest_checkpointed_iteration.txt"
 _SAVING = ".saving"
@@ -109,21 +111,21 @@ def tracked(root: Path) -> Path | None:
     """The checkpoint that the tracker names, or None if nothing was ever saved here.
 
     Raises:
-        ValueError: a tracker that is unreadable, missing, or names what is not there; the message lists what
+        DataError: a tracker that is unreadable, missing, or names what is not there; the message lists what
             is.
     """
     choice = f"usable: {', '.join(path.name for path in usable(root)) or 'none'}"
     tracker = root / TRACKER
     if not tracker.exists():
         if usable(root):
-            raise ValueError(f"{root} holds checkpoints but no {TRACKER}; write the wanted iteration there")
+            raise DataError(f"{root} holds checkpoints but no {TRACKER}; write the wanted iteration there")
         return None
     text = tracker.read_text(encoding="utf-8", errors="replace").strip()
     if not text.isdecimal():
-        raise ValueError(f"{tracker} holds {text!r} instead of an iteration; {choice}")
+        raise DataError(f"{tracker} holds {text!r} instead of an iteration; {choice}")
     folder = folder_of(root, int(text))
     if folder not in usable(root):
-        raise ValueError(f"{tracker} names {folder.name}, which is not there; {choice}")
+        raise DataError(f"{tracker} names {folder.name}, which is not there; {choice}")
     return folder
 
 
@@ -131,7 +133,7 @@ def manifest_of(folder: Path) -> dict[str, FileDigest]:
     """What the files of a checkpoint must be.
 
     Raises:
-        ValueError: a manifest that is damaged, or files beside those that it names.
+        DataError: a manifest that is damaged, or files beside those that it names.
     """
     path = folder / MANIFEST
     try:
@@ -142,15 +144,15 @@ def manifest_of(folder: Path) -> dict[str, FileDigest]:
             str(name): FileDigest(int(e["bytes"]), str(e["sha256"])) for name, e in data["files"].items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
-        raise ValueError(f"{path} is damaged or of another checkpoint; use another one") from None
+        raise DataError(f"{path} is damaged or of another checkpoint; use another one") from None
     for name in files:
         # A name must not lead out of the folder.
-        if name != Path(name).name:
-            raise ValueError(f"{path} names {name!r}, which is not a file of this folder; use another one")
+        if name in ("", "..") or name != Path(name).name:
+            raise DataError(f"{path} names {name!r}, which is not a file of this folder; use another one")
     found = {entry.name for entry in folder.iterdir()} - {MANIFEST}
     for name in sorted(found ^ set(files)):
         what = "is missing" if name in files else "does not belong there"
-        raise ValueError(f"{folder / name} {what}; use another checkpoint")
+        raise DataError(f"{folder / name} {what}; use another checkpoint")
     return files
 
 

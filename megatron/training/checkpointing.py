@@ -14,22 +14,24 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from helixpipe.reliability.exit_codes import DataError
 from megatron.training.checkpoint_files import (
     check_file,
-    digest,
-    folder_of,
     manifest_of,
-    publish,
-    saving_folder,
     share,
-    start_saving,
     tracked,
     usable,
 )
 from megatron.training.model import TrainingState, unwrap
-from megatron.training.safe_pickle import no_code_from_disk, what_is_not_data
+from megatron.training.safe_pickle import no_code_from_disk, read_table, what_is_not_data
+from megatron.training.shard_writing import describe
 
 # What a checkpoint must share with the job that loads it.
 _ARCHITECTURE = (
@@ -48,42 +50,22 @@ class Progress(NamedTuple):
     consumed_samples: int = 0
 
 
-def save_checkpoint(args: argparse.Namespace, state: TrainingState, progress: Progress) -> Path:
-    """Write a checkpoint on all ranks and publish it; its folder.
-
-    Whatever interrupts this at any moment leaves the checkpoints before it as they are.
-    """
-    folder = saving_folder(args.save, progress.iteration)
-    if args.rank == 0:
-        start_saving(args.save, progress.iteration)
-    dist.barrier()
-    for chunk in state.model:
-        if args.overlap_param_gather:
-            # Parameters may still be on their way from the optimizer's shards.
-            chunk.disable_forward_pre_hook(param_sync=True)  # type: ignore[operator]
-    sharded = _sharded_state(state, progress, args, is_loading=False)
-    dist_checkpointing.save(sharded, str(folder), content_metadata=_metadata())
-    for chunk in state.model:
-        if args.overlap_param_gather:
-            chunk.enable_forward_pre_hook()  # type: ignore[operator]
-    dist.barrier()
-    mine = share([path.name for path in folder.iterdir()], args.rank, args.world_size)
-    digests = _gathered({name: digest(folder / name, to_disk=True) for name in mine})
-    if args.rank == 0:
-        publish(args.save, progress.iteration, digests, args.keep_checkpoints)
-    dist.barrier()
-    return folder_of(args.save, progress.iteration)
-
-
 def load_checkpoint(args: argparse.Namespace, state: TrainingState) -> Progress:
     """Restore the newest checkpoint under ``--load``; no progress if there is none yet.
 
+    Only a folder that is also the one of ``--save`` may hold none: it is the first start of the job.
+
     Raises:
-        ValueError: an unreadable tracker, a checkpoint that is missing or damaged, or a model of another
-            architecture; on every rank, before any weight has changed.
+        DataError: an unreadable tracker, a checkpoint that is missing or damaged, or a model of another
+            architecture; on every rank, before training uses a weight.
     """
     folder = _verified_checkpoint(args)
     if folder is None:
+        if args.load != args.save:
+            raise DataError(
+                f"--load {args.load} holds no checkpoint; to start anew leave it out, or name it in "
+                "--save, too"
+            )
         return Progress()
     with no_code_from_disk():
         return _load_from(folder, args, state)
@@ -91,7 +73,7 @@ def load_checkpoint(args: argparse.Namespace, state: TrainingState) -> Progress:
 
 def _verified_checkpoint(args: argparse.Namespace) -> Path | None:
     """The checkpoint to load, its files found to be what was saved; with ``--load-fallback`` an older one."""
-    folder = tracked(args.load)
+    folder = _tracked_by_all(args)
     if folder is None:
         return None
     candidates = [folder]
@@ -105,7 +87,27 @@ def _verified_checkpoint(args: argparse.Namespace) -> Path | None:
         if args.rank == 0 and args.load_fallback:
             print(f"{problem}; trying the checkpoint before it", flush=True)
     hint = "" if args.load_fallback else "; add --load-fallback to go on from the one before it"
-    raise ValueError(problem + hint)
+    raise DataError(problem + hint)
+
+
+def _tracked_by_all(args: argparse.Namespace) -> Path | None:
+    """The checkpoint that the tracker names, found to be the same one on every rank."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    try:
+        mine: tuple[Path | None, str] = (tracked(args.load), "")
+    except (ValueError, OSError) as error:
+        mine = (None, str(error))
+    seen = _gathered({rank: mine})
+    for _, problem in seen.values():
+        if problem:
+            raise DataError(problem)
+    folders = {rank: folder for rank, (folder, _) in seen.items()}
+    if len(set(folders.values())) > 1:
+        shown = "; ".join(f"rank {r}: {f.name if f else 'no checkpoint'}" for r, f in sorted(folders.items()))
+        raise DataError(
+            f"ranks see different checkpoints in {args.load}: {shown}; it must be a shared folder"
+        )
+    return folders[rank]
 
 
 def _problem_of(folder: Path, args: argparse.Namespace) -> str:
@@ -121,7 +123,7 @@ def _problem_of(folder: Path, args: argparse.Namespace) -> str:
     return next((text for _, text in sorted(_gathered(found).items()) if text), "")
 
 
-def _gathered(mine: dict[str, Any]) -> dict[str, Any]:
+def _gathered(mine: dict[Any, Any]) -> dict[Any, Any]:
     """The dictionaries of all ranks as one."""
     if not dist.is_initialized():
         return mine
@@ -135,7 +137,12 @@ def _load_from(folder: Path, args: argparse.Namespace, state: TrainingState) -> 
     torch_adam = _distributed_torch_adam(state.optimizer)
     if torch_adam is not None:
         _start_steps(torch_adam)
-    loaded = dist_checkpointing.load(_sharded_state(state, Progress(), args, is_loading=True), str(folder))
+    wanted = sharded_state(state, Progress(), args, is_loading=True)
+    check_tensors(folder, wanted)
+    try:
+        loaded = dist_checkpointing.load(wanted, str(folder))
+    except (CheckpointException, CheckpointingException, RuntimeError) as error:
+        raise DataError(f"{folder} cannot be loaded ({_reason(error)}); use another checkpoint") from None
     for name, chunk in _named_models(state):
         chunk.load_state_dict(loaded[name], strict=False)
     if torch_adam is not None:
@@ -146,12 +153,15 @@ def _load_from(folder: Path, args: argparse.Namespace, state: TrainingState) -> 
     return Progress(loaded["iteration"], loaded["consumed_samples"])
 
 
-def _sharded_state(
+def sharded_state(
     state: TrainingState, progress: Progress, args: argparse.Namespace, *, is_loading: bool
 ) -> dict[str, Any]:
-    models = {name: chunk.sharded_state_dict(metadata=_metadata()) for name, chunk in _named_models(state)}
+    """Everything that a checkpoint holds, as Megatron's ``dist_checkpointing`` takes it."""
+    models = {
+        name: chunk.sharded_state_dict(metadata=content_metadata()) for name, chunk in _named_models(state)
+    }
     # Megatron matches optimizer states to parameters through the chunks' names.
-    optimizer = state.optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=_metadata())
+    optimizer = state.optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=content_metadata())
     return {
         **models,
         "optimizer": optimizer,
@@ -162,6 +172,38 @@ def _sharded_state(
     }
 
 
+def check_tensors(folder: Path, wanted: dict[str, Any]) -> None:
+    """Compare the table of contents with the model: torch would convert another type without a word.
+
+    Raises:
+        DataError: a tensor that is missing, or has another type or shape.
+    """
+    saved = read_table(folder).state_dict_metadata
+    for value in nested_values(wanted):
+        parts = nested_values(value.build()) if isinstance(value, ShardedTensorFactory) else [value]
+        for tensor in parts:
+            if not isinstance(tensor, ShardedTensor):
+                continue
+            found = saved.get(tensor.key)
+            if not isinstance(found, TensorStorageMetadata):
+                raise DataError(f"{folder} holds no tensor {tensor.key}; use another checkpoint")
+            here = (tensor.dtype, tuple(tensor.global_shape))
+            there = (found.properties.dtype, tuple(found.size))
+            if here != there:
+                raise DataError(
+                    f"{folder} holds {tensor.key} as {there[0]} of shape {there[1]}, this job needs "
+                    f"{here[0]} of shape {here[1]}; use another checkpoint"
+                )
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong, on the first rank where it did."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (cause, _) = min(error.failures.items())
+        return f"rank {rank}: {describe(cause)}"
+    return describe(error)
+
+
 def _named_models(state: TrainingState) -> list[tuple[str, Any]]:
     """The unwrapped model chunks, named as in Megatron's checkpoints."""
     if len(state.model) == 1:
@@ -169,7 +211,8 @@ def _named_models(state: TrainingState) -> list[tuple[str, Any]]:
     return [(f"model{index}", unwrap(chunk)) for index, chunk in enumerate(state.model)]
 
 
-def _metadata() -> dict[str, Any]:
+def content_metadata() -> dict[str, Any]:
+    """The form of the optimizer's state in a checkpoint."""
     # The one form of the distributed optimizer's state that any other layout can read.
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     return {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": group}
@@ -186,7 +229,7 @@ def _check_architecture(args: argparse.Namespace, folder: Path) -> None:
     for name, value in saved.items():
         if getattr(args, name) != value:
             flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{folder} was trained with {flag} {value}, this job has {getattr(args, name)}")
+            raise DataError(f"{folder} was trained with {flag} {value}, this job has {getattr(args, name)}")
 
 
 def _distributed_torch_adam(optimizer: Any) -> DistributedOptimizer | None:

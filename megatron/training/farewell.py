@@ -10,7 +10,9 @@ import os
 import time
 from datetime import timedelta
 
-from torch.distributed import DistError, PrefixStore, Store, TCPStore
+from torch.distributed import DistError, PrefixStore, Store
+
+from megatron.training.rendezvous import agent_store
 
 # How long a rank that stops waits: for ranks that are still starting, and for ranks at work, which notice
 # that it is gone.
@@ -29,7 +31,7 @@ class Farewell:
     def __init__(self) -> None:
         self._world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self._checked = False
-        self._store = _agent_store() if self._world_size > 1 else None
+        self._store = _own_part() if self._world_size > 1 else None
 
     def checked(self) -> None:
         """Note that this rank's input is in order and that it goes on to work with the others."""
@@ -68,17 +70,8 @@ class Farewell:
             return self._world_size
 
 
-def _agent_store() -> Store | None:
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    try:
-        store = TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            timeout=timedelta(seconds=WORKING_S),
-        )
-    except DistError:
-        return None
+def _own_part() -> Store | None:
+    store = agent_store(timedelta(seconds=WORKING_S))
     # The counts of an earlier start of the same job must not be taken for this one's.
-    return PrefixStore(f"farewell/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    prefix = f"farewell/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    return None if store is None else PrefixStore(prefix, store)

@@ -16,6 +16,7 @@ from helixpipe.megatron_adapter import cpu_backend
 from helixpipe.reliability.monitor import Monitor
 from megatron.training.agreement import agree_on_arguments
 from megatron.training.monitoring import join
+from megatron.training.rendezvous import fresh_store
 
 
 def initialize(args: argparse.Namespace, monitor: Monitor | None = None) -> None:
@@ -39,7 +40,9 @@ def initialize(args: argparse.Namespace, monitor: Monitor | None = None) -> None
     os.environ.setdefault("MASTER_ADDR", "localhost")
     os.environ.setdefault("MASTER_PORT", "29500")
     timeout = timedelta(minutes=args.distributed_timeout_minutes)
-    store, _, _ = next(rendezvous("env://", args.rank, args.world_size, timeout=timeout))
+    store = fresh_store(args.rank, args.world_size, timeout)
+    if store is None:
+        store, _, _ = next(rendezvous("env://", args.rank, args.world_size, timeout=timeout))
     store.set_timeout(timeout)
     before = dist.PrefixStore("before", store)
     if monitor is not None:

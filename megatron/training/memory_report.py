@@ -98,7 +98,7 @@ def _recompute(args: argparse.Namespace) -> Recompute:
     ]
 
 
-def explains_out_of_memory(run: Callable[..., None]) -> Callable[..., None]:
+def explains_out_of_memory(run: Callable[..., int]) -> Callable[..., int]:
     """Decorate a function of the parsed arguments: where memory runs out, say what to change.
 
     Raises:
@@ -106,9 +106,9 @@ def explains_out_of_memory(run: Callable[..., None]) -> Callable[..., None]:
     """
 
     @functools.wraps(run)
-    def wrapper(args: argparse.Namespace, *others: Any, **named: Any) -> None:
+    def wrapper(args: argparse.Namespace, *others: Any, **named: Any) -> int:
         try:
-            run(args, *others, **named)
+            return run(args, *others, **named)
         except OutOfMemory as error:
             raise OutOfMemory(f"{error}; {what_to_change(args)}") from error
         except RuntimeError as error:

@@ -7,6 +7,7 @@ import json
 import math
 import resource
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from megatron.core import parallel_state
 from helixpipe.megatron_adapter.schedule import device
 from helixpipe.plan import Plan
 from helixpipe.plan.timeline import Timeline
+from helixpipe.reliability.loss_spikes import LossSpikes
 from helixpipe.runtime.trace import Trace
 
 
@@ -45,8 +47,9 @@ def gather_metrics(
     elapsed_ms: float,
     learning_rate: float,
     trace: Trace,
-) -> IterationMetrics:
-    """Combine what each rank knows, in one collective.
+    news: Sequence[int] = (),
+) -> tuple[IterationMetrics, list[list[int]]]:
+    """Combine what each rank knows, in one collective; with the news of all ranks.
 
     Args:
         args: parsed arguments.
@@ -56,16 +59,18 @@ def gather_metrics(
         elapsed_ms: this rank's time for the iteration, optimizer included.
         learning_rate: used in this iteration.
         trace: what this rank ran.
+        news: whatever else this rank has to tell the others; of the same length everywhere.
     """
     loss_sum, tokens = sum_losses(losses)
     mine = [loss_sum, tokens, elapsed_ms, trace.total_ms(), trace.busy_ms(), float(_peak_memory_bytes())]
+    mine += map(float, news)
     table = torch.zeros(dist.get_world_size(), len(mine), dtype=torch.float64, device=device())
     table[dist.get_rank()] = torch.tensor(mine, dtype=torch.float64)
     dist.all_reduce(table)
-    loss_sums, token_counts, elapsed, total, busy, memory = table.T.tolist()
+    loss_sums, token_counts, elapsed, total, busy, memory, *told = table.T.tolist()
     elapsed_ms = max(elapsed)
     span = max(total)
-    return IterationMetrics(
+    metrics = IterationMetrics(
         iteration=iteration,
         lm_loss=_mean_loss(loss_sums, token_counts),
         grad_norm=grad_norm,
@@ -76,6 +81,7 @@ def gather_metrics(
         schedule=args.pipeline_schedule,
         learning_rate=learning_rate,
     )
+    return metrics, [[int(value) for value in column] for column in told]
 
 
 def sum_losses(losses: list[dict[str, torch.Tensor]]) -> tuple[float, float]:
@@ -118,6 +124,7 @@ class Reporter:
         self.args = args
         self._is_writer = args.rank == 0
         self._file = None
+        self._spikes = LossSpikes()
         if self._is_writer and args.metrics_jsonl is not None:
             args.metrics_jsonl.parent.mkdir(parents=True, exist_ok=True)
             _drop_later_lines(args.metrics_jsonl, iteration)
@@ -131,6 +138,9 @@ class Reporter:
             return
         if metrics.iteration % self.args.log_interval == 0:
             print(iteration_line(metrics, self.args), flush=True)
+        spike = self._spikes.check(metrics.lm_loss)
+        if spike:
+            print(f"iteration {metrics.iteration}: {spike}", flush=True)
         if self._file is not None:
             self._file.write(json.dumps(asdict(metrics)) + "\n")
             self._file.flush()

@@ -58,29 +58,23 @@ class _SafePickle:
 
 def what_is_not_data(folder: Path) -> str:
     """What in a checkpoint's pickles is more than plain data, or no pickle at all; empty if nothing is."""
-    for name, read in ((".metadata", _read_table), ("common.pt", _read_common)):
+    for name, read in ((".metadata", read_table), ("common.pt", _read_common)):
         try:
-            read(folder / name)
-        except (
-            pickle.UnpicklingError,
-            EOFError,
-            RuntimeError,
-            AttributeError,
-            IndexError,
-            KeyError,
-        ) as error:
+            read(folder)
+        except Exception as error:  # a damaged pickle may raise anything
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             return f"{folder / name} holds more than plain data; do not use it ({reason})"
     return ""
 
 
-def _read_table(path: Path) -> None:
-    with path.open("rb") as stream:
-        _SafePickle.load(stream)
+def read_table(folder: Path) -> Any:
+    """The table of contents of a checkpoint, a ``torch.distributed.checkpoint.metadata.Metadata``."""
+    with (folder / ".metadata").open("rb") as stream:
+        return _SafePickle.load(stream)
 
 
-def _read_common(path: Path) -> None:
-    torch.load(path, map_location="cpu", weights_only=True)
+def _read_common(folder: Path) -> None:
+    torch.load(folder / "common.pt", map_location="cpu", weights_only=True)
 
 
 @contextmanager

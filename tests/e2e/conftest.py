@@ -126,12 +126,13 @@ def launch_alone(corpus) -> Callable[..., Finished]:
 
     def start(*arguments: object, timeout_s: float = 60) -> Finished:
         command = [sys.executable, "pretrain_gpt.py", *MODEL, "--data-path", str(corpus)]
-        return run([*command, *map(str, arguments)], timeout_s, MASTER_PORT=str(_free_port()))
+        return run([*command, *map(str, arguments)], timeout_s, MASTER_PORT=str(free_port()))
 
     return start
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody uses now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -60,7 +60,8 @@ def test_corrupt_index_on_two_ranks_of_which_one_starts_late(launch, damaged_cor
 
 def test_loss_that_is_not_finite(launch, tmp_path):
     finished = launch(2, *HELIX, "--lr", "1e30", "--save", tmp_path / "saved", timeout_s=60)
-    assert_one_line_per_rank(finished, 2, "iteration 2", "nan", "diverged", "--lr")
+    assert_one_line_per_rank(finished, 2, "iteration 2", "the loss of micro batch 0 is nan", "--lr")
+    assert "exitcode  : 6 " in finished.errors
     assert not list((tmp_path / "saved").iterdir())
 
 

@@ -172,7 +172,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(launch_alone
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
     finished = launch_alone("--load", saved)
-    assert finished.code == 2
+    assert finished.code == 3
     (line,) = finished.errors.splitlines()
     assert line.startswith(
         f"pretrain_gpt: rank 0: error: {victim} has another checksum than when it was saved"
@@ -229,7 +229,7 @@ def test_bad_tracker_stops_the_job(launch_alone, half, tmp_path):
     shutil.copytree(half / "saved", tmp_path / "saved")
     (tmp_path / "saved" / TRACKER).write_text("abc")
     finished = launch_alone("--load", tmp_path / "saved")
-    assert finished.code == 2
+    assert finished.code == 3
     (line,) = finished.errors.splitlines()
     assert line.startswith("pretrain_gpt: rank 0: error: ")
     assert line.endswith("usable: iter_0000002")

@@ -1,13 +1,26 @@
 """Checkpoint folders: interrupted at every step, damaged in every way, and never run as code."""
 
+import json
 import os
 import pickle
+import resource
 import shutil
+from argparse import Namespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedTensor
+from ranks import run_on_ranks
 from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
+from helixpipe.reliability.exit_codes import DataError
 from megatron.training import checkpoint_files
 from megatron.training.checkpoint_files import (
     MANIFEST,
@@ -22,6 +35,7 @@ from megatron.training.checkpoint_files import (
     tracked,
     usable,
 )
+from megatron.training.checkpointing import check_tensors, load_checkpoint
 from megatron.training.safe_pickle import no_code_from_disk, what_is_not_data
 
 FILES = {"__0_0.distcp": b"weights" * 1000, ".metadata": b"table", "common.pt": b""}
@@ -213,3 +227,93 @@ def test_damaged_pickles_end_in_words(tmp_path, content):
     (tmp_path / ".metadata").write_bytes(content)
     torch.save({}, tmp_path / "common.pt")
     assert "do not use it" in what_is_not_data(tmp_path)
+
+
+def sealed(folder):
+    """Give a folder that was tampered with a manifest that fits it again."""
+    names = [path.name for path in folder.iterdir() if path.name != MANIFEST]
+    content = json.loads((folder / MANIFEST).read_text())
+    content["files"] = {name: digest(folder / name)._asdict() for name in names}
+    (folder / MANIFEST).write_text(json.dumps(content))
+    assert problems(folder) == []
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../x", "a/b", "..", ".", ""])
+def test_names_in_a_manifest_stay_in_the_folder(tmp_path, name):
+    folder = save(tmp_path, 1)
+    content = json.loads((folder / MANIFEST).read_text())
+    content["files"][name] = content["files"].pop("common.pt")
+    (folder / MANIFEST).write_text(json.dumps(content))
+    with pytest.raises(DataError, match="which is not a file of this folder"):
+        manifest_of(folder)
+
+
+def table(**tensors):
+    """A table of contents, as torch.distributed.checkpoint pickles it."""
+    return Metadata(
+        {
+            key: TensorStorageMetadata(
+                TensorProperties(dtype=dtype), torch.Size(size), [ChunkStorageMetadata(torch.Size([0]), size)]
+            )
+            for key, (dtype, size) in tensors.items()
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ({"weight": (torch.float32, torch.Size([8]))}, ""),
+        (
+            {"weight": (torch.bfloat16, torch.Size([8]))},
+            "holds weight as torch.bfloat16 of shape (8,), this job needs torch.float32 of shape (8,)",
+        ),
+        ({"weight": (torch.float32, torch.Size([10**9]))}, "of shape (1000000000,), this job needs"),
+        ({"other": (torch.float32, torch.Size([8]))}, "holds no tensor weight"),
+    ],
+    ids=["right", "type", "a billion elements", "missing"],
+)
+def test_a_table_of_contents_must_fit_the_model(tmp_path, saved, message):
+    """Even under a manifest that fits: torch would convert types, and allocate what the table says."""
+    folder = save(tmp_path, 1)
+    (folder / ".metadata").write_bytes(pickle.dumps(table(**saved)))
+    sealed(folder)
+    assert what_is_not_data(folder).startswith(f"{folder / 'common.pt'} holds")
+    torch.save({}, folder / "common.pt")
+    assert what_is_not_data(folder) == ""
+    wanted = {"part": ShardedTensor.from_rank_offsets("weight", torch.zeros(8))}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if message:
+        with pytest.raises(DataError) as caught:
+            check_tensors(folder, wanted)
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+    else:
+        check_tensors(folder, wanted)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
+
+
+def test_a_folder_without_checkpoints_is_a_start_only_where_it_is_saved_to(tmp_path):
+    (tmp_path / "iter_0000002.saving").mkdir()
+    assert load_checkpoint(Namespace(load=tmp_path, save=tmp_path), state=None) == (0, 0)
+    with pytest.raises(DataError, match="holds no checkpoint; to start anew leave it out"):
+        load_checkpoint(Namespace(load=tmp_path, save=tmp_path / "other"), state=None)
+    with pytest.raises(DataError, match="holds no checkpoint"):
+        load_checkpoint(Namespace(load=tmp_path / "mistyped", save=None), state=None)
+
+
+def ranks_with_other_trackers(root):
+    """What a rank says that sees another tracker than the others, as on a file system that lags."""
+    own = root / ("first" if dist.get_rank() == 0 else "second")
+    with pytest.raises(DataError) as caught:
+        load_checkpoint(Namespace(load=own, save=own), state=None)
+    return str(caught.value)
+
+
+def test_ranks_that_see_different_trackers_stop(tmp_path):
+    for iteration in (2, 4):
+        save(tmp_path / "first", iteration)
+    save(tmp_path / "second", 2)
+    for text in run_on_ranks(2, ranks_with_other_trackers, tmp_path):
+        assert "ranks see different checkpoints" in text
+        assert "rank 0: iter_0000004; rank 1: iter_0000002; it must be a shared folder" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,7 +50,7 @@ class PrefixTokenizer:
 
 
 def build_iterators(
-    args: argparse.Namespace, consumed_samples: int
+    args: argparse.Namespace, consumed_samples: int, iteration: int
 ) -> tuple[Iterator[Batch] | None, Iterator[Batch] | None]:
     """Endless iterators over this data-parallel rank's training and validation micro batches.
 
@@ -59,6 +60,7 @@ def build_iterators(
     Args:
         args: parsed arguments.
         consumed_samples: training sequences already seen, over all data-parallel ranks.
+        iteration: the last finished one; tells how much of the validation data was seen.
     """
     if args.dataset.has_prompts:
         raise ValueError(
@@ -77,7 +79,10 @@ def build_iterators(
     if not reads_data:
         return None, None
     train_batches = _batches(args, train, consumed_samples)
-    return train_batches, _batches(args, valid, 0) if args.eval_iters else None
+    if not args.eval_iters:
+        return train_batches, None
+    validated = iteration // args.eval_interval * args.eval_iters * args.global_batch_size
+    return train_batches, _batches(args, valid, validated)
 
 
 def _dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
@@ -125,8 +130,14 @@ def _batches(args: argparse.Namespace, dataset: GPTDataset, consumed_samples: in
         num_workers=args.num_workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=args.num_workers > 0,
+        worker_init_fn=_leave_process_group if args.num_workers > 0 else None,
     )
     return iter(loader)
+
+
+def _leave_process_group(worker: int) -> None:
+    """torchrun sends SIGTERM to a rank's whole process group, but the rank still needs its readers."""
+    os.setpgid(0, 0)
 
 
 def _sampler(args: argparse.Namespace, length: int, consumed_samples: int) -> Iterator[list[int]]:

@@ -1,0 +1,221 @@
+"""Whole training runs inside the ranks of a test, one after the other, with faults put into them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+import pretrain_gpt
+from helixpipe.megatron_adapter import cpu_backend
+from helixpipe.reliability.exit_codes import exit_code_of
+from helixpipe.reliability.record import NoProgress
+from megatron.training import shard_writing, training
+from megatron.training.arguments import parse_arguments
+from megatron.training.initialize import seed_random_states
+from megatron.training.model import unwrap
+
+
+class Fault:
+    """What goes wrong in a run; the base class does nothing.
+
+    Attributes:
+        iteration: the one that is being computed.
+        runs: how often it has been computed.
+        args: of the run.
+    """
+
+    iteration = 0
+    runs = 0
+    args: argparse.Namespace
+
+    def on_build(self, state: Any, schedule: Any) -> None:
+        """The model exists."""
+
+    def on_step(self) -> None:
+        """Gradients of ``iteration`` are about to be computed."""
+
+    def on_gradients(self, state: Any) -> None:
+        """They have been computed."""
+
+
+class BadModule(Fault):
+    """One module's output (or the gradient of it) becomes ``value`` in one micro batch of iteration 2."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        micro_batch: int,
+        value: float,
+        rank: int | None = None,
+        backward: bool = False,
+        times: int = 99,
+    ) -> None:
+        self.rank = rank
+        self.name, self.micro_batch, self.value = name, micro_batch, value
+        self.backward, self.times = backward, times
+
+    def on_build(self, state: Any, schedule: Any) -> None:
+        for chunk in state.model:
+            module = dict(unwrap(chunk).named_modules()).get(self.name)
+            if module is not None and self.rank in (None, dist.get_rank()):
+                module.register_forward_hook(lambda _, inputs, output: self._spoil(schedule, output))
+
+    def _spoil(self, schedule: Any, output: Any) -> Any:
+        now = schedule.trace.current
+        if (
+            now is None
+            or now.micro_batch != self.micro_batch
+            or self.iteration != 2
+            or self.runs > self.times
+        ):
+            return output
+        first, *rest = output if isinstance(output, tuple) else (output,)
+        if self.backward:
+            if first.requires_grad:  # not where the module will be computed again
+                first.register_hook(lambda gradient: gradient * self.value)
+        else:
+            first = first * self.value
+        return (first, *rest) if isinstance(output, tuple) else first
+
+
+class FlippedBit(Fault):
+    """One bit of one reduced gradient, or weight, changes on one rank in iteration 2."""
+
+    def __init__(self, rank: int, what: str) -> None:
+        self.rank, self.what = rank, what
+
+    def on_gradients(self, state: Any) -> None:
+        if self.iteration == 2 and dist.get_rank() == self.rank:
+            parameter = list(unwrap(state.model[0]).parameters())[3]
+            tensor = parameter.main_grad if self.what == "gradient" else parameter.data
+            bits = tensor.view(-1).view(torch.int32)
+            bits[7] ^= 1 << 3
+
+
+class Signalled(Fault):
+    """Signals reach one rank, or each rank in an iteration of its own."""
+
+    def __init__(self, *when: tuple[int, int, signal.Signals]) -> None:
+        self.when = when
+
+    def on_step(self) -> None:
+        for rank, iteration, number in self.when:
+            if (rank, iteration) == (dist.get_rank(), self.iteration):
+                os.kill(os.getpid(), number)
+
+
+class FullDisk(Fault):
+    """The device under one rank's files is full while iteration 2 is saved."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def on_build(self, state: Any, schedule: Any) -> None:
+        if dist.get_rank() == self.rank:
+            shard_writing.Path = self._path
+
+    @staticmethod
+    def _path(name: str) -> Path:
+        return Path("/dev/full" if "iter_0000002" in name else name)
+
+
+class BlockedFolder(Fault):
+    """A file stands where the folder of iteration 2's checkpoint is to be made."""
+
+    def on_step(self) -> None:
+        if self.iteration == 2 and dist.get_rank() == 0:
+            (self.args.save / "iter_0000002.saving").touch()
+
+
+def run_cases(
+    cases: list[tuple[str, Fault]], tensor: int, pipeline: int, common: str
+) -> list[dict[str, Any]]:
+    """Run ``pretrain_gpt.py common + options`` with each fault; what each run came to on this rank."""
+    cpu_backend.install()
+    parallel_state.initialize_model_parallel(tensor, pipeline)
+    return [_run(f"{common} {options}".split(), fault) for options, fault in cases]
+
+
+def _run(arguments: list[str], fault: Fault) -> dict[str, Any]:
+    args = parse_arguments(arguments)
+    fault.args = args
+    seed_random_states(args.seed)
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(args.virtual_stages)
+    before: dict[int, list[torch.Tensor]] = {}
+    seen: dict[str, Any] = {}
+    lines: list[str] = []
+    build, compute = training.build_training_state, training._Run._compute_gradients
+
+    def build_and_spoil(args: Any) -> Any:
+        seen["state"] = build(args)
+        fault.on_build(seen["state"], seen["schedule"])
+        return seen["state"]
+
+    def make_schedule(*options: Any) -> Any:
+        seen["schedule"] = original(*options)
+        return seen["schedule"]
+
+    def compute_and_spoil(run: Any, iteration: int, data: Any) -> Any:
+        fault.runs = fault.runs + 1 if iteration == fault.iteration else 1
+        fault.iteration = iteration
+        before.setdefault(iteration, _everything(seen["state"]))
+        fault.on_step()
+        losses = compute(run, iteration, data)
+        fault.on_gradients(seen["state"])
+        return losses
+
+    original: Callable[..., Any] = training.make_schedule
+    with (
+        mock.patch.object(training, "build_training_state", build_and_spoil),
+        mock.patch.object(training, "make_schedule", make_schedule),
+        mock.patch.object(training._Run, "_compute_gradients", compute_and_spoil),
+        mock.patch.object(shard_writing, "Path", Path),
+        mock.patch("builtins.print", lambda text, **_: lines.append(text)),
+    ):
+        try:
+            code, error = training._train(args, pretrain_gpt.forward_step, _Unwatched()), ""
+        except ValueError as raised:
+            code, error = exit_code_of(raised), str(raised)
+    now = _everything(seen["state"])
+    last = before[max(before)]
+    # Before the first step there are no moments.
+    unchanged = len(last) == len(now) and all(map(torch.equal, last, now))
+    return {
+        "code": code,
+        "error": error,
+        "unchanged": unchanged,
+        "lines": lines,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+class _Unwatched:
+    """In the place of the monitor, which would end this process."""
+
+    progress = NoProgress()
+
+    def enter(self, phase: str, step: int | None = None) -> None:
+        pass
+
+    def reach(self, place: str) -> None:
+        pass
+
+
+def _everything(state: Any) -> list[torch.Tensor]:
+    """Copies of weights and optimizer moments."""
+    tensors = [parameter for chunk in state.model for parameter in chunk.parameters()]
+    for part in state.optimizer.chained_optimizers:
+        for moments in part.optimizer.state.values():
+            tensors += [value for value in moments.values() if isinstance(value, torch.Tensor)]
+    return [tensor.detach().clone() for tensor in tensors]
