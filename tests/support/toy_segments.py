@@ -73,7 +73,7 @@ class ToySegments:
     def _width(edge: int) -> int:
         return 4 + edge % 3
 
-    def layout(self, edge: int) -> MessageLayout:
+    def layout(self, edge: int, micro_batch: int) -> MessageLayout:
         return MessageLayout((torch.Size((ROWS, self._width(edge))), torch.Size((ROWS,))), torch.float64)
 
     def _multiply(self, hidden: Tensor, weight: Tensor) -> Tensor:
