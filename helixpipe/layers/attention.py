@@ -28,9 +28,14 @@ class ForwardResult(NamedTuple):
 
 
 class AttentionBackend(Protocol):
-    """Causal attention of query [b, heads, s, d] over key and value [b, groups, s, d]."""
+    """Attention of query [b, heads, s, d] over key and value [b, groups, t, d].
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> ForwardResult:
+    With ``causal``, s = t and a query sees the keys up to its own; without, all of them.
+    """
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool = True
+    ) -> ForwardResult:
         """Compute the output and the log-sum-exp."""
 
     def backward(
@@ -41,8 +46,14 @@ class AttentionBackend(Protocol):
         value: Tensor,
         result: ForwardResult,
         scale: float,
+        *,
+        causal: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of query, key and value."""
+        """Gradients of query, key and value.
+
+        Output and log-sum-exp in ``result`` may be those over more keys: then these are the gradients
+        through this part of them.
+        """
 
 
 class AtenCpu:
@@ -51,23 +62,33 @@ class AtenCpu:
     # Seen to take grouped heads on 2.13; on 2.6 the kernel reads past the end of key and value.
     TAKES_GROUPS = torch.__version__ >= TorchVersion("2.13")
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> ForwardResult:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool = True
+    ) -> ForwardResult:
         """See :class:`AttentionBackend`."""
         groups = self._groups_to_repeat(query, key)
         return ForwardResult(
             *aten._scaled_dot_product_flash_attention_for_cpu(
-                query, _repeat(key, groups), _repeat(value, groups), 0.0, True, scale=scale
+                query, _repeat(key, groups), _repeat(value, groups), 0.0, causal, scale=scale
             )
         )
 
     def backward(
-        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, result: ForwardResult, scale: float
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        result: ForwardResult,
+        scale: float,
+        *,
+        causal: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :class:`AttentionBackend`."""
         groups = self._groups_to_repeat(query, key)
         grad_query, grad_key, grad_value = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, query, _repeat(key, groups), _repeat(value, groups),
-            result.output, result.log_sum_exp, 0.0, True, scale=scale,
+            result.output, result.log_sum_exp, 0.0, causal, scale=scale,
         )  # fmt: skip
         return grad_query, _sum_groups(grad_key, groups), _sum_groups(grad_value, groups)
 
@@ -78,43 +99,66 @@ class AtenCpu:
 class AtenFlash:
     """PyTorch's built-in FlashAttention-2 for CUDA: float16 and bfloat16."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> ForwardResult:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool = True
+    ) -> ForwardResult:
         """See :class:`AttentionBackend`."""
         output, lse, cum_q, cum_k, max_q, max_k, seed, offset, _ = aten._scaled_dot_product_flash_attention(
-            query, key, value, 0.0, True, False, scale=scale
+            query, key, value, 0.0, causal, False, scale=scale
         )
         return ForwardResult(output, lse, (cum_q, cum_k, max_q, max_k, seed, offset))
 
     def backward(
-        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, result: ForwardResult, scale: float
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        result: ForwardResult,
+        scale: float,
+        *,
+        causal: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :class:`AttentionBackend`."""
         cum_q, cum_k, max_q, max_k, seed, offset = result.extra
         return aten._scaled_dot_product_flash_attention_backward(
             grad, query, key, value, result.output, result.log_sum_exp,
-            cum_q, cum_k, max_q, max_k, 0.0, True, seed, offset, scale=scale,
+            cum_q, cum_k, max_q, max_k, 0.0, causal, seed, offset, scale=scale,
         )  # fmt: skip
 
 
 class AtenEfficient:
     """PyTorch's memory-efficient attention for CUDA: float32, and head sizes that flash does not take."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> ForwardResult:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool = True
+    ) -> ForwardResult:
         """See :class:`AttentionBackend`."""
         groups = query.shape[1] // key.shape[1]
         output, lse, seed, offset = aten._scaled_dot_product_efficient_attention(
-            query, _repeat(key, groups), _repeat(value, groups), None, True, 0.0, True, scale=scale
+            query, _repeat(key, groups), _repeat(value, groups), None, True, 0.0, causal, scale=scale
         )
         return ForwardResult(output, lse, (seed, offset))
 
     def backward(
-        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, result: ForwardResult, scale: float
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        result: ForwardResult,
+        scale: float,
+        *,
+        causal: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :class:`AttentionBackend`."""
         groups = query.shape[1] // key.shape[1]
+        log_sum_exp = result.log_sum_exp
+        # The kernel wants as many as its forward gives: a multiple of 32 queries.
+        log_sum_exp = torch.nn.functional.pad(log_sum_exp, (0, -log_sum_exp.shape[-1] % 32))
         grad_query, grad_key, grad_value, _ = aten._scaled_dot_product_efficient_attention_backward(
             grad, query, _repeat(key, groups), _repeat(value, groups), None,
-            result.output, result.log_sum_exp, *result.extra, 0.0, [True, True, True, False], True,
+            result.output, log_sum_exp, *result.extra, 0.0, [True, True, True, False], causal,
             scale=scale,
         )  # fmt: skip
         return grad_query, _sum_groups(grad_key, groups), _sum_groups(grad_value, groups)
