@@ -141,8 +141,8 @@ def test_ranks(layout):
     check_on_ranks(LAYOUTS[layout])
 
 
-def check_on_ranks(cases):
-    by_rank = run_on_ranks(cases[0].case.world_size, run_cases, cases)
+def check_on_ranks(cases, timeout_s=200):
+    by_rank = run_on_ranks(cases[0].case.world_size, run_cases, cases, timeout_s=timeout_s)
     for case, found in zip(cases, zip(*by_rank, strict=True), strict=True):
         check(case, found)
 
@@ -160,7 +160,7 @@ def test_lengths_from_1_to_4096(pp):
         for num_slices, checkpointed in ((1, 0), (2, None), (4, 4 // pp), (8, None))
         for style, dtype in (*STYLES.items(), ("llama", torch.float64))
     ]
-    check_on_ranks(cases)
+    check_on_ranks(cases, timeout_s=1500)
 
 
 def test_a_changed_sequence_changes_no_other_ones_loss():
