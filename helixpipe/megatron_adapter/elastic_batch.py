@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -25,14 +25,22 @@ class ElasticBatch:
             follows from it.
         sequences: the documents of this data-parallel replica, on the CPU, each [n + 1] token ids of which
             the last is only a label; n is the sequence's length in the plan. The same on all of its ranks.
+        loss_masks: [n] of every sequence, true or one where there is loss on ``sequence[t + 1]``; None for
+            loss on all.
 
     Raises:
-        ValueError: sequences that are not those of the plan.
+        ValueError: sequences or masks that are not those of the plan.
     """
 
-    def __init__(self, plan: ElasticPlan | Recipe, sequences: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        plan: ElasticPlan | Recipe,
+        sequences: Sequence[Tensor],
+        loss_masks: Sequence[Tensor] | None = None,
+    ) -> None:
         self.recipe = plan if isinstance(plan, Recipe) else plan.recipe
         self.sequences = tuple(sequences)
+        self.loss_masks = None if loss_masks is None else tuple(loss_masks)
         self._plan = None if isinstance(plan, Recipe) else plan.plan
         for index, sequence in enumerate(self.sequences):
             if sequence.dim() != 1 or sequence.dtype != torch.long or sequence.is_cuda or len(sequence) < 2:
@@ -41,6 +49,8 @@ class ElasticBatch:
                     f"CPU, found {tuple(sequence.shape)} {sequence.dtype} on {sequence.device}"
                 )
         self._check_lengths()
+        if self.loss_masks is not None:
+            _check_masks(self.sequences, self.loss_masks)
 
     def _check_lengths(self) -> None:
         planned = {piece.sequence: piece.sequence_length for c in self.recipe.chunks for piece in c.pieces}
@@ -61,6 +71,8 @@ class ElasticBatch:
             found.update(self._plan.to_json().encode())
         for sequence in self.sequences:
             found.update(sequence.contiguous().numpy().data)
+        for mask in self.loss_masks or ():
+            found.update(mask.bool().contiguous().numpy().data)
         return found.hexdigest()
 
     def plan(self, num_layers: int) -> Plan:
@@ -94,14 +106,24 @@ class ElasticBatch:
         ]
 
     def _rows(self, chunk: Chunk) -> Tensor:
-        """Tokens, labels, positions and ones, [4, chunk.tokens]."""
-        tokens, labels, positions = zip(*(self._columns(piece) for piece in chunk.pieces), strict=True)
-        rows = [torch.cat(parts) for parts in (tokens, labels, positions)]
-        return torch.stack([*rows, torch.ones_like(rows[0])])
+        """Tokens, labels, positions and loss mask, [4, chunk.tokens]."""
+        rows = zip(*(self._columns(piece) for piece in chunk.pieces), strict=True)
+        return torch.stack([torch.cat(parts) for parts in rows])
 
-    def _columns(self, piece: Piece) -> Iterator[Tensor]:
+    def _columns(self, piece: Piece) -> tuple[Tensor, ...]:
         end = piece.start + piece.length
         ids = self.sequences[piece.sequence]
-        yield ids[piece.start : end]
-        yield ids[piece.start + 1 : end + 1]
-        yield torch.arange(piece.start, end)
+        if self.loss_masks is None:
+            mask = torch.ones(piece.length, dtype=torch.long)
+        else:
+            mask = self.loss_masks[piece.sequence][piece.start : end].long()
+        return ids[piece.start : end], ids[piece.start + 1 : end + 1], torch.arange(piece.start, end), mask
+
+
+def _check_masks(sequences: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+    found, wanted = [tuple(mask.shape) for mask in masks], [(len(ids) - 1,) for ids in sequences]
+    if found != wanted:
+        raise ValueError(
+            "each sequence needs a loss mask that is one shorter than its ids; found masks of shapes "
+            f"{found!s:.60} for {wanted!s:.60}"
+        )

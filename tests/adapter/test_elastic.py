@@ -11,6 +11,7 @@ from elastic_models import (
     forward_step,
     losses_by_sequence,
     recipe_of,
+    reference,
     run_case,
     train_once,
 )
@@ -71,11 +72,13 @@ def test_the_fingerprint_tells_plans_and_tokens_apart():
     assert ElasticBatch(recipe, sequences).fingerprint == batch_of().fingerprint
     others = [*sequences[:-1], sequences[-1] + 1]
     unchecked = recipe_of(replace(CASE, checkpointed=0))
-    found = {
-        batch.fingerprint
-        for batch in (batch_of(), ElasticBatch(recipe, others), ElasticBatch(unchecked, sequences))
-    }
-    assert len(found) == 3
+    batches = (
+        batch_of(),
+        ElasticBatch(recipe, others),
+        ElasticBatch(unchecked, sequences),
+        ElasticBatch(recipe, sequences, masks_of()),
+    )
+    assert len({batch.fingerprint for batch in batches}) == len(batches)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +95,38 @@ def test_the_fingerprint_tells_plans_and_tokens_apart():
 def test_sequences_that_are_not_the_plans_are_refused(change, words):
     with pytest.raises(ValueError, match=words):
         ElasticBatch(recipe_of(CASE), change(documents(CASE)))
+
+
+def masks_of(case=CASE):
+    """No loss on the first third, as of a prompt; none at all on sequence 6, most of which is one chunk."""
+    return [
+        (torch.arange(len(s) - 1) >= (len(s) // 3 if index != 6 else len(s)))
+        for index, s in enumerate(documents(case))
+    ]
+
+
+def test_tokens_without_loss_do_not_count():
+    def change(batch):
+        return ElasticBatch(batch.recipe, batch.sequences, masks_of())
+
+    with pretend_rank(CASE.case):
+        found = run_case(CASE, change)
+    losses, expected = reference(CASE, masks=masks_of())
+    for a, b in zip(found["losses"], losses[0], strict=True):
+        torch.testing.assert_close(torch.as_tensor(a), b, rtol=0, atol=1e-5)
+    for name in expected:
+        assert relative_error(torch.as_tensor(found["gradients"][name]), expected[name]) < 4e-6, name
+    # The prompts' losses would make a difference.
+    _, unmasked = reference(CASE)
+    assert all(relative_error(unmasked[name], expected[name]) > 1e-3 for name in expected)
+
+
+def test_masks_that_do_not_fit_are_refused():
+    masks = masks_of()
+    masks[4] = masks[4][1:]
+    for wrong in (masks, masks[:-1]):
+        with pytest.raises(ValueError, match="a loss mask that is one shorter than its ids; found masks of"):
+            ElasticBatch(recipe_of(CASE), documents(CASE), wrong)
 
 
 def test_a_recipe_that_loses_tokens_is_refused():

@@ -238,12 +238,12 @@ def run_cases(cases: list[ElasticCase]) -> list[dict[str, Any]]:
 
 
 def reference(
-    case: ElasticCase, *, stock_attention: bool = False
+    case: ElasticCase, *, stock_attention: bool = False, masks: Sequence[torch.Tensor] | None = None
 ) -> tuple[list[list[torch.Tensor]], dict[str, torch.Tensor]]:
     """Token losses by replica and sequence, and gradients, of whole sequences one after the other.
 
     By Megatron's function without pipelining, on one rank, with its GPTModel; with ``stock_attention`` also
-    with its own core attention, which holds all scores.
+    with its own core attention, which holds all scores. ``masks``: of all sequences, where there is loss.
     """
     single = replace(case.case, pp=1, tp=1, dp=1, sequence_parallel=False, overlap=False)
     everything = [document for replica in range(case.case.dp) for document in documents(case, replica)]
@@ -253,7 +253,7 @@ def reference(
             chunk.zero_grad_buffer()
         reports = forward_backward_no_pipelining(
             forward_step_func=_whole_sequence_step,
-            data_iterator=iter(everything),
+            data_iterator=zip(everything, masks or [None] * len(everything), strict=True),
             model=chunks,
             num_microbatches=len(everything),
             seq_length=case.case.seq_length,
@@ -264,11 +264,13 @@ def reference(
     return [[next(losses) for _ in case.lengths_of(r)] for r in range(case.case.dp)], gradients
 
 
-def _whole_sequence_step(data_iterator: Iterator[torch.Tensor], model: Any) -> Any:
-    document = next(data_iterator)[None]
+def _whole_sequence_step(data_iterator: Iterator[Any], model: Any) -> Any:
+    document, mask = next(data_iterator)
+    document = document[None]
     positions = torch.arange(document.shape[1] - 1)[None]
     output = model(document[:, :-1], positions, None, labels=document[:, 1:])
-    return output, partial(loss_of_tokens, torch.ones(1, document.shape[1] - 1))
+    ones = torch.ones(1, document.shape[1] - 1)
+    return output, partial(loss_of_tokens, ones if mask is None else mask.float()[None])
 
 
 def _stock_model(case: Case) -> list[torch.nn.Module]:
