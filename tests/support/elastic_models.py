@@ -18,6 +18,7 @@ from models import (
     Case,
     _model_arguments,
     _wrap,
+    build_optimizer,
     build_reference,
     gather_gradients,
     initialize,
@@ -114,6 +115,7 @@ def build_elastic(case: ElasticCase) -> list[torch.nn.Module]:
         model = build_elastic_gpt(
             config,
             LOCAL,
+            case.case.saving,
             pre_process=parallel_state.is_pipeline_first_stage(),
             post_process=parallel_state.is_pipeline_last_stage(),
             **_model_arguments(case.case),
@@ -231,6 +233,46 @@ def _kind(name: str) -> str:
     return re.sub(r"layers\.\d+\.", "", name)
 
 
+def train(case: ElasticCase, steps: int) -> list[tuple[float, float]]:
+    """Mean loss over all ranks and gradient norm of training steps, each with its own batch and plan."""
+    torch.set_num_threads(1)
+    initialize(case.case)
+    replica = parallel_state.get_data_parallel_rank()
+    chunks = build_elastic(case)
+    optimizer = build_optimizer(case.case, chunks)
+    schedule = ElasticForwardBackward(clock=HostClock())
+    history = []
+    for step in range(steps):
+        this = replace(case, num_slices=1 + step % case.num_slices)
+        batch = ElasticBatch(recipe_of(this, replica), documents(case, replica, seed=step))
+        optimizer.zero_grad()
+        reports = train_once(case, chunks, schedule, batch)
+        is_counted = parallel_state.get_tensor_model_parallel_rank() == 0
+        total = sum((r["lm loss"] for r in reports if is_counted), torch.zeros(2)).double()
+        torch.distributed.all_reduce(total)
+        _, norm, _ = optimizer.step()
+        history.append((float(total[0] / total[1]), float(norm)))
+    return history
+
+
+def train_reference(case: ElasticCase, steps: int) -> list[tuple[float, float]]:
+    """The same on one rank, with whole sequences under Megatron's function."""
+    torch.set_num_threads(1)
+    single = _single(case)
+    initialize(single)
+    chunks = build_reference(single)
+    optimizer = build_optimizer(single, chunks)
+    history = []
+    for step in range(steps):
+        everything = [d for replica in range(case.case.dp) for d in documents(case, replica, seed=step)]
+        optimizer.zero_grad()
+        reports = _run_whole(chunks, everything)
+        total = sum((r["lm loss"] for r in reports), torch.zeros(2))
+        _, norm, _ = optimizer.step()
+        history.append((float(total[0] / total[1]), float(norm)))
+    return history
+
+
 def run_cases(cases: list[ElasticCase]) -> list[dict[str, Any]]:
     """:func:`run_case` for several cases of one layout."""
     torch.set_num_threads(1)
@@ -245,23 +287,37 @@ def reference(
     By Megatron's function without pipelining, on one rank, with its GPTModel; with ``stock_attention`` also
     with its own core attention, which holds all scores. ``masks``: of all sequences, where there is loss.
     """
-    single = replace(case.case, pp=1, tp=1, dp=1, sequence_parallel=False, overlap=False)
+    single = _single(case)
     everything = [document for replica in range(case.case.dp) for document in documents(case, replica)]
     with pretend_rank(single):
         chunks = _stock_model(single) if stock_attention else build_reference(single)
-        for chunk in chunks:
-            chunk.zero_grad_buffer()
-        reports = forward_backward_no_pipelining(
-            forward_step_func=_whole_sequence_step,
-            data_iterator=zip(everything, masks or [None] * len(everything), strict=True),
-            model=chunks,
-            num_microbatches=len(everything),
-            seq_length=case.case.seq_length,
-            micro_batch_size=1,
-        )
+        reports = _run_whole(chunks, everything, masks)
         gradients = gather_gradients(chunks)
     losses = iter([report["tokens"] for report in reports])
     return [[next(losses) for _ in case.lengths_of(r)] for r in range(case.case.dp)], gradients
+
+
+def _single(case: ElasticCase) -> Case:
+    return replace(
+        case.case, pp=1, tp=1, dp=1, sequence_parallel=False, overlap=False, distributed_optimizer=False
+    )
+
+
+def _run_whole(
+    chunks: list[torch.nn.Module],
+    sequences: Sequence[torch.Tensor],
+    masks: Sequence[torch.Tensor] | None = None,
+) -> list[Any]:
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    return forward_backward_no_pipelining(
+        forward_step_func=_whole_sequence_step,
+        data_iterator=zip(sequences, masks or [None] * len(sequences), strict=True),
+        model=chunks,
+        num_microbatches=len(sequences),
+        seq_length=max(map(len, sequences)) - 1,
+        micro_batch_size=1,
+    )
 
 
 def _whole_sequence_step(data_iterator: Iterator[Any], model: Any) -> Any:

@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
-from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from helixpipe.layers.elastic.context import ContextStore
 from helixpipe.layers.elastic.core_attention import SliceCoreAttention
 from helixpipe.layers.elastic.layout import ChunkLayout
+from helixpipe.layers.gpt import ChunkedLossGPTModel
+from helixpipe.layers.saving_layer import NOTHING_SAVED, MemorySaving
 from helixpipe.layers.spec import block_spec
 
 
@@ -29,12 +30,12 @@ class ChunkRun(NamedTuple):
     num_checkpointed: int
 
 
-class ElasticGPTModel(GPTModel):
+class ElasticGPTModel(ChunkedLossGPTModel):
     """Megatron's model, called with one chunk at a time: [1, T] tokens, of which T differs.
 
     Args:
         contexts: where the stage's layers keep keys and values of slices.
-        args, arguments: GPTModel's.
+        args, arguments: those of :class:`ChunkedLossGPTModel`.
 
     Attributes:
         run: to be set before each call.
@@ -80,24 +81,35 @@ def _whole_layers_recomputed(config: TransformerConfig, count: int) -> Iterator[
         config.recompute_granularity = config.recompute_method = config.recompute_num_layers = None
 
 
-def build_elastic_gpt(config: TransformerConfig, implementation: str, **arguments: Any) -> ElasticGPTModel:
+def build_elastic_gpt(
+    config: TransformerConfig,
+    implementation: str,
+    saving: MemorySaving = NOTHING_SAVED,
+    **arguments: Any,
+) -> ElasticGPTModel:
     """The model of this rank's stage for elastic schedules.
 
     Args:
         config: the model's configuration.
         implementation: ``local`` or ``transformer_engine``, see :func:`helixpipe.layers.spec.layer_spec`.
+        saving: what to do to keep less beside what plans decide; MLP and loss may run in chunks.
         arguments: the rest of GPTModel's.
 
     Raises:
         ValueError: an option that would be ignored or wrong.
     """
+    if saving.recompute_without_attention:
+        raise ValueError(
+            "the elastic schedule recomputes whole layers, as its plan says; leave "
+            "--recompute-without-attention out"
+        )
     check_supported(config, arguments.get("position_embedding_type", "learned_absolute"))
     contexts = ContextStore()
-    spec = block_spec(config, implementation)
+    spec = block_spec(config, implementation, saving=saving)
     for layer in spec.layer_specs:
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = partial(SliceCoreAttention, contexts=contexts)
-    return ElasticGPTModel(contexts, config, spec, **arguments)
+    return ElasticGPTModel(contexts, saving.loss_chunk_size, config, spec, **arguments)
 
 
 def check_supported(config: TransformerConfig, position_embedding_type: str) -> None:

@@ -265,6 +265,12 @@ def test_more_checkpointed_layers_than_there_are_are_refused():
         call(data_iterator=iter([batch]))
 
 
+def test_recomputation_without_attention_is_refused():
+    case = elastic(1, without_attention=True)
+    with pretend_rank(case.case), pytest.raises(ValueError, match="leave --recompute-without-attention out"):
+        build_elastic(case)
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [

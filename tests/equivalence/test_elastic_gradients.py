@@ -1,7 +1,7 @@
 """Elastic schedules against whole sequences, one after the other, under Megatron's own functions.
 
 Slices and packing only change the order of sums. Measured errors of gradients are below 2e-6 in fp32 and
-5e-15 in fp64; of the tokens' losses, which Megatron computes in fp32 always, below 7e-6 and none.
+5e-15 in fp64; of the tokens' losses, which Megatron computes in fp32 always, below 2e-6 and none.
 Tensor-parallel ranks sum those fp32 losses over the vocabulary in another order than one rank: 2e-8 in fp64.
 """
 
@@ -10,7 +10,17 @@ from functools import cache
 
 import pytest
 import torch
-from elastic_models import MIXED, SMALL, elastic, recipe_of, reference, run_case, run_cases
+from elastic_models import (
+    MIXED,
+    SMALL,
+    elastic,
+    recipe_of,
+    reference,
+    run_case,
+    run_cases,
+    train,
+    train_reference,
+)
 from models import relative_error
 from pretend import pretend_rank
 from ranks import run_on_ranks
@@ -22,8 +32,8 @@ from helixpipe.megatron_adapter.elastic_batch import ElasticBatch
 # Each gradient tensor: norm of the difference over its norm.
 TOLERANCE = {torch.float32: 4e-6, torch.float64: 1e-14}
 TOLERANCE_OF_FP32_LOSS = 1e-7
-# Each token's loss, of about 5.
-LOSS_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-6}
+# Each token's loss; of less than 1 the difference.
+LOSS_TOLERANCE = {torch.float32: 4e-6, torch.float64: 1e-6}
 STYLES = {"gpt": torch.float64, "llama": torch.float32}
 
 
@@ -36,7 +46,9 @@ def reference_of(case, **options):
     """Slices, stages and checkpointing make no difference to the reference."""
     same = replace(
         case,
-        case=replace(case.case, pp=1, tp=1, sequence_parallel=False, overlap=False),
+        case=replace(
+            case.case, pp=1, tp=1, sequence_parallel=False, overlap=False, loss_chunk=None, mlp_chunk=None
+        ),
         num_slices=1,
         checkpointed=0,
         pipelines=1,
@@ -48,7 +60,7 @@ def errors_of(found, expected):
     """Largest error of a token's loss, and of each gradient tensor."""
     losses, gradients = expected
     of_losses = [
-        float((torch.as_tensor(a) - b).abs().max())
+        float(((torch.as_tensor(a) - b).abs() / b.abs().clamp_min(1)).max())
         for result in found
         if result["losses"] is not None
         for a, b in zip(result["losses"], losses[result["replica"]], strict=True)
@@ -106,6 +118,12 @@ def test_megatrons_own_core_attention(style):
     check(case, run_here(case), stock_attention=True)
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_loss_and_mlp_in_chunks(style):
+    case = elastic(1, style=style, checkpointed=None, loss_chunk=10, mlp_chunk=7)
+    check(case, run_here(case))
+
+
 def ranks_cases(pp):
     for style, dtype in STYLES.items():
         case = elastic(pp, style=style, dtype=dtype)
@@ -113,6 +131,8 @@ def ranks_cases(pp):
         yield replace(case, num_slices=8, checkpointed=None, pipelines=2)
     yield replace(case, num_slices=2, checkpointed=4 // pp)
     yield replace(case, num_slices=1)
+    if pp == 2:
+        yield elastic(pp, style="llama", lengths=(700, 4096, 1, 33), num_layers=2, checkpointed=None)
 
 
 def parallel_cases(**layout):
@@ -122,6 +142,7 @@ def parallel_cases(**layout):
     if base.case.tp > 1:
         for style, dtype in STYLES.items():
             yield replace(base, case=replace(base.case, style=style, dtype=dtype, sequence_parallel=True))
+        yield elastic(sequence_parallel=True, loss_chunk=10, mlp_chunk=7, checkpointed=None, **layout)
     if base.case.dp > 1:
         yield replace(base, num_slices=2, case=replace(base.case, overlap=True))
         yield replace(base, case=replace(base.case, overlap=True, distributed_optimizer=False, tied=False))
@@ -150,6 +171,20 @@ def check_on_ranks(cases, timeout_s=200):
 def test_replicas_have_different_numbers_of_chunks():
     case = LAYOUTS["pp2-dp2"][0]
     assert len({len(recipe_of(case, replica).chunks) for replica in range(2)}) == 2
+
+
+def test_training_steps_give_the_same_losses():
+    """Other plans at every step, on replicas with other numbers of chunks, with everything overlapped."""
+    case = elastic(
+        2, dp=2, style="llama", num_slices=4, checkpointed=None, distributed_optimizer=True, overlap=True,
+        num_layers=2,
+    )  # fmt: skip
+    histories = run_on_ranks(4, train, case, 5)
+    (expected,) = run_on_ranks(1, train_reference, case, 5)
+    assert abs(expected[-1][0] - expected[0][0]) > 1e-2
+    for history in histories:
+        for found, wanted in zip(history, expected, strict=True):
+            assert found == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.slow
@@ -189,7 +224,7 @@ def test_one_wrong_label_is_noticed():
         return ElasticBatch(batch.recipe, others)
 
     loss, gradients = errors_of(run_here(case, change), reference_of(case))
-    assert loss > 0.1
+    assert loss > 0.01
     assert max(gradients.values()) > 1e-3
 
 
