@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from helixpipe.commands import elastic, measurement, planning, prediction
+from helixpipe.commands import elastic, lengths, measurement, planning, prediction
 
 EXIT_USAGE = 2
 
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="helixpipe", description="Plan and look at pipeline schedules.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (planning, prediction, measurement, elastic):
+    for module in (planning, prediction, measurement, lengths, elastic):
         module.add_parsers(commands.add_parser)
     return parser
 

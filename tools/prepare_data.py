@@ -2,7 +2,8 @@
 
     python tools/prepare_data.py --input src/ --pattern '*.py' --output-prefix data/src
 
-writes data/src.bin, data/src.idx and data/src.tokenizer.json.
+writes data/src.bin, data/src.idx and data/src.tokenizer.json. With --prompt-key, an object of a JSONL file is
+a prompt and a response, and training has no loss on the prompt.
 """
 
 import argparse
@@ -24,6 +25,8 @@ from megatron.training.data.corpus import (
 from megatron.training.data.prefix import END_OF_DOCUMENT
 
 _PROGRAM = "prepare_data"
+_TEXT_KEY = "text"
+_RESPONSE_KEY = "response"
 
 
 class _Stopped(BaseException):
@@ -84,7 +87,17 @@ def _parse(argv: Sequence[str] | None) -> PreparationOptions:
         metavar="GLOB",
         help="names of files and folders to leave out of a directory, such as '.*' tests",
     )
-    add("--json-key", default="text", metavar="KEY", help="JSONL key of the text (default: %(default)s)")
+    add("--json-key", metavar="KEY", help=f"JSONL key of the text (default: {_TEXT_KEY})")
+    add(
+        "--prompt-key",
+        metavar="KEY",
+        help="JSONL key of a prompt, on which there is no loss (only for elastic training)",
+    )
+    add(
+        "--response-key",
+        metavar="KEY",
+        help=f"with --prompt-key: JSONL key of the response (default: {_RESPONSE_KEY})",
+    )
     add(
         "--tokenizer",
         choices=("bpe", "byte"),
@@ -117,12 +130,20 @@ def _parse(argv: Sequence[str] | None) -> PreparationOptions:
         parser.error("--tokenizer-file goes without --tokenizer and --vocab-size")
     if given.tokenizer == "byte" and given.vocab_size:
         parser.error("--vocab-size is for --tokenizer bpe: the byte vocabulary is 257")
+    if given.prompt_key is None and given.response_key is not None:
+        parser.error("--response-key goes with --prompt-key")
+    if given.prompt_key is not None and given.json_key is not None:
+        parser.error("--json-key is for documents without prompts: give --response-key")
+    key = given.json_key or _TEXT_KEY
+    if given.prompt_key is not None:
+        key = given.response_key or _RESPONSE_KEY
     return PreparationOptions(
         inputs=given.input,
         output_prefix=given.output_prefix,
         pattern=given.pattern,
         exclude=given.exclude,
-        json_key=given.json_key,
+        json_key=key,
+        prompt_key=given.prompt_key,
         tokenizer=given.tokenizer or "bpe",
         tokenizer_file=given.tokenizer_file,
         vocab_size=DEFAULT_VOCAB_SIZE if given.vocab_size is None else given.vocab_size,

@@ -1,18 +1,25 @@
-"""``elastic`` and ``elastic-costs``: plan a batch of sequences of different lengths."""
+"""``elastic``, ``elastic-costs`` and ``elastic-profile``: plan batches of sequences of different lengths."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from helixpipe.commands.job import add_workload_arguments, read_workload
 from helixpipe.commands.planning import read_text
-from helixpipe.plan.cost_model import Hardware
+from helixpipe.plan.cost_model import Hardware, Workload, read_model
+
+if TYPE_CHECKING:
+    from helixpipe.elastic.fit import Fit
 
 _GIB = 2**30
+# At which elastic-profile measures the head: long enough for steady rates, with logits that fit anywhere.
+_PIECES_LENGTH = 2048
 
 
 def add_parsers(add: Callable[..., Any]) -> None:
@@ -29,6 +36,23 @@ def add_parsers(add: Callable[..., Any]) -> None:
     costs.add_argument("--measured-layers", type=int, help="that each record ran through")
     costs.add_argument("--output", type=Path, required=True, help="costs.json")
     costs.set_defaults(run=_costs)
+    _add_profile(
+        add("elastic-profile", help="measure what chunks cost here, for elastic; also under torchrun")
+    )
+
+
+def _add_profile(profile: argparse.ArgumentParser) -> None:
+    add = profile.add_argument
+    add("--model", required=True, help="name or file, as for advise")
+    add("--max-seq-length", type=int, required=True, metavar="N", help="tokens of the longest sequence")
+    add("--pipeline-model-parallel-size", type=int, required=True, help="stages p")
+    add("--tensor-model-parallel-size", type=int, default=1)
+    add("--no-sequence-parallel", action="store_true")
+    add("--fp32", action="store_true", help="instead of bf16")
+    add("--repeats", type=int, default=5, help="rounds over all chunks (default 5)")
+    add("--output", type=Path, required=True, help="costs.json")
+    add("--records", type=Path, help="also write what was measured, as elastic-costs takes it")
+    profile.set_defaults(run=_profile)
 
 
 def _add_elastic(elastic: argparse.ArgumentParser) -> None:
@@ -115,8 +139,44 @@ def _costs(args: argparse.Namespace) -> None:
             raise ValueError("--measurements needs --measured-layers of at least 1")
         fit = fit_costs(measurements_from_json(read_text(args.measurements)), costs, args.measured_layers)
         costs = fit.costs
-        print(f"Error on {fit.num_held_out} measurements held out:")
-        for name, error in (("forward", fit.forward), ("backward", fit.backward), ("bytes", fit.bytes)):
-            print(f"  {name}: {error}")
+        _print_errors(fit)
     args.output.write_text(costs_to_json(costs), encoding="utf-8")
     print(f"{costs.source}. Wrote {args.output}")
+
+
+def _print_errors(fit: Fit) -> None:
+    print(f"Error on {fit.num_held_out} measurements held out:")
+    for name, error in (("forward", fit.forward), ("backward", fit.backward), ("bytes", fit.bytes)):
+        print(f"  {name}: {error}")
+
+
+def _profile(args: argparse.Namespace) -> None:
+    from helixpipe.elastic.costs_file import costs_to_json
+    from helixpipe.elastic.fit import fit_costs, measurements_to_json
+    from helixpipe.elastic.preset import profiled_chunk_costs
+
+    for name in ("max_seq_length", "pipeline_model_parallel_size", "repeats"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    workload = Workload(
+        model=read_model(args.model),
+        seq_length=min(args.max_seq_length, _PIECES_LENGTH),
+        tensor_parallel=args.tensor_model_parallel_size,
+        sequence_parallel=not args.no_sequence_parallel,
+        element_bytes=4 if args.fp32 else 2,
+    )
+    # megatron.core warns at import about every optional package that is not installed.
+    warnings.filterwarnings("ignore", module="megatron.core")
+    # torch and Megatron take seconds to import: only this command pays for them.
+    from helixpipe.profiling import profile_chunks
+
+    pieces, measured = profile_chunks(workload, args.max_seq_length, repeats=args.repeats)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if args.records:
+        args.records.write_text(measurements_to_json(measured), encoding="utf-8")
+        print(f"{len(measured)} chunks through one layer. Wrote {args.records}")
+    fit = fit_costs(measured, profiled_chunk_costs(pieces, args.pipeline_model_parallel_size), 1)
+    args.output.write_text(costs_to_json(fit.costs), encoding="utf-8")
+    _print_errors(fit)
+    print(f"{fit.costs.source}. Wrote {args.output}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ class Measurement:
     Attributes:
         context: tokens of earlier slices that the first piece attends to.
         lengths: tokens of each piece.
-        forward_ms, backward_ms: medians.
+        forward_ms, backward_ms: of one forward and one backward.
         bytes: that the forward keeps on one GPU until the backward.
     """
 
@@ -156,6 +156,11 @@ def measurements_from_json(text: str) -> tuple[Measurement, ...]:
     if not isinstance(data, list):
         raise ValueError("measurements: expected a list of records")
     return tuple(_measurement(number, record) for number, record in enumerate(data))
+
+
+def measurements_to_json(measurements: Sequence[Measurement]) -> str:
+    """The records that :func:`measurements_from_json` reads, one on a line."""
+    return "[" + ",\n ".join(json.dumps(asdict(m)) for m in measurements) + "]\n"
 
 
 def _measurement(number: int, record: Any) -> Measurement:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from helixpipe.elastic.checkpointing import OutOfMemory, solve_checkpointing
+from helixpipe.elastic.checkpointing import Checkpointing, OutOfMemory, solve_checkpointing
 from helixpipe.elastic.chunk_schedule import elastic_plan, order_chunks, ready_plan
 from helixpipe.elastic.chunks import Chunk
 from helixpipe.elastic.elastic_plan import ElasticPlan, Prediction, predict
 from helixpipe.elastic.grouping import group_sequences
 from helixpipe.elastic.job import ElasticJob, check_lengths
-from helixpipe.elastic.memory_rows import pipeline_memory
+from helixpipe.elastic.memory_rows import PipelineMemory, pipeline_memory
 from helixpipe.elastic.recipe import Recipe
 from helixpipe.elastic.sequence_processor import equal_time_mesh, make_chunks, pack_to_length
 
@@ -167,6 +167,25 @@ def solve(chunks: tuple[Chunk, ...], pipelines: Sequence[int], job: ElasticJob) 
     Raises:
         OutOfMemory: checkpointing everything is not enough.
     """
+
+    def solved(memory: PipelineMemory, part: Sequence[Chunk]) -> Checkpointing:
+        return solve_checkpointing(
+            memory,
+            [job.costs.recompute_ms(chunk) for chunk in part],
+            gap=job.gap,
+            time_limit_s=job.time_limit_s / _PARTS_OF_TIME * len(part) / len(chunks),
+        )
+
+    return checkpoint_pipelines(chunks, pipelines, job, solved)
+
+
+def checkpoint_pipelines(
+    chunks: tuple[Chunk, ...],
+    pipelines: Sequence[int],
+    job: ElasticJob,
+    decide: Callable[[PipelineMemory, Sequence[Chunk]], Checkpointing],
+) -> tuple[Recipe, float]:
+    """The recipe of ordered chunks whose layers ``decide`` checkpoints, and the seconds that it solved."""
     recipe = Recipe(chunks, tuple(pipelines), ((0,) * len(chunks),) * job.num_stages)
     rows: list[list[int]] = [[] for _ in range(job.num_stages)]
     seconds = 0.0
@@ -179,12 +198,7 @@ def solve(chunks: tuple[Chunk, ...], pipelines: Sequence[int], job: ElasticJob) 
             num_layers=job.num_layers,
             limit_bytes=job.memory_limit_bytes,
         )
-        found = solve_checkpointing(
-            memory,
-            [job.costs.recompute_ms(chunk) for chunk in part],
-            gap=job.gap,
-            time_limit_s=job.time_limit_s / _PARTS_OF_TIME * len(part) / len(chunks),
-        )
+        found = decide(memory, part)
         seconds += found.solver_seconds
         for row, counts in zip(rows, found.counts, strict=True):
             row += counts

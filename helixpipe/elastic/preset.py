@@ -1,13 +1,14 @@
-"""Chunk costs from the analytic model, to plan without a machine."""
+"""Chunk costs from the analytic model, to plan without a machine, or from a profile of the pieces."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from helixpipe.elastic.chunk_costs import ChunkCosts, PassTime
-from helixpipe.plan.cost_model import Hardware, PieceCost, Workload, predict_pieces
+from helixpipe.plan.cost_model import Hardware, PieceCost, Pieces, Workload, predict_pieces
 from helixpipe.plan.cost_model.work import LAYER_PIECES
+from helixpipe.plan.network import Network
 
 # A link so fast that what remains of a prediction is computation.
 _FREE_GB_PER_S = 1e12
@@ -35,13 +36,39 @@ def predict_chunk_costs(workload: Workload, hardware: Hardware, num_stages: int)
         _pass_time(with_links.times, without.times, tokens, t, layer_ms, backward=backward)
         for backward in (False, True)
     ]
+    source = f"{model.name} on {hardware.name}, predicted"
+    return _costs(workload, num_stages, passes, with_links.network, source)
+
+
+def profiled_chunk_costs(pieces: Pieces, num_stages: int) -> ChunkCosts:
+    """What chunks cost by a profile of one sequence length, whose coefficients measured chunks should refine.
+
+    Args:
+        pieces: the profile; of one sequence per micro batch.
+        num_stages: pipeline-parallel size.
+    """
+    workload = pieces.workload
+    tokens, t = workload.tokens, workload.tensor_parallel
+    assert workload.micro_batch_size == 1
+    passes = [
+        _pass_time(pieces.times, pieces.times, tokens, t, 0.0, backward=backward)
+        for backward in (False, True)
+    ]
+    return _costs(workload, num_stages, passes, pieces.network, pieces.source)
+
+
+def _costs(
+    workload: Workload, num_stages: int, passes: Sequence[PassTime], network: Network, source: str
+) -> ChunkCosts:
+    """Costs with the bytes of ``workload``'s model."""
+    model, t, tokens = workload.model, workload.tensor_parallel, workload.tokens
     kept = workload.kept_tensors
     parameters = workload.parameters
     layer = sum(parameters[piece] for piece in ("qkv", "proj", "fc1", "fc2"))
     # Without recomputation the residual is norm2's input.
     layer_bytes = sum(size for name, size in kept.items() if name != "residual")
     return ChunkCosts(
-        source=f"{model.name} on {hardware.name}, predicted",
+        source=source,
         forward=passes[0],
         backward=passes[1],
         token_bytes=layer_bytes * t / tokens,
@@ -53,7 +80,7 @@ def predict_chunk_costs(workload: Workload, hardware: Hardware, num_stages: int)
         layer_state_bytes=workload.static_bytes(layer),
         embedding_state_bytes=workload.static_bytes(parameters["embedding"]),
         head_state_bytes=0 if model.tied and num_stages == 1 else workload.static_bytes(parameters["head"]),
-        network=with_links.network,
+        network=network,
     )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -16,11 +18,13 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
+from helixpipe.elastic.fit import Measurement
 from helixpipe.layers.segmented_gpt import SegmentedGPTModel
 from helixpipe.layers.spec import default_implementation
 from helixpipe.megatron_adapter import cpu_backend
 from helixpipe.plan.cost_model import PieceCost, Pieces, Workload
 from helixpipe.plan.network import Network
+from helixpipe.profiling.chunks import chunk_shapes, measure_chunks
 from helixpipe.profiling.layer import measure_pieces
 from helixpipe.profiling.links import measure_network
 from helixpipe.profiling.stopwatch import Stopwatch
@@ -42,23 +46,56 @@ def profile(workload: Workload, *, repeats: int = 5, alive: int = 4) -> Pieces:
     Raises:
         ValueError: a world size that is no multiple of the tensor-parallel size.
     """
+    with _job(workload):
+        return _measure(workload, repeats, alive)
+
+
+def profile_chunks(
+    workload: Workload, max_seq_length: int, *, repeats: int = 5
+) -> tuple[Pieces, tuple[Measurement, ...]]:
+    """What :func:`profile` measures and one layer over chunks; every rank takes part and gets the same.
+
+    Args:
+        workload: model and sizes; its sequence length is that of the pieces.
+        max_seq_length: of the longest chunk and its context together.
+        repeats: rounds.
+
+    Raises:
+        ValueError: sequences that are too short, or a world size as for :func:`profile`.
+    """
+    shapes = chunk_shapes(max_seq_length, workload.tensor_parallel)
+    with _job(workload):
+        pieces = _measure(workload, repeats, alive=2)
+        stopwatch = Stopwatch(default_clock(), repeats, 2, dist.barrier)
+        device = _device()
+        found = measure_chunks(_model(workload, max_seq_length)[0], shapes, stopwatch, device)
+        times = _mean(tuple(time for m in found for time in (m.forward_ms, m.backward_ms)), device)
+    means = zip(found, times[::2], times[1::2], strict=True)
+    return pieces, tuple(replace(m, forward_ms=forward, backward_ms=back) for m, forward, back in means)
+
+
+@contextmanager
+def _job(workload: Workload) -> Iterator[None]:
+    """The process group and Megatron's groups, made here unless they exist."""
     started_here = not dist.is_initialized()
     if started_here:
         _join(workload)
     try:
-        return _measure(workload, repeats, alive)
+        yield
     finally:
         if started_here:
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
 
 
+def _device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
 def _measure(workload: Workload, repeats: int, alive: int) -> Pieces:
-    device = (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    device = _device()
     stopwatch = Stopwatch(default_clock(), repeats, alive, dist.barrier)
     model, wrapped = _model(workload)
     times = measure_pieces(model, workload, stopwatch, device)
@@ -114,7 +151,9 @@ def prepare(workload: Workload, world_size: int) -> None:
         model_parallel_cuda_manual_seed(1, force_reset_rng=True)
 
 
-def _model(workload: Workload) -> tuple[SegmentedGPTModel, DistributedDataParallel]:
+def _model(
+    workload: Workload, max_seq_length: int | None = None
+) -> tuple[SegmentedGPTModel, DistributedDataParallel]:
     """One layer with both ends, wrapped as for training: gradients go where the optimizer finds them."""
     shape = workload.model
     fuse = torch.cuda.is_available()
@@ -146,7 +185,7 @@ def _model(workload: Workload) -> tuple[SegmentedGPTModel, DistributedDataParall
         default_implementation(),
         range(0, 3, 2),
         -(-shape.vocab_size // multiple) * multiple,
-        workload.seq_length,
+        max_seq_length or workload.seq_length,
         share_embeddings_and_output_weights=shape.tied,
         position_embedding_type="rope" if shape.gated else "learned_absolute",
     ).cuda()

@@ -55,6 +55,14 @@ class Stopwatch:
                 backwards += [self.clock.elapsed_ms(*pair) for pair in marks[1]]
         return Times(statistics.median(forwards), statistics.median(backwards))
 
+    def round(self, function: Function, inputs: Sequence[Tensor]) -> Times:
+        """Times of one round of ``function(*inputs)``, the first as well as a later one."""
+        self.align()
+        forwards, backwards = (
+            [self.clock.elapsed_ms(*pair) for pair in marks] for marks in self._round(function, inputs)
+        )
+        return Times(statistics.median(forwards), statistics.median(backwards))
+
     def plain(self, function: Callable[[], object]) -> float:
         """Median milliseconds of a function without gradients."""
         samples = []

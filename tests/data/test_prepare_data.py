@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
+from helixpipe.data import index_file
 from megatron.training.data import corpus, prefix, staging
 from megatron.training.data.corpus import PreparationOptions, prepare_dataset
 from megatron.training.data.prefix import (
@@ -520,7 +521,7 @@ def test_reading_agrees_with_megatron(whole):
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     dataset = IndexedDataset(str(whole))
-    index = prefix._open_index(dataset_paths(whole).idx)
+    index = index_file.open_index(dataset_paths(whole).idx)
     assert index.dtype == dataset.index.dtype
     assert np.array_equal(index.lengths, dataset.sequence_lengths)
     assert np.array_equal(index.pointers, dataset.index.sequence_pointers)
@@ -538,7 +539,7 @@ def test_reading_agrees_with_megatron(whole):
 def test_documents_of_several_sequences_and_of_none(copy, monkeypatch, documents, dtype, step):
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    monkeypatch.setattr(prefix, "_ENTRIES_PER_STEP", step)
+    monkeypatch.setattr(index_file, "_ENTRIES_PER_STEP", step)
     paths = dataset_paths(copy)
     builder = IndexedDatasetBuilder(paths.bin, dtype=dtype)
     for lengths in documents:
@@ -633,8 +634,8 @@ def test_index_without_documents(copy):
 
 def test_multimodal_index_is_named(copy):
     with open(dataset_paths(copy).idx, "ab") as stream:
-        stream.write(bytes(len(TEXTS)))
-    with pytest.raises(ValueError, match="is a multimodal index"):
+        stream.write(bytes([*[0] * (len(TEXTS) - 2), 7, 1]))
+    with pytest.raises(ValueError, match=rf"is a multimodal index \(sequence {len(TEXTS) - 2} has mode 7\)"):
         inspect_prefix(copy)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
+from helixpipe.data.index_file import LOSS_MODE, PROMPT_MODE
 from megatron.training.data.encoding import Chunk, Encoders
 from megatron.training.data.prefix import (
     END_OF_DOCUMENT,
@@ -49,7 +50,8 @@ class PreparationOptions:
         output_prefix: Path of the dataset's files without their suffixes.
         pattern: Files of a directory are taken if their name matches this glob.
         exclude: Files and folders of a directory are left out if their name matches one of these.
-        json_key: Key of the text in a JSONL object.
+        json_key: Key of the text in a JSONL object; with a prompt key, of the response.
+        prompt_key: Key of the prompt, on which there is no loss; None for documents without.
         tokenizer: Tokenizer to make, "bpe" or "byte".
         tokenizer_file: Existing tokenizer to use; `tokenizer` and `vocab_size` do not apply then.
         vocab_size: Entries of the vocabulary to train, with the end-of-document token.
@@ -64,6 +66,7 @@ class PreparationOptions:
     pattern: str = "*"
     exclude: Sequence[str] = ()
     json_key: str = "text"
+    prompt_key: str | None = None
     tokenizer: str = "bpe"
     tokenizer_file: str | None = None
     vocab_size: int = DEFAULT_VOCAB_SIZE
@@ -103,10 +106,11 @@ class Source(NamedTuple):
 
 
 class Document(NamedTuple):
-    """One text, and the bytes of input that were read to get it."""
+    """One text, the prompt before it, and the bytes of input that were read to get them."""
 
     text: str
     input_bytes: int
+    prompt: str = ""
 
 
 def prepare_dataset(options: PreparationOptions) -> PreparationSummary:
@@ -121,6 +125,8 @@ def prepare_dataset(options: PreparationOptions) -> PreparationSummary:
     _check_options(options)
     paths = dataset_paths(options.output_prefix)
     sources = find_sources(options.inputs, options.pattern, options.exclude, paths)
+    if options.prompt_key is not None:
+        _require_jsonl(sources)
     tokenizer_json = _read_tokenizer(options.tokenizer_file) if options.tokenizer_file else None
     _make_folder(paths)
     stale = tuple(found for path in paths for found in sorted(glob.glob(f"{glob.escape(path)}.tmp-*")))
@@ -212,21 +218,24 @@ def find_sources(
     return sources
 
 
-def read_documents(sources: Iterable[Source], json_key: str, undecodable: set[str]) -> Iterator[Document]:
+def read_documents(
+    sources: Iterable[Source], json_key: str, undecodable: set[str], prompt_key: str | None = None
+) -> Iterator[Document]:
     """Yield the documents of the input in order, empty ones too.
 
     Args:
         sources: Files to read.
         json_key: Key of the text in a JSONL object.
         undecodable: Receives the files in which something had to be replaced by U+FFFD.
+        prompt_key: Key of the prompt before the text; None for documents without.
 
     Raises:
-        ValueError: A file cannot be read, or a JSONL line has no text under the key.
+        ValueError: A file cannot be read, or a JSONL line has no text under a key.
     """
     for source in sources:
         try:
             if source.is_jsonl:
-                yield from _read_json_lines(source.path, json_key, undecodable)
+                yield from _read_json_lines(source.path, json_key, prompt_key, undecodable)
             else:
                 with open(source.path, "rb") as stream:
                     data = stream.read()
@@ -295,12 +304,25 @@ def _check_options(options: PreparationOptions) -> None:
         )
     if options.tokenizer not in ("bpe", "byte"):
         raise ValueError(f"unknown tokenizer {options.tokenizer!r}: give bpe or byte")
+    if options.prompt_key is not None and options.prompt_key == options.json_key:
+        raise ValueError(
+            f"--prompt-key and --response-key are both {options.prompt_key!r}: name two keys of an object"
+        )
     if options.workers < 1:
         raise ValueError(f"--workers is {options.workers}: give 1 or more")
     if options.min_document_tokens < 1:
         raise ValueError(f"--min-document-tokens is {options.min_document_tokens}: give 1 or more")
     if not options.overwrite:
         refuse_existing(dataset_paths(prefix))
+
+
+def _require_jsonl(sources: Sequence[Source]) -> None:
+    for source in sources:
+        if not source.is_jsonl:
+            raise ValueError(
+                f"{source.path}: a text file has no prompts: give {' or '.join(_JSON_SUFFIXES)} files with "
+                "--prompt-key, or a --pattern that takes them alone"
+            )
 
 
 def _make_folder(paths: DatasetPaths) -> None:
@@ -343,25 +365,34 @@ def _walk(root: str, pattern: str, exclude: Sequence[str], own: Sequence[str]) -
     return sorted(found, key=lambda path: path.split(os.sep))
 
 
-def _read_json_lines(path: str, json_key: str, undecodable: set[str]) -> Iterator[Document]:
+def _read_json_lines(
+    path: str, json_key: str, prompt_key: str | None, undecodable: set[str]
+) -> Iterator[Document]:
+    def text_of(value: dict[str, Any], key: str, option: str) -> str:
+        text = _json_text(value, place, key, option)
+        if text.isascii():
+            return text
+        # JSON can escape half of a surrogate pair, which no encoder takes.
+        whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        if whole != text:
+            undecodable.add(path)
+        return whole
+
     with open(path, "rb") as stream:
         unreported = 0
         for number, line in enumerate(stream, start=1):
             unreported += len(line)
             if line.isspace():
                 continue
-            text = _json_text(line, f"{path}:{number}", json_key)
-            if not text.isascii():
-                # JSON can escape half of a surrogate pair, which no encoder takes.
-                whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-                if whole != text:
-                    undecodable.add(path)
-                text = whole
-            yield Document(text, unreported)
+            place = f"{path}:{number}"
+            value = _json_object(line, place, json_key)
+            prompt = "" if prompt_key is None else text_of(value, prompt_key, "--prompt-key")
+            option = "--json-key" if prompt_key is None else "--response-key"
+            yield Document(text_of(value, json_key, option), unreported, prompt)
             unreported = 0
 
 
-def _json_text(line: bytes, place: str, json_key: str) -> str:
+def _json_object(line: bytes, place: str, json_key: str) -> dict[str, Any]:
     try:
         value: Any = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -372,12 +403,16 @@ def _json_text(line: bytes, place: str, json_key: str) -> str:
         ) from error
     if not isinstance(value, dict):
         raise ValueError(f"{place}: is not a JSON object: write it as {{{json_key!r}: ...}}")
-    if json_key not in value:
-        keys = ", ".join(repr(key) for key in list(value)[:5]) or "none"
-        raise ValueError(f"{place}: has no key {json_key!r} (keys: {keys}): set --json-key")
-    text = value[json_key]
+    return value
+
+
+def _json_text(value: dict[str, Any], place: str, key: str, option: str) -> str:
+    if key not in value:
+        keys = ", ".join(repr(found) for found in list(value)[:5]) or "none"
+        raise ValueError(f"{place}: has no key {key!r} (keys: {keys}): set {option}")
+    text = value[key]
     if not isinstance(text, str):
-        raise ValueError(f"{place}: the value of {json_key!r} is not a string: set --json-key to the text")
+        raise ValueError(f"{place}: the value of {key!r} is not a string: set {option} to the text")
     return text
 
 
@@ -398,7 +433,9 @@ def _make_tokenizer(options: PreparationOptions, sources: list[Source], undecoda
     with _progress_bar(options, sources, "training tokenizer") as bar:
 
         def texts() -> Iterator[str]:
-            for document in read_documents(sources, options.json_key, undecodable):
+            for document in read_documents(sources, options.json_key, undecodable, options.prompt_key):
+                if document.prompt:
+                    yield document.prompt
                 yield document.text
                 bar.update(document.input_bytes)
 
@@ -428,17 +465,20 @@ def _write_tokens(
     tokenizer = Tokenizer.from_str(tokenizer_json)
     dtype = dtype_class.optimal_dtype(vocabulary_size(tokenizer))
     empty = short = 0
-    chunks = _split_chunks(read_documents(sources, options.json_key, undecodable))
+    documents = read_documents(sources, options.json_key, undecodable, options.prompt_key)
+    chunks = _split_chunks(documents)
     encoders = Encoders(options.workers, tokenizer_json, dtype, options.min_document_tokens)
-    builder = builder_class(temporary.bin, dtype=dtype)
+    builder = builder_class(temporary.bin, dtype=dtype, multimodal=options.prompt_key is not None)
     try:
         with encoders, _progress_bar(options, sources, "encoding") as bar:
             for encoded, input_bytes in encoders.encode(chunks):
                 start = 0
-                for length in encoded.lengths:
+                for length, prompt_length in zip(encoded.lengths, encoded.prompt_lengths, strict=True):
                     # A copy, because torch warns about arrays that cannot be written to.
-                    document = encoded.tokens[start : start + length].copy()
-                    builder.add_item(torch.from_numpy(document))
+                    document = torch.from_numpy(encoded.tokens[start : start + length].copy())
+                    if prompt_length:
+                        builder.add_item(document[:prompt_length], mode=PROMPT_MODE)
+                    builder.add_item(document[prompt_length:], mode=LOSS_MODE)
                     builder.end_document()
                     start += length
                 empty += encoded.empty
@@ -449,7 +489,8 @@ def _write_tokens(
         # finalize() closes it too; on a full disk closing fails again while flushing.
         with contextlib.suppress(OSError):
             builder.data_file.close()
-    return np.array(builder.sequence_lengths, dtype=np.int64), empty, short
+    ends = np.cumsum([0, *builder.sequence_lengths])
+    return np.diff(ends[builder.document_indices]), empty, short
 
 
 def _import_megatron() -> tuple[Any, Any, Any]:
@@ -463,13 +504,13 @@ def _import_megatron() -> tuple[Any, Any, Any]:
 
 
 def _split_chunks(documents: Iterable[Document]) -> Iterator[Chunk]:
-    texts: list[str] = []
-    size = 0
+    chunk = Chunk([], [], 0)
     for document in documents:
-        texts.append(document.text)
-        size += document.input_bytes
-        if size >= _CHUNK_BYTES:
-            yield Chunk(texts, size)
-            texts, size = [], 0
-    if texts:
-        yield Chunk(texts, size)
+        chunk.texts.append(document.text)
+        chunk.prompts.append(document.prompt)
+        chunk = chunk._replace(input_bytes=chunk.input_bytes + document.input_bytes)
+        if chunk.input_bytes >= _CHUNK_BYTES:
+            yield chunk
+            chunk = Chunk([], [], 0)
+    if chunk.texts:
+        yield chunk

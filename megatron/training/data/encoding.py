@@ -21,17 +21,22 @@ _CHUNKS_AHEAD = 4
 
 
 class Chunk(NamedTuple):
-    """Texts to encode together, and the bytes of input that were read to get them."""
+    """Texts to encode together, the prompts before them, and the bytes of input that were read for both."""
 
     texts: list[str]
+    prompts: list[str]
     input_bytes: int
 
 
 class EncodedChunk(NamedTuple):
-    """Tokens of the documents that are kept, their lengths, and how many were left out and why."""
+    """Tokens of the documents that are kept, their lengths, and how many were left out and why.
+
+    A document begins with its prompt, whose length may be 0.
+    """
 
     tokens: np.ndarray
     lengths: list[int]
+    prompt_lengths: list[int]
     empty: int
     short: int
 
@@ -135,25 +140,29 @@ def _encode_chunks(connection: Connection, tokenizer_json: str, dtype: str, min_
         while True:
             chunk: Chunk = connection.recv()
             try:
-                reply: object = _encode(tokenizer, chunk.texts, dtype, min_tokens)
+                reply: object = _encode(tokenizer, chunk, dtype, min_tokens)
             except Exception as error:  # the library raises plain Exception
                 reason = " ".join(str(error).split())
                 reply = ValueError(f"the tokenizer cannot encode a document: {reason}")
             connection.send(reply)
 
 
-def _encode(tokenizer: Tokenizer, texts: list[str], dtype: str, min_tokens: int) -> EncodedChunk:
+def _encode(tokenizer: Tokenizer, chunk: Chunk, dtype: str, min_tokens: int) -> EncodedChunk:
     end = end_of_document_id(tokenizer)
-    documents = []
+    # Apart from the response: so is a prompt encoded when the model is asked to go on from it.
+    prompts = iter(tokenizer.encode_batch_fast([p for p in chunk.prompts if p], add_special_tokens=False))
+    documents, prompt_lengths = [], []
     empty = short = 0
-    for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+    texts = tokenizer.encode_batch_fast(chunk.texts, add_special_tokens=False)
+    for encoding, prompt in zip(texts, chunk.prompts, strict=True):
+        before = next(prompts).ids if prompt else []
         ids = encoding.ids
         if not ids:
             empty += 1
-        elif len(ids) < min_tokens:
+        elif len(before) + len(ids) < min_tokens:
             short += 1
         else:
-            ids.append(end)
-            documents.append(np.array(ids, dtype=dtype))
+            documents.append(np.array([*before, *ids, end], dtype=dtype))
+            prompt_lengths.append(len(before))
     tokens = np.concatenate(documents) if documents else np.empty(0, dtype=dtype)
-    return EncodedChunk(tokens, [len(document) for document in documents], empty, short)
+    return EncodedChunk(tokens, [len(document) for document in documents], prompt_lengths, empty, short)

@@ -1,0 +1,1 @@
+"""Lengths of the documents of an indexed dataset. No torch."""

@@ -1,0 +1,143 @@
+"""Global batches of sequences of different lengths, each with the plan that trains it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from helixpipe.data.samples import ShuffledOrder
+from helixpipe.elastic.background import BackgroundPlanner, PlannedBatch
+from helixpipe.elastic.job import ElasticJob
+from helixpipe.elastic.replicas import share_out
+from helixpipe.runtime.shared_planner import SharedPlanner
+from megatron.training.data.variable_length import VariableLengthDataset
+
+State = Mapping[str, int]
+
+
+class ElasticStep(NamedTuple):
+    """What one data-parallel replica does in one iteration.
+
+    Attributes:
+        planned: the plan, and what it cost; sequence i of its recipe is ``sequences[i]``.
+        sequences: [n_i + 1] int64 ids each, on the CPU, for n_i training tokens.
+        loss_masks: [n_i] bool each, where there is loss; None where a dataset has no prompts.
+        samples: number of each sequence in the dataset.
+    """
+
+    planned: PlannedBatch
+    sequences: list[Tensor]
+    loss_masks: list[Tensor] | None
+    samples: tuple[int, ...]
+
+
+class ElasticBatches(Iterator[ElasticStep]):
+    """Endless iterator over a replica's shares of global batches, the next of which is being planned.
+
+    All replicas draw the same global batch, in the order of :class:`ShuffledOrder`, and share it out by the
+    time that sequences take, so the global batches do not depend on the number of replicas. Collective over
+    the ranks of a replica.
+
+    Args:
+        dataset: to draw from.
+        planner: shared by the ranks of this replica; closed by :meth:`close`.
+        global_batch_size: sequences of an iteration over all replicas.
+        seed: of the order.
+        replica, num_replicas: which data-parallel replica this is, and of how many.
+        state: from :meth:`state_dict`, to go on after the last batch that was handed out; None to begin.
+
+    Raises:
+        ValueError: fewer sequences than replicas, or a state that is another dataset's or seed's.
+    """
+
+    def __init__(
+        self,
+        dataset: VariableLengthDataset,
+        planner: SharedPlanner,
+        *,
+        global_batch_size: int,
+        seed: int,
+        replica: int = 0,
+        num_replicas: int = 1,
+        state: State | None = None,
+    ) -> None:
+        if global_batch_size < num_replicas:
+            raise ValueError(
+                f"--global-batch-size {global_batch_size} is less than the data-parallel size "
+                f"{num_replicas}; each replica needs at least one sequence"
+            )
+        self.dataset = dataset
+        self.global_batch_size = global_batch_size
+        self.consumed_samples = 0
+        self._planner = planner
+        self._order = ShuffledOrder(len(dataset), seed)
+        self._replica = replica
+        self._num_replicas = num_replicas
+        if state is not None:
+            self._load(state)
+        self._next = self._submit()
+
+    def __next__(self) -> ElasticStep:
+        """This replica's share of the next global batch; the one after it begins to be planned.
+
+        Raises:
+            ValueError: a batch that no plan fits, or an id outside the vocabulary.
+        """
+        planned, samples = self._planner.result(), self._next
+        self.consumed_samples += self.global_batch_size
+        self._next = self._submit()
+        found = [self.dataset[sample] for sample in samples]
+        masks = [sample.loss_mask for sample in found if sample.loss_mask is not None]
+        return ElasticStep(planned, [sample.ids for sample in found], masks or None, samples)
+
+    def close(self) -> None:
+        """End the planning process; no batch can be had afterwards."""
+        self._planner.close()
+
+    def state_dict(self) -> dict[str, int]:
+        """What is needed to go on after the last batch that was handed out; the same on all ranks."""
+        return {
+            "consumed_samples": self.consumed_samples,
+            "seed": self._order.seed,
+            "num_samples": len(self.dataset),
+            "max_seq_length": self.dataset.max_seq_length,
+        }
+
+    def _load(self, state: State) -> None:
+        own = self.state_dict()
+        for name, value in own.items():
+            if name not in state:
+                raise ValueError(f"the state to go on from has no {name}: it is not one of elastic batches")
+            if name != "consumed_samples" and state[name] != value:
+                raise ValueError(
+                    f"the checkpoint was made with {name} {state[name]}, this job has {value}: samples would "
+                    "come twice or never; give the same data, --max-seq-length and --seed"
+                )
+        self.consumed_samples = state["consumed_samples"]
+
+    def _submit(self) -> tuple[int, ...]:
+        """Let the batch after the consumed ones be planned; this replica's samples in it."""
+        samples = self._order.samples(self.consumed_samples, self.global_batch_size)
+        lengths = self.dataset.lengths[samples].tolist()
+        shares = share_out(lengths, self._planner.job.costs, self._num_replicas)
+        own = shares[self._replica]
+        self._planner.submit([lengths[i] for i in own])
+        return tuple(int(samples[i]) for i in own)
+
+
+def make_shared_planner(job: ElasticJob) -> SharedPlanner:
+    """A planner for this rank's replica; collective over all ranks, once Megatron's groups are built.
+
+    Plans travel over gloo groups of their own, beside the messages of training.
+    """
+    own = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
+    everyone: list[list[int]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    # Every rank makes the groups of all replicas, in one order, as new_group asks for.
+    replicas = sorted({tuple(ranks) for ranks in everyone})
+    group, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in replicas], backend="gloo")
+    return SharedPlanner(BackgroundPlanner, job, group)
