@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import torch
 
-from helixpipe.megatron_adapter.schedule import EXECUTABLE, V_SCHEDULES, make_schedule
+from helixpipe.megatron_adapter.schedule import ELASTIC, EXECUTABLE, V_SCHEDULES, make_schedule
 from helixpipe.plan import ScheduleRequest, build_plan
 from helixpipe.plan.attention_range import AttentionSizes, cheapest_range
 from helixpipe.plan.schedules.helix import DEFAULT_FOLD
@@ -20,6 +20,7 @@ from helixpipe.plan.schedules.request import ATTENTION_RANGES, HEAD_PLACEMENTS
 from helixpipe.runtime.trace import NullClock
 from megatron.training.auto import AUTO, choose_schedule
 from megatron.training.data.prefix import DatasetInfo, check_token_ids, inspect_prefix
+from megatron.training.elastic import add_elastic_arguments, derive_elastic
 from megatron.training.memory import add_memory_arguments, memory_saving
 
 
@@ -57,6 +58,7 @@ def parse_arguments(
         args.padded_vocab_size = _pad_vocabulary(args)
         args.choice = choose_schedule(args)
     _check_schedule(args)
+    derive_elastic(args)
     _check_recompute(args)
     if args.attention_range == AUTO:
         args.attention_range = _choose_range(args)
@@ -82,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_schedule_arguments(parser)
     _add_model_arguments(parser)
     add_memory_arguments(parser)
+    add_elastic_arguments(parser)
     _add_training_arguments(parser)
     _add_data_arguments(parser)
     _add_output_arguments(parser)
@@ -94,11 +97,15 @@ def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--pipeline-schedule",
         default="1f1b",
-        metavar="{" + ",".join((AUTO, *EXECUTABLE)) + "}",
+        metavar="{" + ",".join((AUTO, *EXECUTABLE, ELASTIC)) + "}",
         help="auto: the fastest that fits, as python -m helixpipe advise predicts",
     )
     add("--hardware", help="auto: h20, h100, h200, a800, a file of rates or a profile (default: this GPU)")
-    add("--memory-limit-gib", type=float, help="auto: of one GPU (default: the hardware's less 4 GiB)")
+    add(
+        "--memory-limit-gib",
+        type=float,
+        help="auto, elastic: of one GPU (auto's default: the hardware's less 4 GiB)",
+    )
     add("--num-fold", type=int, help="helix: micro batches per slot (default 2)")
     add(
         "--attention-range",
@@ -216,6 +223,7 @@ def _derive_layout(args: argparse.Namespace) -> None:
         "train_iters", "make_vocab_size_divisible_by", "log_interval", "eval_interval", "ffn_hidden_size",
         "kv_channels", "max_position_embeddings", "num_layers_per_virtual_pipeline_stage",
         "recompute_num_layers", "distributed_timeout_minutes", "save_interval", "keep_checkpoints",
+        "max_seq_length",
     ):  # fmt: skip
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -326,8 +334,11 @@ def _check_training(args: argparse.Namespace) -> None:
 
 
 def _check_schedule(args: argparse.Namespace) -> None:
-    if args.choice is None and (args.hardware is not None or args.memory_limit_gib is not None):
-        raise ValueError("--hardware and --memory-limit-gib are for --pipeline-schedule auto; leave them out")
+    is_auto = args.choice is not None
+    if not is_auto and args.hardware is not None:
+        raise ValueError("--hardware is for --pipeline-schedule auto; leave it out")
+    if not is_auto and args.pipeline_schedule != ELASTIC and args.memory_limit_gib is not None:
+        raise ValueError("--memory-limit-gib is for --pipeline-schedule auto or elastic; leave it out")
     if args.pipeline_schedule == "helix" and args.recompute_granularity is not None:
         raise ValueError(
             "helix recomputes by --recompute-without-attention; leave --recompute-granularity out or use 1f1b"
@@ -398,6 +409,8 @@ def _schedule_request(args: argparse.Namespace) -> ScheduleRequest:
 
 
 def _check_split_backward(args: argparse.Namespace) -> None:
+    if args.pipeline_schedule == ELASTIC:
+        return
     plan = build_plan(args.pipeline_schedule, args.schedule_request)
     if plan.splits_backward and args.transformer_impl == "transformer_engine":
         raise ValueError(
@@ -416,7 +429,7 @@ def _inspect_data(args: argparse.Namespace) -> DatasetInfo:
         raise ValueError(
             f"--split {args.split!r} must be three weights for train, valid, test, like 969,30,1"
         )
-    if info.num_tokens <= args.seq_length:
+    if args.pipeline_schedule != ELASTIC and info.num_tokens <= args.seq_length:
         raise ValueError(
             f"{args.data_path} holds {info.num_tokens} tokens, not even one sequence of --seq-length "
             f"{args.seq_length}; prepare more text or shorten the sequence"

@@ -6,14 +6,16 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any
 
 import torch
 
-from helixpipe.megatron_adapter.schedule import chunk_iterators, make_schedule
+from helixpipe.megatron_adapter.schedule import ELASTIC, chunk_iterators, make_schedule
 from helixpipe.runtime.trace import NullClock, default_clock
 from megatron.training.checkpointing import Progress, load_checkpoint, save_checkpoint
 from megatron.training.data.gpt import Batch, build_iterators
+from megatron.training.elastic import ElasticTraining
 from megatron.training.initialize import initialize, seed_random_states
 from megatron.training.metrics import IterationMetrics, Reporter, gather_metrics, mean_loss
 from megatron.training.model import TrainingState, build_training_state
@@ -40,8 +42,22 @@ def pretrain(args: argparse.Namespace, forward_step: ForwardStep) -> None:
     progress = load_checkpoint(args, state) if args.load is not None else Progress()
     reporter = Reporter(args, progress.iteration)
     _announce(args, progress, reporter)
-    train_data, valid_data = build_iterators(args, progress.consumed_samples)
     run = _Run(args, forward_step, schedule, state, reporter)
+    if args.pipeline_schedule == ELASTIC:
+        with closing(ElasticTraining(args, progress.consumed_samples)) as batches:
+            _train(args, run, progress, batches, None)
+    else:
+        _train(args, run, progress, *build_iterators(args, progress.consumed_samples))
+
+
+def _train(
+    args: argparse.Namespace,
+    run: _Run,
+    progress: Progress,
+    train_data: Iterator[Any] | None,
+    valid_data: Iterator[Batch] | None,
+) -> None:
+    """Iterate to ``--train-iters``, with evaluations and checkpoints in between."""
     while progress.iteration < args.train_iters:
         progress = Progress(progress.iteration + 1, progress.consumed_samples + args.global_batch_size)
         run.train_iteration(progress.iteration, train_data)
@@ -49,8 +65,8 @@ def pretrain(args: argparse.Namespace, forward_step: ForwardStep) -> None:
         if args.eval_iters and (is_last or progress.iteration % args.eval_interval == 0):
             run.evaluate(progress.iteration, valid_data)
         if args.save and (is_last or (args.save_interval and progress.iteration % args.save_interval == 0)):
-            folder = save_checkpoint(args, state, progress)
-            reporter.say(f"saved checkpoint {folder}")
+            folder = save_checkpoint(args, run.state, progress)
+            run.reporter.say(f"saved checkpoint {folder}")
 
 
 class _Run:
@@ -70,7 +86,7 @@ class _Run:
         self.state = state
         self.reporter = reporter
 
-    def train_iteration(self, iteration: int, data: Iterator[Batch] | None) -> IterationMetrics:
+    def train_iteration(self, iteration: int, data: Iterator[Any] | None) -> IterationMetrics:
         """Forward, backward and optimizer step of one global batch."""
         started = time.perf_counter()
         learning_rate = self.state.optimizer.param_groups[0]["lr"]
@@ -122,7 +138,7 @@ class _Run:
         return loss
 
     def _run_schedule(
-        self, data: Iterator[Batch] | None, *, forward_only: bool
+        self, data: Iterator[Any] | None, *, forward_only: bool
     ) -> list[dict[str, torch.Tensor]]:
         chunks = self.state.model
         return self.schedule(
@@ -140,9 +156,12 @@ def _announce(args: argparse.Namespace, progress: Progress, reporter: Reporter) 
     tp, pp, dp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.data_parallel_size
     if args.choice is not None:
         reporter.say(args.choice)
+    batch = f"{args.num_microbatches} micro batches of {args.micro_batch_size} x {args.seq_length} tokens"
+    if args.pipeline_schedule == ELASTIC:
+        batch = f"batches of {args.global_batch_size} documents of at most {args.max_seq_length} tokens"
     reporter.say(
         f"{args.pipeline_schedule}: {args.world_size} ranks = tensor {tp} x pipeline {pp} x data {dp}; "
-        f"{args.num_microbatches} micro batches of {args.micro_batch_size} x {args.seq_length} tokens; "
+        f"{batch}; "
         f"{args.dataset.num_tokens} tokens in {args.dataset.num_documents} documents, "
         f"vocabulary {args.dataset.vocab_size}"
     )

@@ -116,7 +116,14 @@ def test_wrong_hardware(tmp_path, extra, message):
     assert "\n" not in str(caught.value)
 
 
-def test_hardware_is_for_auto_only():
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--hardware h20", "--hardware is for --pipeline-schedule auto; leave it out"),
+        ("--memory-limit-gib 80", "--memory-limit-gib is for --pipeline-schedule auto or elastic; leave it"),
+    ],
+)
+def test_hardware_is_for_auto_only(option, words):
     line = LINE.replace("auto", "1f1b")
-    with pytest.raises(ValueError, match="are for --pipeline-schedule auto; leave them out"):
-        parse_arguments(f"{line} --hardware h20 --seq-length 4096".split(), DATASET)
+    with pytest.raises(ValueError, match=words):
+        parse_arguments(f"{line} {option} --seq-length 4096".split(), DATASET)
