@@ -25,9 +25,10 @@ from models import relative_error
 from pretend import pretend_rank
 from ranks import run_on_ranks
 
-from helixpipe.elastic import ChunkKind
+from helixpipe.elastic import ChunkKind, ElasticPlan, Prediction
 from helixpipe.layers.elastic.context import ContextStore
 from helixpipe.megatron_adapter.elastic_batch import ElasticBatch
+from helixpipe.plan import Kind
 
 # Each gradient tensor: norm of the difference over its norm.
 TOLERANCE = {torch.float32: 4e-6, torch.float64: 1e-14}
@@ -157,7 +158,11 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+# Stages with tensor parallelism cover it, too.
+QUICK = [pytest.param(name, marks=pytest.mark.slow) if name == "tp2" else name for name in LAYOUTS]
+
+
+@pytest.mark.parametrize("layout", QUICK)
 def test_ranks(layout):
     check_on_ranks(LAYOUTS[layout])
 
@@ -213,6 +218,29 @@ def test_a_changed_sequence_changes_no_other_ones_loss():
             (found,) = run_here(case, change)
             for index, (a, b) in enumerate(zip(found["losses"], expected["losses"], strict=True)):
                 assert (a == b).all() == (index != changed), (style, changed, index)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (Kind.F, "tokens 0 to 54 before a slice of sequence 1 are not kept"),
+        (Kind.B, "the next slice's backward has not run"),
+    ],
+)
+def test_slices_in_another_order_are_noticed(kind, words):
+    """The first two forwards, or the first two backwards, change places."""
+    case = elastic(1)
+
+    def change(batch):
+        plan = batch.plan(case.case.num_layers)
+        order = list(plan.orders[0])
+        first, second = [index for index, op in enumerate(order) if op.kind is kind][:2]
+        order[first], order[second] = order[second], order[first]
+        wrong = ElasticPlan(batch.recipe, plan.with_orders([order]), Prediction(1.0, 0.0, 0.0, (1,)))
+        return ElasticBatch(wrong, batch.sequences)
+
+    with pytest.raises(AssertionError, match=words):
+        run_here(case, change)
 
 
 def test_one_wrong_label_is_noticed():

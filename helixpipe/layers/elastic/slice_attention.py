@@ -1,7 +1,7 @@
 """Attention of chunks: packed sequences do not see each other, a slice sees all of those before it.
 
 Queries of a slice attend to the keys of each earlier slice without a mask and to their own causally; partial
-results merge by log-sum-exp (InfiniPipe, arXiv 2509.21275, section 4.4; the merge is that of ring attention).
+results merge by log-sum-exp, as in InfiniPipe (arXiv 2509.21275) and in ring attention (arXiv 2310.01889).
 The backward pass of every part takes the merged output and log-sum-exp, which makes its probabilities those
 over all keys.
 """
