@@ -50,7 +50,7 @@ class EmptySegments:
         self._layout = MessageLayout((torch.Size((1,)),), torch.float64)
         self._start = torch.zeros(1, dtype=torch.float64, requires_grad=True)
 
-    def layout(self, edge: int) -> MessageLayout:
+    def layout(self, edge: int, micro_batch: int) -> MessageLayout:
         """See :class:`helixpipe.runtime.executor.Segments`."""
         return self._layout
 

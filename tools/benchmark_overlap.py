@@ -74,7 +74,7 @@ class SleepingSegments:
         self.lending = None
         self._layout = MessageLayout((torch.Size((message_elements,)),), torch.float64)
 
-    def layout(self, edge: int) -> MessageLayout:
+    def layout(self, edge: int, micro_batch: int) -> MessageLayout:
         """See :class:`helixpipe.runtime.executor.Segments`."""
         return self._layout
 

@@ -34,24 +34,30 @@ def build_gpt(
     spec = block_spec(config, implementation, vp_stage, saving)
     if saving.loss_chunk_size is None:
         return GPTModel(config, spec, vp_stage=vp_stage, **arguments)
-    return _ChunkedLossGPTModel(saving.loss_chunk_size, config, spec, vp_stage=vp_stage, **arguments)
+    return ChunkedLossGPTModel(saving.loss_chunk_size, config, spec, vp_stage=vp_stage, **arguments)
 
 
-class _ChunkedLossGPTModel(GPTModel):
-    """Computes losses, where labels are given, without ever holding all logits."""
+class ChunkedLossGPTModel(GPTModel):
+    """Computes losses, where labels are given, without ever holding all logits.
 
-    def __init__(self, loss_chunk_size: int, *args: Any, **arguments: Any) -> None:
+    Args:
+        loss_chunk_size: tokens whose logits exist at a time; None: all, as GPTModel does.
+        args, arguments: GPTModel's.
+    """
+
+    def __init__(self, loss_chunk_size: int | None, *args: Any, **arguments: Any) -> None:
         super().__init__(*args, **arguments)
         self._loss_chunk_size = loss_chunk_size
-        if self.post_process:
+        if self.post_process and loss_chunk_size is not None:
             mark_sliced([self.output_layer])
 
     def _postprocess(
         self, hidden_states: Tensor, input_ids: Tensor, position_ids: Tensor, labels: Tensor, **others: Any
     ) -> Tensor:
-        if not self.post_process or labels is None or self.config.mtp_num_layers:
+        size = self._loss_chunk_size
+        if size is None or not self.post_process or labels is None or self.config.mtp_num_layers:
             return super()._postprocess(hidden_states, input_ids, position_ids, labels, **others)
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else None
-        loss, size = self.compute_language_model_loss, self._loss_chunk_size
+        loss = self.compute_language_model_loss
         return chunked_loss(hidden_states, labels, self.output_layer, weight, loss, size)

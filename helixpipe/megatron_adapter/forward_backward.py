@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
@@ -141,7 +141,7 @@ class PlannedForwardBackward:
         with naming_operation(executor.plan, executor.communicator.rank, self.trace):
             executor.run()
         if not forward_only:
-            _finalize(chunks, segments, bool(force_all_reduce))
+            finalize(chunks, segments, bool(force_all_reduce))
         executor.check_messages()
         return segments.result.loss_data
 
@@ -167,10 +167,10 @@ class PlannedForwardBackward:
         dtype = config.pipeline_dtype or config.params_dtype
         group = parallel_state.get_pipeline_model_parallel_group()
         segments = self.make_segments(chunks, plan, size, dtype, dist.get_rank(group))
-        sizes = [segments.layout(edge).num_elements for edge in range(plan.num_segments - 1)]
+        sizes = [segments.layout(edge, 0).num_elements for edge in range(plan.num_segments - 1)]
         agree_on_plan(plan, (*size, sum(sizes)), dtype, group)
         if self._communicator is None:
-            self._communicator = _communicator(group)
+            self._communicator = make_communicator(group)
         executor = Executor(
             plan,
             segments,
@@ -178,7 +178,7 @@ class PlannedForwardBackward:
             device=next(chunks[0].parameters()).device,
             trace=self.trace,
             progress=self._progress,
-            backward_context=_hold_gradient_reduction(chunks, segments, plan, self._communicator.rank),
+            backward_context=hold_gradient_reduction(chunks, segments, plan, self._communicator.rank),
         )
         return executor, segments
 
@@ -269,7 +269,7 @@ class StageForwardBackward(PlannedForwardBackward):
         return segments
 
 
-def _finalize(chunks: list[torch.nn.Module], segments: ModelSegments, force_all_reduce: bool) -> None:
+def finalize(chunks: list[torch.nn.Module], segments: ModelSegments, force_all_reduce: bool) -> None:
     """Reduce gradients over data-parallel ranks through Megatron's own function."""
     config = get_model_config(chunks[0])
     if config.no_sync_func is not None and segments.has_shared_weights:
@@ -293,18 +293,31 @@ def agree_on_plan(plan: Plan, size: tuple[Any, ...], dtype: torch.dtype, group: 
     Raises:
         ValueError: on every rank if one differs; gloo would deliver garbage without an error.
     """
-    mine = (plan.fingerprint[:16], str(dtype), *size)
+    names = (
+        "plan", "dtype", "micro batches", "sequence length", "micro batch size", "forward only",
+        "elements over all edges",
+    )  # fmt: skip
+    agree(dict(zip(names, (plan.fingerprint[:16], str(dtype), *size), strict=True)), group)
+
+
+def agree(mine: Mapping[str, Any], group: dist.ProcessGroup) -> None:
+    """Compare values by name over the ranks of a group.
+
+    Raises:
+        ValueError: on every rank if one differs.
+    """
     everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, mine, group=group)
+    dist.all_gather_object(everyone, tuple(mine.values()), group=group)
     if len(set(everyone)) > 1:
         shown = "; ".join(f"rank {rank}: {value}" for rank, value in enumerate(everyone))
         raise ValueError(
-            "pipeline ranks disagree on (plan, dtype, micro batches, sequence length, micro batch size, "
-            f"forward only, elements over all edges): {shown}. Start every rank with the same arguments"
+            f"pipeline ranks disagree on ({', '.join(mine)}): {shown}. Start every rank with the same "
+            "arguments"
         )
 
 
-def _communicator(group: dist.ProcessGroup) -> Communicator:
+def make_communicator(group: dist.ProcessGroup) -> Communicator:
+    """Messages between the pipeline ranks of ``group``."""
     if dist.get_backend(group) == "nccl":
         ranks = dist.get_process_group_ranks(group)
         reverse = dist.new_group(ranks, backend="nccl", use_local_synchronization=True)
@@ -313,7 +326,7 @@ def _communicator(group: dist.ProcessGroup) -> Communicator:
     return HostStagedCommunicator(communicator) if torch.cuda.is_available() else communicator
 
 
-def _hold_gradient_reduction(
+def hold_gradient_reduction(
     chunks: Sequence[torch.nn.Module], segments: ModelSegments, plan: Plan, rank: int
 ) -> Callable[[Operation], AbstractContextManager[object]]:
     """Keep Megatron from reducing a gradient before its last micro batch has added to it.

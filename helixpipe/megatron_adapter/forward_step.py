@@ -188,7 +188,7 @@ class GPTSegments:
         """The position of the model chunk that holds a segment's weights: there is one."""
         return 0
 
-    def layout(self, edge: int) -> MessageLayout:
+    def layout(self, edge: int, micro_batch: int) -> MessageLayout:
         """See :class:`helixpipe.runtime.executor.Segments`."""
         shapes = self.segmented.edge_shapes(edge, self.seq_length, self.micro_batch_size)
         # A residual beside other tensors comes last. It is only added to something, or passed on.

@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
+from helixpipe.megatron_adapter.elastic import ElasticForwardBackward
 from helixpipe.megatron_adapter.forward_backward import (
     HelixForwardBackward,
     PlannedForwardBackward,
@@ -26,6 +27,8 @@ from helixpipe.runtime.trace import Clock, Trace
 # By Megatron's own functions; the others are executed from their plans.
 MEGATRON_SCHEDULES = ("1f1b", "interleaved")
 # Both ends of the model are on rank 0, which has two stages, like every rank.
+# By a plan for each batch.
+ELASTIC = "elastic"
 EXECUTABLE = (*MEGATRON_SCHEDULES, "gpipe", "zb-h1", *V_SHAPED, "helix")
 
 
@@ -70,11 +73,11 @@ def _original_function() -> Any:
 
 def make_schedule(
     name: str, request: ScheduleRequest, clock: Clock, progress: Progress | None = None
-) -> MegatronForwardBackward | PlannedForwardBackward:
+) -> MegatronForwardBackward | PlannedForwardBackward | ElasticForwardBackward:
     """The ``forward_backward_func`` of a schedule.
 
     Args:
-        name: one of ``EXECUTABLE``.
+        name: one of ``EXECUTABLE``, or ``elastic``.
         request: its sizes and options.
         clock: times the trace.
         progress: told of every operation as it begins.
@@ -82,9 +85,12 @@ def make_schedule(
     Raises:
         ValueError: a schedule that is unknown or can only be planned, or sizes that do not fit it.
     """
+    if name == ELASTIC:
+        return ElasticForwardBackward(clock=clock, progress=progress)
     plan = build_plan(name, request)
     if name not in EXECUTABLE:
-        raise ValueError(f"{name} can be planned but not executed; choose one of {', '.join(EXECUTABLE)}")
+        known = ", ".join((*EXECUTABLE, ELASTIC))
+        raise ValueError(f"{name} can be planned but not executed; choose one of {known}")
     if name == "helix":
         return HelixForwardBackward(
             num_fold=int(plan.parameters["num_fold"]),

@@ -71,7 +71,7 @@ class StageSegments:
         """The position of the model chunk that holds a segment's weights."""
         return self._index[segment]
 
-    def layout(self, edge: int) -> MessageLayout:
+    def layout(self, edge: int, micro_batch: int) -> MessageLayout:
         """See :class:`helixpipe.runtime.executor.Segments`: the hidden state [s, b, h], or [s/tp, b, h]."""
         return self._layout
 

@@ -43,8 +43,8 @@ class Segments(Protocol):
     def forward(self, segment: int, micro_batch: int, inputs: Tensors) -> Tensors:
         """Run a segment; the last one returns a single scalar, the loss to differentiate."""
 
-    def layout(self, edge: int) -> MessageLayout:
-        """Layout of what segment ``edge`` returns to segment ``edge + 1``."""
+    def layout(self, edge: int, micro_batch: int) -> MessageLayout:
+        """Layout of what segment ``edge`` returns to segment ``edge + 1`` of a micro batch."""
 
 
 class _Saved(NamedTuple):
@@ -140,7 +140,11 @@ class Executor:
         self.progress = progress or NoProgress()
         self.store: ActivationStore[_Saved] = ActivationStore()
         self._order = plan.orders[communicator.rank]
-        self._layouts = [segments.layout(edge) for edge in range(plan.num_segments - 1)]
+        self._layouts = {
+            (op.segment, op.micro_batch): segments.layout(op.segment, op.micro_batch)
+            for op in self._order
+            if op.kind in (Kind.SEND_F, Kind.RECV_F, Kind.SEND_B, Kind.RECV_B)
+        }
         self._receives = [op for op in self._order if op.kind.is_receive]
         self._headers = HeaderCheck(int(plan.fingerprint[:15], 16), len(self._receives), device)
         self._posted_before = _posting_horizon(self._order, receive_ahead)
@@ -282,7 +286,7 @@ class Executor:
             return self._lending.weight_layout(message.segment)
         if message.kind in (Kind.SEND_G, Kind.RECV_G):
             return self._lending.gradient_layout(message.segment)
-        return self._layouts[message.segment]
+        return self._layouts[message.segment, message.micro_batch]
 
     def _send(self, operation: Operation) -> None:
         forward = operation.kind is Kind.SEND_F

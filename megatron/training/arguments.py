@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from helixpipe.commands.parser import Parser, flag_of, require_positive
-from helixpipe.megatron_adapter.schedule import EXECUTABLE, make_schedule
+from helixpipe.megatron_adapter.schedule import ELASTIC, EXECUTABLE, make_schedule
 from helixpipe.plan import ScheduleRequest, build_plan
 from helixpipe.plan.attention_range import AttentionSizes, cheapest_range
 from helixpipe.plan.schedules import V_SHAPED
@@ -22,6 +22,7 @@ from helixpipe.runtime.trace import NullClock
 from megatron.training.auto import AUTO, choose_schedule
 from megatron.training.data.gpt import check_split
 from megatron.training.data.prefix import DatasetInfo, check_token_ids, inspect_prefix
+from megatron.training.elastic import add_elastic_arguments, derive_elastic
 from megatron.training.memory import add_memory_arguments, memory_saving
 
 
@@ -52,6 +53,7 @@ def parse_arguments(
         args.padded_vocab_size = _pad_vocabulary(args)
         args.choice = choose_schedule(args)
     _check_schedule(args)
+    derive_elastic(args)
     _check_recompute(args)
     if args.attention_range == AUTO:
         args.attention_range = _choose_range(args)
@@ -72,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_schedule_arguments(parser)
     _add_model_arguments(parser)
     add_memory_arguments(parser)
+    add_elastic_arguments(parser)
     _add_training_arguments(parser)
     _add_data_arguments(parser)
     _add_output_arguments(parser)
@@ -84,14 +87,14 @@ def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--pipeline-schedule",
         default="1f1b",
-        metavar="{" + ",".join((AUTO, *EXECUTABLE)) + "}",
+        metavar="{" + ",".join((AUTO, *EXECUTABLE, ELASTIC)) + "}",
         help="auto: the fastest that fits, as python -m helixpipe advise predicts",
     )
     add("--hardware", help="auto: h20, h100, h200, a800, a file of rates or a profile (default: this GPU)")
     add(
         "--memory-limit-gib",
         type=float,
-        help="of one GPU: a warning is given close to it, and auto stays below it (default: all that the "
+        help="of one GPU: elastic and auto stay below it, the others warn close to it (default: all that the "
         "GPU has; auto: the hardware's less 4 GiB)",
     )
     add("--num-fold", type=int, help="helix: micro batches per slot (default 2)")
@@ -240,7 +243,7 @@ def _derive_layout(args: argparse.Namespace) -> None:
             "train_iters", "make_vocab_size_divisible_by", "log_interval", "eval_interval",
             "ffn_hidden_size", "kv_channels", "max_position_embeddings",
             "num_layers_per_virtual_pipeline_stage", "recompute_num_layers", "distributed_timeout_minutes",
-            "save_interval", "keep_checkpoints", "num_fold", "check_gradients_every",
+            "save_interval", "keep_checkpoints", "num_fold", "check_gradients_every", "max_seq_length",
         ),
     )  # fmt: skip
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
@@ -433,6 +436,8 @@ def _schedule_request(args: argparse.Namespace) -> ScheduleRequest:
 
 
 def _check_split_backward(args: argparse.Namespace) -> None:
+    if args.pipeline_schedule == ELASTIC:
+        return
     plan = build_plan(args.pipeline_schedule, args.schedule_request)
     if plan.splits_backward and args.transformer_impl == "transformer_engine":
         raise ValueError(
@@ -451,7 +456,7 @@ def _inspect_data(args: argparse.Namespace) -> DatasetInfo:
         raise ValueError(
             f"--split {args.split!r} must be three weights for train, valid, test, like 969,30,1"
         )
-    if info.num_tokens <= args.seq_length:
+    if args.pipeline_schedule != ELASTIC and info.num_tokens <= args.seq_length:
         raise ValueError(
             f"{args.data_path} holds {info.num_tokens} tokens, not even one sequence of --seq-length "
             f"{args.seq_length}; prepare more text or use at most {info.num_tokens - 1}"

@@ -14,7 +14,6 @@ from megatron.core import parallel_state
 
 from helixpipe.plan.operation import Kind
 from helixpipe.reliability.exit_codes import NumericsError
-from megatron.training.data.gpt import Batch
 from megatron.training.diagnosis import Finding, Probe, is_finite, origin
 from megatron.training.model import TrainingState
 from megatron.training.parameter_names import canonical_names, layer_of
@@ -66,14 +65,14 @@ def spread_to_gradients(forward_step: Callable[..., Any]) -> Callable[..., Any]:
 class KeptBatches:
     """An iterator that can give an iteration's batches once more."""
 
-    def __init__(self, data: Iterator[Batch]) -> None:
+    def __init__(self, data: Iterator[Any]) -> None:
         self._data = data
-        self._batches: list[Batch] = []
+        self._batches: list[Any] = []
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Any:
         batch = next(self._data)
         self._batches.append(batch)
         return batch
@@ -82,7 +81,7 @@ class KeptBatches:
         """A new iteration begins."""
         self._batches.clear()
 
-    def again(self) -> Iterator[Batch]:
+    def again(self) -> Iterator[Any]:
         """The batches since :meth:`forget`."""
         return iter(list(self._batches))
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from helixpipe.megatron_adapter.schedule import device
+from helixpipe.megatron_adapter.schedule import ELASTIC, device
 from helixpipe.plan import Plan
 from helixpipe.plan.timeline import Timeline
 from helixpipe.reliability.loss_spikes import LossSpikes
@@ -69,13 +69,16 @@ def gather_metrics(
     dist.all_reduce(table)
     loss_sums, token_counts, elapsed, total, busy, memory, *told = table.T.tolist()
     elapsed_ms = max(elapsed)
+    # Documents differ in tokens: of an elastic batch those with loss are counted.
+    is_elastic = args.pipeline_schedule == ELASTIC
+    num_tokens = sum(token_counts) if is_elastic else args.global_batch_size * args.seq_length
     span = max(total)
     metrics = IterationMetrics(
         iteration=iteration,
         lm_loss=_mean_loss(loss_sums, token_counts),
         grad_norm=grad_norm,
         elapsed_ms=elapsed_ms,
-        tokens_per_second=args.global_batch_size * args.seq_length / elapsed_ms * 1e3,
+        tokens_per_second=num_tokens / elapsed_ms * 1e3,
         peak_memory_bytes=[int(value) for value in memory],
         bubble_ratio=1.0 - sum(busy) / (len(busy) * span) if span else 0.0,
         schedule=args.pipeline_schedule,

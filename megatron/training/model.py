@@ -18,13 +18,14 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
+from helixpipe.layers.elastic.model import build_elastic_gpt
 from helixpipe.layers.gpt import build_gpt
 from helixpipe.layers.initialization import deferred_initialization, initialize_weights
 from helixpipe.layers.saving_layer import MemorySaving
 from helixpipe.layers.segmented_gpt import SegmentedGPTModel
 from helixpipe.layers.spec import LOCAL, default_implementation
 from helixpipe.layers.stage import build_stage
-from helixpipe.megatron_adapter.schedule import owned_segments
+from helixpipe.megatron_adapter.schedule import ELASTIC, owned_segments
 from helixpipe.plan import build_plan
 from helixpipe.plan.schedules import V_SHAPED
 
@@ -107,6 +108,8 @@ def unwrap(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def _splits_backward(args: argparse.Namespace) -> bool:
+    if args.pipeline_schedule == ELASTIC:
+        return False
     return build_plan(args.pipeline_schedule, args.schedule_request).splits_backward
 
 
@@ -124,6 +127,12 @@ def _build_chunks(args: argparse.Namespace, config: TransformerConfig) -> list[t
         "rotary_base": args.rotary_base,
         "seq_len_interpolation_factor": args.rotary_seq_len_interpolation_factor,
     }
+    if args.pipeline_schedule == ELASTIC:
+        ends = {
+            "pre_process": parallel_state.is_pipeline_first_stage(),
+            "post_process": parallel_state.is_pipeline_last_stage(),
+        }
+        return [build_elastic_gpt(config, implementation, saving, **ends, **arguments)]
     if args.pipeline_schedule in ("helix", *V_SHAPED):
         plan = build_plan(args.pipeline_schedule, args.schedule_request)
         owned = owned_segments(plan, parallel_state.get_pipeline_model_parallel_rank())

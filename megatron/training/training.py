@@ -6,17 +6,19 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from datetime import timedelta
 from typing import Any
 
 import torch
 
-from helixpipe.megatron_adapter.schedule import chunk_iterators, make_schedule
+from helixpipe.megatron_adapter.schedule import ELASTIC, chunk_iterators, make_schedule
 from helixpipe.reliability.exit_codes import PREEMPTED, DataError, NumericsError
 from helixpipe.reliability.monitor import Monitor
 from helixpipe.runtime.trace import NullClock, default_clock
 from megatron.training.checkpointing import Progress, load_checkpoint
 from megatron.training.data.gpt import Batch, build_iterators
+from megatron.training.elastic import ElasticTraining
 from megatron.training.guards import KeptBatches, NotFinite, explain, spread_to_gradients, watch_gradient_norm
 from megatron.training.initialize import finalize, initialize, seed_random_states
 from megatron.training.memory_report import MemoryWatch, explains_out_of_memory
@@ -75,8 +77,18 @@ def _train(args: argparse.Namespace, forward_step: ForwardStep, monitor: Monitor
     reporter = Reporter(args, progress.iteration)
     _announce(args, progress, reporter)
     monitor.enter("build data")
-    train_data, valid_data = build_iterators(args, progress.consumed_samples, progress.iteration)
     run = _Run(args, forward_step, schedule, state, reporter, monitor)
+    if args.pipeline_schedule == ELASTIC:
+        with closing(ElasticTraining(args, progress.consumed_samples)) as batches:
+            return _iterate(run, progress, batches, None)
+    return _iterate(run, progress, *build_iterators(args, progress.consumed_samples, progress.iteration))
+
+
+def _iterate(
+    run: _Run, progress: Progress, train_data: Iterator[Any] | None, valid_data: Iterator[Batch] | None
+) -> int:
+    """Train to ``--train-iters`` or until asked to stop, with evaluations and checkpoints; the exit code."""
+    args, monitor, reporter = run.args, run.monitor, run.reporter
     memory = MemoryWatch(args)
     saver = Saver(args, reporter.say, lambda: note_saved(agent_store(_STORE_TIMEOUT)))
     request = StopRequest()
@@ -104,7 +116,7 @@ def _train(args: argparse.Namespace, forward_step: ForwardStep, monitor: Monitor
         is_due = args.save_interval is not None and progress.iteration % args.save_interval == 0
         if args.save and (is_last or must_stop or is_due):
             monitor.enter("save")
-            saver.save(state, progress, is_last=is_last or must_stop)
+            saver.save(run.state, progress, is_last=is_last or must_stop)
         if must_stop and not is_last:
             return _leave(args, progress, request, reporter)
     reporter.say(memory.summary())
@@ -231,7 +243,7 @@ class _Run:
         return loss
 
     def _run_schedule(
-        self, forward_step: ForwardStep, data: Iterator[Batch] | None, *, forward_only: bool
+        self, forward_step: ForwardStep, data: Iterator[Any] | None, *, forward_only: bool
     ) -> list[dict[str, torch.Tensor]]:
         chunks = self.state.model
         return self.schedule(
@@ -249,9 +261,12 @@ def _announce(args: argparse.Namespace, progress: Progress, reporter: Reporter) 
     tp, pp, dp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.data_parallel_size
     if args.choice is not None:
         reporter.say(args.choice)
+    batch = f"{args.num_microbatches} micro batches of {args.micro_batch_size} x {args.seq_length} tokens"
+    if args.pipeline_schedule == ELASTIC:
+        batch = f"batches of {args.global_batch_size} documents of at most {args.max_seq_length} tokens"
     reporter.say(
         f"{args.pipeline_schedule}: {args.world_size} ranks = tensor {tp} x pipeline {pp} x data {dp}; "
-        f"{args.num_microbatches} micro batches of {args.micro_batch_size} x {args.seq_length} tokens; "
+        f"{batch}; "
         f"{args.dataset.num_tokens} tokens in {args.dataset.num_documents} documents, "
         f"vocabulary {args.dataset.vocab_size}"
     )

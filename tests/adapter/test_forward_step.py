@@ -240,7 +240,7 @@ def test_a_rank_without_losses_keeps_no_labels():
 
 
 def test_layouts_follow_the_models_edges():
-    layout = segments_for(step_with()).layout(1)
+    layout = segments_for(step_with()).layout(1, 0)
     assert layout.shapes == (torch.Size((1, LENGTH, BATCH)),)
     assert layout.dtype is torch.float32
 

@@ -144,9 +144,9 @@ def test_options_that_would_be_ignored_are_refused(option):
 def test_a_stage_hands_on_its_share_of_the_sequence():
     with pretend_rank(Case(pp=1, tp=2)):
         model = gpt_stage(Case(pp=1, tp=2))
-        assert segments_of(model).layout(0).shapes == (torch.Size((LENGTH, 1, 32)),)
+        assert segments_of(model).layout(0, 0).shapes == (torch.Size((LENGTH, 1, 32)),)
         model.config.sequence_parallel = True
-        assert segments_of(model).layout(0).shapes == (torch.Size((LENGTH // 2, 1, 32)),)
+        assert segments_of(model).layout(0, 0).shapes == (torch.Size((LENGTH // 2, 1, 32)),)
 
 
 def test_the_forward_step_gets_the_model_itself_and_its_output():

@@ -336,7 +336,7 @@ def test_of_a_message_only_what_the_backward_pass_needs_is_kept(plan):
     looks = {operation: found for _, of_rank in ranks for operation, found in of_rank.items()}
     assert len(looks) > plan.num_microbatches
     for operation, found in looks.items():
-        layout = ToySegments(plan.num_segments).layout(operation.segment - 1)
+        layout = ToySegments(plan.num_segments).layout(operation.segment - 1, operation.micro_batch)
         kept = 8 * (HEADER_WORDS + layout.shapes[0].numel())
         # Both inputs are views of the message.
         assert found == [kept, kept], operation

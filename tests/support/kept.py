@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -56,3 +57,49 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self.bytes = max(self.bytes, leaf.numel() * leaf.element_size())
         return result
+
+
+class LiveKept:
+    """``with LiveKept(model) as live: …``: what graphs hold at any moment, as tensors come and go.
+
+    Whole numbers (tokens, labels, positions) and weights do not count; storage counts once.
+
+    Attributes:
+        peak: the largest number of bytes that was held, noted when something is saved.
+    """
+
+    def __init__(self, model: torch.nn.Module, others: Callable[[], Iterable[Tensor]] = tuple) -> None:
+        self._weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self._others = others
+        self._boxes: weakref.WeakSet[_Box] = weakref.WeakSet()
+        self._hooks = saved_tensors_hooks(self._note, lambda box: box.tensor)
+        self.peak = 0
+
+    def _note(self, tensor: Tensor) -> _Box:
+        box = _Box(tensor)
+        self._boxes.add(box)
+        self.peak = max(self.peak, self.bytes())
+        return box
+
+    def __enter__(self) -> LiveKept:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._hooks.__exit__(*exception)
+
+    def bytes(self) -> int:
+        """Bytes of what graphs hold now, and of the ``others``."""
+        storages = {}
+        for tensor in (*(box.tensor for box in self._boxes), *self._others()):
+            storage = tensor.untyped_storage()
+            if tensor.is_floating_point() and storage.data_ptr() not in self._weights:
+                storages[storage.data_ptr()] = storage.nbytes()
+        return sum(storages.values())
+
+
+class _Box:
+    """Stands for a saved tensor in a graph, and ends with it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor

@@ -74,7 +74,7 @@ class ToySegments:
     def _width(edge: int) -> int:
         return 4 + edge % 3
 
-    def layout(self, edge: int) -> MessageLayout:
+    def layout(self, edge: int, micro_batch: int) -> MessageLayout:
         shapes = (torch.Size((ROWS, self._width(edge))), torch.Size((ROWS,)))
         return MessageLayout(shapes, torch.float64, num_kept=1)
 

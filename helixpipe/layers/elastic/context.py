@@ -1,0 +1,116 @@
+"""Keys and values of earlier slices, and the gradients that later slices add to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from helixpipe.elastic.chunks import Piece
+
+
+class _Slot(NamedTuple):
+    """What one layer keeps of one sequence belongs together."""
+
+    layer: int
+    sequence: int
+
+
+class KeptSlice:
+    """Keys and values of one slice in one layer, and their gradients from later slices.
+
+    Attributes:
+        length: tokens of the slice.
+        key, value: [1, groups, length, d].
+        grad_key, grad_value: sums over the later slices whose backward has run; None before the first. They
+            have the keys' type, as they would have in the graph of a whole sequence.
+    """
+
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        self.length = key.shape[2]
+        self.key, self.value = key, value
+        self.grad_key: Tensor | None = None
+        self.grad_value: Tensor | None = None
+
+    def add_gradients(self, grad_key: Tensor, grad_value: Tensor) -> None:
+        """Add what one later slice gives."""
+        if self.grad_key is None or self.grad_value is None:
+            self.grad_key, self.grad_value = grad_key, grad_value
+        else:
+            self.grad_key += grad_key
+            self.grad_value += grad_value
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that is held."""
+        for tensor in (self.key, self.value, self.grad_key, self.grad_value):
+            if tensor is not None:
+                yield tensor
+
+
+class ContextStore:
+    """Kept slices of one stage, by layer and sequence.
+
+    A slice is kept by its first forward, not again when a layer is recomputed, and leaves with its own
+    backward; backwards run from the last slice to the first. In an evaluation, where there are none,
+    :meth:`forget` ends a sequence.
+    """
+
+    def __init__(self) -> None:
+        self._slices: dict[_Slot, dict[int, KeptSlice]] = {}
+
+    def keep(self, layer: int, piece: Piece, key: Tensor, value: Tensor) -> None:
+        """Keep [1, groups, length, d] of a slice for the later ones, unless it is kept already."""
+        slices = self._slices.setdefault(_Slot(layer, piece.sequence), {})
+        if piece.start not in slices:
+            slices[piece.start] = KeptSlice(key, value)
+
+    def earlier(self, layer: int, piece: Piece) -> list[KeptSlice]:
+        """The slices before ``piece``, in order; together its whole context."""
+        slices = self._slices.get(_Slot(layer, piece.sequence), {})
+        found, covered = [], 0
+        while covered < piece.start:
+            assert covered in slices, (
+                f"layer {layer}: tokens {covered} to {piece.start} before a slice of sequence "
+                f"{piece.sequence} are not kept"
+            )
+            found.append(slices[covered])
+            covered += slices[covered].length
+        assert covered == piece.start
+        return found
+
+    def take(self, layer: int, piece: Piece) -> KeptSlice:
+        """Give a slice back, in its backward, and forget it."""
+        slot = _Slot(layer, piece.sequence)
+        kept = self._slices[slot].pop(piece.start)
+        assert all(start < piece.start for start in self._slices[slot]), "a later slice has no gradients yet"
+        if not self._slices[slot]:
+            del self._slices[slot]
+        return kept
+
+    def forget(self, sequence: int) -> None:
+        """Drop what is kept of a sequence in all layers."""
+        for slot in [slot for slot in self._slices if slot.sequence == sequence]:
+            del self._slices[slot]
+
+    def clear(self) -> None:
+        """Drop everything."""
+        self._slices.clear()
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that is held."""
+        for slices in self._slices.values():
+            for kept in slices.values():
+                yield from kept.tensors()
+
+    def assert_empty(self) -> None:
+        """Every slice that was kept has been taken."""
+        assert not self._slices, f"keys and values left (layer, sequence): {sorted(self._slices)}"
+
+
+def alone(tensor: Tensor) -> Tensor:
+    """``tensor``, or a copy if it would hold on to a larger storage."""
+    if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size():
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)

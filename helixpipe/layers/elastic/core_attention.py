@@ -1,0 +1,59 @@
+"""Megatron's core-attention slot, filled with the attention of chunks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.transformer.enums import AttnMaskType
+from torch import Tensor
+
+from helixpipe.layers.attention import FlashCoreAttention
+from helixpipe.layers.elastic.context import ContextStore
+from helixpipe.layers.elastic.layout import ChunkLayout
+from helixpipe.layers.elastic.positions import rotate_at
+from helixpipe.layers.elastic.slice_attention import slice_attention
+
+
+class SliceCoreAttention(FlashCoreAttention):
+    """Rotates queries and keys by their positions and attends within the pieces of a chunk.
+
+    Args:
+        contexts: keys and values of earlier slices, of this stage.
+        arguments: Megatron's.
+
+    Raises:
+        ValueError: as :class:`FlashCoreAttention`.
+    """
+
+    def __init__(
+        self, *args: Any, contexts: ContextStore, pg_collection: Any = None, **arguments: Any
+    ) -> None:
+        super().__init__(*args, **arguments)
+        self.layer_number: int = arguments["layer_number"]
+        self._contexts = contexts
+        self._context_parallel_group = pg_collection.cp
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: ChunkLayout | None = None,
+    ) -> Tensor:
+        """[T, 1, heads, d], [T, 1, groups, d] twice -> [T, 1, heads * d].
+
+        The mask argument exists for Megatron's calling convention: the layout says who sees whom.
+        """
+        layout = packed_seq_params
+        assert layout is not None
+        assert attention_bias is None
+        if layout.rotary is not None:
+            query, key = rotate_at(
+                query, key, layout.positions, layout.rotary, self.config, self._context_parallel_group
+            )
+        return slice_attention(
+            query, key, value, layout, self._contexts, layer=self.layer_number, scale=self.scale
+        )

@@ -1,0 +1,133 @@
+"""Megatron's GPTModel, or one stage of it, over chunks of different lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from helixpipe.layers.elastic.context import ContextStore
+from helixpipe.layers.elastic.core_attention import SliceCoreAttention
+from helixpipe.layers.elastic.layout import ChunkLayout
+from helixpipe.layers.gpt import ChunkedLossGPTModel
+from helixpipe.layers.saving_layer import NOTHING_SAVED, MemorySaving
+from helixpipe.layers.spec import block_spec
+
+
+class ChunkRun(NamedTuple):
+    """How the model is to run the chunk that it is called with next.
+
+    Attributes:
+        layout: of the chunk.
+        num_checkpointed: how many of this stage's layers, the first ones, keep only their input.
+    """
+
+    layout: ChunkLayout
+    num_checkpointed: int
+
+
+class ElasticGPTModel(ChunkedLossGPTModel):
+    """Megatron's model, called with one chunk at a time: [1, T] tokens, of which T differs.
+
+    Args:
+        contexts: where the stage's layers keep keys and values of slices.
+        args, arguments: those of :class:`ChunkedLossGPTModel`.
+
+    Attributes:
+        run: to be set before each call.
+    """
+
+    run: ChunkRun | None = None
+
+    def __init__(self, contexts: ContextStore, *args: Any, **arguments: Any) -> None:
+        super().__init__(*args, **arguments)
+        self.contexts = contexts
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor, **arguments: Any
+    ) -> Any:
+        """See GPTModel; the next chunk's run says what the positions of its tokens see."""
+        run, self.run = self.run, None
+        assert run is not None, "no run was set for this chunk"
+        if attention_mask is not None:
+            raise ValueError("the elastic schedule takes no attention mask: pass None, its chunks imply it")
+        with _whole_layers_recomputed(self.config, run.num_checkpointed if self.training else 0):
+            return super().forward(
+                input_ids, position_ids, attention_mask, packed_seq_params=run.layout, **arguments
+            )
+
+    def _preprocess(
+        self, input_ids: Tensor, position_ids: Tensor, *args: Any, **arguments: Any
+    ) -> tuple[Tensor | None, None, None, None, None, None]:
+        """Megatron's without rotary angles, which the core attention makes from the layout's positions."""
+        hidden = self.embedding(input_ids, position_ids) if self.pre_process else None
+        return hidden, None, None, None, None, None
+
+
+@contextmanager
+def _whole_layers_recomputed(config: TransformerConfig, count: int) -> Iterator[None]:
+    """Let Megatron's block checkpoint its first ``count`` layers, whose number differs between chunks."""
+    assert config.recompute_granularity is None
+    if count:
+        config.recompute_granularity, config.recompute_method = "full", "block"
+        config.recompute_num_layers = count
+    try:
+        yield
+    finally:
+        config.recompute_granularity = config.recompute_method = config.recompute_num_layers = None
+
+
+def build_elastic_gpt(
+    config: TransformerConfig,
+    implementation: str,
+    saving: MemorySaving = NOTHING_SAVED,
+    **arguments: Any,
+) -> ElasticGPTModel:
+    """The model of this rank's stage for elastic schedules.
+
+    Args:
+        config: the model's configuration.
+        implementation: ``local`` or ``transformer_engine``, see :func:`helixpipe.layers.spec.layer_spec`.
+        saving: what to do to keep less beside what plans decide; MLP and loss may run in chunks.
+        arguments: the rest of GPTModel's.
+
+    Raises:
+        ValueError: an option that would be ignored or wrong.
+    """
+    if saving.recompute_without_attention:
+        raise ValueError(
+            "the elastic schedule recomputes whole layers, as its plan says; leave "
+            "--recompute-without-attention out"
+        )
+    check_supported(config, arguments.get("position_embedding_type", "learned_absolute"))
+    contexts = ContextStore()
+    spec = block_spec(config, implementation, saving=saving)
+    for layer in spec.layer_specs:
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = partial(SliceCoreAttention, contexts=contexts)
+    return ElasticGPTModel(contexts, saving.loss_chunk_size, config, spec, **arguments)
+
+
+def check_supported(config: TransformerConfig, position_embedding_type: str) -> None:
+    """``ValueError`` for options that elastic models would ignore or get wrong."""
+    refused = {
+        "recomputation by arguments (the plan decides which layers of which chunk are recomputed)": bool(
+            config.recompute_granularity
+        ),
+        "context parallelism": config.context_parallel_size > 1,
+        "mixture of experts": config.num_moe_experts is not None,
+        "multi-latent attention": config.multi_latent_attention,
+        "multi-token prediction": bool(config.mtp_num_layers),
+        "fused QKV rotary positions": config.fused_single_qkv_rope,
+        "layers without rotary positions": bool(config.no_rope_freq),
+        "CUDA graphs": config.cuda_graph_impl != "none",
+        f"{position_embedding_type} positions": position_embedding_type
+        not in ("learned_absolute", "rope", "none"),
+    }
+    for option, is_set in refused.items():
+        if is_set:
+            raise ValueError(f"the elastic schedule does not support {option}; leave it out")

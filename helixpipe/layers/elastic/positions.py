@@ -1,0 +1,84 @@
+"""Rotary positions of packed and sliced sequences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor, autograd
+
+
+def angles_at(rotary: RotaryEmbedding, positions: Tensor) -> Tensor:
+    """The rows of Megatron's table of angles at ``positions``, which need not follow each other.
+
+    Args:
+        rotary: of the model.
+        positions: [1, T], whole numbers up to 2^24.
+
+    Returns:
+        [T, 1, 1, rotated part of d] in float32.
+    """
+    rows = positions.view(-1).to(rotary.inv_freq.dtype)
+    if rotary.seq_len_interpolation_factor is not None:
+        rows = rows * (1 / rotary.seq_len_interpolation_factor)
+    angles = torch.outer(rows, rotary.inv_freq.to(positions.device))
+    if rotary.rotary_interleaved:
+        angles = angles.repeat_interleave(2, dim=-1)
+    else:
+        angles = torch.cat((angles, angles), dim=-1)
+    return angles[:, None, None, :]
+
+
+class _RotateAt(autograd.Function):
+    """A rotation's transpose is the rotation back, so positions are all that its backward pass needs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        positions: Tensor,
+        rotary: RotaryEmbedding,
+        config: TransformerConfig,
+        group: dist.ProcessGroup,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.positions, ctx.rotary, ctx.config, ctx.group = positions, rotary, config, group
+        return _rotate(ctx, query, key, angles_at(rotary, positions))
+
+    @staticmethod
+    def backward(ctx: Any, grad_query: Tensor, grad_key: Tensor) -> tuple[Tensor | None, ...]:
+        angles = -angles_at(ctx.rotary, ctx.positions)
+        return (*_rotate(ctx, grad_query, grad_key, angles), None, None, None, None)
+
+
+def _rotate(ctx: Any, query: Tensor, key: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
+    rotated = (apply_rotary_pos_emb(t, angles, config=ctx.config, cp_group=ctx.group) for t in (query, key))
+    return next(rotated), next(rotated)
+
+
+def rotate_at(
+    query: Tensor,
+    key: Tensor,
+    positions: Tensor,
+    rotary: RotaryEmbedding,
+    config: TransformerConfig,
+    group: dist.ProcessGroup,
+) -> tuple[Tensor, Tensor]:
+    """Megatron's ``apply_rotary_pos_emb`` for tokens at any positions.
+
+    Args:
+        query: [T, 1, heads, d].
+        key: [T, 1, groups, d].
+        positions: [1, T].
+        rotary: of the model.
+        config: tells how channels are paired.
+        group: of context parallelism.
+
+    Returns:
+        Query and key, rotated.
+    """
+    return _RotateAt.apply(query, key, positions, rotary, config, group)
