@@ -25,7 +25,8 @@ from helixpipe.elastic.planner import SLICE_COUNTS
 from helixpipe.elastic.planner_process import Answer, Request
 from helixpipe.elastic.quick_plan import num_slices_of, plan_quickly
 
-PATIENCE_S = 5.0
+# Below the shortest deadline of a training step, see helixpipe.reliability.deadlines.
+PATIENCE_S = 3.0
 # The first plan has to wait for the program to be loaded, and no recipe stands in for it yet.
 _FIRST_PATIENCE_S = 60.0
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from helixpipe.megatron_adapter.schedule import device
+from helixpipe.megatron_adapter.schedule import ELASTIC, device
 from helixpipe.plan import build_plan
 from helixpipe.plan.cost_model import HARDWARE, Recompute, costs_of_plan, predict_pieces
 from helixpipe.plan.memory import peak_bytes
@@ -64,8 +64,7 @@ class MemoryWatch:
         self._warned = True
         sys.stderr.write(
             f"pretrain_gpt: rank {self._args.rank}: warning: {reserved / _GIB:.2f} GiB of "
-            f"{self._limit / _GIB:.2f} GiB were in use; the plan's estimate is "
-            f"{self._estimate() / _GIB:.2f} GiB; {what_to_change(self._args)}\n"
+            f"{self._limit / _GIB:.2f} GiB were in use; {self._estimate()}; {what_to_change(self._args)}\n"
         )
 
     def summary(self) -> str:
@@ -81,13 +80,16 @@ class MemoryWatch:
         shown = [f"{resident / _GIB:.2f}" for resident, _ in table.tolist()]
         return f"peak memory by rank (GiB resident; a CPU's allocator has no figures): {' '.join(shown)}"
 
-    def _estimate(self) -> int:
+    def _estimate(self) -> str:
         """The plan's peak on this rank: weights, gradients, optimizer state and activations."""
+        if self._args.pipeline_schedule == ELASTIC:
+            return "every batch is planned to stay below the limit, by the bytes of --elastic-costs"
         plan = build_plan(self._args.pipeline_schedule, self._args.schedule_request)
         # Bytes do not depend on rates.
         pieces = predict_pieces(workload_of(self._args), HARDWARE["h100"])
         costs = costs_of_plan(pieces, plan, _recompute(self._args))
-        return peak_bytes(plan, costs)[parallel_state.get_pipeline_model_parallel_rank()]
+        peak = peak_bytes(plan, costs)[parallel_state.get_pipeline_model_parallel_rank()]
+        return f"the plan's estimate is {peak / _GIB:.2f} GiB"
 
 
 def _recompute(args: argparse.Namespace) -> Recompute:
@@ -132,7 +134,9 @@ def what_to_change(args: argparse.Namespace) -> str:
     if args.transformer_impl != "transformer_engine":
         advice += _smaller("--mlp-chunk-size", saving.mlp_chunk_size)
     advice += _smaller("--loss-chunk-size", saving.loss_chunk_size)
-    if args.recompute_granularity is None and not saving.recompute_without_attention:
+    if args.pipeline_schedule == ELASTIC:
+        advice.append("a lower --memory-limit-gib")
+    elif args.recompute_granularity is None and not saving.recompute_without_attention:
         advice.append("--recompute-without-attention")
     elif args.pipeline_schedule != "helix" and args.recompute_granularity != "full":
         advice.append(
