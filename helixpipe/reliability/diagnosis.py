@@ -61,8 +61,10 @@ def describe_hang(statuses: Mapping[int, Status], missing: Collection[int] = ())
             parts.append(f"{status.name} {_symptom(status)}: {status.position}")
     if len(guilty) > 1 and all(rank in statuses and statuses[rank].message for rank in guilty):
         parts.append("these wait for each other in a circle")
-    overdue = sorted(s.rank for s in statuses.values() if s.is_overdue and s.rank not in guilty)
-    waiting = f"; held up: {_listed(overdue)}" if overdue else ""
+    # Reports are not of one instant: who waits for the same reason may not be overdue yet.
+    still = (s.rank for s in statuses.values() if s.condition == ALIVE and s.seconds > s.deadline_s / 2)
+    held_up = sorted(set(still) - set(guilty))
+    waiting = f"; held up: {_listed(held_up)}" if held_up else ""
     return f"hang: {'; '.join(parts)}{waiting}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -85,6 +86,12 @@ def test_a_hang_is_described_with_culprit_and_victims():
     assert "step 20, 6.0 s in 4B3 (backward of segment 4, micro batch 3); last completed 4F3" in text
     assert text.endswith("held up: rank 0")
     assert last_completed(found) == "last completed: rank 0: none (step 20), rank 1: 4F3 (step 20)"
+
+
+def test_who_waits_but_is_not_overdue_yet_is_held_up_too():
+    found = by_rank(waits_for(0, 1), computes(1), status(2, seconds=0.1, deadline_s=5.0))
+    found[0] = dataclasses.replace(found[0], seconds=4.8)
+    assert describe_hang(found).endswith("held up: rank 0")
 
 
 def test_a_missing_rank_is_described():
