@@ -45,6 +45,21 @@ HELIX_HD void store(T* to, const float (&from)[W]) {
   *reinterpret_cast<Vector<T, W>*>(to) = vector;
 }
 
+struct Division {
+  uint64_t quotient, remainder;
+
+  // In 32 bits where they suffice, which takes a fraction of the time.
+  HELIX_HD Division(uint64_t value, uint64_t divisor) {
+    if ((value | divisor) >> 32 == 0) {
+      quotient = uint32_t(value) / uint32_t(divisor);
+      remainder = uint32_t(value) - uint32_t(quotient) * uint32_t(divisor);
+    } else {
+      quotient = value / divisor;
+      remainder = value - quotient * divisor;
+    }
+  }
+};
+
 // How the elements of each row are cut: single ones up to the first aligned address, vectors, and the rest.
 struct Columns {
   int64_t head, vectors, tail;

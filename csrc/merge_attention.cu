@@ -5,14 +5,22 @@
 namespace helix {
 namespace {
 
+// A row's place in three dimensions.
+struct Place {
+  int64_t first, second, third;
+
+  HELIX_HD int64_t offset(const int64_t (&strides)[3]) const {
+    return first * strides[0] + second * strides[1] + third * strides[2];
+  }
+};
+
 // Rows in three dimensions, the last of them the fastest.
 struct Rows {
   int64_t sizes[3];
 
-  HELIX_HD int64_t offset(uint64_t row, const int64_t (&strides)[3]) const {
-    const uint64_t last = row % uint64_t(sizes[2]), rest = row / uint64_t(sizes[2]);
-    return int64_t(rest / uint64_t(sizes[1])) * strides[0] + int64_t(rest % uint64_t(sizes[1])) * strides[1] +
-           int64_t(last) * strides[2];
+  HELIX_HD Place place(int64_t row) const {
+    const Division inner(row, sizes[2]), outer(inner.quotient, sizes[1]);
+    return {int64_t(outer.quotient), int64_t(outer.remainder), int64_t(inner.remainder)};
   }
 };
 
@@ -44,12 +52,12 @@ struct MergeOutputs {
 
   template <int W>
   HELIX_HD void at(int64_t row, int64_t element) const {
-    T* own = output + rows.offset(row, output_strides) + element;
+    const Place place = rows.place(row);
+    T* own = output + place.offset(output_strides) + element;
     float value[W], other[W];
     load<W>(own, value);
-    load<W>(part + rows.offset(row, part_strides) + element, other);
-    const Sums sums(log_sum_exp[rows.offset(row, sum_strides)],
-                    part_log_sum_exp[rows.offset(row, part_sum_strides)]);
+    load<W>(part + place.offset(part_strides) + element, other);
+    const Sums sums(log_sum_exp[place.offset(sum_strides)], part_log_sum_exp[place.offset(part_sum_strides)]);
     const float scale = sums.weight(sums.own), part_scale = sums.weight(sums.part);
 #pragma unroll
     for (int i = 0; i < W; ++i)
@@ -69,8 +77,9 @@ struct MergeSums {
 
   template <int W>
   HELIX_HD void at(int64_t, int64_t row) const {
-    float* own = log_sum_exp + rows.offset(row, strides);
-    *own = Sums(*own, part_log_sum_exp[rows.offset(row, part_strides)]).merged;
+    const Place place = rows.place(row);
+    float* own = log_sum_exp + place.offset(strides);
+    *own = Sums(*own, part_log_sum_exp[place.offset(part_strides)]).merged;
   }
 };
 

@@ -25,10 +25,9 @@ struct Segment {
 
   HELIX_HD int64_t offset(uint64_t chunk) const {
     if (rows_are_dense) return int64_t(chunk) * chunk_bytes;
-    const uint64_t column = chunk % uint64_t(row_chunks), row = chunk / uint64_t(row_chunks);
-    const uint64_t last = row % uint64_t(sizes[1]), rest = row / uint64_t(sizes[1]);
-    return int64_t(rest / uint64_t(sizes[0])) * strides[0] + int64_t(rest % uint64_t(sizes[0])) * strides[1] +
-           int64_t(last) * strides[2] + int64_t(column) * chunk_bytes;
+    const Division row(chunk, row_chunks), inner(row.quotient, sizes[1]), outer(inner.quotient, sizes[0]);
+    return int64_t(outer.quotient) * strides[0] + int64_t(outer.remainder) * strides[1] +
+           int64_t(inner.remainder) * strides[2] + int64_t(row.remainder) * chunk_bytes;
   }
 };
 

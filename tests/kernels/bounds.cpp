@@ -6,7 +6,7 @@
 #include <memory>
 #include <vector>
 
-#include "kernels.h"
+#include "launch.h"
 
 namespace {
 
@@ -76,9 +76,19 @@ void messages(int64_t rows, int64_t length, int bytes, int64_t shift) {
   for (auto copy : {helix_pack, helix_unpack}) check(copy(buffer.get(), tensors, 3, bytes, nullptr));
 }
 
+// Beyond 32 bits, where no buffer of a test reaches.
+void divisions() {
+  for (uint64_t value : {uint64_t(0), uint64_t(7), uint64_t(UINT32_MAX), uint64_t(1) << 32, (uint64_t(1) << 40) + 7})
+    for (uint64_t divisor : {uint64_t(1), uint64_t(3), uint64_t(UINT32_MAX), uint64_t(1) << 33}) {
+      const helix::Division found(value, divisor);
+      check(found.quotient == value / divisor && found.remainder == value % divisor ? kSuccess : kTooLarge);
+    }
+}
+
 }  // namespace
 
 int main() {
+  divisions();
   for (int64_t rows : {1, 3})
     for (int64_t length : {0, 1, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 40, 70})
       for (int64_t shift : {0, 1, 2, 3, 4, 8}) {
