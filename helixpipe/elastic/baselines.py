@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from helixpipe.elastic.checkpointing import OutOfMemory, uniform_checkpointing
-from helixpipe.elastic.chunk_schedule import elastic_plan, order_chunks
+from helixpipe.elastic.chunk_schedule import elastic_plan, order_chunks, ready_plan
 from helixpipe.elastic.chunks import Chunk, Piece
-from helixpipe.elastic.elastic_plan import Prediction, predict
+from helixpipe.elastic.elastic_plan import ElasticPlan, Prediction, predict
 from helixpipe.elastic.job import ElasticJob, check_lengths
 from helixpipe.elastic.memory_rows import pipeline_memory
 from helixpipe.elastic.planner import SLICE_COUNTS, best_plan, by_size, chunk_batch
@@ -46,11 +46,23 @@ def predict_baselines(lengths: Sequence[int], job: ElasticJob) -> tuple[Baseline
 def packed_to_longest(lengths: Sequence[int], job: ElasticJob) -> Baseline:
     """Whole sequences packed to the longest one's length, 1F1B, the same layers checkpointed everywhere."""
     label = "packed to the longest, 1F1B"
-    chunks = pack_to_length(lengths, max(lengths))
     try:
-        return Baseline(label, _static(order_chunks(chunks, job.costs), job), len(chunks))
+        found = packed_plan(lengths, job)
     except OutOfMemory as error:
         return Baseline(label, None, reason=str(error))
+    return Baseline(label, found.prediction, len(found.recipe.chunks))
+
+
+def packed_plan(lengths: Sequence[int], job: ElasticJob) -> ElasticPlan:
+    """The plan behind :func:`packed_to_longest`, to be executed.
+
+    Raises:
+        OutOfMemory: it does not fit.
+    """
+    chunks = pack_to_length(lengths, max(lengths))
+    recipe = _static(order_chunks(chunks, job.costs), job)
+    plan = ready_plan(recipe, job.num_layers)
+    return ElasticPlan(recipe, plan, predict(recipe, plan, job)[0])
 
 
 def fixed_size_chunks(
@@ -69,10 +81,11 @@ def fixed_size_chunks(
             break
         for label, chunks in part.items():
             try:
-                prediction = _static(order_chunks(chunks, job.costs), job)
+                recipe = _static(order_chunks(chunks, job.costs), job)
             except OutOfMemory as error:
                 reason = f"{label}: {error}"
             else:
+                prediction = predict(recipe, elastic_plan(recipe, job.num_layers), job)[0]
                 found.append((prediction.time_ms, Baseline(label, prediction, len(chunks))))
     if not found:
         return Baseline("fixed-size chunks", None, reason=reason)
@@ -121,7 +134,7 @@ def even_slices(
     return Baseline(label, found.prediction, len(found.recipe.chunks))
 
 
-def _static(chunks: tuple[Chunk, ...], job: ElasticJob) -> Prediction:
+def _static(chunks: tuple[Chunk, ...], job: ElasticJob) -> Recipe:
     """One pipeline over ordered chunks with the same layers checkpointed in all of them."""
     memory = pipeline_memory(
         chunks,
@@ -130,5 +143,4 @@ def _static(chunks: tuple[Chunk, ...], job: ElasticJob) -> Prediction:
         num_layers=job.num_layers,
         limit_bytes=job.memory_limit_bytes,
     )
-    recipe = Recipe(chunks, (len(chunks),), uniform_checkpointing(memory).counts)
-    return predict(recipe, elastic_plan(recipe, job.num_layers), job)[0]
+    return Recipe(chunks, (len(chunks),), uniform_checkpointing(memory).counts)
