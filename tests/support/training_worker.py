@@ -6,6 +6,7 @@ import argparse
 import os
 import resource
 import signal
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from helixpipe.reliability.exit_codes import exit_code_of
 from helixpipe.reliability.record import NoProgress
 from megatron.training import shard_writing, training
 from megatron.training.arguments import parse_arguments
+from megatron.training.data.corpus import PreparationOptions, prepare_dataset
 from megatron.training.initialize import seed_random_states
 from megatron.training.model import unwrap
 
@@ -136,6 +138,16 @@ class BlockedFolder(Fault):
     def on_step(self) -> None:
         if self.iteration == 2 and dist.get_rank() == 0:
             (self.args.save / "iter_0000002.saving").touch()
+
+
+def small_model(folder: Path) -> str:
+    """Arguments of a model that trains in a moment, on data that is prepared in ``folder``."""
+    prefix, source = folder / "json", Path(sysconfig.get_path("stdlib")) / "json"
+    prepare_dataset(PreparationOptions([str(source)], str(prefix), pattern="*.py", tokenizer="byte"))
+    return (
+        "--num-layers 4 --hidden-size 32 --num-attention-heads 2 --seq-length 32 --micro-batch-size 1 "
+        f"--global-batch-size 4 --train-iters 3 --lr 3e-3 --data-path {prefix}"
+    )
 
 
 def run_cases(

@@ -7,7 +7,7 @@ import re
 
 import pytest
 from ranks import run_on_ranks
-from training_worker import BadModule, Fault, FlippedBit, run_cases
+from training_worker import BadModule, Fault, FlippedBit, run_cases, small_model
 
 from helixpipe.reliability.loss_spikes import MIN_LOSSES, WINDOW, LossSpikes
 from megatron.training.diagnosis import Finding, is_finite, origin
@@ -63,6 +63,11 @@ PIPELINE = {
         ("the loss of micro batch 0 is nan", "computed once more the step is finite: a transient fault"),
     ),
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def common(tmp_path_factory):
+    return small_model(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")

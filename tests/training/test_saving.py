@@ -7,7 +7,7 @@ import signal
 
 import pytest
 from ranks import run_on_ranks
-from training_worker import BadModule, BlockedFolder, Fault, FullDisk, Signalled, run_cases
+from training_worker import BadModule, BlockedFolder, Fault, FullDisk, Signalled, run_cases, small_model
 
 from megatron.training.checkpoint_files import check_file, manifest_of, tracked, usable
 
@@ -32,6 +32,11 @@ CASES = {
     "signalled at the end": ("", Signalled((0, 3, TERM))),
     "bad numbers": ("--async-save", BadModule("decoder.layers.0.mlp.linear_fc1", micro_batch=0, value=NAN)),
 }
+
+
+@pytest.fixture(scope="module")
+def common(tmp_path_factory):
+    return small_model(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")
