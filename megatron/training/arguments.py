@@ -456,6 +456,12 @@ def _inspect_data(args: argparse.Namespace) -> DatasetInfo:
         raise ValueError(
             f"--split {args.split!r} must be three weights for train, valid, test, like 969,30,1"
         )
+    if args.pipeline_schedule != ELASTIC and info.has_prompts:
+        raise ValueError(
+            f"{args.data_path} has prompts, on which there must be no loss, but --pipeline-schedule "
+            f"{args.pipeline_schedule} joins documents and would learn them; use elastic, or prepare the data "
+            "without --prompt-key"
+        )
     if args.pipeline_schedule != ELASTIC and info.num_tokens <= args.seq_length:
         raise ValueError(
             f"{args.data_path} holds {info.num_tokens} tokens, not even one sequence of --seq-length "

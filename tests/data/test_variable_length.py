@@ -5,7 +5,6 @@ import importlib.util
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +14,8 @@ from hypothesis import strategies as st
 
 from helixpipe.data.index_file import LOSS_MODE, PROMPT_MODE, open_index
 from helixpipe.data.samples import ShuffledOrder, document_samples
+from megatron.training.arguments import parse_arguments
 from megatron.training.data.corpus import PreparationOptions, prepare_dataset
-from megatron.training.data.gpt import build_iterators
 from megatron.training.data.prefix import DatasetInfo, dataset_paths, inspect_prefix, load_tokenizer
 from megatron.training.data.variable_length import VariableLengthDataset
 
@@ -232,12 +231,12 @@ def test_prompts_need_jsonl_and_are_not_joined(tmp_path):
     prepare(tmp_path, ROWS)
     info = inspect_prefix(tmp_path / "set")
     assert info.has_prompts
-    args = SimpleNamespace(
-        dataset=info, data_path=Path(info.prefix), pipeline_schedule="1f1b", head_placement=None,
-        train_iters=1, eval_interval=1, eval_iters=0, global_batch_size=1,
-    )  # fmt: skip
-    with pytest.raises(ValueError, match=r"has prompts, .* joins documents"):
-        build_iterators(args, 0)
+    line = (
+        "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 4 --micro-batch-size 1 "
+        "--global-batch-size 1 --train-iters 1 --lr 1e-3 --eval-iters 0 --data-path"
+    )
+    with pytest.raises(ValueError, match=r"has prompts, .* joins documents .* use elastic"):
+        parse_arguments([*line.split(), str(tmp_path / "set")])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import MODEL, ROOT, _free_port, run
+from conftest import MODEL, ROOT, free_port, run
 
 from helixpipe.layers.saving_layer import MemorySaving
 from helixpipe.plan import Kind, Operation, ScheduleRequest, build_plan
@@ -49,7 +49,7 @@ def test_a_job_ends_with_one_line(corpus, schedule, call, operation):
     command = [sys.executable, "-c", SABOTAGE, call, *arguments, "--micro-batch-size", "2"]
     if schedule == "helix":
         command += ["--global-batch-size", "8"]
-    finished = run(command, 60, MASTER_PORT=str(_free_port()))
+    finished = run(command, 60, MASTER_PORT=str(free_port()))
     assert finished.code == 7, finished.errors
     (line,) = finished.errors.splitlines()
     start = (
@@ -124,15 +124,12 @@ def test_outside_of_the_schedule_it_is_weights_and_states():
     [
         ({}, ["--mlp-chunk-size auto", "--loss-chunk-size auto", "--num-fold 1"], ["--micro-batch-size"]),
         ({"memory_saving": MemorySaving(True, 64, 1)}, ["--mlp-chunk-size 32"], ["--loss-chunk-size"]),
-        ({"memory_saving": MemorySaving(True)}, [], ["--recompute", "--attention-range"]),
-        (
-            {"attention_range": "block"},
-            ["--recompute-without-attention with --attention-range core"],
-            ["block"],
-        ),
+        ({"memory_saving": MemorySaving(True)}, ["--attention-range block"], ["--recompute"]),
+        ({"attention_range": "block"}, ["--recompute-without-attention"], ["block"]),
         ({"attention_range": "qkv"}, ["--attention-range block"], []),
         ({"transformer_impl": "transformer_engine"}, ["--loss-chunk-size auto"], ["--mlp-chunk-size"]),
-        ({"head_placement": "spread"}, ["--mlp-chunk-size auto"], ["--loss-chunk-size"]),
+        ({"head_placement": "spread"}, ["--mlp-chunk-size auto", "--loss-chunk-size auto"], []),
+        ({"pipeline_schedule": "elastic"}, ["a lower --memory-limit-gib"], ["--recompute", "--num-fold"]),
         ({"schedule_request": Namespace(num_fold=1)}, [], ["--num-fold"]),
         ({"micro_batch_size": 4}, ["--micro-batch-size 1"], []),
         (

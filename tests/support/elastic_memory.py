@@ -18,6 +18,7 @@ from helixpipe.plan import Kind, Operation
 from helixpipe.plan.cost_model import HARDWARE, Workload
 from helixpipe.plan.cost_model.model import ModelShape
 from helixpipe.runtime.executor import Executor
+from helixpipe.runtime.message import HEADER_WORDS
 from helixpipe.runtime.trace import HostClock
 
 
@@ -102,6 +103,11 @@ def costs_of(case: ElasticCase) -> ChunkCosts:
     )
 
 
+def header_bytes(stage: int) -> int:
+    """Of the message that brought a chunk, of which its input is a part; the plan does not count them."""
+    return HEADER_WORDS * torch.int64.itemsize if stage else 0
+
+
 class Expected(NamedTuple):
     """What a plan says is held after an operation.
 
@@ -129,7 +135,7 @@ def expect(case: ElasticCase, stage: int, moments: list[Moment]) -> list[Expecte
         chunk = recipe.chunks[i]
         if operation.kind is Kind.F:
             cost = stage_cost(chunk, costs, layers, recipe.checkpointed[stage][i], is_last=is_last)
-            begun[i] = cost.bytes
+            begun[i] = cost.bytes + header_bytes(stage)
             without_gradients[i] = int(layers * costs.kv_bytes * chunk.continued_tokens)
         else:
             del begun[i], without_gradients[i]

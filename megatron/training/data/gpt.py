@@ -62,12 +62,6 @@ def build_iterators(
         consumed_samples: training sequences already seen, over all data-parallel ranks.
         iteration: the last finished one; tells how much of the validation data was seen.
     """
-    if args.dataset.has_prompts:
-        raise ValueError(
-            f"{args.data_path} has prompts, on which there must be no loss, but --pipeline-schedule "
-            f"{args.pipeline_schedule} joins documents and would learn them; prepare the data without "
-            "--prompt-key"
-        )
     evaluations = args.train_iters // args.eval_interval + 1
     reads_data = needs_data(args.pipeline_schedule, args.head_placement)
     samples = [args.train_iters * args.global_batch_size, 0, 0]
