@@ -459,8 +459,8 @@ def _inspect_data(args: argparse.Namespace) -> DatasetInfo:
     if args.pipeline_schedule != ELASTIC and info.has_prompts:
         raise ValueError(
             f"{args.data_path} has prompts, on which there must be no loss, but --pipeline-schedule "
-            f"{args.pipeline_schedule} joins documents and would learn them; use elastic, or prepare the data "
-            "without --prompt-key"
+            f"{args.pipeline_schedule} joins documents and would learn them; use elastic, or prepare the "
+            "data without --prompt-key"
         )
     if args.pipeline_schedule != ELASTIC and info.num_tokens <= args.seq_length:
         raise ValueError(
