@@ -30,7 +30,7 @@ import torch.distributed as dist  # noqa: E402
 from helixpipe.data.samples import ShuffledOrder  # noqa: E402
 from helixpipe.elastic import ChunkCosts, ElasticJob, ElasticPlan, costs_to_json, plan_batch  # noqa: E402
 from helixpipe.elastic.baselines import packed_plan  # noqa: E402
-from helixpipe.elastic.fit import FitError, fit_costs  # noqa: E402
+from helixpipe.elastic.fit import fit_costs  # noqa: E402
 from helixpipe.elastic.preset import profiled_chunk_costs  # noqa: E402
 from helixpipe.megatron_adapter.elastic import ElasticForwardBackward  # noqa: E402
 from helixpipe.megatron_adapter.elastic_batch import ElasticBatch  # noqa: E402
@@ -130,9 +130,7 @@ def _measured_costs(options: argparse.Namespace) -> ChunkCosts:
     )
     pieces, measured = profile_chunks(workload, options.max_seq_length, repeats=options.repeats)
     fit = fit_costs(measured, profiled_chunk_costs(pieces, dist.get_world_size()), 1)
-    for name, error in fit.errors.items():
-        assert isinstance(error, FitError)
-        _say(f"{name}: {error}")
+    _say(f"costs of chunks, off on those held out: forward {fit.forward}, backward {fit.backward}")
     return fit.costs
 
 

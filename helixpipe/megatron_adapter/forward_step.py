@@ -192,7 +192,7 @@ class GPTSegments:
         """See :class:`helixpipe.runtime.executor.Segments`."""
         shapes = self.segmented.edge_shapes(edge, self.seq_length, self.micro_batch_size)
         # A residual beside other tensors comes last. It is only added to something, or passed on.
-        return MessageLayout(tuple(shapes), self.dtype, num_kept=max(1, len(shapes) - 1))
+        return MessageLayout(tuple(shapes), self.dtype, num_kept=len(shapes) - 1 or None)
 
     def forward(self, segment: int, micro_batch: int, inputs: Tensors) -> Tensors:
         """See :class:`helixpipe.runtime.executor.Segments`."""
