@@ -52,6 +52,7 @@ def distributed_half(launch, tmp_path_factory):
     return saved
 
 
+@pytest.mark.slow
 def test_same_layout_goes_on_bitwise(launch, trained, half, tmp_path):
     copy = tmp_path / "half"
     shutil.copytree(half, copy)
@@ -77,6 +78,7 @@ def test_goes_on_under_helix_on_one_rank(launch_alone, trained, half, tmp_path):
     assert_goes_on_alike(metrics, trained("1f1b").rows)
 
 
+@pytest.mark.slow
 def test_distributed_optimizer_goes_on_with_another_layout(launch, trained, distributed_half, tmp_path):
     """From two pipeline ranks to two data-parallel ones."""
     metrics = tmp_path / "metrics.jsonl"

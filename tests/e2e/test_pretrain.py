@@ -20,13 +20,17 @@ LLAMA = (
     "--swiglu --normalization RMSNorm --position-embedding-type rope --group-query-attention "
     "--num-query-groups 2 --disable-bias-linear --untie-embeddings-and-output-weights"
 ).split()
+# A job under each takes seconds: the quick tests have Megatron's and ours.
+EVERY_SCHEDULE = [
+    name if name in ("1f1b", "helix") else pytest.param(name, marks=pytest.mark.slow) for name in SCHEDULES
+]
 
 
 def column(rows, key):
     return [row[key] for row in rows]
 
 
-@pytest.mark.parametrize("schedule", ["interleaved", "zb-h1", "helix"])
+@pytest.mark.parametrize("schedule", EVERY_SCHEDULE[1:])
 def test_schedules_train_alike(trained, schedule):
     baseline, found = trained("1f1b"), trained(schedule)
     losses = column(baseline.rows, "lm_loss")
@@ -49,7 +53,7 @@ def validation_losses(output):
     return {int(iteration): float(loss) for iteration, loss, _ in found}
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", EVERY_SCHEDULE)
 def test_metrics_keep_their_contract(trained, schedule):
     rows = trained(schedule).rows
     assert column(rows, "iteration") == [1, 2, 3, 4]
@@ -63,7 +67,7 @@ def test_metrics_keep_their_contract(trained, schedule):
         assert row["tokens_per_second"] == pytest.approx(4 * 128 / row["elapsed_ms"] * 1e3)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", EVERY_SCHEDULE)
 def test_terminal_shows_each_iteration_and_nothing_else(trained, schedule):
     job = trained(schedule)
     assert job.errors == ""
@@ -83,7 +87,7 @@ def test_terminal_shows_each_iteration_and_nothing_else(trained, schedule):
     assert re.fullmatch(rf"peak memory by rank \(GiB resident; a CPU's .* no figures\): {peaks}", last)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", EVERY_SCHEDULE)
 def test_trace_is_the_plan(trained, schedule):
     folder = trained(schedule).trace_folder
     virtual_stages = 2 if schedule == "interleaved" else None
@@ -105,6 +109,7 @@ def test_trace_is_the_plan(trained, schedule):
             assert all(earlier.end_ms <= later.start_ms for earlier, later in itertools.pairwise(rank))
 
 
+@pytest.mark.slow
 def test_borrowed_weights_train_alike(launch, trained, tmp_path):
     """Attention and head with weights on loan, labels on every rank."""
     metrics = tmp_path / "metrics.jsonl"
@@ -125,6 +130,7 @@ def test_borrowed_weights_train_alike(launch, trained, tmp_path):
         assert {wait.operation for wait in waits} == {op for op in order if op.kind.is_receive}
 
 
+@pytest.mark.slow
 def test_bf16_trains(launch, tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     finished = launch(

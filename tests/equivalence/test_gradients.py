@@ -33,8 +33,8 @@ LAYOUTS = [
     Case(pp=4, tp=2),
     Case(pp=4, dp=2),
     Case(pp=2, tp=2, dp=2),
+    Case(pp=4, tp=2, dp=2),
 ]
-LARGE_LAYOUTS = [layout for layout in LAYOUTS if layout.world_size > 4] + [Case(pp=4, tp=2, dp=2)]
 STAGE_LAYOUTS = [Case(pp=1), Case(pp=2, tp=2), Case(pp=4), Case(pp=2, dp=2)]
 
 
@@ -160,15 +160,14 @@ def saving_cases_of(layout: Case) -> list[Case]:
     return cases
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=layout_name)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(layout, id=layout_name(layout), marks=[pytest.mark.slow] * (layout.world_size > 4))
+        for layout in LAYOUTS
+    ],
+)
 def test_losses_and_gradients_equal_megatrons(layout):
-    further = [] if layout in LARGE_LAYOUTS else further_cases_of(layout)
-    check(core_cases_of(layout) + lending_cases_of(layout) + further, TOLERANCE)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", LARGE_LAYOUTS, ids=layout_name)
-def test_large_layouts(layout):
     check(core_cases_of(layout) + lending_cases_of(layout) + further_cases_of(layout), TOLERANCE)
 
 

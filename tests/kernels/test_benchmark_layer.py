@@ -28,6 +28,7 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_a_row_for_every_measurement(tmp_path):
     path = tmp_path / "new" / "results.csv"
     sizes = ["--seq-lengths", "64", "--repeats", "3", "--output", str(path)]

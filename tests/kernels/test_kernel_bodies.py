@@ -147,6 +147,7 @@ def test_sanitized(tmp_path):
     assert int(finished.stdout.split()[0]) > 1000
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(build.find_nvcc() is None, reason="needs nvcc")
 def test_cuda_kernels_compile(tmp_path):
     """For every architecture; and the module can be loaded where there is no driver."""
