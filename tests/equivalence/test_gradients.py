@@ -30,12 +30,13 @@ LAYOUTS = [
     Case(pp=4),
     Case(pp=2, tp=2),
     Case(pp=2, dp=2),
-    Case(pp=4, tp=2),
-    Case(pp=4, dp=2),
-    Case(pp=2, tp=2, dp=2),
-    Case(pp=4, tp=2, dp=2),
 ]
+LARGE_LAYOUTS = [Case(pp=4, tp=2), Case(pp=4, dp=2), Case(pp=2, tp=2, dp=2), Case(pp=4, tp=2, dp=2)]
 STAGE_LAYOUTS = [Case(pp=1), Case(pp=2, tp=2), Case(pp=4), Case(pp=2, dp=2)]
+
+
+def slow(case: Case) -> Any:
+    return pytest.param(case, marks=pytest.mark.slow)
 
 
 def layout_name(case: Case) -> str:
@@ -160,13 +161,7 @@ def saving_cases_of(layout: Case) -> list[Case]:
     return cases
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        pytest.param(layout, id=layout_name(layout), marks=[pytest.mark.slow] * (layout.world_size > 4))
-        for layout in LAYOUTS
-    ],
-)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *map(slow, LARGE_LAYOUTS)], ids=layout_name)
 def test_losses_and_gradients_equal_megatrons(layout):
     check(core_cases_of(layout) + lending_cases_of(layout) + further_cases_of(layout), TOLERANCE)
 
@@ -179,7 +174,7 @@ def test_stages_give_megatrons_bits(layout):
     check([case for case in cases if case not in twice_used], TOLERANCE if ON_GPU else BITWISE)
 
 
-@pytest.mark.parametrize("layout", [LAYOUTS[0], *LAYOUTS[3:5]], ids=layout_name)
+@pytest.mark.parametrize("layout", [Case(pp=1), Case(pp=2, dp=2), slow(Case(pp=2, tp=2))], ids=layout_name)
 def test_saving_memory_keeps_losses_and_gradients(layout):
     # A loss of fewer tokens at a time may be rounded otherwise.
     check(saving_cases_of(layout), TOLERANCE, loss_tolerance=1e-6)
@@ -230,10 +225,10 @@ def test_the_comparison_notices_one_wrong_label():
     [
         Case(pp=4),
         Case(pp=2, tp=2, style="llama", sequence_parallel=True),
-        Case(pp=2, dp=2, style="llama", distributed_optimizer=True),
+        slow(Case(pp=2, dp=2, style="llama", distributed_optimizer=True)),
         Case(pp=2, dp=2, distributed_optimizer=True, overlap=True),
         Case(pp=2, dp=2, style="llama", distributed_optimizer=True, overlap=True, dtype=torch.bfloat16),
-        Case(pp=2, tp=2, style="llama", sequence_parallel=True, attention_range="qkv"),
+        slow(Case(pp=2, tp=2, style="llama", sequence_parallel=True, attention_range="qkv")),
         Case(
             pp=2,
             dp=2,
@@ -243,8 +238,8 @@ def test_the_comparison_notices_one_wrong_label():
             head_placement="spread",
         ),
         Case(pp=2, dp=2, schedule="zb-h1", distributed_optimizer=True, overlap=True),
-        Case(pp=1, dp=2, schedule="zb-h1", overlap=True),
-        Case(pp=2, dp=2, schedule="zb-v", tied=False, distributed_optimizer=True, overlap=True),
+        slow(Case(pp=1, dp=2, schedule="zb-h1", overlap=True)),
+        slow(Case(pp=2, dp=2, schedule="zb-v", tied=False, distributed_optimizer=True, overlap=True)),
         Case(
             pp=2,
             dp=2,
