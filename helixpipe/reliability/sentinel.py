@@ -64,6 +64,7 @@ class Sentinel:
         self._has_ended = False
         self._resumed_at = self._hub_heard = time.monotonic()
         self._gone_at: float | None = None
+        self._reported: Status | None = None
 
     def run(self) -> None:
         """Watch until the rank is gone and what there is to say about it has been said."""
@@ -94,7 +95,8 @@ class Sentinel:
                 # What it has said last is heard before it is reported.
                 continue
             if self._hub_connection is not None and now >= next_report:
-                self._hub_connection.send(status_message(self._status(now)))
+                self._reported = self._status(now)
+                self._hub_connection.send(status_message(self._reported))
                 next_report = now + REPORT_S
             if self._is_hub_lost(now):
                 self._end(_hub_lost())
@@ -206,6 +208,8 @@ class Sentinel:
             return
         status = self._status(time.monotonic())
         if verdict["kind"] == "hang":
+            # As it was judged: a stopped rank goes on to write its stacks, and so do those that wait for it.
+            status = self._reported or status
             path = self._stack_folder / f"stacks_rank_{self._rank}.txt"
             stacks = write_stacks(self._parent, self._stacks, path)
             self._say_of_rank(f"hang: stage {status.stage}, {status.position}; {stacks}")

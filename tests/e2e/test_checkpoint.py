@@ -69,6 +69,7 @@ def test_same_layout_goes_on_bitwise(launch, trained, half, tmp_path):
     assert sorted(path.name for path in saved.glob("iter_*")) == ["iter_0000002", "iter_0000004"]
 
 
+@pytest.mark.slow
 def test_goes_on_under_helix_on_one_rank(launch_alone, trained, half, tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     finished = launch_alone(
@@ -164,6 +165,7 @@ def test_stages_on_a_v_train_alike_and_hand_over(launch, tmp_path):
         assert found == pytest.approx(wanted, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(launch_alone, half, tmp_path):
     saved = tmp_path / "saved"
     shutil.copytree(half / "saved", saved)

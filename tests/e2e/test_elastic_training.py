@@ -60,6 +60,7 @@ def test_a_job_trains_and_writes_what_others_write(two_stages):
     assert plan.slices, "the longest documents are cut"
 
 
+@pytest.mark.slow
 def test_one_rank_gives_the_same_losses(two_stages, launch_alone, arguments, tmp_path):
     finished = launch_alone(*arguments, "--metrics-jsonl", tmp_path / "metrics.jsonl")
     assert finished.code == 0, finished.errors

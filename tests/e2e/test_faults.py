@@ -104,6 +104,7 @@ def test_a_stopped_rank_is_told_from_the_one_that_waits_for_it(end_of, tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_an_error_in_a_layer_is_shown_once_and_named_by_all_others(end_of):
     ended = end_of("raise 1 3 B", *HELIX)
     assert_one_line(ended, 1, "ArithmeticError: a layer failed", "step 3", BACKWARD)

@@ -159,7 +159,7 @@ LAYOUTS = {
 
 
 # Stages with tensor parallelism cover it, too.
-QUICK = [pytest.param(name, marks=pytest.mark.slow) if name == "tp2" else name for name in LAYOUTS]
+QUICK = [pytest.param(name, marks=pytest.mark.slow) if "tp2" in name else name for name in LAYOUTS]
 
 
 @pytest.mark.parametrize("layout", QUICK)
