@@ -95,8 +95,7 @@ class Sentinel:
                 # What it has said last is heard before it is reported.
                 continue
             if self._hub_connection is not None and now >= next_report:
-                self._reported = self._status(now)
-                self._hub_connection.send(status_message(self._reported))
+                self._report(now)
                 next_report = now + REPORT_S
             if self._is_hub_lost(now):
                 self._end(_hub_lost())
@@ -124,6 +123,8 @@ class Sentinel:
                 if self._hub_connection is None:
                     self._channel.send({"unreachable": True})
                 else:
+                    # First, so that the hub knows of this rank from the moment on at which it has joined.
+                    self._report(time.monotonic())
                     self._channel.send({"joined": True})
                     selector.register(self._hub_connection, selectors.EVENT_READ)
             if "pipeline" in message:
@@ -136,7 +137,7 @@ class Sentinel:
             if message.get("ended"):
                 self._has_ended = True
                 if self._hub_connection is not None:
-                    self._hub_connection.send(status_message(self._status(time.monotonic())))
+                    self._report(time.monotonic())
 
     def _hear_hub(self) -> bool:
         """True if the hub has given its verdict and it has been carried out."""
@@ -192,6 +193,11 @@ class Sentinel:
             answers=now - max(record.pulse, self._resumed_at) < PULSE_LIMIT_S,
             error=self._error,
         )
+
+    def _report(self, now: float) -> None:
+        assert self._hub_connection is not None
+        self._reported = self._status(now)
+        self._hub_connection.send(status_message(self._reported))
 
     def _condition(self) -> str:
         if self._error:
