@@ -10,13 +10,16 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array, vstack
 
 from helixpipe.elastic.memory_rows import Array, PipelineMemory, StageRows
+
+# SciPy is imported where it solves: half a second, which every rank of every schedule would pay at its start.
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 # Rows are divided by their largest coefficient; the solver may miss them by its tolerance of 1e-6.
 _MARGIN = 2e-6
@@ -94,6 +97,8 @@ def solve_checkpointing(
     shortage = memory.shortage()
     if shortage is not None:
         raise OutOfMemory(*shortage, memory)
+    from scipy.sparse import vstack
+
     started = time.perf_counter()
     blocks, bounds = zip(*(_constraints(memory, stage) for stage in range(p)), strict=True)
     program = _Program(
@@ -131,6 +136,8 @@ class _Program:
         return np.rint(found)
 
     def _run(self, integrality: int, gap: float, time_limit_s: float) -> Vector | None:
+        from scipy.optimize import Bounds, LinearConstraint, milp
+
         result = milp(
             self.weights,
             integrality=np.full(len(self.weights), integrality),
@@ -173,6 +180,8 @@ def _constraints(memory: PipelineMemory, stage: int) -> tuple[csr_array, Vector]
     The transient of a recomputed layer counts whether or not the operation recomputes: exact would need an
     indicator for each diagonal.
     """
+    from scipy.sparse import csr_array
+
     rows = memory.rows(stage)
     room = memory.available[stage] - memory.held(rows, memory.kept[stage]) - rows.transient
     needed = np.flatnonzero(room < 0)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import nnls
 
 from helixpipe.elastic.chunk_costs import ChunkCosts, PassTime
 
@@ -133,6 +132,9 @@ def _fit_pass(
             "the measured chunks are too much alike to tell attention, tokens and fixed time apart; measure "
             "long and short ones, with and without context"
         )
+    # Not with the module: loading it takes half a second, and training does not fit.
+    from scipy.optimize import nnls
+
     found: Vector = nnls(matrix / sizes, np.ones(len(used)))[0] / sizes
     attention_ms, token_ms, layer_ms = (float(value) for value in found)
     return replace(old, attention_ms=attention_ms, token_ms=token_ms, layer_ms=layer_ms, communication_ms=0.0)

@@ -1,0 +1,37 @@
+"""megatron.core, imported without the compiler that its fused functions may need."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def import_megatron_core() -> None:
+    """Import megatron.core so that what it decorates with ``torch.compile`` is compiled when first called.
+
+    ``torch.compile`` loads the compiler already where it decorates: two seconds of every rank's start, of no
+    use to a run without fused functions. megatron.core keeps the decorator of its first import.
+    """
+    compile_now = torch.compile
+    torch.compile = functools.partial(_compile_when_called, compile_now)
+    try:
+        import megatron.core.jit  # noqa: F401
+    finally:
+        torch.compile = compile_now
+
+
+def _compile_when_called(
+    compile_now: Callable[..., Any], function: Callable[..., Any], **options: Any
+) -> Callable[..., Any]:
+    @functools.cache
+    def compiled() -> Callable[..., Any]:
+        return compile_now(function, **options)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return compiled()(*args, **kwargs)
+
+    return call
