@@ -1,5 +1,6 @@
 """The README shows what the closed forms and the cost model say now."""
 
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -9,6 +10,8 @@ ROOT = Path(__file__).parents[2]
 SPEC = importlib.util.spec_from_file_location("readme_tables", ROOT / "tools" / "readme_tables.py")
 readme_tables = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(readme_tables)
+# Seconds of simulation, once for all tests.
+readme_tables.TABLES = {name: functools.cache(make) for name, make in readme_tables.TABLES.items()}
 
 
 def test_the_tables_are_up_to_date():
