@@ -7,6 +7,7 @@ import os
 import re
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,9 +15,7 @@ import torch
 from helixpipe.commands.parser import Parser, flag_of, require_positive
 from helixpipe.megatron_adapter.schedule import ELASTIC, EXECUTABLE, make_schedule
 from helixpipe.plan import ScheduleRequest, build_plan
-from helixpipe.plan.attention_range import AttentionSizes, cheapest_range
 from helixpipe.plan.schedules import V_SHAPED
-from helixpipe.plan.schedules.helix import DEFAULT_FOLD
 from helixpipe.plan.schedules.request import ATTENTION_RANGES, HEAD_PLACEMENTS
 from helixpipe.runtime.trace import NullClock
 from megatron.training.auto import AUTO, choose_schedule
@@ -24,6 +23,7 @@ from megatron.training.data.gpt import check_split
 from megatron.training.data.prefix import DatasetInfo, check_token_ids, inspect_prefix
 from megatron.training.elastic import add_elastic_arguments, derive_elastic
 from megatron.training.memory import add_memory_arguments, memory_saving
+from megatron.training.range_choice import choose_range
 
 
 def parse_arguments(
@@ -55,9 +55,12 @@ def parse_arguments(
     _check_schedule(args)
     derive_elastic(args)
     _check_recompute(args)
-    if args.attention_range == AUTO:
-        args.attention_range = _choose_range(args)
     args.schedule_request = _schedule_request(args)
+    if args.attention_range == AUTO and args.pipeline_schedule == "helix":
+        args.dataset = args.dataset or _inspect_data(args)
+        args.padded_vocab_size = _pad_vocabulary(args)
+        args.attention_range, args.choice = choose_range(args, args.schedule_request)
+        args.schedule_request = replace(args.schedule_request, attention_range=args.attention_range)
     # Refuses what cannot be executed, and every combination of sizes that the schedule cannot run.
     make_schedule(args.pipeline_schedule, args.schedule_request, NullClock())
     _check_split_backward(args)
@@ -90,7 +93,9 @@ def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="{" + ",".join((AUTO, *EXECUTABLE, ELASTIC)) + "}",
         help="auto: the fastest that fits, as python -m helixpipe advise predicts",
     )
-    add("--hardware", help="auto: h20, h100, h200, a800, a file of rates or a profile (default: this GPU)")
+    add(
+        "--hardware", help="for auto: h20, h100, h200, a800, a file of rates or a profile (default: this GPU)"
+    )
     add(
         "--memory-limit-gib",
         type=float,
@@ -101,8 +106,8 @@ def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--attention-range",
         metavar="{" + ",".join((*ATTENTION_RANGES, AUTO)) + "}",
-        help="helix: pieces that the attention rank runs (default core; auto: the range with the smallest "
-        "messages)",
+        help="helix: pieces that the attention rank runs (default core; auto: the range with the shortest "
+        "predicted iteration on --hardware; on hardware that is not known, with the smallest messages)",
     )
     add(
         "--head-placement",
@@ -362,8 +367,12 @@ def _check_training(args: argparse.Namespace) -> None:
 
 
 def _check_schedule(args: argparse.Namespace) -> None:
-    if args.choice is None and args.hardware is not None:
-        raise ValueError("--hardware is for --pipeline-schedule auto; leave it out")
+    if args.attention_range == AUTO and args.pipeline_schedule != "helix":
+        raise ValueError(f"--attention-range means nothing to {args.pipeline_schedule}; leave it out")
+    if args.hardware is not None and args.choice is None and args.attention_range != AUTO:
+        raise ValueError(
+            "--hardware is for --pipeline-schedule auto and --attention-range auto; leave it out"
+        )
     if args.memory_limit_gib is not None and not args.memory_limit_gib > 0:
         raise ValueError(f"--memory-limit-gib must be above 0, not {args.memory_limit_gib:g}")
     if args.pipeline_schedule == "helix" and args.recompute_granularity is not None:
@@ -375,23 +384,6 @@ def _check_schedule(args: argparse.Namespace) -> None:
             f"{args.pipeline_schedule} has two stages per rank and needs separate weights for embedding and "
             "head; add --untie-embeddings-and-output-weights"
         )
-
-
-def _choose_range(args: argparse.Namespace) -> str:
-    """The attention range with the smallest messages between two GPUs."""
-    tp, groups = args.tensor_model_parallel_size, args.num_query_groups
-    tokens = args.micro_batch_size * args.seq_length
-    sizes = AttentionSizes(
-        tokens=tokens,
-        residual_tokens=tokens // tp if args.sequence_parallel else tokens,
-        hidden_size=args.hidden_size,
-        query_size=args.num_attention_heads // tp * args.kv_channels,
-        kv_size=max(groups // tp, 1) * args.kv_channels,
-        element_bytes=args.params_dtype.itemsize,
-        # As the model is wrapped: gradients are added up in fp32.
-        gradient_bytes=torch.float32.itemsize,
-    )
-    return cheapest_range(sizes, args.num_fold or DEFAULT_FOLD)
 
 
 def _check_recompute(args: argparse.Namespace) -> None:
@@ -424,13 +416,14 @@ def _schedule_request(args: argparse.Namespace) -> ScheduleRequest:
             "interleaved needs two or more pipeline ranks and model chunks per rank; set "
             "--num-layers-per-virtual-pipeline-stage below --num-layers / --pipeline-model-parallel-size"
         )
+    is_open = args.attention_range == AUTO
     return ScheduleRequest(
         num_layers=args.num_layers,
         num_ranks=args.pipeline_model_parallel_size,
         num_microbatches=args.num_microbatches,
         num_fold=args.num_fold,
         virtual_stages=args.virtual_stages,
-        attention_range=args.attention_range,
+        attention_range=None if is_open else args.attention_range,
         head_placement=args.head_placement,
     )
 

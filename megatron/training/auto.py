@@ -31,10 +31,15 @@ def choose_schedule(args: argparse.Namespace) -> str:
     Raises:
         ValueError: hardware that is not known or was not measured for these sizes, or nothing that fits.
     """
-    machine = _machine(args)
+    machine = known_machine(args)
+    if machine is None:
+        raise ValueError(
+            "--pipeline-schedule auto needs --hardware: "
+            f"{', '.join(HARDWARE)}, a file of rates, or a profile (python -m helixpipe profile)"
+        )
     workload = workload_of(args)
     if isinstance(machine, Pieces):
-        _check_profile(args, machine, workload)
+        check_profile(args, machine, workload)
     job = make_job(
         machine,
         workload,
@@ -54,18 +59,13 @@ def choose_schedule(args: argparse.Namespace) -> str:
     )
 
 
-def _machine(args: argparse.Namespace) -> Hardware | Pieces:
+def known_machine(args: argparse.Namespace) -> Hardware | Pieces | None:
+    """What ``--hardware`` names, else the preset of this GPU if there is one."""
     if args.hardware is not None:
         return read_machine(args.hardware)
     # Like "NVIDIA H100 80GB HBM3": h20 must not be found in h200.
     words = torch.cuda.get_device_name().lower().split() if torch.cuda.is_available() else []
-    found = next((machine for name, machine in HARDWARE.items() if name in words), None)
-    if found is None:
-        raise ValueError(
-            "--pipeline-schedule auto needs --hardware: "
-            f"{', '.join(HARDWARE)}, a file of rates, or a profile (python -m helixpipe profile)"
-        )
-    return found
+    return next((machine for name, machine in HARDWARE.items() if name in words), None)
 
 
 def workload_of(args: argparse.Namespace) -> Workload:
@@ -84,8 +84,12 @@ def workload_of(args: argparse.Namespace) -> Workload:
     )
 
 
-def _check_profile(args: argparse.Namespace, profile: Pieces, workload: Workload) -> None:
-    """A profile holds for the sizes it was measured with; depth, names and replicas do not change a layer."""
+def check_profile(args: argparse.Namespace, profile: Pieces, workload: Workload) -> None:
+    """A profile holds for the sizes it was measured with; depth, names and replicas do not change a layer.
+
+    Raises:
+        ValueError: the job's are others.
+    """
 
     def sizes(of: Workload) -> dict[str, object]:
         found = {**vars(of), **vars(of.model)}

@@ -1,6 +1,8 @@
 """--pipeline-schedule auto: the planner's choice in the place of the user's."""
 
-from dataclasses import replace
+import json
+import re
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -118,5 +120,27 @@ def test_wrong_hardware(tmp_path, extra, message):
 
 def test_hardware_is_for_auto_only():
     line = LINE.replace("auto", "1f1b")
-    with pytest.raises(ValueError, match="--hardware is for --pipeline-schedule auto; leave it out"):
+    with pytest.raises(ValueError, match="--hardware is for --pipeline-schedule auto"):
         parse_arguments(f"{line} --hardware h20 --seq-length 4096".split(), DATASET)
+
+
+@pytest.mark.parametrize(("links", "found"), [(1.0, "core"), (0.01, "block")], ids=["fast", "slow"])
+def test_the_range_follows_the_links(tmp_path, links, found):
+    """Lent weights save messages, and cost time of their own where messages are hidden anyway."""
+    h20, path = HARDWARE["h20"], tmp_path / "machine.json"
+    machine = replace(h20, nvlink_gb_per_s=links * h20.nvlink_gb_per_s, nic_gb_per_s=links * h20.nic_gb_per_s)
+    path.write_text(json.dumps(asdict(machine)))
+    line = f"{LINE.replace('auto', 'helix')} --attention-range auto --seq-length 8192 --hardware {path}"
+    args = parse_arguments(line.split(), DATASET)
+    assert args.attention_range == args.schedule_request.attention_range == found
+    told = re.findall(r"(core|qkv|block) ([\d.]+)", args.choice.partition(": ")[2])
+    assert [name for name, _ in told] == ["core", "qkv", "block"]
+    assert min(told, key=lambda pair: float(pair[1]))[0] == found
+
+
+def test_a_range_for_a_profile_of_other_sizes_is_refused(tmp_path):
+    path = tmp_path / "profile.json"
+    path.write_text(profile_for(8192))
+    line = f"{LINE.replace('auto', 'helix')} --attention-range auto --seq-length 4096 --hardware {path}"
+    with pytest.raises(ValueError, match="was measured with seq length 8192, this job has 4096"):
+        parse_arguments(line.split(), DATASET)
