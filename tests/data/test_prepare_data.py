@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
 from helixpipe.data import index_file
-from megatron.training.data import corpus, prefix, staging
+from megatron.training.data import corpus, prefix, sources, staging, tokenizer_training
 from megatron.training.data.corpus import PreparationOptions, prepare_dataset
 from megatron.training.data.prefix import (
     END_OF_DOCUMENT,
@@ -208,7 +208,7 @@ def test_undecodable_input_is_replaced_and_counted(tmp_path, capsys):
 def test_tokenizer_file_is_kept_byte_for_byte(tmp_path):
     source = write_jsonl(tmp_path / "in.jsonl", TEXTS)
     given_file = tmp_path / "given.json"
-    tokenizer = corpus.byte_tokenizer()
+    tokenizer = tokenizer_training.byte_tokenizer()
     # Settings for inference must not shorten or pad documents.
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=5000)
@@ -278,7 +278,7 @@ def test_failed_rename_leaves_no_index(copy, tmp_path, monkeypatch, failing):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.rename(source, target)
 
-    monkeypatch.setattr(corpus.os, "replace", replace)
+    monkeypatch.setattr(os, "replace", replace)
     source = write_jsonl(tmp_path / "in.jsonl", ["new"])
     with pytest.raises(ValueError, match="No space left") as error:
         prepare([source], copy, tokenizer="byte", overwrite=True)
@@ -310,7 +310,7 @@ def test_signal_during_publication_waits_for_its_end(tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         os.rename(source, target)
 
-    monkeypatch.setattr(corpus.os, "replace", replace)
+    monkeypatch.setattr(os, "replace", replace)
     # A shell starts background jobs with SIGINT ignored, and tests may be one.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -511,7 +511,7 @@ def test_unlistable_folder_is_an_error(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(ValueError, match="sub: cannot be read"):
-        corpus.find_sources([str(tmp_path)])
+        sources.find_sources([str(tmp_path)])
 
 
 # Checking a prefix

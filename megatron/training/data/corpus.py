@@ -6,25 +6,22 @@ is stopped at any moment leaves either the whole dataset or none.
 """
 
 import contextlib
-import fnmatch
 import glob
-import json
 import os
 import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from helixpipe.data.index_file import LOSS_MODE, PROMPT_MODE
 from megatron.training.data.encoding import Chunk, Encoders
 from megatron.training.data.prefix import (
-    END_OF_DOCUMENT,
     DatasetPaths,
     dataset_paths,
     end_of_document_id,
@@ -32,12 +29,13 @@ from megatron.training.data.prefix import (
     vocabulary_size,
     without_suffix,
 )
+from megatron.training.data.sources import Document, Source, find_sources, read_documents, require_jsonl
 from megatron.training.data.staging import Staging, refuse_existing
+from megatron.training.data.tokenizer_training import byte_tokenizer, train_bpe
 
 DEFAULT_VOCAB_SIZE = 4096
-SMALLEST_BPE_VOCABULARY = 257
 
-_JSON_SUFFIXES = (".jsonl", ".json")
+
 _CHUNK_BYTES = 1 << 18
 
 
@@ -97,22 +95,6 @@ class PreparationSummary:
     seconds: float
 
 
-class Source(NamedTuple):
-    """One input file."""
-
-    path: str
-    size: int
-    is_jsonl: bool
-
-
-class Document(NamedTuple):
-    """One text, the prompt before it, and the bytes of input that were read to get them."""
-
-    text: str
-    input_bytes: int
-    prompt: str = ""
-
-
 def prepare_dataset(options: PreparationOptions) -> PreparationSummary:
     """Write a dataset.
 
@@ -126,7 +108,7 @@ def prepare_dataset(options: PreparationOptions) -> PreparationSummary:
     paths = dataset_paths(options.output_prefix)
     sources = find_sources(options.inputs, options.pattern, options.exclude, paths)
     if options.prompt_key is not None:
-        _require_jsonl(sources)
+        require_jsonl(sources)
     tokenizer_json = _read_tokenizer(options.tokenizer_file) if options.tokenizer_file else None
     _make_folder(paths)
     stale = tuple(found for path in paths for found in sorted(glob.glob(f"{glob.escape(path)}.tmp-*")))
@@ -174,122 +156,6 @@ def prepare_dataset(options: PreparationOptions) -> PreparationSummary:
     )
 
 
-def find_sources(
-    inputs: Sequence[str],
-    pattern: str = "*",
-    exclude: Sequence[str] = (),
-    own: Sequence[str] = (),
-) -> list[Source]:
-    """List the input files, in the given order; a directory's files sorted by their path.
-
-    Args:
-        inputs: Files and directories.
-        pattern: Glob for the names of a directory's files.
-        exclude: Globs for the names of files and folders to leave out of a directory.
-        own: Files that are not taken from a directory, and neither are temporaries of them: what
-            an earlier run wrote must not become the next one's input.
-
-    Raises:
-        ValueError: An input is missing or cannot be read, or a directory has no matching file.
-    """
-    sources: list[Source] = []
-    for path in inputs:
-        try:
-            if os.path.isdir(path):
-                found = _walk(path, pattern, exclude, own)
-                if not found:
-                    raise ValueError(
-                        f"{path}: no file matches --pattern {pattern!r}"
-                        + (" after --exclude" if exclude else "")
-                        + ": give another pattern or directory"
-                    )
-            elif os.path.isfile(path):
-                found = [path]
-            elif os.path.lexists(path):
-                # A pipe cannot be read twice, once to train and once to encode.
-                raise ValueError(f"{path}: is neither a file nor a directory: give one of these")
-            else:
-                raise ValueError(f"{path}: no such file or directory: correct --input")
-            sources.extend(
-                Source(file, os.path.getsize(file), file.endswith(_JSON_SUFFIXES)) for file in found
-            )
-        except OSError as error:
-            raise _unreadable(error.filename or path, error) from error
-    return sources
-
-
-def read_documents(
-    sources: Iterable[Source], json_key: str, undecodable: set[str], prompt_key: str | None = None
-) -> Iterator[Document]:
-    """Yield the documents of the input in order, empty ones too.
-
-    Args:
-        sources: Files to read.
-        json_key: Key of the text in a JSONL object.
-        undecodable: Receives the files in which something had to be replaced by U+FFFD.
-        prompt_key: Key of the prompt before the text; None for documents without.
-
-    Raises:
-        ValueError: A file cannot be read, or a JSONL line has no text under a key.
-    """
-    for source in sources:
-        try:
-            if source.is_jsonl:
-                yield from _read_json_lines(source.path, json_key, prompt_key, undecodable)
-            else:
-                with open(source.path, "rb") as stream:
-                    data = stream.read()
-                text = data.decode("utf-8", errors="replace")
-                # The text may hold U+FFFD of its own: only a failed round trip is damage.
-                if "\ufffd" in text and text.encode() != data:
-                    undecodable.add(source.path)
-                yield Document(text, len(data))
-        except OSError as error:
-            raise _unreadable(source.path, error) from error
-
-
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE tokenizer; the same texts give the same tokenizer.
-
-    Raises:
-        ValueError: `vocab_size` does not hold all bytes and the end-of-document token.
-    """
-    if vocab_size < SMALLEST_BPE_VOCABULARY:
-        raise ValueError(
-            f"vocabulary of {vocab_size} is too small: --vocab-size must be at least "
-            f"{SMALLEST_BPE_VOCABULARY}, all bytes and {END_OF_DOCUMENT}"
-        )
-    tokenizer = _byte_level(models.BPE())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_DOCUMENT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
-
-
-def byte_tokenizer() -> Tokenizer:
-    """Return the tokenizer whose ids are the byte values, and 256 for the end of document."""
-    # The byte-level alphabet writes a printable Latin-1 character as itself and moves the other
-    # bytes, in order, to U+0100 and on.
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    moved = [byte for byte in range(256) if byte not in printable]
-    vocabulary = {chr(byte): byte for byte in printable}
-    vocabulary |= {chr(0x100 + rank): byte for rank, byte in enumerate(moved)}
-    tokenizer = _byte_level(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.add_special_tokens([END_OF_DOCUMENT])
-    return tokenizer
-
-
-def _byte_level(model: models.BPE) -> Tokenizer:
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
 def _check_options(options: PreparationOptions) -> None:
     prefix = options.output_prefix
     meant = without_suffix(prefix)
@@ -316,15 +182,6 @@ def _check_options(options: PreparationOptions) -> None:
         refuse_existing(dataset_paths(prefix))
 
 
-def _require_jsonl(sources: Sequence[Source]) -> None:
-    for source in sources:
-        if not source.is_jsonl:
-            raise ValueError(
-                f"{source.path}: a text file has no prompts: give {' or '.join(_JSON_SUFFIXES)} files with "
-                "--prompt-key, or a --pattern that takes them alone"
-            )
-
-
 def _make_folder(paths: DatasetPaths) -> None:
     folder = os.path.dirname(paths.idx) or "."
     try:
@@ -338,86 +195,6 @@ def _make_folder(paths: DatasetPaths) -> None:
         raise ValueError(
             f"cannot write to the folder {folder} ({reason}): give an --output-prefix in another folder"
         ) from error
-
-
-def _walk(root: str, pattern: str, exclude: Sequence[str], own: Sequence[str]) -> list[str]:
-    def is_excluded(name: str) -> bool:
-        return any(fnmatch.fnmatchcase(name, glob_) for glob_ in exclude)
-
-    def fail(error: OSError) -> None:
-        # By default os.walk passes over a folder that it cannot list.
-        raise error
-
-    own_paths = tuple(os.path.realpath(path) for path in own)
-    own_temporaries = tuple(f"{path}.tmp-" for path in own_paths)
-    found = []
-    for folder, folders, files in os.walk(root, onerror=fail):
-        folders[:] = [name for name in folders if not is_excluded(name)]
-        for name in files:
-            if not fnmatch.fnmatchcase(name, pattern) or is_excluded(name):
-                continue
-            path = os.path.join(folder, name)
-            real = os.path.realpath(path)
-            if real in own_paths or real.startswith(own_temporaries):
-                continue
-            if os.path.isfile(path):
-                found.append(path)
-    return sorted(found, key=lambda path: path.split(os.sep))
-
-
-def _read_json_lines(
-    path: str, json_key: str, prompt_key: str | None, undecodable: set[str]
-) -> Iterator[Document]:
-    def text_of(value: dict[str, Any], key: str, option: str) -> str:
-        text = _json_text(value, place, key, option)
-        if text.isascii():
-            return text
-        # JSON can escape half of a surrogate pair, which no encoder takes.
-        whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        if whole != text:
-            undecodable.add(path)
-        return whole
-
-    with open(path, "rb") as stream:
-        unreported = 0
-        for number, line in enumerate(stream, start=1):
-            unreported += len(line)
-            if line.isspace():
-                continue
-            place = f"{path}:{number}"
-            value = _json_object(line, place, json_key)
-            prompt = "" if prompt_key is None else text_of(value, prompt_key, "--prompt-key")
-            option = "--json-key" if prompt_key is None else "--response-key"
-            yield Document(text_of(value, json_key, option), unreported, prompt)
-            unreported = 0
-
-
-def _json_object(line: bytes, place: str, json_key: str) -> dict[str, Any]:
-    try:
-        value: Any = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{place}: is not UTF-8 ({error.reason}): convert the file") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{place}: is not JSON ({error}): a JSONL file has one object on each line"
-        ) from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{place}: is not a JSON object: write it as {{{json_key!r}: ...}}")
-    return value
-
-
-def _json_text(value: dict[str, Any], place: str, key: str, option: str) -> str:
-    if key not in value:
-        keys = ", ".join(repr(found) for found in list(value)[:5]) or "none"
-        raise ValueError(f"{place}: has no key {key!r} (keys: {keys}): set {option}")
-    text = value[key]
-    if not isinstance(text, str):
-        raise ValueError(f"{place}: the value of {key!r} is not a string: set {option} to the text")
-    return text
-
-
-def _unreadable(path: str, error: OSError) -> ValueError:
-    return ValueError(f"{path}: cannot be read ({error.strerror}): check --input")
 
 
 def _read_tokenizer(path: str) -> str:
