@@ -12,13 +12,9 @@ from megatron.core.utils import get_model_config
 
 from helixpipe.megatron_adapter.elastic_batch import ElasticBatch
 from helixpipe.megatron_adapter.elastic_segments import ElasticSegments
-from helixpipe.megatron_adapter.forward_backward import (
-    agree,
-    finalize,
-    hold_gradient_reduction,
-    make_communicator,
-)
 from helixpipe.megatron_adapter.forward_step import IterationInput
+from helixpipe.megatron_adapter.gradient_reduction import finalize, hold_gradient_reduction
+from helixpipe.megatron_adapter.pipeline_group import agree, make_communicator
 from helixpipe.megatron_adapter.stage_segments import check_supported
 from helixpipe.plan import Plan
 from helixpipe.reliability.record import Progress

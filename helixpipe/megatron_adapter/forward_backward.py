@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,43 +12,18 @@ from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
 from helixpipe.layers.segmented_gpt import SegmentedGPTModel
 from helixpipe.layers.weight_gradient import defer_weight_gradients
-from helixpipe.megatron_adapter.forward_step import GPTSegments, IterationInput, IterationResult
+from helixpipe.megatron_adapter.forward_step import GPTSegments, IterationInput
+from helixpipe.megatron_adapter.gradient_reduction import finalize, hold_gradient_reduction
+from helixpipe.megatron_adapter.model_segments import IterationSize, ModelSegments
+from helixpipe.megatron_adapter.pipeline_group import agree_on_plan, make_communicator
 from helixpipe.megatron_adapter.stage_segments import StageSegments
-from helixpipe.plan import Kind, Operation, Plan, ScheduleRequest, build_plan
+from helixpipe.plan import Plan, ScheduleRequest, build_plan
 from helixpipe.reliability.record import Progress
-from helixpipe.runtime.communicator import Communicator, TorchCommunicator
-from helixpipe.runtime.executor import Executor, Segments
+from helixpipe.runtime.communicator import Communicator
+from helixpipe.runtime.executor import Executor
 from helixpipe.runtime.out_of_memory import naming_operation
-from helixpipe.runtime.staging import HostStagedCommunicator
 from helixpipe.runtime.trace import Clock, Trace, default_clock
 from helixpipe.runtime.weight_gradients import DeferredWeightGradients
-
-
-class IterationSize(NamedTuple):
-    """What an executor is built for."""
-
-    num_microbatches: int
-    seq_length: int
-    micro_batch_size: int
-    forward_only: bool
-
-
-class ModelSegments(Segments, Protocol):
-    """Segments made of a model, fed by a forward step.
-
-    Attributes:
-        result: what the iteration has given so far.
-        has_shared_weights: True if a weight of this rank is used by two segments, or by other ranks.
-    """
-
-    result: IterationResult
-    has_shared_weights: bool
-
-    def begin(self, iteration: IterationInput) -> None:
-        """Take over an iteration's input."""
-
-    def chunk_of(self, segment: int) -> int:
-        """The position of the model chunk that holds a segment's weights."""
 
 
 class PlannedForwardBackward:
@@ -267,87 +241,3 @@ class StageForwardBackward(PlannedForwardBackward):
                 defer_weight_gradients(chunk, self._weight_gradients.add)
             self._defers = True
         return segments
-
-
-def finalize(chunks: list[torch.nn.Module], segments: ModelSegments, force_all_reduce: bool) -> None:
-    """Reduce gradients over data-parallel ranks through Megatron's own function."""
-    config = get_model_config(chunks[0])
-    if config.no_sync_func is not None and segments.has_shared_weights:
-        for chunk in chunks:
-            chunk.start_grad_sync()  # type: ignore[operator]
-    if config.finalize_model_grads_func is None:
-        return
-    num_tokens = None
-    if config.calculate_per_token_loss:
-        # Megatron takes the count from the last pipeline rank; here it is known where the loss is.
-        num_tokens = segments.result.num_tokens
-        if num_tokens is None:
-            num_tokens = torch.zeros((), dtype=torch.int, device=next(chunks[0].parameters()).device)
-        dist.all_reduce(num_tokens, group=parallel_state.get_pipeline_model_parallel_group())
-    config.finalize_model_grads_func(chunks, num_tokens, force_all_reduce=force_all_reduce)
-
-
-def agree_on_plan(plan: Plan, size: tuple[Any, ...], dtype: torch.dtype, group: dist.ProcessGroup) -> None:
-    """Compare plan and message sizes over the pipeline ranks before the first message.
-
-    Raises:
-        ValueError: on every rank if one differs; gloo would deliver garbage without an error.
-    """
-    names = (
-        "plan", "dtype", "micro batches", "sequence length", "micro batch size", "forward only",
-        "elements over all edges",
-    )  # fmt: skip
-    agree(dict(zip(names, (plan.fingerprint[:16], str(dtype), *size), strict=True)), group)
-
-
-def agree(mine: Mapping[str, Any], group: dist.ProcessGroup) -> None:
-    """Compare values by name over the ranks of a group.
-
-    Raises:
-        ValueError: on every rank if one differs.
-    """
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, tuple(mine.values()), group=group)
-    if len(set(everyone)) > 1:
-        shown = "; ".join(f"rank {rank}: {value}" for rank, value in enumerate(everyone))
-        raise ValueError(
-            f"pipeline ranks disagree on ({', '.join(mine)}): {shown}. Start every rank with the same "
-            "arguments"
-        )
-
-
-def make_communicator(group: dist.ProcessGroup) -> Communicator:
-    """Messages between the pipeline ranks of ``group``."""
-    if dist.get_backend(group) == "nccl":
-        ranks = dist.get_process_group_ranks(group)
-        reverse = dist.new_group(ranks, backend="nccl", use_local_synchronization=True)
-        return TorchCommunicator(group, reverse)
-    communicator = TorchCommunicator(group)
-    return HostStagedCommunicator(communicator) if torch.cuda.is_available() else communicator
-
-
-def hold_gradient_reduction(
-    chunks: Sequence[torch.nn.Module], segments: ModelSegments, plan: Plan, rank: int
-) -> Callable[[Operation], AbstractContextManager[object]]:
-    """Keep Megatron from reducing a gradient before its last micro batch has added to it.
-
-    A segment's weights are complete after its last B, or its last B and its last W: both are let through,
-    since norms get their gradient from the one and linear layers from the other. A weight that is used by two
-    segments defeats Megatron's count per parameter, and one on loan is complete only when its gradient has
-    come back: then everything is reduced after the iteration.
-    """
-    hold = get_model_config(chunks[0]).no_sync_func
-    if hold is None:
-        return lambda operation: nullcontext()
-    holds = hold if isinstance(hold, list) else [hold]
-    assert len(holds) == len(chunks)
-    final: dict[tuple[int, Kind], Operation] = {}
-    if not segments.has_shared_weights:
-        final = {(op.segment, op.kind): op for op in plan.orders[rank] if op.kind in (Kind.B, Kind.W)}
-
-    def context(operation: Operation) -> AbstractContextManager[object]:
-        if final.get((operation.segment, operation.kind)) == operation:
-            return nullcontext()
-        return holds[segments.chunk_of(operation.segment)]()
-
-    return context
