@@ -5,17 +5,20 @@ from __future__ import annotations
 import mmap
 import struct
 import time
+import zlib
 from enum import Enum
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 RUNNING, WAITING, BETWEEN = 0, 1, 2
 
-# Written per operation: a count, the state, an operation (segment, kind, micro batch, peer), the operation
-# completed last, since when, and the count again. Equal counts tell the reader that nothing was half written.
-_OPERATION = struct.Struct("<QB q8sqq q8sqq dQ")
-# Written per phase: a count, the iteration, the number of this place in the program, its name, the deadline.
-_PHASE = struct.Struct("<QqQ32sdQ")
+# Written per operation: the state, an operation (segment, kind, micro batch, peer), the operation completed
+# last, and since when.
+_OPERATION = struct.Struct("<B q8sqq q8sqq d")
+# Written per phase: the iteration, the number of this place in the program, its name, the deadline.
+_PHASE = struct.Struct("<qQ32sd")
 _PULSE = struct.Struct("<d")
+# Behind each of them: a reader on another core may see any part of it changed and any other not yet.
+_CHECKSUM = struct.Struct("<I")
 _PHASE_AT, _PULSE_AT = 256, 512
 RECORD_BYTES = 1024
 
@@ -63,6 +66,8 @@ class Record(NamedTuple):
     pulse: float
 
 
+# A rank writes for far less than a microsecond; after so many reads it has been stopped within.
+_MAX_READS = 100
 _NOTHING = (-1, b"", -1, -1)
 _Packed = tuple[int, bytes, int, int]
 
@@ -100,7 +105,7 @@ class NoProgress:
 
 
 class SharedProgress:
-    """Writes a record; the sentinel reads it with :func:`read_record`.
+    """Writes a record; the sentinel reads it with a :class:`RecordReader`.
 
     Args:
         memory: ``RECORD_BYTES`` bytes, zero at first.
@@ -108,7 +113,6 @@ class SharedProgress:
 
     def __init__(self, memory: mmap.mmap) -> None:
         self._memory = memory
-        self._count = 0
         self._place = 0
         self._now = self._last = _NOTHING
         self._kinds: dict[Enum, bytes] = {}
@@ -139,14 +143,12 @@ class SharedProgress:
     def enter(self, phase: str, step: int, deadline_s: float) -> None:
         """The program has reached its next phase or place."""
         self._place += 1
-        name = phase.encode()[:32]
-        place = self._place
-        _PHASE.pack_into(self._memory, _PHASE_AT, place, step, place, name, deadline_s, place)
+        _publish(self._memory, _PHASE_AT, _PHASE.pack(step, self._place, phase.encode()[:32], deadline_s))
         self.end()
 
     def pulse(self) -> None:
         """The interpreter runs; called from a thread of its own."""
-        _PULSE.pack_into(self._memory, _PULSE_AT, time.monotonic())
+        _publish(self._memory, _PULSE_AT, _PULSE.pack(time.monotonic()))
 
     def _packed(self, operation: OperationLike) -> _Packed:
         segment, kind, micro_batch, peer = operation
@@ -156,28 +158,48 @@ class SharedProgress:
         return segment, name, micro_batch, -1 if peer is None else peer
 
     def _write(self, state: int, operation: _Packed) -> None:
-        self._count = count = self._count + 1
-        _OPERATION.pack_into(self._memory, 0, count, state, *operation, *self._last, time.monotonic(), count)
+        _publish(self._memory, 0, _OPERATION.pack(state, *operation, *self._last, time.monotonic()))
 
 
-def read_record(memory: mmap.mmap) -> Record:
-    """A whole record, read while the rank may be writing."""
-    state, *numbers, since = _whole(_OPERATION, memory, 0)
-    step, place, phase, deadline_s = _whole(_PHASE, memory, _PHASE_AT)
-    (pulse,) = _PULSE.unpack_from(memory, _PULSE_AT)
-    name = phase.rstrip(b"\0").decode(errors="replace")
-    return Record(
-        state, _numbers(*numbers[:4]), _numbers(*numbers[4:]), since, step, place, name, deadline_s, pulse
-    )
+class RecordReader:
+    """Reads what a rank writes meanwhile.
+
+    Args:
+        memory: that of its :class:`SharedProgress`.
+    """
+
+    def __init__(self, memory: mmap.mmap) -> None:
+        self._memory = memory
+        now = time.monotonic()
+        self._seen: dict[int, tuple[Any, ...]] = {
+            0: (BETWEEN, *_NOTHING, *_NOTHING, now),
+            _PHASE_AT: (0, 0, b"", float("inf")),
+            _PULSE_AT: (now,),
+        }
+
+    def read(self) -> Record:
+        """The record; of what a rank was stopped in the middle of writing, what stood there before."""
+        state, *numbers, since = self._whole(_OPERATION, 0)
+        step, place, phase, deadline_s = self._whole(_PHASE, _PHASE_AT)
+        (pulse,) = self._whole(_PULSE, _PULSE_AT)
+        name = phase.rstrip(b"\0").decode(errors="replace")
+        return Record(
+            state, _numbers(*numbers[:4]), _numbers(*numbers[4:]), since, step, place, name, deadline_s, pulse
+        )
+
+    def _whole(self, layout: struct.Struct, at: int) -> tuple[Any, ...]:
+        size = layout.size
+        for _ in range(_MAX_READS):
+            found = self._memory[at : at + size + _CHECKSUM.size]
+            if _CHECKSUM.unpack_from(found, size)[0] == zlib.crc32(found[:size]):
+                self._seen[at] = layout.unpack_from(found)
+                break
+        return self._seen[at]
 
 
-def _whole(layout: struct.Struct, memory: mmap.mmap, at: int) -> tuple[Any, ...]:
-    """What stands between two equal counts; at last, what a rank has left that was stopped in between."""
-    for _ in range(100):
-        first, *values, second = layout.unpack_from(memory, at)
-        if first == second:
-            break
-    return tuple(values)
+def _publish(memory: mmap.mmap, at: int, packed: bytes) -> None:
+    whole = packed + _CHECKSUM.pack(zlib.crc32(packed))
+    memory[at : at + len(whole)] = whole
 
 
 def _numbers(segment: int, kind: bytes, micro_batch: int, peer: int) -> Numbers | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from helixpipe.reliability.exit_codes import PEER_LOST
 from helixpipe.reliability.hub import PAUSE_S, SILENCE_S, TICK_S, Hub, status_message
 from helixpipe.reliability.process import is_stopped, write_stacks
-from helixpipe.reliability.record import RECORD_BYTES, WAITING, read_record
+from helixpipe.reliability.record import RECORD_BYTES, WAITING, RecordReader
 from helixpipe.reliability.status import ALIVE, DEAD, ENDED, FAILED, STOPPED, Status
 from helixpipe.reliability.wire import Connection, Message
 
@@ -48,7 +48,8 @@ class Sentinel:
         self._program: str = options["program"]
         self._stack_folder = Path(options["stack_folder"])
         self._stacks: int = options["stacks"]
-        self._memory = mmap.mmap(options["memory"], RECORD_BYTES, prot=mmap.PROT_READ)
+        memory = mmap.mmap(options["memory"], RECORD_BYTES, prot=mmap.PROT_READ)
+        self._records = RecordReader(memory)
         self._parent: int = options["parent"]
         self._channel = Connection(socket.socket(fileno=options["channel"]))
         self._hub_connection: Connection | None = None
@@ -170,7 +171,7 @@ class Sentinel:
         return None
 
     def _status(self, now: float) -> Status:
-        record = read_record(self._memory)
+        record = self._records.read()
         is_waiting = record.state == WAITING
         named = "" if record.operation is None else str(record.operation)
         peer = record.operation.peer if record.operation is not None and is_waiting else None

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
+import os
+import signal
 import statistics
+import time
 
 import pytest
 
 from helixpipe.plan import Operation
+from helixpipe.plan.operation import Kind
 from helixpipe.reliability.deadlines import Deadlines
-from helixpipe.reliability.record import BETWEEN, RECORD_BYTES, RUNNING, WAITING, SharedProgress, read_record
+from helixpipe.reliability.record import (
+    BETWEEN,
+    RECORD_BYTES,
+    RUNNING,
+    WAITING,
+    Record,
+    RecordReader,
+    SharedProgress,
+)
 
 FORWARD, NEXT = Operation.parse("12F3"), Operation.parse("13B4")
 MESSAGE = Operation.parse("11RECV_F3@2")
@@ -19,6 +32,10 @@ MESSAGE = Operation.parse("11RECV_F3@2")
 @pytest.fixture
 def memory():
     return mmap.mmap(-1, RECORD_BYTES)
+
+
+def read_record(memory) -> Record:
+    return RecordReader(memory).read()
 
 
 def seen(memory):
@@ -65,18 +82,49 @@ def test_phases_are_numbered_and_have_their_deadline(memory):
     assert second.phase == "a name that is longer than the r"
 
 
-def test_a_record_that_a_stopped_rank_has_left_half_written_is_read(memory):
-    progress = SharedProgress(memory)
+def test_of_a_record_that_a_stopped_rank_has_left_half_written_the_one_before_is_read(memory):
+    progress, reader = SharedProgress(memory), RecordReader(memory)
     progress.begin(FORWARD)
-    memory[0:1] = b"\xff"
-    assert seen(memory) == (RUNNING, "12F3", "")
+    before = reader.read()
+    for position in range(90):
+        kept = memory[position]
+        memory[position] = kept ^ 0x10
+        assert reader.read() == before
+        memory[position] = kept
+    progress.begin(NEXT)
+    assert str(reader.read().operation) == "13B4"
+
+
+def test_no_record_is_ever_read_half_written(memory):
+    """While another process writes as fast as it can: half a time would be a hang of hours."""
+    writer = os.fork()
+    if writer == 0:
+        progress = SharedProgress(memory)
+        for number in itertools.count():
+            progress.begin(Operation(number, Kind.F, number, None))
+            progress.pulse()
+    try:
+        reader, numbers = RecordReader(memory), [0]
+        while len(numbers) < 2000:
+            record, now = reader.read(), time.monotonic()
+            if record.operation is None or record.operation.segment == numbers[-1]:
+                continue
+            assert record.operation.segment > numbers[-1]
+            numbers.append(record.operation.segment)
+            assert record.operation.micro_batch == numbers[-1]
+            assert record.last is None or record.last.segment == numbers[-1] - 1
+            assert now - 60 < record.since <= now
+            assert now - 60 < record.pulse <= now
+    finally:
+        os.kill(writer, signal.SIGKILL)
+        os.waitpid(writer, 0)
 
 
 def test_pulse(memory):
-    progress = SharedProgress(memory)
-    assert read_record(memory).pulse == 0.0
+    progress, reader = SharedProgress(memory), RecordReader(memory)
+    before = reader.read().pulse
     progress.pulse()
-    assert read_record(memory).pulse > 0.0
+    assert reader.read().pulse > before
 
 
 def test_deadlines_are_learned_by_phase():
