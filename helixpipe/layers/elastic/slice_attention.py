@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from helixpipe.kernels import merge_attention
 from helixpipe.layers.attention import AttentionBackend, ForwardResult, choose_backend
 from helixpipe.layers.elastic.context import ContextStore, KeptSlice, alone
 from helixpipe.layers.elastic.layout import ChunkLayout
@@ -54,11 +55,7 @@ class _Forward:
         for kept in context:
             part = self.backend.forward(query, kept.key, kept.value, self.scale, causal=False)
             self.context_extra.append(part.extra)
-            part_sum = part.log_sum_exp[..., : query.shape[2]]
-            merged = torch.logaddexp(log_sum_exp, part_sum)
-            total = total * (log_sum_exp - merged).exp().unsqueeze(-1)
-            total += part.output * (part_sum - merged).exp().unsqueeze(-1)
-            log_sum_exp = merged
+            merge_attention(total, log_sum_exp, part.output, part.log_sum_exp[..., : query.shape[2]])
         return total.to(output.dtype), log_sum_exp
 
 
