@@ -36,7 +36,7 @@ class Planning(NamedTuple):
         num_chunks, num_pipelines: of the plan.
         num_slices: K, of the most sliced sequence; 1 if none is cut.
         planning_s: that planning took, wherever it ran.
-        planning_waited_s: of these, what training waited.
+        planning_waited_s: that training waited for the plan.
         planning_fallback: whether a plan was late or not found, and a quick one has taken its place.
     """
 

@@ -83,7 +83,8 @@ def _train(args: argparse.Namespace, forward_step: ForwardStep, monitor: Monitor
         with closing(ElasticTraining(args, progress.consumed_samples, progress.data)) as batches:
             run.planning = batches.planning
             return _iterate(run, progress._replace(data=batches.identity), batches, validation)
-    return _iterate(run, progress, *build_iterators(args, progress.consumed_samples, progress.iteration))
+    iterators = build_iterators(args, progress.consumed_samples, progress.iteration)
+    return _iterate(run, progress._replace(data=None), *iterators)
 
 
 def _iterate(
