@@ -57,6 +57,7 @@ class Sample(NamedTuple):
     """One iteration, over all ranks."""
 
     elapsed_ms: float
+    busy_ms: float
     bubble: float
     loss: float
 
@@ -191,8 +192,8 @@ def _iteration(
     table[dist.get_rank()] = torch.tensor(mine, dtype=torch.float64)
     dist.all_reduce(table)
     elapsed, total, busy, loss_sums, tokens = table.T.tolist()
-    bubble = 1.0 - sum(busy) / (len(busy) * max(total))
-    return Sample(max(elapsed), bubble, sum(loss_sums) / sum(tokens))
+    busy_ms = sum(busy) / len(busy)
+    return Sample(max(elapsed), busy_ms, 1.0 - busy_ms / max(total), sum(loss_sums) / sum(tokens))
 
 
 def _line(batch: Batch, row: dict[str, Sample]) -> str:
@@ -215,11 +216,13 @@ def _summary(batches: list[Batch], samples: list[dict[str, Sample]]) -> str:
         name: sum(batch.plans[name].prediction.time_ms for batch in batches) for name in ("packed", "elastic")
     }
     rates = ", ".join(f"{name} {tokens / ms * 1e3:.0f} tokens/s" for name, ms in spent.items())
+    computing = sum(row["elastic"].busy_ms for row in samples) / sum(row["packed"].busy_ms for row in samples)
     median = statistics.median(row["packed"].elapsed_ms / row["elastic"].elapsed_ms for row in samples)
     worst = max(abs(row["packed"].loss / row["elastic"].loss - 1) for row in samples)
     return (
         f"{rates}: elastic {spent['packed'] / spent['elastic']:.3f}x over packed (median batch "
-        f"{median:.3f}x, predicted {predicted['packed'] / predicted['elastic']:.3f}x); largest relative "
+        f"{median:.3f}x, predicted {predicted['packed'] / predicted['elastic']:.3f}x); elastic computes "
+        f"{100 * (computing - 1):+.1f}% longer, the rest is idle time; largest relative "
         f"difference of a batch's losses {worst:.1e}"
     )
 
