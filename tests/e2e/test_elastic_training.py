@@ -17,6 +17,7 @@ from megatron.training.data.prefix import inspect_prefix
 LONGEST = 1024
 BATCH = 8
 SPLIT = ("--split", "8,2,1")
+EVALUATED = ("--eval-iters", 2, "--eval-interval", 2)
 
 
 def elastic_arguments(folder):
@@ -44,7 +45,7 @@ def two_stages(launch, arguments, tmp_path_factory):
     folder = tmp_path_factory.mktemp("elastic")
     finished = launch(
         2, *arguments, "--pipeline-model-parallel-size", 2, "--metrics-jsonl", folder / "metrics.jsonl",
-        "--trace-dir", folder / "trace", *SPLIT, "--eval-iters", 2, "--eval-interval", 2,
+        "--trace-dir", folder / "trace", *SPLIT, *EVALUATED,
         "--save", folder / "saved",
     )  # fmt: skip
     assert finished.code == 0, finished.errors
@@ -53,6 +54,11 @@ def two_stages(launch, arguments, tmp_path_factory):
 
 def losses_of(folder):
     return [row["lm_loss"] for row in metrics_of(folder / "metrics.jsonl")]
+
+
+def validation_losses(finished):
+    found = re.findall(r"validation loss at iteration \d+ \| lm loss value: (\S+)", finished.output)
+    return [float(loss) for loss in found]
 
 
 def test_a_job_trains_and_writes_what_others_write(two_stages):
@@ -88,7 +94,7 @@ def test_metrics_tell_of_planning(two_stages):
 def test_evaluation_is_megatrons_loss_of_whole_documents(two_stages, corpus):
     """At the last iteration, by the weights in the checkpoint; the evaluation before it took 16 documents."""
     finished, folder = two_stages
-    (found,) = re.findall(r"validation loss at iteration 4 \| lm loss value: (\S+)", finished.output)
+    _, found = validation_losses(finished)
     count = inspect_prefix(str(corpus)).num_documents
     first, last = (round(bound / 11 * count) for bound in (8, 10))
     words = [
@@ -100,7 +106,7 @@ def test_evaluation_is_megatrons_loss_of_whole_documents(two_stages, corpus):
         1, megatrons_mean_loss, [str(word) for word in words], corpus, range(first, last), position,
         2 * BATCH, LONGEST,
     )  # fmt: skip
-    assert float(found) == pytest.approx(expected, rel=2e-6)
+    assert found == pytest.approx(expected, rel=2e-6)
 
 
 def test_a_checkpoint_of_other_data_is_refused(two_stages, corpus, arguments):
@@ -123,9 +129,10 @@ def test_a_checkpoint_of_other_data_is_refused(two_stages, corpus, arguments):
 
 @pytest.mark.slow
 def test_one_rank_gives_the_same_losses(two_stages, launch_alone, arguments, tmp_path):
-    finished = launch_alone(*arguments, *SPLIT, "--metrics-jsonl", tmp_path / "metrics.jsonl")
+    finished = launch_alone(*arguments, *SPLIT, *EVALUATED, "--metrics-jsonl", tmp_path / "metrics.jsonl")
     assert finished.code == 0, finished.errors
     assert losses_of(tmp_path) == pytest.approx(losses_of(two_stages[1]), rel=1e-5)
+    assert validation_losses(finished) == pytest.approx(validation_losses(two_stages[0]), rel=1e-5)
 
 
 @pytest.mark.slow
@@ -139,9 +146,11 @@ def test_one_rank_gives_the_same_losses(two_stages, launch_alone, arguments, tmp
 )
 def test_replicas_give_the_same_losses(two_stages, launch, arguments, tmp_path, layout):
     ranks = 4 if "--pipeline-model-parallel-size" in layout else 2
-    finished = launch(ranks, *arguments, *SPLIT, *layout, "--metrics-jsonl", tmp_path / "metrics.jsonl")
+    common = [*arguments, *SPLIT, *EVALUATED, *layout]
+    finished = launch(ranks, *common, "--metrics-jsonl", tmp_path / "metrics.jsonl")
     assert finished.code == 0, finished.errors
     assert losses_of(tmp_path) == pytest.approx(losses_of(two_stages[1]), rel=1e-5)
+    assert validation_losses(finished) == pytest.approx(validation_losses(two_stages[0]), rel=1e-5)
 
 
 @pytest.mark.slow
