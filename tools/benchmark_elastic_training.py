@@ -3,8 +3,9 @@
     torchrun --nproc-per-node 2 tools/benchmark_elastic_training.py --data-path data/stdlib
 
 Both run the same batches of whole documents through the same stages of one model, batch by batch in turn:
-once by the elastic plan, once packed to the longest document's length under 1F1B. No document attends to
-another either way. The planner's costs are measured first, on the ranks that train.
+once by the elastic plan, once packed to the longest document's length under 1F1B; which of them is first
+alternates. No document attends to another either way. The planner's costs are measured first, on the ranks
+that train, with shorter sequences: they are quadratic in the length.
 """
 
 from __future__ import annotations
@@ -48,12 +49,15 @@ from pretrain_gpt import forward_step  # noqa: E402
 
 # At which the head is measured, see elastic-profile.
 _PIECES_LENGTH = 2048
+# Documents of the batch that only warms up: the first iteration allocates what all others use again.
+_WARMUP_BATCH_SIZE = 4
 
 
 class Sample(NamedTuple):
     """One iteration, over all ranks."""
 
     elapsed_ms: float
+    busy_ms: float
     bubble: float
     loss: float
 
@@ -81,12 +85,12 @@ def main() -> int:
         schedule = ElasticForwardBackward(clock=default_clock())
         samples: list[dict[str, Sample]] = []
         for number, batch in enumerate(batches):
-            row = {name: _iteration(schedule, state, batch, plan) for name, plan in batch.plans.items()}
-            # The first iteration allocates what all others use again.
-            if number >= options.warmup:
+            names = ("packed", "elastic") if number % 2 else ("elastic", "packed")
+            row = {name: _iteration(schedule, state, batch, batch.plans[name]) for name in names}
+            if number:
                 samples.append(row)
                 _say(_line(batch, row))
-        _say(_summary(batches[options.warmup :], samples))
+        _say(_summary(batches[1:], samples))
     except ValueError as error:
         print(f"benchmark_elastic_training: error: {error}", file=sys.stderr)
         return 2
@@ -101,12 +105,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--num-layers", type=int, default=4)
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--num-attention-heads", type=int, default=4)
-    parser.add_argument("--max-seq-length", type=int, default=16384)
-    parser.add_argument("--global-batch-size", type=int, default=32)
+    parser.add_argument("--max-seq-length", type=int, default=32768)
+    parser.add_argument("--global-batch-size", type=int, default=16)
     parser.add_argument("--memory-limit-gib", type=float, default=8.0)
     parser.add_argument("--repeats", type=int, default=3, help="rounds of measuring what chunks cost")
-    parser.add_argument("--batches", type=int, default=5, help="measured")
-    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--profile-length", type=int, default=8192, help="longest chunk that is measured")
+    parser.add_argument("--batches", type=int, default=3, help="measured, after one that is not")
     parser.add_argument("--seed", type=int, default=1)
     return parser.parse_args()
 
@@ -123,12 +127,13 @@ def _training_arguments(options: argparse.Namespace, schedule: str) -> argparse.
 
 def _measured_costs(options: argparse.Namespace) -> ChunkCosts:
     args = _training_arguments(options, "--pipeline-schedule 1f1b")
+    longest = min(options.max_seq_length, options.profile_length)
     workload = Workload(
         model=model_from_arguments("benchmark", vars(args)),
-        seq_length=min(options.max_seq_length, _PIECES_LENGTH),
+        seq_length=min(longest, _PIECES_LENGTH),
         element_bytes=4,
     )
-    pieces, measured = profile_chunks(workload, options.max_seq_length, repeats=options.repeats)
+    pieces, measured = profile_chunks(workload, longest, repeats=options.repeats)
     fit = fit_costs(measured, profiled_chunk_costs(pieces, dist.get_world_size()), 1)
     _say(f"costs of chunks, off on those held out: forward {fit.forward}, backward {fit.backward}")
     return fit.costs
@@ -148,9 +153,11 @@ def _elastic_state(
 def _batches(options: argparse.Namespace, args: argparse.Namespace) -> list[Batch]:
     dataset = VariableLengthDataset(args.dataset, options.max_seq_length)
     order = ShuffledOrder(len(dataset), options.seed)
-    batches = []
-    for number in range(options.warmup + options.batches):
-        chosen = order.samples(number * options.global_batch_size, options.global_batch_size)
+    sizes = [_WARMUP_BATCH_SIZE] + [options.global_batch_size] * options.batches
+    batches, taken = [], 0
+    for size in sizes:
+        chosen = order.samples(taken, size)
+        taken += size
         sequences = [dataset[int(sample)].ids for sample in chosen]
         batches.append(Batch(sequences, _plans([len(ids) - 1 for ids in sequences], args.elastic_job)))
     return batches
@@ -185,15 +192,15 @@ def _iteration(
     table[dist.get_rank()] = torch.tensor(mine, dtype=torch.float64)
     dist.all_reduce(table)
     elapsed, total, busy, loss_sums, tokens = table.T.tolist()
-    bubble = 1.0 - sum(busy) / (len(busy) * max(total))
-    return Sample(max(elapsed), bubble, sum(loss_sums) / sum(tokens))
+    busy_ms = sum(busy) / len(busy)
+    return Sample(max(elapsed), busy_ms, 1.0 - busy_ms / max(total), sum(loss_sums) / sum(tokens))
 
 
 def _line(batch: Batch, row: dict[str, Sample]) -> str:
     longest = max(len(sequence) - 1 for sequence in batch.sequences)
     parts = [f"{batch.tokens} tokens, longest {longest}:"]
-    for name, sample in row.items():
-        plan = batch.plans[name]
+    for name, plan in batch.plans.items():
+        sample = row[name]
         parts.append(
             f"{name} {len(plan.recipe.chunks)} chunks {sample.elapsed_ms:.0f} ms (predicted "
             f"{plan.prediction.time_ms:.0f}), bubble {100 * sample.bubble:.1f}% "
@@ -209,11 +216,13 @@ def _summary(batches: list[Batch], samples: list[dict[str, Sample]]) -> str:
         name: sum(batch.plans[name].prediction.time_ms for batch in batches) for name in ("packed", "elastic")
     }
     rates = ", ".join(f"{name} {tokens / ms * 1e3:.0f} tokens/s" for name, ms in spent.items())
+    computing = sum(row["elastic"].busy_ms for row in samples) / sum(row["packed"].busy_ms for row in samples)
     median = statistics.median(row["packed"].elapsed_ms / row["elastic"].elapsed_ms for row in samples)
     worst = max(abs(row["packed"].loss / row["elastic"].loss - 1) for row in samples)
     return (
         f"{rates}: elastic {spent['packed'] / spent['elastic']:.3f}x over packed (median batch "
-        f"{median:.3f}x, predicted {predicted['packed'] / predicted['elastic']:.3f}x); largest relative "
+        f"{median:.3f}x, predicted {predicted['packed'] / predicted['elastic']:.3f}x); elastic computes "
+        f"{100 * (computing - 1):+.1f}% longer, the rest is idle time; largest relative "
         f"difference of a batch's losses {worst:.1e}"
     )
 

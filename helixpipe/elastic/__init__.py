@@ -12,6 +12,7 @@ from helixpipe.elastic.chunk_schedule import costs_of_recipe
 from helixpipe.elastic.chunks import Chunk, ChunkKind, Piece
 from helixpipe.elastic.costs_file import costs_from_json, costs_to_json
 from helixpipe.elastic.elastic_plan import ElasticPlan, Prediction
+from helixpipe.elastic.evaluation import plan_evaluation
 from helixpipe.elastic.fit import Fit, Measurement, fit_costs, measurements_from_json
 from helixpipe.elastic.job import ElasticJob
 from helixpipe.elastic.planner import plan_batch
@@ -39,6 +40,7 @@ __all__ = [
     "ideal_costs",
     "measurements_from_json",
     "plan_batch",
+    "plan_evaluation",
     "predict_baselines",
     "predict_chunk_costs",
     "share_out",

@@ -175,15 +175,15 @@ def _weights(memory: PipelineMemory, recompute_ms: Sequence[float]) -> Vector:
 
 
 def _constraints(memory: PipelineMemory, stage: int) -> tuple[csr_array, Vector]:
-    """``-sum(saved C) <= available - sum(kept) - transient`` at every moment that needs it.
+    """``-sum(saved C) <= available - sum(kept) - beside`` at every moment that needs it.
 
-    The transient of a recomputed layer counts whether or not the operation recomputes: exact would need an
+    A recomputed layer's activation counts whether or not the operation recomputes: exact would need an
     indicator for each diagonal.
     """
     from scipy.sparse import csr_array
 
     rows = memory.rows(stage)
-    room = memory.available[stage] - memory.held(rows, memory.kept[stage]) - rows.transient
+    room = memory.available[stage] - memory.held(rows, memory.kept[stage]) - rows.recomputing
     needed = np.flatnonzero(room < 0)
     columns, values, scales, ends = [], [], [], [0]
     where = memory.diagonals(stage)
@@ -197,7 +197,8 @@ def _constraints(memory: PipelineMemory, stage: int) -> tuple[csr_array, Vector]
     if not len(needed):
         return csr_array(shape), np.zeros(0)
     matrix = csr_array((np.concatenate(values), np.concatenate(columns), np.array(ends)), shape=shape)
-    return matrix, room[needed] / np.array(scales) - _MARGIN
+    # Bytes are whole numbers, so half of one more changes nothing but that what fits exactly is found.
+    return matrix, (room[needed] + 0.5) / np.array(scales) - _MARGIN
 
 
 def _members(memory: PipelineMemory, rows: StageRows, row: int) -> Array:
@@ -218,7 +219,7 @@ def uniform_checkpointing(memory: PipelineMemory) -> Checkpointing:
         for stage in range(memory.num_stages):
             rows = memory.rows(stage)
             held = memory.held(rows, memory.kept[stage] - count * memory.saved)
-            held += rows.transient if count else 0
+            held += rows.recomputing if count else rows.plain
             fits = fits and bool((held <= memory.available[stage]).all())
         if fits:
             return Checkpointing(((count,) * memory.num_chunks,) * memory.num_stages)

@@ -52,7 +52,11 @@ class ChunkCosts:
             a message.
         kv_bytes: ``2 e D_kv``, keys and values of one layer per token, and also their gradients.
         logits_bytes: ``M_logits``, that the last stage keeps per token beside its layers.
+        head_workspace_bytes: that exist per token while the last stage computes the logits or their gradient.
+        layer_workspace_bytes: that exist per token in the backward of a layer, beside what it kept.
         tensor_parallel: ``d_s``, GPUs that share a stage.
+        token_multiple: of which every chunk's tokens must be one, and to which it is padded: ``d_s`` with
+            sequence parallelism, else 1.
         layer_state_bytes: weights, gradients and optimizer states of a layer, on one GPU.
         embedding_state_bytes, head_state_bytes: of the first and the last stage beside their layers.
         network: links between stages; None for free messages.
@@ -65,7 +69,10 @@ class ChunkCosts:
     input_bytes: float
     kv_bytes: float
     logits_bytes: float = 0.0
+    head_workspace_bytes: float = 0.0
+    layer_workspace_bytes: float = 0.0
     tensor_parallel: int = 1
+    token_multiple: int = 1
     layer_state_bytes: int = 0
     embedding_state_bytes: int = 0
     head_state_bytes: int = 0
@@ -74,6 +81,11 @@ class ChunkCosts:
     def __post_init__(self) -> None:
         if self.tensor_parallel < 1:
             raise ValueError(f"tensor_parallel must be at least 1, not {self.tensor_parallel}")
+        if self.token_multiple not in (1, self.tensor_parallel):
+            raise ValueError(
+                f"token_multiple is 1 or, with sequence parallelism, tensor_parallel "
+                f"({self.tensor_parallel}), not {self.token_multiple}"
+            )
         if self.forward.token_ms + self.backward.token_ms <= 0:
             raise ValueError("token_ms must be above 0 forward or backward: every token costs time")
         if self.token_bytes < self.input_bytes + self.kv_bytes:
@@ -87,9 +99,13 @@ class ChunkCosts:
         d_s = self.tensor_parallel
         return self.forward.layer_time(area, tokens, d_s) + self.backward.layer_time(area, tokens, d_s)
 
+    def padded(self, chunk: Chunk) -> int:
+        """Tokens that a chunk is computed with."""
+        return -(-chunk.tokens // self.token_multiple) * self.token_multiple
+
     def recompute_ms(self, chunk: Chunk) -> float:
         """Milliseconds to compute one layer's forward again."""
-        return self.forward.layer_time(chunk.area, chunk.tokens, self.tensor_parallel)
+        return self._layer_ms(self.forward, chunk)
 
     def forward_ms(self, chunk: Chunk, num_layers: int, *, is_last: bool) -> float:
         """Milliseconds of the forward on a stage of ``num_layers`` layers."""
@@ -100,18 +116,26 @@ class ChunkCosts:
         return self._stage_ms(self.backward, chunk, num_layers, is_last)
 
     def _stage_ms(self, time: PassTime, chunk: Chunk, num_layers: int, is_last: bool) -> float:
-        d_s = self.tensor_parallel
-        layers_ms = num_layers * time.layer_time(chunk.area, chunk.tokens, d_s)
-        return layers_ms + (time.head_ms * chunk.tokens / d_s if is_last else 0.0)
+        head_ms = time.head_ms * self.padded(chunk) / self.tensor_parallel if is_last else 0.0
+        return num_layers * self._layer_ms(time, chunk) + head_ms
+
+    def _layer_ms(self, time: PassTime, chunk: Chunk) -> float:
+        tokens = self.padded(chunk)
+        # The padding is a sequence of its own.
+        area = chunk.area + (tokens - chunk.tokens) ** 2
+        return time.layer_time(area, tokens, self.tensor_parallel)
 
     def activation_bytes(self, chunk: Chunk, num_layers: int, *, is_last: bool) -> int:
-        """``M_act``: bytes on each GPU from the forward to the backward with nothing checkpointed.
+        """``M_act`` less ``M_dkv``: bytes on each GPU from forward to backward with nothing checkpointed."""
+        per_token = num_layers * self.token_bytes + (self.logits_bytes if is_last else 0.0)
+        return ceil(per_token * self.padded(chunk) / self.tensor_parallel)
 
-        Gradients of keys and values that later slices add to are counted for all that time.
+    def gradient_bytes(self, chunk: Chunk, num_layers: int) -> int:
+        """``M_dkv``: bytes on each GPU of the gradients that later slices add to.
+
+        The paper counts them from the forward on; they exist from the backward of the sequence's last slice.
         """
-        layers = num_layers * (self.token_bytes * chunk.tokens + self.kv_bytes * chunk.continued_tokens)
-        logits = self.logits_bytes * chunk.tokens if is_last else 0.0
-        return ceil((layers + logits) / self.tensor_parallel)
+        return ceil(num_layers * self.kv_bytes * chunk.continued_tokens / self.tensor_parallel)
 
     def saved_bytes(self, chunk: Chunk) -> int:
         """Bytes on each GPU that one checkpointed layer does not keep.
@@ -119,16 +143,23 @@ class ChunkCosts:
         It keeps its input, and the keys and values that later slices read. A whole number, so that bytes
         are exactly linear in the number of checkpointed layers.
         """
-        kept = self.input_bytes * chunk.tokens + self.kv_bytes * chunk.continued_tokens
-        return int((self.token_bytes * chunk.tokens - kept) / self.tensor_parallel)
+        per_token = self.token_bytes - self.input_bytes
+        saved = per_token * self.padded(chunk) - self.kv_bytes * chunk.continued_tokens
+        return int(saved / self.tensor_parallel)
 
-    def transient_bytes(self, chunk: Chunk) -> int:
-        """Bytes on each GPU of one layer's activation, which exists again while it is recomputed."""
-        return ceil(self.token_bytes * chunk.tokens / self.tensor_parallel)
+    def workspace_bytes(self, chunk: Chunk, *, is_last: bool, recomputes: bool) -> int:
+        """Bytes on each GPU that exist only while an operation runs.
+
+        Of a layer's backward, with the layer's whole activation where that is computed again; or of the head,
+        which does not run at the same time.
+        """
+        layer = self.layer_workspace_bytes + (self.token_bytes if recomputes else 0.0)
+        per_token = max(layer, self.head_workspace_bytes if is_last else 0.0)
+        return ceil(per_token * self.padded(chunk) / self.tensor_parallel)
 
     def message_bytes(self, chunk: Chunk) -> int:
         """Bytes of the message between two stages, on all GPUs of a stage."""
-        return ceil(self.input_bytes * chunk.tokens)
+        return ceil(self.input_bytes * self.padded(chunk))
 
     def state_bytes(self, stage: int, num_stages: int, num_layers: int) -> int:
         """``states(q)``: bytes on each GPU of a stage of ``num_layers`` layers whatever it computes."""

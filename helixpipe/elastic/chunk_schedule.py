@@ -128,5 +128,6 @@ def stage_cost(
         backward=costs.backward_ms(chunk, num_layers, is_last=is_last) + recompute,
         recompute=recompute,
         bytes=whole - checkpointed * costs.saved_bytes(chunk),
-        workspace_bytes=costs.transient_bytes(chunk) if checkpointed else 0,
+        workspace_bytes=costs.workspace_bytes(chunk, is_last=is_last, recomputes=checkpointed > 0),
+        gradient_bytes=costs.gradient_bytes(chunk, num_layers),
     )

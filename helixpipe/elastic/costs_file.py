@@ -3,8 +3,9 @@
 Keys, all of them in :class:`ChunkCosts` and :class:`PassTime`: ``format``, ``version``, ``source``;
 ``forward`` and ``backward`` with ``attention_ms``, ``token_ms`` and, 0 if left out, ``layer_ms``,
 ``communication_ms``, ``head_ms``; ``token_bytes``, ``input_bytes``, ``kv_bytes``; and, if not the default,
-``logits_bytes``, ``tensor_parallel``, ``layer_state_bytes``, ``embedding_state_bytes``, ``head_state_bytes``
-and ``network``, the fields of :class:`helixpipe.plan.network.Network`.
+``logits_bytes``, ``head_workspace_bytes``, ``layer_workspace_bytes``, ``tensor_parallel``,
+``token_multiple``, ``layer_state_bytes``, ``embedding_state_bytes``, ``head_state_bytes`` and ``network``,
+the fields of :class:`helixpipe.plan.network.Network`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ VERSION = 1
 
 _WHOLE = {
     "tensor_parallel",
+    "token_multiple",
     "layer_state_bytes",
     "embedding_state_bytes",
     "head_state_bytes",

@@ -86,7 +86,7 @@ def recompute_delay_ms(memory: PipelineMemory, recompute_ms: Sequence[float]) ->
     weights = np.zeros_like(layers)
     for stage in range(memory.num_stages):
         rows = memory.rows(stage)
-        missing = memory.held(rows, memory.kept[stage]) + rows.transient - memory.available[stage]
+        missing = memory.held(rows, memory.kept[stage]) + rows.recomputing - memory.available[stage]
         share = np.maximum(missing, 0) / np.maximum(memory.held(rows, memory.saved), 1)
         # The moment at which a chunk's backward runs stands for those that it is in flight.
         steady = share[-memory.num_chunks :]

@@ -65,21 +65,26 @@ class ElasticJob:
         capacity = float("inf")
         for stage in range(self.num_stages):
             states = costs.state_bytes(stage, self.num_stages, layers)
-            logits = costs.logits_bytes if stage == self.num_stages - 1 else 0.0
+            is_last = stage == self.num_stages - 1
+            logits = costs.logits_bytes if is_last else 0.0
+            head = costs.head_workspace_bytes if is_last else 0.0
             in_flight = self.num_stages - stage
-            checkpointed = in_flight * (layers * costs.input_bytes + logits) + costs.token_bytes
             unchecked = in_flight * (layers * costs.token_bytes + logits)
+            unchecked += max(costs.layer_workspace_bytes, head)
+            checkpointed = in_flight * (layers * costs.input_bytes + logits)
+            checkpointed += max(costs.layer_workspace_bytes + costs.token_bytes, head)
             per_token = min(checkpointed, unchecked) / costs.tensor_parallel
             if per_token:
                 capacity = min(capacity, (self.memory_limit_bytes - states) / per_token)
-            if capacity < 1:
+            if capacity < costs.token_multiple:
                 limit_gib = self.memory_limit_bytes / 2**30
                 raise ValueError(
                     f"stage {stage} cannot hold one token: weights, gradients and optimizer states take "
                     f"{states / 2**30:.2f} GiB of {limit_gib:.2f} GiB; use more stages, a larger "
                     "tensor-parallel size or a higher limit"
                 )
-        return int(min(capacity, 2**62))
+        most = int(min(capacity, 2**62))
+        return most - most % costs.token_multiple
 
 
 def check_lengths(lengths: object) -> tuple[int, ...]:

@@ -22,17 +22,19 @@ Array = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class StageRows:
-    """Moments of a stage: forwards begun and backwards ended, and what the operation needs while it runs.
+    """Moments of a stage: forwards begun and backwards ended, and what is there beside what forwards keep.
 
     Attributes:
         begun: at each moment, chunks from the first whose forward has begun.
         ended: at each moment, chunks in backward order whose backward has ended.
-        transient: bytes of a recomputed layer of the operations that run at the moment, if there is one.
+        plain: bytes of the operation that runs, and of gradients for earlier slices, with nothing recomputed.
+        recomputing: the same with a recomputed layer.
     """
 
     begun: Array
     ended: Array
-    transient: Array
+    plain: Array
+    recomputing: Array
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,9 @@ class PipelineMemory:
         groups: numbers of chunks of each sequence, in order.
         kept: ``kept[stage]``, bytes of every chunk with nothing checkpointed.
         saved: bytes that one checkpointed layer of a chunk saves, on any stage.
-        transient: bytes of one layer's activation of every chunk.
+        gradients: bytes of the gradients that later slices add to, of every chunk on any stage.
+        plain: ``plain[stage]``, bytes of every chunk's operations while they run, with nothing recomputed.
+        recomputing: the same with a recomputed layer.
         available: bytes of each stage for all this: the limit less the stage's states.
         max_layers: layers of a stage.
     """
@@ -51,7 +55,9 @@ class PipelineMemory:
     groups: tuple[int, ...]
     kept: Array
     saved: Array
-    transient: Array
+    gradients: Array
+    plain: Array
+    recomputing: Array
     available: Array
     max_layers: int
 
@@ -88,11 +94,25 @@ class PipelineMemory:
         # Warm-up: one forward after the other, and none backward.
         begun = np.concatenate([np.arange(1, window), np.minimum(np.arange(n) + window, n)])
         ended = np.concatenate([np.zeros(window - 1, dtype=np.int64), np.arange(n)])
-        # With so many begun and ended, the forward that came last ran, and the next backward runs.
-        transient = self.transient[begun - 1].copy()
-        steady = slice(window - 1, None)
-        transient[steady] = np.maximum(transient[steady], self.transient[self.backwards])
-        return StageRows(begun, ended, transient)
+        plain = self._beside(self.plain[stage], begun)
+        return StageRows(begun, ended, plain, self._beside(self.recomputing[stage], begun))
+
+    def _beside(self, workspace: Array, begun: Array) -> Array:
+        """``workspace`` of the operation that runs at each moment, and the gradients that exist by then.
+
+        With so many begun and ended, the forward that came last has run, and the next backward runs.
+        """
+        first = len(begun) - self.num_chunks
+        is_forward = np.diff(begun, prepend=0) > 0
+        beside: Array = np.where(is_forward, workspace[begun - 1], 0)
+        sums = np.concatenate([[0], np.cumsum(self.gradients)])
+        starts = np.repeat(np.cumsum([0, *self.groups[:-1]]), self.groups)
+        gradients = (sums[1:] - sums[starts])[self.backwards]
+        # Before the backward of a sequence's last slice there are none.
+        is_last = np.diff(starts, append=-1)[self.backwards] != 0
+        beside[first:] += np.where(is_forward[first:] & ~is_last, gradients, 0)
+        beside[first:] = np.maximum(beside[first:], workspace[self.backwards] + gradients)
+        return beside
 
     def held(self, rows: StageRows, per_chunk: Array) -> Array:
         """At each moment, the sum of ``per_chunk`` over the chunks in flight."""
@@ -104,8 +124,8 @@ class PipelineMemory:
     def fits_unchecked(self) -> bool:
         """True if nothing need be checkpointed."""
         return all(
-            bool((self.held(self.rows(stage), self.kept[stage]) <= self.available[stage]).all())
-            for stage in range(self.num_stages)
+            bool((self.held(rows, self.kept[stage]) + rows.plain <= self.available[stage]).all())
+            for stage, rows in enumerate(map(self.rows, range(self.num_stages)))
         )
 
     def shortage(self) -> tuple[int, int] | None:
@@ -114,7 +134,7 @@ class PipelineMemory:
         for stage in range(self.num_stages):
             rows = self.rows(stage)
             least = self.kept[stage] - self.max_layers * self.saved
-            missing = int((self.held(rows, least) + rows.transient).max() - self.available[stage])
+            missing = int((self.held(rows, least) + rows.recomputing).max() - self.available[stage])
             if missing > 0 and (worst is None or missing > worst[1]):
                 worst = stage, missing
         return worst
@@ -137,12 +157,27 @@ def pipeline_memory(
         [costs.activation_bytes(c, layers, is_last=stage == num_stages - 1) for c in chunks]
         for stage in range(num_stages)
     ]
+    plain, recomputing = (
+        np.array(
+            [
+                [
+                    costs.workspace_bytes(c, is_last=stage == num_stages - 1, recomputes=recomputes)
+                    for c in chunks
+                ]
+                for stage in range(num_stages)
+            ],
+            dtype=np.int64,
+        )
+        for recomputes in (False, True)
+    )
     states = [costs.state_bytes(stage, num_stages, layers) for stage in range(num_stages)]
     return PipelineMemory(
         groups=tuple(sequence_groups(chunks)),
         kept=np.array(kept, dtype=np.int64),
         saved=np.array([costs.saved_bytes(chunk) for chunk in chunks], dtype=np.int64),
-        transient=np.array([costs.transient_bytes(chunk) for chunk in chunks], dtype=np.int64),
+        gradients=np.array([costs.gradient_bytes(chunk, layers) for chunk in chunks], dtype=np.int64),
+        plain=plain,
+        recomputing=recomputing,
         available=limit_bytes - np.array(states, dtype=np.int64),
         max_layers=layers,
     )

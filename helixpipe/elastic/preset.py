@@ -74,9 +74,11 @@ def _costs(
         token_bytes=layer_bytes * t / tokens,
         input_bytes=workload.unit_bytes * t / tokens,
         kv_bytes=2.0 * model.kv_size * workload.element_bytes,
-        # The head's transients are counted as if kept: every backward of the last stage begins with them.
-        logits_bytes=(workload.head_bytes + workload.head_workspace_bytes) * t / tokens,
+        logits_bytes=workload.head_bytes * t / tokens,
+        head_workspace_bytes=workload.head_workspace_bytes * t / tokens,
+        layer_workspace_bytes=workload.layer_workspace_bytes * t / tokens,
         tensor_parallel=t,
+        token_multiple=workload.sharded,
         layer_state_bytes=workload.static_bytes(layer),
         embedding_state_bytes=workload.static_bytes(parameters["embedding"]),
         head_state_bytes=0 if model.tied and num_stages == 1 else workload.static_bytes(parameters["head"]),

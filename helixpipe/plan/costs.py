@@ -29,6 +29,8 @@ class SegmentCost:
         weight_bytes: in plans with W: what is held between B and W, which may be more where B recomputes.
             As much as ``bytes`` if None.
         workspace_bytes: what an operation needs while it runs, beside what it keeps.
+        gradient_bytes: of a slice of a sequence, gradients of its keys and values, to which the backwards of
+            later slices add: held from the backward of the sequence's last slice until its own.
     """
 
     forward: float
@@ -38,6 +40,7 @@ class SegmentCost:
     bytes: int = 0
     weight_bytes: int | None = None
     workspace_bytes: int = 0
+    gradient_bytes: int = 0
 
     @property
     def held_for_weight(self) -> int:
@@ -147,6 +150,7 @@ _SEGMENT_KEYS = {
     "bytes": "bytes",
     "weight_bytes": "weight_bytes",
     "workspace_bytes": "workspace_bytes",
+    "gradient_bytes": "gradient_bytes",
 }
 
 

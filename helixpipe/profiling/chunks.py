@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from helixpipe.elastic.chunks import Chunk, Piece
 from helixpipe.elastic.fit import Measurement
-from helixpipe.layers.attention import causal_attention
-from helixpipe.layers.segmented_gpt import SegmentedGPTModel
-from helixpipe.layers.spec import LayerPart
-from helixpipe.profiling.slice_attention import slice_attention
+from helixpipe.layers.elastic.context import ContextStore
+from helixpipe.layers.elastic.core_attention import SliceCoreAttention
+from helixpipe.layers.elastic.layout import ChunkLayout, spans_of
+from helixpipe.layers.spec import layer_spec
 from helixpipe.profiling.stopwatch import Stopwatch, Times
 
 FEWEST_TOKENS = 256
@@ -42,6 +48,14 @@ class Shape(NamedTuple):
     context: int
     lengths: tuple[int, ...]
 
+    @property
+    def chunk(self) -> Chunk:
+        """The first piece ends its sequence, as every other does."""
+        first, *rest = self.lengths
+        pieces = [Piece(0, self.context, first, self.context + first)]
+        pieces += [Piece(sequence, 0, length, length) for sequence, length in enumerate(rest, 1)]
+        return Chunk(tuple(pieces))
+
 
 def chunk_shapes(max_seq_length: int, multiple: int = 1) -> tuple[Shape, ...]:
     """The chunks to measure for sequences of up to ``max_seq_length`` tokens.
@@ -63,79 +77,111 @@ def chunk_shapes(max_seq_length: int, multiple: int = 1) -> tuple[Shape, ...]:
     return (*whole, *slices)
 
 
+class ElasticLayer(MegatronModule):
+    """One layer as stages of elastic pipelines have it, called with one shape of chunk after the other.
+
+    Args:
+        config: the model's configuration.
+        implementation: ``local`` or ``transformer_engine``, see :func:`helixpipe.layers.spec.layer_spec`.
+        rotates: whether positions are rotary.
+    """
+
+    def __init__(self, config: TransformerConfig, implementation: str, *, rotates: bool) -> None:
+        super().__init__(config=config)
+        self.contexts = ContextStore()
+        spec = layer_spec(config, implementation)
+        attention = spec.submodules.self_attention.submodules
+        attention.core_attention = partial(SliceCoreAttention, contexts=self.contexts)
+        self.layer = build_module(spec, config=config, layer_number=1)
+        self.rotary: RotaryEmbedding | None = None
+        if rotates:
+            self.rotary = RotaryEmbedding(
+                config.kv_channels,
+                rotary_percent=1.0,
+                use_cpu_initialization=config.use_cpu_initialization,
+                cp_group=parallel_state.get_context_parallel_group(),
+            )
+
+    def forward(self, hidden: Tensor, layout: ChunkLayout) -> Tensor:
+        """[T, 1, h], or [T/tp, 1, h] with sequence parallelism, to the same."""
+        output: Tensor = self.layer(hidden, attention_mask=None, packed_seq_params=layout)[0]
+        return output
+
+
 def measure_chunks(
-    model: SegmentedGPTModel, shapes: Sequence[Shape], stopwatch: Stopwatch, device: torch.device
+    layer: ElasticLayer, shapes: Sequence[Shape], stopwatch: Stopwatch, device: torch.device
 ) -> tuple[Measurement, ...]:
-    """Run ``model``'s layer over every shape.
+    """Run ``layer`` over every shape.
 
     All shapes take turns, round by round, so that what disturbs the machine for a while does not fall on one
     of them, and the fastest round of each counts: other programs can only make one slower.
     """
-    layers = [_ChunkLayer(model, shape, device) for shape in shapes]
+    chunks = [_LayerOverChunk(layer, shape, device) for shape in shapes]
     rounds: list[list[Times]] = [[] for _ in shapes]
     for number in range(stopwatch.repeats + 1):
-        for layer, times in zip(layers, rounds, strict=True):
-            found = stopwatch.round(layer, layer.inputs())
+        for chunk, times in zip(chunks, rounds, strict=True):
+            found = stopwatch.round(chunk, [chunk.hidden()])
             if number:
                 times.append(found)
-    return tuple(
+    measured = tuple(
         Measurement(
             context=shape.context,
             lengths=shape.lengths,
             forward_ms=min(found.forward for found in times),
             backward_ms=min(found.backward for found in times),
-            bytes=layer.kept_bytes(),
+            bytes=chunk.kept_bytes(),
         )
-        for shape, layer, times in zip(shapes, layers, rounds, strict=True)
+        for shape, chunk, times in zip(shapes, chunks, rounds, strict=True)
     )
+    layer.contexts.clear()
+    return measured
 
 
-class _ChunkLayer:
-    """One layer over one shape of chunk."""
+class _LayerOverChunk:
+    """A layer over one shape of chunk, whose first piece finds keys and values for all of its context."""
 
-    def __init__(self, model: SegmentedGPTModel, shape: Shape, device: torch.device) -> None:
-        self.model = model
-        self.shape = shape
+    def __init__(self, layer: ElasticLayer, shape: Shape, device: torch.device) -> None:
+        self.layer = layer
         self.device = device
-        self._layer: Any = model.decoder.layers["0"]
+        self._chunk = shape.chunk
+        positions = [torch.arange(p.start, p.start + p.length) for p in self._chunk.pieces]
+        self._layout = ChunkLayout(
+            self._chunk.pieces,
+            spans_of(self._chunk, self._chunk.tokens),
+            torch.cat(positions)[None].to(device),
+            layer.rotary,
+        )
 
-    def inputs(self) -> list[Tensor]:
-        """Hidden states [T, 1, h] and, where there is a context, its keys and values [1, groups, C, d]."""
-        hidden, key = self.model.edge_shapes(0, sum(self.shape.lengths), 1)[-1:-3:-1]
-        shapes = [hidden]
-        if self.shape.context:
-            shapes += [torch.Size((1, key[2], self.shape.context, key[3]))] * 2
-        return [
-            torch.randn(shape, dtype=self.model.config.params_dtype, device=self.device) for shape in shapes
-        ]
+    def hidden(self) -> Tensor:
+        """Hidden states; from now on keys and values of this shape's context lie ready, and no others."""
+        config, contexts = self.layer.config, self.layer.contexts
+        contexts.clear()
+        if self._chunk.context:
+            groups = max(1, config.num_query_groups // config.tensor_model_parallel_size)
+            shape = (1, groups, self._chunk.context, config.kv_channels)
+            whole = Piece(0, 0, self._chunk.context, self._chunk.pieces[0].sequence_length)
+            contexts.keep(1, whole, self._random(shape), self._random(shape))
+        shared = config.tensor_model_parallel_size if config.sequence_parallel else 1
+        return self._random((self._chunk.tokens // shared, 1, config.hidden_size))
 
-    def __call__(self, hidden: Tensor, *context: Tensor) -> Tensor:
-        query, key, value, residual = self.model._run_parts(self._layer, LayerPart.PRE, (hidden,))
-        # Else the value would keep the whole of what it is a view of.
-        value = value.clone(memory_format=torch.contiguous_format)
-        pieces = zip(*(tensor.split(self.shape.lengths) for tensor in (query, key, value)), strict=True)
-        output = torch.cat(list(self._attention(pieces, context)))
-        return self.model._run_parts(self._layer, LayerPart.POST, (output, residual))[0]
+    def _random(self, shape: Sequence[int]) -> Tensor:
+        return torch.randn(shape, dtype=self.layer.config.params_dtype, device=self.device)
 
-    def _attention(self, pieces: Iterator[tuple[Tensor, ...]], context: Sequence[Tensor]) -> Iterator[Tensor]:
-        for number, (query, key, value) in enumerate(pieces):
-            if context and not number:
-                yield slice_attention(query, key, value, *context)
-            else:
-                yield causal_attention(query, key, value)
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self.layer(hidden, self._layout)
 
     def kept_bytes(self) -> int:
         """Bytes that a forward keeps for its backward, beside weights and the context: others keep these."""
-        inputs = [tensor.requires_grad_() for tensor in self.inputs()]
-        known = {tensor.untyped_storage().data_ptr() for tensor in (*self.model.parameters(), *inputs[1:])}
-        saved = [inputs[0]]
+        hidden = self.hidden().requires_grad_()
+        known = {tensor.untyped_storage().data_ptr() for tensor in self.layer.parameters()}
+        saved = [hidden]
 
         def note(tensor: Tensor) -> Tensor:
             saved.append(tensor)
             return tensor
 
         with saved_tensors_hooks(note, lambda tensor: tensor):
-            output = self(*inputs)
+            output = self(hidden)
         storages = {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in saved
         }

@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
 from helixpipe.elastic.fit import Measurement
@@ -25,7 +25,7 @@ from helixpipe.megatron_adapter import cpu_backend
 from helixpipe.megatron_adapter.schedule import device
 from helixpipe.plan.cost_model import PieceCost, Pieces, Workload
 from helixpipe.plan.network import Network
-from helixpipe.profiling.chunks import chunk_shapes, measure_chunks
+from helixpipe.profiling.chunks import ElasticLayer, chunk_shapes, measure_chunks
 from helixpipe.profiling.layer import measure_pieces
 from helixpipe.profiling.links import measure_network
 from helixpipe.profiling.stopwatch import Stopwatch
@@ -69,7 +69,7 @@ def profile_chunks(
         pieces = _measure(workload, repeats, alive=2)
         stopwatch = Stopwatch(default_clock(), repeats, 2, dist.barrier)
         here = device()
-        found = measure_chunks(_model(workload, max_seq_length)[0], shapes, stopwatch, here)
+        found = measure_chunks(_elastic_layer(workload), shapes, stopwatch, here)
         times = _mean(tuple(time for m in found for time in (m.forward_ms, m.backward_ms)), here)
     means = zip(found, times[::2], times[1::2], strict=True)
     return pieces, tuple(replace(m, forward_ms=forward, backward_ms=back) for m, forward, back in means)
@@ -146,14 +146,37 @@ def prepare(workload: Workload, world_size: int) -> None:
         model_parallel_cuda_manual_seed(1, force_reset_rng=True)
 
 
-def _model(
-    workload: Workload, max_seq_length: int | None = None
-) -> tuple[SegmentedGPTModel, DistributedDataParallel]:
+def _model(workload: Workload) -> tuple[SegmentedGPTModel, DistributedDataParallel]:
     """One layer with both ends, wrapped as for training: gradients go where the optimizer finds them."""
+    shape = workload.model
+    config = _config(workload)
+    multiple = 128 * workload.tensor_parallel
+    model = SegmentedGPTModel(
+        config,
+        default_implementation(),
+        range(0, 3, 2),
+        -(-shape.vocab_size // multiple) * multiple,
+        workload.seq_length,
+        share_embeddings_and_output_weights=shape.tied,
+        position_embedding_type="rope" if shape.gated else "learned_absolute",
+    ).cuda()
+    return model, _wrapped(config, model)
+
+
+def _elastic_layer(workload: Workload) -> ElasticLayer:
+    """One layer as elastic pipelines execute it, its gradients where training has them."""
+    config = _config(workload)
+    layer = ElasticLayer(config, default_implementation(), rotates=workload.model.gated).cuda()
+    _wrapped(config, layer)
+    return layer
+
+
+def _config(workload: Workload) -> TransformerConfig:
+    """Of the model with a single layer."""
     shape = workload.model
     fuse = torch.cuda.is_available()
     bf16 = workload.element_bytes == 2
-    config = TransformerConfig(
+    return TransformerConfig(
         num_layers=1,
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.ffn_hidden_size,
@@ -174,19 +197,13 @@ def _model(
         bias_dropout_fusion=fuse,
         bias_activation_fusion=fuse,
     )
-    multiple = 128 * workload.tensor_parallel
-    model = SegmentedGPTModel(
-        config,
-        default_implementation(),
-        range(0, 3, 2),
-        -(-shape.vocab_size // multiple) * multiple,
-        max_seq_length or workload.seq_length,
-        share_embeddings_and_output_weights=shape.tied,
-        position_embedding_type="rope" if shape.gated else "learned_absolute",
-    ).cuda()
-    module = Float16Module(config, model) if bf16 else model
-    wrapped = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=bf16), module)
-    return model, wrapped
+
+
+def _wrapped(config: TransformerConfig, model: MegatronModule) -> DistributedDataParallel:
+    module = Float16Module(config, model) if config.bf16 else model
+    return DistributedDataParallel(
+        config, DistributedDataParallelConfig(grad_reduce_in_fp32=config.bf16), module
+    )
 
 
 def _optimizer_step(workload: Workload, wrapped: DistributedDataParallel) -> Callable[[], None]:

@@ -44,10 +44,18 @@ _ARCHITECTURE = (
 
 
 class Progress(NamedTuple):
-    """How far training has come."""
+    """How far training has come.
+
+    Attributes:
+        iteration: the last finished one.
+        consumed_samples: over all replicas.
+        data: what tells the data apart that they were from, where a schedule has an order of its own: see
+            :attr:`megatron.training.elastic.ElasticTraining.identity`.
+    """
 
     iteration: int = 0
     consumed_samples: int = 0
+    data: dict[str, Any] | None = None
 
 
 def load_checkpoint(args: argparse.Namespace, state: TrainingState) -> Progress:
@@ -150,7 +158,7 @@ def _load_from(folder: Path, args: argparse.Namespace, state: TrainingState) -> 
     else:
         state.optimizer.load_state_dict(loaded["optimizer"])
     state.scheduler.load_state_dict(loaded["opt_param_scheduler"])
-    return Progress(loaded["iteration"], loaded["consumed_samples"])
+    return Progress(loaded["iteration"], loaded["consumed_samples"], loaded.get("data"))
 
 
 def sharded_state(
@@ -168,6 +176,7 @@ def sharded_state(
         "opt_param_scheduler": state.scheduler.state_dict(),
         "iteration": progress.iteration,
         "consumed_samples": progress.consumed_samples,
+        "data": progress.data,
         "architecture": {name: getattr(args, name) for name in _architecture(args)},
     }
 

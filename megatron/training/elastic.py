@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from megatron.core import parallel_state
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
 
 from helixpipe.elastic import ElasticJob, costs_from_json
+from helixpipe.elastic.background import PlannedBatch
 from helixpipe.megatron_adapter.elastic_batch import ElasticBatch
 from helixpipe.megatron_adapter.schedule import ELASTIC
-from megatron.training.data.elastic import ElasticBatches, make_shared_planner
+from megatron.training.data.elastic import (
+    ElasticBatches,
+    EvaluationBatches,
+    Identity,
+    identity_of,
+    make_shared_planner,
+)
 from megatron.training.data.prefix import DatasetInfo
 from megatron.training.data.variable_length import VariableLengthDataset
+from megatron.training.metrics import Planning
 
 _ONLY_ELASTIC = ("elastic_costs", "max_seq_length")
+# Parts of --split.
+_TRAINING, _VALIDATION = 0, 1
 
 
 def add_elastic_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +89,8 @@ def _job(args: argparse.Namespace) -> ElasticJob:
             f"job has {args.tensor_model_parallel_size}; make them anew for this size"
         )
     return ElasticJob(
-        costs=costs,
+        # Chunks are padded only where tensor-parallel ranks share the sequence.
+        costs=replace(costs, token_multiple=costs.tensor_parallel if args.sequence_parallel else 1),
         num_stages=args.pipeline_model_parallel_size,
         num_layers=args.num_layers,
         memory_limit_bytes=int(args.memory_limit_gib * 2**30),
@@ -89,7 +105,6 @@ def _refuse(args: argparse.Namespace) -> None:
         "--head-placement": args.head_placement is not None,
         "--recompute-granularity": args.recompute_granularity is not None,
         "--recompute-without-attention": bool(args.recompute_without_attention),
-        "--eval-iters": args.eval_iters != 0,
         "--num-workers": args.num_workers != 0,
         "--data-cache-path": args.data_cache_path is not None,
         "--eod-mask-loss": args.eod_mask_loss,
@@ -109,50 +124,87 @@ class ElasticTraining(Iterator[ElasticBatch]):
     Args:
         args: parsed arguments.
         consumed_samples: sequences already trained on, over all replicas.
+        data: :attr:`identity` of the data that they were from; None for a new job, or one that another
+            schedule has begun.
+
+    Attributes:
+        identity: what tells the data apart that a position is in, for checkpoints.
 
     Raises:
         ValueError: a split without documents, or fewer sequences in a batch than replicas.
+        DataError: a checkpoint that was made with other data or settings of it.
     """
 
-    def __init__(self, args: argparse.Namespace, consumed_samples: int) -> None:
-        dataset = VariableLengthDataset(args.dataset, args.max_seq_length, _training_documents(args))
-        state = {
-            "consumed_samples": consumed_samples,
-            "seed": args.seed,
-            "num_samples": len(dataset),
-            "max_seq_length": args.max_seq_length,
-        }
+    def __init__(
+        self, args: argparse.Namespace, consumed_samples: int = 0, data: Identity | None = None
+    ) -> None:
+        dataset = VariableLengthDataset(args.dataset, args.max_seq_length, _documents(args, _TRAINING))
+        self.identity = identity_of(dataset, args.seed)
+        self._planned: PlannedBatch | None = None
         self._batches = ElasticBatches(
             dataset,
             make_shared_planner(args.elastic_job),
             global_batch_size=args.global_batch_size,
-            seed=args.seed,
-            replica=parallel_state.get_data_parallel_rank(),
-            num_replicas=parallel_state.get_data_parallel_world_size(),
-            state=state,
+            state={"consumed_samples": consumed_samples, **(data or self.identity)},
+            **_share(args),
         )
 
     def __next__(self) -> ElasticBatch:
         """The next batch; the one after it begins to be planned."""
         step = next(self._batches)
+        self._planned = step.planned
         return ElasticBatch(step.planned.plan, step.sequences, step.loss_masks)
+
+    def planning(self) -> Planning:
+        """What is to be told of the last batch's plan."""
+        assert self._planned is not None
+        return Planning.of(self._planned)
 
     def close(self) -> None:
         """End the planning process."""
         self._batches.close()
 
 
-def _training_documents(args: argparse.Namespace) -> range:
-    """The documents of the first part of ``--split``, rounded as Megatron rounds."""
-    weights = [float(part) for part in args.split.split(",")]
-    info: DatasetInfo = args.dataset
-    count = round(weights[0] / sum(weights) * float(info.num_documents))
-    if not count:
-        raise ValueError(
-            f"--split {args.split} leaves none of the {info.num_documents} documents for training; give it "
-            "more weight, or prepare more documents"
+class ElasticValidation(Iterator[ElasticBatch]):
+    """Endless iterator over this replica's validation batches, which go on where evaluations ended.
+
+    Args:
+        args: parsed arguments, with ``--eval-iters``.
+        iteration: the last finished one; tells how much of the data was seen.
+
+    Raises:
+        ValueError: no document in the split has a token to learn.
+    """
+
+    def __init__(self, args: argparse.Namespace, iteration: int) -> None:
+        dataset = VariableLengthDataset(args.dataset, args.max_seq_length, _documents(args, _VALIDATION))
+        evaluated = iteration // args.eval_interval * args.eval_iters
+        self._batches = EvaluationBatches(
+            dataset,
+            args.elastic_job,
+            global_batch_size=args.global_batch_size,
+            consumed_samples=evaluated * args.global_batch_size,
+            **_share(args),
         )
-    return range(count)
+
+    def __next__(self) -> ElasticBatch:
+        """The next batch with its chunks."""
+        return ElasticBatch(*next(self._batches))
+
+
+def _share(args: argparse.Namespace) -> dict[str, int]:
+    return {
+        "seed": args.seed,
+        "replica": parallel_state.get_data_parallel_rank(),
+        "num_replicas": parallel_state.get_data_parallel_world_size(),
+    }
+
+
+def _documents(args: argparse.Namespace, part: int) -> range:
+    """The documents of one part of ``--split``, which has been checked, rounded as Megatron rounds."""
+    info: DatasetInfo = args.dataset
+    bounds = convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split))[part]
+    return range(*(round(bound * float(info.num_documents)) for bound in bounds))
 
 
 def _flag(name: str) -> str:

@@ -18,11 +18,11 @@ from helixpipe.reliability.monitor import Monitor
 from helixpipe.runtime.trace import NullClock, default_clock
 from megatron.training.checkpointing import Progress, load_checkpoint
 from megatron.training.data.gpt import Batch, build_iterators
-from megatron.training.elastic import ElasticTraining
+from megatron.training.elastic import ElasticTraining, ElasticValidation
 from megatron.training.guards import KeptBatches, NotFinite, explain, spread_to_gradients, watch_gradient_norm
 from megatron.training.initialize import finalize, initialize, seed_random_states
 from megatron.training.memory_report import MemoryWatch, explains_out_of_memory
-from megatron.training.metrics import Reporter, gather_metrics, mean_loss
+from megatron.training.metrics import Planning, Reporter, gather_metrics, mean_loss
 from megatron.training.model import TrainingState, build_training_state
 from megatron.training.monitoring import monitored
 from megatron.training.preemption import StopRequest
@@ -79,13 +79,16 @@ def _train(args: argparse.Namespace, forward_step: ForwardStep, monitor: Monitor
     monitor.enter("build data")
     run = _Run(args, forward_step, schedule, state, reporter, monitor)
     if args.pipeline_schedule == ELASTIC:
-        with closing(ElasticTraining(args, progress.consumed_samples)) as batches:
-            return _iterate(run, progress, batches, None)
-    return _iterate(run, progress, *build_iterators(args, progress.consumed_samples, progress.iteration))
+        validation = ElasticValidation(args, progress.iteration) if args.eval_iters else None
+        with closing(ElasticTraining(args, progress.consumed_samples, progress.data)) as batches:
+            run.planning = batches.planning
+            return _iterate(run, progress._replace(data=batches.identity), batches, validation)
+    iterators = build_iterators(args, progress.consumed_samples, progress.iteration)
+    return _iterate(run, progress._replace(data=None), *iterators)
 
 
 def _iterate(
-    run: _Run, progress: Progress, train_data: Iterator[Any] | None, valid_data: Iterator[Batch] | None
+    run: _Run, progress: Progress, train_data: Iterator[Any] | None, valid_data: Iterator[Any] | None
 ) -> int:
     """Train to ``--train-iters`` or until asked to stop, with evaluations and checkpoints; the exit code."""
     args, monitor, reporter = run.args, run.monitor, run.reporter
@@ -95,7 +98,8 @@ def _iterate(
     request.listen()
     data = None if train_data is None else KeptBatches(train_data)
     while progress.iteration < args.train_iters:
-        progress = Progress(progress.iteration + 1, progress.consumed_samples + args.global_batch_size)
+        consumed = progress.consumed_samples + args.global_batch_size
+        progress = progress._replace(iteration=progress.iteration + 1, consumed_samples=consumed)
         try:
             stops, statuses = run.train_iteration(
                 progress.iteration, data, lambda: (bool(request.signal_name), saver.status)
@@ -119,6 +123,7 @@ def _iterate(
             saver.save(run.state, progress, is_last=is_last or must_stop)
         if must_stop and not is_last:
             return _leave(args, progress, request, reporter)
+    reporter.say(reporter.planning_summary())
     reporter.say(memory.summary())
     return 0
 
@@ -158,6 +163,7 @@ class _Run:
         self.state = state
         self.reporter = reporter
         self.monitor = monitor
+        self.planning: Callable[[], Planning | None] = lambda: None  # of the present iteration's plan
         watch_gradient_norm(state.optimizer)
 
     def train_iteration(
@@ -206,6 +212,7 @@ class _Run:
             learning_rate=learning_rate,
             trace=self.schedule.trace,
             news=news(),
+            planning=self.planning(),
         )
         self.reporter.report(metrics)
         self.reporter.write_timeline(iteration, self.schedule.plan, self.schedule.trace)
@@ -223,7 +230,7 @@ class _Run:
         self.state.optimizer.zero_grad()
         return self._run_schedule(spread_to_gradients(self.forward_step), data, forward_only=False)
 
-    def evaluate(self, iteration: int, data: Iterator[Batch] | None) -> float:
+    def evaluate(self, iteration: int, data: Iterator[Any] | None) -> float:
         """Mean loss over ``--eval-iters`` validation batches."""
         self.monitor.enter("evaluate")
         for chunk in self.state.model:

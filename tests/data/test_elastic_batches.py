@@ -1,14 +1,20 @@
 """Global batches with their plans: shared out over replicas, resumed exactly, each planned ahead."""
 
+import hashlib
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from planning import make_job
 
+from helixpipe.data.samples import ShuffledOrder
 from helixpipe.elastic.background import PlannedBatch
 from helixpipe.elastic.quick_plan import plan_quickly
+from helixpipe.reliability.exit_codes import DataError
 from helixpipe.runtime.shared_planner import SharedPlanner
-from megatron.training.data.elastic import ElasticBatches
+from megatron.training.data.elastic import ElasticBatches, EvaluationBatches
 from megatron.training.data.prefix import DatasetInfo, dataset_paths
 from megatron.training.data.variable_length import VariableLengthDataset
 
@@ -114,13 +120,79 @@ def test_a_resumed_job_goes_on_with_the_next_batch(dataset, taken):
         assert set(next(other_layout).samples) < set(wanted.samples)
 
 
-def test_a_state_of_other_data_is_refused(dataset):
+def hash_of_tokens(iterator, count):
+    found = hashlib.sha256()
+    for _ in range(count):
+        for ids in next(iterator).sequences:
+            found.update(ids.numpy().tobytes())
+    return found.hexdigest()
+
+
+def test_a_resumed_job_sees_the_same_tokens(dataset):
+    iterator, _ = batches(dataset)
+    for _ in range(2):
+        next(iterator)
+    state = json.loads(json.dumps(iterator.state_dict()))
+    wanted = hash_of_tokens(iterator, 4)
+    assert hash_of_tokens(batches(dataset, state=state)[0], 4) == wanted
+    later = {**state, "consumed_samples": state["consumed_samples"] + 1}
+    assert hash_of_tokens(batches(dataset, state=later)[0], 4) != wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("seed", "--seed 99, this job has --seed 3"),
+        ("max_seq_length", "--max-seq-length 99, this job has --max-seq-length 800"),
+        ("num_samples", "99 samples in the training data, this job has 13 samples"),
+        ("documents", "training documents of hash 99, this job has training documents of hash "),
+    ],
+)
+def test_a_state_of_other_data_is_refused(dataset, name, words):
     state = batches(dataset)[0].state_dict()
-    for name in ("seed", "num_samples", "max_seq_length"):
-        with pytest.raises(ValueError, match=f"was made with {name} 99, this job has {state[name]}"):
-            batches(dataset, state={**state, name: 99})
-    with pytest.raises(ValueError, match="has no consumed_samples"):
-        batches(dataset, state={})
+    with pytest.raises(DataError, match=f"was made with {words}") as caught:
+        batches(dataset, state={**state, name: 99})
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match=f"has no {name}"):
+        batches(dataset, state={key: value for key, value in state.items() if key != name})
+
+
+def test_data_is_told_apart_by_its_documents(dataset):
+    assert dataset.fingerprint == VariableLengthDataset(dataset.info, 800).fingerprint
+    others = [
+        VariableLengthDataset(dataset.info, 700),
+        VariableLengthDataset(dataset.info, 800, range(12)),
+        VariableLengthDataset(replace(dataset.info, vocab_size=10_000), 800),
+    ]
+    assert len({dataset.fingerprint, *(other.fingerprint for other in others)}) == 4
+
+
+def evaluated(dataset, **options):
+    return EvaluationBatches(dataset, make_job(40), global_batch_size=BATCH, seed=3, **options)
+
+
+def test_evaluations_take_every_sample_once(dataset):
+    iterator = evaluated(dataset)
+    steps = [next(iterator) for _ in range(3)]
+    for step in steps:
+        step.recipe.check([len(ids) - 1 for ids in step.sequences])
+        assert (step.loss_masks is not None) == dataset.info.has_prompts
+    lengths = sorted(len(ids) - 1 for step in steps[:2] for ids in step.sequences)
+    # Two batches are one epoch but for one sample.
+    missing = set(range(len(LENGTHS))) - set(ShuffledOrder(len(LENGTHS), 3).samples(0, 2 * BATCH))
+    assert lengths == sorted(min(LENGTHS[i], 800) for i in range(len(LENGTHS)) if i not in missing)
+
+
+@pytest.mark.parametrize("num_replicas", [2, BATCH])
+def test_replicas_share_an_evaluation(dataset, num_replicas):
+    whole = evaluated(dataset, consumed_samples=BATCH)
+    replicas = [
+        evaluated(dataset, consumed_samples=BATCH, replica=r, num_replicas=num_replicas)
+        for r in range(num_replicas)
+    ]
+    for _ in range(3):
+        wanted = sorted(ids.tolist() for ids in next(whole).sequences)
+        assert sorted(ids.tolist() for replica in replicas for ids in next(replica).sequences) == wanted
 
 
 def test_every_replica_needs_a_sequence(dataset):

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
-from conftest import metrics_of
+from conftest import MODEL, metrics_of
+from elastic_checkpoint import megatrons_mean_loss, refusals
+from ranks import run_on_ranks
 
 from helixpipe.elastic import costs_to_json, ideal_costs
 from helixpipe.plan import Plan
+from megatron.training.data.prefix import inspect_prefix
 
 LONGEST = 1024
+BATCH = 8
+SPLIT = ("--split", "8,2,1")
+EVALUATED = ("--eval-iters", 2, "--eval-interval", 2)
 
 
 def elastic_arguments(folder):
@@ -24,7 +31,7 @@ def elastic_arguments(folder):
     costs.write_text(costs_to_json(found), encoding="utf-8")
     return [
         "--pipeline-schedule", "elastic", "--elastic-costs", costs, "--memory-limit-gib", 0.005,
-        "--max-seq-length", LONGEST, "--max-position-embeddings", LONGEST, "--global-batch-size", 8,
+        "--max-seq-length", LONGEST, "--max-position-embeddings", LONGEST, "--global-batch-size", BATCH,
     ]  # fmt: skip
 
 
@@ -38,7 +45,8 @@ def two_stages(launch, arguments, tmp_path_factory):
     folder = tmp_path_factory.mktemp("elastic")
     finished = launch(
         2, *arguments, "--pipeline-model-parallel-size", 2, "--metrics-jsonl", folder / "metrics.jsonl",
-        "--trace-dir", folder / "trace",
+        "--trace-dir", folder / "trace", *SPLIT, *EVALUATED,
+        "--save", folder / "saved",
     )  # fmt: skip
     assert finished.code == 0, finished.errors
     return finished, folder
@@ -46,6 +54,11 @@ def two_stages(launch, arguments, tmp_path_factory):
 
 def losses_of(folder):
     return [row["lm_loss"] for row in metrics_of(folder / "metrics.jsonl")]
+
+
+def validation_losses(finished):
+    found = re.findall(r"validation loss at iteration \d+ \| lm loss value: (\S+)", finished.output)
+    return [float(loss) for loss in found]
 
 
 def test_a_job_trains_and_writes_what_others_write(two_stages):
@@ -60,11 +73,66 @@ def test_a_job_trains_and_writes_what_others_write(two_stages):
     assert plan.slices, "the longest documents are cut"
 
 
+def test_metrics_tell_of_planning(two_stages):
+    finished, folder = two_stages
+    rows = metrics_of(folder / "metrics.jsonl")
+    for row in rows:
+        assert row["planning_s"] > 0
+        assert row["planning_waited_s"] >= 0
+        assert isinstance(row["planning_fallback"], bool)
+        assert row["num_chunks"] >= row["num_pipelines"] >= 1
+        assert row["predicted_ms"] > 0
+        assert 0 < row["pipeline_ms"] <= row["elapsed_ms"]
+    assert max(row["num_slices"] for row in rows) > 1
+    lines = finished.output.splitlines()
+    told = [line for line in lines if "iteration " in line and "planning (s): " in line]
+    assert len(told) == len(rows)
+    assert f"| slices: {rows[0]['num_slices']} | predicted (ms): {rows[0]['predicted_ms']:.1f} |" in told[0]
+    assert [line for line in lines if line.startswith("planning took ")]
+
+
+def test_evaluation_is_megatrons_loss_of_whole_documents(two_stages, corpus):
+    """At the last iteration, by the weights in the checkpoint; the evaluation before it took 16 documents."""
+    finished, folder = two_stages
+    _, found = validation_losses(finished)
+    count = inspect_prefix(str(corpus)).num_documents
+    first, last = (round(bound / 11 * count) for bound in (8, 10))
+    words = [
+        *MODEL, "--data-path", corpus, "--pipeline-schedule", "1f1b", "--max-position-embeddings", LONGEST,
+        "--load", folder / "saved",
+    ]  # fmt: skip
+    position = 2 * BATCH
+    (expected,) = run_on_ranks(
+        1, megatrons_mean_loss, [str(word) for word in words], corpus, range(first, last), position,
+        2 * BATCH, LONGEST,
+    )  # fmt: skip
+    assert found == pytest.approx(expected, rel=2e-6)
+
+
+def test_a_checkpoint_of_other_data_is_refused(two_stages, corpus, arguments):
+    """Only in the same data can a position be gone on from; one rank, because all find the same."""
+    common = [
+        *MODEL, "--data-path", corpus, *arguments, *SPLIT, "--load", two_stages[1] / "saved",
+        "--train-iters", 5,
+    ]  # fmt: skip
+    changes = [[], ["--max-seq-length", 512], ["--seed", 7], ["--split", "9,1,1"], ["--global-batch-size", 4]]
+    jobs = [[str(word) for word in (*common, *change)] for change in changes]
+    ((same, longest, seed, split, batch),) = run_on_ranks(1, refusals, jobs)
+    assert (same, batch) == ("", "")
+    assert (
+        f"DataError: the checkpoint was made with --max-seq-length {LONGEST}, this job has --max" in longest
+    )
+    assert "made with --seed 1234, this job has --seed 7: samples would come twice or never" in seed
+    assert "samples in the training data, this job has" in split
+    assert all("\n" not in refusal for refusal in (longest, seed, split))
+
+
 @pytest.mark.slow
 def test_one_rank_gives_the_same_losses(two_stages, launch_alone, arguments, tmp_path):
-    finished = launch_alone(*arguments, "--metrics-jsonl", tmp_path / "metrics.jsonl")
+    finished = launch_alone(*arguments, *SPLIT, *EVALUATED, "--metrics-jsonl", tmp_path / "metrics.jsonl")
     assert finished.code == 0, finished.errors
     assert losses_of(tmp_path) == pytest.approx(losses_of(two_stages[1]), rel=1e-5)
+    assert validation_losses(finished) == pytest.approx(validation_losses(two_stages[0]), rel=1e-5)
 
 
 @pytest.mark.slow
@@ -78,14 +146,23 @@ def test_one_rank_gives_the_same_losses(two_stages, launch_alone, arguments, tmp
 )
 def test_replicas_give_the_same_losses(two_stages, launch, arguments, tmp_path, layout):
     ranks = 4 if "--pipeline-model-parallel-size" in layout else 2
-    finished = launch(ranks, *arguments, *layout, "--metrics-jsonl", tmp_path / "metrics.jsonl")
+    common = [*arguments, *SPLIT, *EVALUATED, *layout]
+    finished = launch(ranks, *common, "--metrics-jsonl", tmp_path / "metrics.jsonl")
     assert finished.code == 0, finished.errors
     assert losses_of(tmp_path) == pytest.approx(losses_of(two_stages[1]), rel=1e-5)
+    assert validation_losses(finished) == pytest.approx(validation_losses(two_stages[0]), rel=1e-5)
 
 
 @pytest.mark.slow
 def test_a_stopped_job_goes_on_with_the_next_documents(two_stages, launch, arguments, tmp_path):
-    common = [*arguments, "--pipeline-model-parallel-size", 2, "--metrics-jsonl", tmp_path / "metrics.jsonl"]
+    common = [
+        *arguments,
+        *SPLIT,
+        "--pipeline-model-parallel-size",
+        2,
+        "--metrics-jsonl",
+        tmp_path / "metrics.jsonl",
+    ]
     first = launch(2, *common, "--train-iters", 2, "--save", tmp_path / "saved")
     assert first.code == 0, first.errors
     second = launch(2, *common, "--load", tmp_path / "saved")

@@ -19,6 +19,10 @@ from helixpipe.plan.memory import peak_bytes
 COSTS = replace(
     ideal_costs(balanced_length=100.0, token_bytes=17.0),
     logits_bytes=20.0,
+    head_workspace_bytes=25.0,
+    layer_workspace_bytes=5.0,
+    tensor_parallel=2,
+    token_multiple=2,
     layer_state_bytes=300,
     head_state_bytes=500,
 )
@@ -55,7 +59,7 @@ def test_rows_are_what_the_simulator_holds(lengths, num_slices, num_stages, coun
     for stage in range(num_stages):
         rows = memory.rows(stage)
         held = memory.held(rows, memory.kept[stage] - count * memory.saved)
-        held += rows.transient if count else 0
+        held += rows.recomputing if count else rows.plain
         states = COSTS.state_bytes(stage, num_stages, layers)
         assert int(held.max()) + states == peaks[stage]
 
@@ -117,7 +121,7 @@ def test_the_delay_is_least(share):
         for stage in range(p):
             rows = memory.rows(stage)
             kept = memory.kept[stage] - choice[memory.diagonals(stage)] * memory.saved
-            if (memory.held(rows, kept) + rows.transient > memory.available[stage]).any():
+            if (memory.held(rows, kept) + rows.recomputing > memory.available[stage]).any():
                 return False
         return True
 

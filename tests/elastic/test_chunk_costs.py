@@ -36,6 +36,8 @@ COSTS = ChunkCosts(
     input_bytes=10,
     kv_bytes=8,
     logits_bytes=30,
+    head_workspace_bytes=90,
+    layer_workspace_bytes=6,
     tensor_parallel=2,
     layer_state_bytes=1000,
     embedding_state_bytes=50,
@@ -63,12 +65,38 @@ def test_bytes_are_the_papers():
     assert COSTS.activation_bytes(HYBRID, 4, is_last=False) == 4 * 100 * 32 // 2
     assert COSTS.activation_bytes(HYBRID, 4, is_last=True) == (4 * 100 * 32 + 30 * 32) // 2
     # Keys and values of a slice with successors: their gradients wait, and they cannot be recomputed away.
-    assert COSTS.activation_bytes(MIDDLE, 4, is_last=False) == 4 * (100 + 8) * 20 // 2
+    assert COSTS.activation_bytes(MIDDLE, 4, is_last=False) == 4 * 100 * 20 // 2
+    assert COSTS.gradient_bytes(MIDDLE, 4) == 4 * 8 * 20 // 2
+    assert COSTS.gradient_bytes(HYBRID, 4) == 0
     assert COSTS.saved_bytes(HYBRID) == (100 - 10) * 32 // 2
     assert COSTS.saved_bytes(MIDDLE) == (100 - 10 - 8) * 20 // 2
-    assert COSTS.transient_bytes(MIDDLE) == 100 * 20 // 2
+    workspaces = {
+        (is_last, recomputes): COSTS.workspace_bytes(MIDDLE, is_last=is_last, recomputes=recomputes)
+        for is_last in (False, True)
+        for recomputes in (False, True)
+    }
+    assert workspaces == {
+        (False, False): 6 * 20 // 2,
+        (False, True): (6 + 100) * 20 // 2,
+        (True, False): 90 * 20 // 2,
+        (True, True): (6 + 100) * 20 // 2,
+    }
     assert COSTS.message_bytes(HYBRID) == 10 * 32
     assert [COSTS.state_bytes(stage, 3, 2) for stage in range(3)] == [2050, 2000, 2070]
+
+
+def test_padding_is_paid_for():
+    """Tokens that see only each other make chunks of 20 and 32 tokens multiples of 23."""
+    costs = replace(COSTS, tensor_parallel=23, token_multiple=23)
+    assert (costs.padded(MIDDLE), costs.padded(HYBRID)) == (23, 46)
+    assert replace(costs, token_multiple=1).padded(MIDDLE) == 20
+    area = 120**2 - 100**2 + 3**2
+    assert costs.recompute_ms(MIDDLE) == pytest.approx((2e-3 * area + 3e-2 * 23) / 23 + 1e-3 * 23 + 0.5)
+    assert costs.activation_bytes(MIDDLE, 4, is_last=True) == (4 * 100 + 30) * 23 // 23
+    assert costs.gradient_bytes(MIDDLE, 4) == -(-4 * 8 * 20 // 23)
+    assert costs.saved_bytes(MIDDLE) == ((100 - 10) * 23 - 8 * 20) // 23
+    assert costs.workspace_bytes(MIDDLE, is_last=True, recomputes=False) == 90
+    assert costs.message_bytes(MIDDLE) == 10 * 23
 
 
 def test_file_round_trip():
@@ -87,6 +115,7 @@ def test_file_round_trip():
         ({"forward": 3}, "forward must be an object"),
         ({"forward": {"attention_ms": True, "token_ms": 1}}, "forward.attention_ms must be a number"),
         ({"tensor_parallel": 0}, "tensor_parallel must be at least 1"),
+        ({"token_multiple": 3}, "token_multiple is 1 or, with sequence parallelism, tensor_parallel"),
         ({"tensor_parallel": 1.5}, "tensor_parallel must be a whole number"),
         ({"network": {"latency_ms": 0, "gb_per_s": 0}}, "gb_per_s must be above 0"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -10,13 +11,14 @@ from elastic_models import ElasticCase, build_elastic, documents, recipe_of, tra
 from kept import LiveKept
 from models import VOCABULARY, initialize
 
-from helixpipe.elastic import ChunkCosts, predict_chunk_costs
-from helixpipe.elastic.chunk_schedule import stage_cost
+from helixpipe.elastic import ChunkCosts, costs_of_recipe, predict_chunk_costs
+from helixpipe.elastic.chunk_schedule import elastic_plan
 from helixpipe.megatron_adapter.elastic import ElasticForwardBackward
 from helixpipe.megatron_adapter.elastic_batch import ElasticBatch
 from helixpipe.plan import Kind, Operation
 from helixpipe.plan.cost_model import HARDWARE, Workload
 from helixpipe.plan.cost_model.model import ModelShape
+from helixpipe.plan.memory import held_bytes
 from helixpipe.runtime.executor import Executor
 from helixpipe.runtime.message import HEADER_WORDS
 from helixpipe.runtime.trace import HostClock
@@ -70,7 +72,7 @@ def measure_cases(cases: list[ElasticCase]) -> list[Measured]:
 
 
 def costs_of(case: ElasticCase) -> ChunkCosts:
-    """What the planner believes of the case's model in fp32, without states and the head's transients.
+    """What the planner believes of the case's model in fp32, without states and what operations need.
 
     Added to it is what PyTorch keeps on CPUs beyond what the planner counts: statistics of norms, RMSNorm's
     input twice, the loss mask, and two more halves of an unfused SwiGLU.
@@ -88,15 +90,25 @@ def costs_of(case: ElasticCase) -> ChunkCosts:
         gated=llama,
         tied=case.case.is_tied,
     )
-    workload = Workload(model=shape, seq_length=1, micro_batch_size=1, element_bytes=4)
+    tp = case.case.tp
+    workload = Workload(
+        model=shape,
+        seq_length=tp,
+        micro_batch_size=1,
+        element_bytes=4,
+        tensor_parallel=tp,
+        sequence_parallel=case.case.sequence_parallel,
+    )
     costs = predict_chunk_costs(workload, HARDWARE["h20"], case.case.pp)
-    of_norm = 4 + workload.unit_bytes if llama else 8
+    of_norm = 4 + 4 * 32 if llama else 8
     of_mlp = 2 * 4 * 80 if llama else 0
-    of_loss = 4
+    of_loss = 4 * tp
     return replace(
         costs,
         token_bytes=costs.token_bytes + 2 * of_norm + of_mlp,
-        logits_bytes=workload.head_bytes + of_norm + of_loss,
+        logits_bytes=costs.logits_bytes + of_norm + of_loss,
+        head_workspace_bytes=0.0,
+        layer_workspace_bytes=0.0,
         layer_state_bytes=0,
         embedding_state_bytes=0,
         head_state_bytes=0,
@@ -108,39 +120,13 @@ def header_bytes(stage: int) -> int:
     return HEADER_WORDS * torch.int64.itemsize if stage else 0
 
 
-class Expected(NamedTuple):
-    """What a plan says is held after an operation.
-
-    Attributes:
-        held: that exists by then: gradients of a slice's keys and values from the backward of its sequence's
-            last slice on.
-        planned: by the planner's rows, which count those gradients from the slice's forward on.
-    """
-
-    held: int
-    planned: int
-
-
-def expect(case: ElasticCase, stage: int, moments: list[Moment]) -> list[Expected]:
-    """What is to be held on a stage after each of ``moments``' operations."""
-    costs, recipe = costs_of(case), recipe_of(case)
-    layers = case.case.num_layers // case.case.pp
-    is_last = stage == case.case.pp - 1
-    last_slices = {group[-1]: group for group in recipe.slices}
-    begun: dict[int, int] = {}
-    without_gradients: dict[int, int] = {}
-    expected = []
-    for operation, _ in moments:
-        i = operation.micro_batch
-        chunk = recipe.chunks[i]
-        if operation.kind is Kind.F:
-            cost = stage_cost(chunk, costs, layers, recipe.checkpointed[stage][i], is_last=is_last)
-            begun[i] = cost.bytes + header_bytes(stage)
-            without_gradients[i] = int(layers * costs.kv_bytes * chunk.continued_tokens)
-        else:
-            del begun[i], without_gradients[i]
-            for slice_ in last_slices.get(i, ())[:-1]:
-                without_gradients[slice_] = 0
-        planned = sum(begun.values())
-        expected.append(Expected(planned - sum(without_gradients.values()), planned))
-    return expected
+def expect(case: ElasticCase, stage: int, moments: list[Moment]) -> list[int]:
+    """What a stage is to hold after each of ``moments``' operations: what the simulator says, and headers."""
+    recipe = recipe_of(case)
+    plan = elastic_plan(recipe, case.case.num_layers)
+    assert plan.orders[stage] == tuple(operation for operation, _ in moments)
+    held = held_bytes(plan, costs_of_recipe(recipe, case.case.num_layers, costs_of(case)), stage)
+    headers = accumulate(
+        header_bytes(stage) if operation.kind is Kind.F else -header_bytes(stage) for operation, _ in moments
+    )
+    return [level.after + header for level, header in zip(held, headers, strict=True)]

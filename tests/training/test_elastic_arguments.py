@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from helixpipe.elastic import costs_to_json, ideal_costs
@@ -36,8 +38,17 @@ def test_the_job_is_derived(parse):
     assert (job.num_stages, job.num_layers, job.memory_limit_bytes) == (2, 4, 2 << 30)
     schedule = make_schedule("elastic", args.schedule_request, NullClock())
     assert isinstance(schedule, ElasticForwardBackward)
+    assert job.costs.token_multiple == 1
     longer = parse(f"{ELASTIC} --elastic-costs {{costs}} --max-seq-length 90 --position-embedding-type rope")
     assert longer.max_seq_length == 90
+
+
+def test_sequence_parallelism_pads_chunks(parse, tmp_path):
+    path = tmp_path / "tensor.json"
+    path.write_text(costs_to_json(replace(ideal_costs(), tensor_parallel=2)), encoding="utf-8")
+    words = f"{ELASTIC} --elastic-costs {path} --tensor-model-parallel-size 2"
+    assert parse(words).elastic_job.costs.token_multiple == 1
+    assert parse(f"{words} --sequence-parallel").elastic_job.costs.token_multiple == 2
 
 
 @pytest.mark.parametrize(
@@ -58,7 +69,6 @@ def test_the_job_is_derived(parse):
         (f"{ELASTIC} --elastic-costs {{costs}} --num-layers 5", "number of layers .* multiple"),
         (f"{ELASTIC} --micro-batch-size 2", "cannot honour --micro-batch-size: .*; give 1"),
         (f"{ELASTIC} --num-fold 2", "cannot honour --num-fold: .*; leave it out"),
-        (f"{ELASTIC} --eval-iters 2", "cannot honour --eval-iters"),
         (f"{ELASTIC} --eod-mask-loss", "cannot honour --eod-mask-loss"),
         (f"{ELASTIC} --recompute-without-attention", "cannot honour --recompute-without-attention"),
         (

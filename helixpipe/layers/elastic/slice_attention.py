@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from helixpipe.kernels import merge_attention
 from helixpipe.layers.attention import AttentionBackend, ForwardResult, choose_backend
 from helixpipe.layers.elastic.context import ContextStore, KeptSlice, alone
 from helixpipe.layers.elastic.layout import ChunkLayout
@@ -54,11 +55,7 @@ class _Forward:
         for kept in context:
             part = self.backend.forward(query, kept.key, kept.value, self.scale, causal=False)
             self.context_extra.append(part.extra)
-            part_sum = part.log_sum_exp[..., : query.shape[2]]
-            merged = torch.logaddexp(log_sum_exp, part_sum)
-            total = total * (log_sum_exp - merged).exp().unsqueeze(-1)
-            total += part.output * (part_sum - merged).exp().unsqueeze(-1)
-            log_sum_exp = merged
+            merge_attention(total, log_sum_exp, part.output, part.log_sum_exp[..., : query.shape[2]])
         return total.to(output.dtype), log_sum_exp
 
 
@@ -84,16 +81,17 @@ def _context_gradients(
     context: list[KeptSlice],
     grad_query: Tensor,
 ) -> Tensor:
-    """Add keys' and values' gradients to the earlier slices; the query's, with ``grad_query`` added."""
-    query, _, _, output, log_sum_exp = saved
+    """Add keys' and values' gradients to the earlier slices; the query's, with ``grad_query``, now used."""
     part = slice(*layout.spans[0])
+    query, output, grad = (tensor[:, :, part] for tensor in (saved[0], saved[3], grad))
+    log_sum_exp = saved[4][..., part].contiguous()
     total = grad_query.to(log_sum_exp.dtype)
     for kept, extra in zip(context, ran.context_extra, strict=True):
-        result = ForwardResult(output[:, :, part], log_sum_exp[..., part].contiguous(), extra)
+        result = ForwardResult(output, log_sum_exp, extra)
         grad_part, grad_key, grad_value = ran.backend.backward(
-            grad[:, :, part], query[:, :, part], kept.key, kept.value, result, ran.scale, causal=False
+            grad, query, kept.key, kept.value, result, ran.scale, causal=False
         )
-        total = total + grad_part
+        total += grad_part
         kept.add_gradients(grad_key, grad_value)
     return total.to(grad_query.dtype)
 

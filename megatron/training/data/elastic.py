@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -10,13 +10,24 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from helixpipe.data.samples import ShuffledOrder
+from helixpipe.elastic import Recipe, plan_evaluation
 from helixpipe.elastic.background import BackgroundPlanner, PlannedBatch
 from helixpipe.elastic.job import ElasticJob
 from helixpipe.elastic.replicas import share_out
+from helixpipe.reliability.exit_codes import DataError
 from helixpipe.runtime.shared_planner import SharedPlanner
 from megatron.training.data.variable_length import VariableLengthDataset
 
-State = Mapping[str, int]
+Identity = Mapping[str, int | str]
+
+
+# What a position in the data depends on.
+_WORDS = {
+    "seed": "--seed {}",
+    "max_seq_length": "--max-seq-length {}",
+    "num_samples": "{} samples in the training data",
+    "documents": "training documents of hash {!s:.12}",
+}
 
 
 class ElasticStep(NamedTuple):
@@ -51,7 +62,8 @@ class ElasticBatches(Iterator[ElasticStep]):
         state: from :meth:`state_dict`, to go on after the last batch that was handed out; None to begin.
 
     Raises:
-        ValueError: fewer sequences than replicas, or a state that is another dataset's or seed's.
+        ValueError: fewer sequences than replicas.
+        DataError: a state of other data, or of another seed or longest sample.
     """
 
     def __init__(
@@ -63,7 +75,7 @@ class ElasticBatches(Iterator[ElasticStep]):
         seed: int,
         replica: int = 0,
         num_replicas: int = 1,
-        state: State | None = None,
+        state: Identity | None = None,
     ) -> None:
         if global_batch_size < num_replicas:
             raise ValueError(
@@ -90,34 +102,28 @@ class ElasticBatches(Iterator[ElasticStep]):
         planned, samples = self._planner.result(), self._next
         self.consumed_samples += self.global_batch_size
         self._next = self._submit()
-        found = [self.dataset[sample] for sample in samples]
-        masks = [sample.loss_mask for sample in found if sample.loss_mask is not None]
-        return ElasticStep(planned, [sample.ids for sample in found], masks or None, samples)
+        return ElasticStep(planned, *_read(self.dataset, samples), samples)
 
     def close(self) -> None:
         """End the planning process; no batch can be had afterwards."""
         self._planner.close()
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, int | str]:
         """What is needed to go on after the last batch that was handed out; the same on all ranks."""
-        return {
-            "consumed_samples": self.consumed_samples,
-            "seed": self._order.seed,
-            "num_samples": len(self.dataset),
-            "max_seq_length": self.dataset.max_seq_length,
-        }
+        return {"consumed_samples": self.consumed_samples, **identity_of(self.dataset, self._order.seed)}
 
-    def _load(self, state: State) -> None:
+    def _load(self, state: Identity) -> None:
         own = self.state_dict()
         for name, value in own.items():
             if name not in state:
-                raise ValueError(f"the state to go on from has no {name}: it is not one of elastic batches")
+                raise DataError(f"the state to go on from has no {name}: it is not one of elastic batches")
             if name != "consumed_samples" and state[name] != value:
-                raise ValueError(
-                    f"the checkpoint was made with {name} {state[name]}, this job has {value}: samples would "
-                    "come twice or never; give the same data, --max-seq-length and --seed"
+                raise DataError(
+                    f"the checkpoint was made with {_WORDS[name].format(state[name])}, this job has "
+                    f"{_WORDS[name].format(value)}: samples would come twice or never; give the same data, "
+                    "--split, --max-seq-length and --seed"
                 )
-        self.consumed_samples = state["consumed_samples"]
+        self.consumed_samples = int(state["consumed_samples"])
 
     def _submit(self) -> tuple[int, ...]:
         """Let the batch after the consumed ones be planned; this replica's samples in it."""
@@ -127,6 +133,79 @@ class ElasticBatches(Iterator[ElasticStep]):
         own = shares[self._replica]
         self._planner.submit([lengths[i] for i in own])
         return tuple(int(samples[i]) for i in own)
+
+
+def identity_of(dataset: VariableLengthDataset, seed: int) -> dict[str, int | str]:
+    """What tells the data apart that a position in it is of."""
+    return {
+        "seed": seed,
+        "max_seq_length": dataset.max_seq_length,
+        "num_samples": len(dataset),
+        "documents": dataset.fingerprint,
+    }
+
+
+class EvaluationStep(NamedTuple):
+    """What one data-parallel replica does in one evaluation step: chunks, and as in :class:`ElasticStep`."""
+
+    recipe: Recipe
+    sequences: list[Tensor]
+    loss_masks: list[Tensor] | None
+
+
+class EvaluationBatches(Iterator[EvaluationStep]):
+    """Endless iterator over a replica's shares of global batches to evaluate.
+
+    In the same order for every layout, like :class:`ElasticBatches`. Planned on the spot, by every rank for
+    itself: no solver with a time limit is asked, so they find the same.
+
+    Args:
+        dataset: to draw from.
+        job: what is planned for.
+        global_batch_size: sequences over all replicas.
+        seed: of the order.
+        consumed_samples: sequences that earlier evaluations took.
+        replica, num_replicas: which data-parallel replica this is, and of how many.
+    """
+
+    def __init__(
+        self,
+        dataset: VariableLengthDataset,
+        job: ElasticJob,
+        *,
+        global_batch_size: int,
+        seed: int,
+        consumed_samples: int = 0,
+        replica: int = 0,
+        num_replicas: int = 1,
+    ) -> None:
+        self.dataset = dataset
+        self.job = job
+        self.global_batch_size = global_batch_size
+        self.consumed_samples = consumed_samples
+        self._order = ShuffledOrder(len(dataset), seed)
+        self._replica = replica
+        self._num_replicas = num_replicas
+
+    def __next__(self) -> EvaluationStep:
+        """This replica's share of the next global batch.
+
+        Raises:
+            ValueError: a batch that no plan fits, or an id outside the vocabulary.
+        """
+        samples = self._order.samples(self.consumed_samples, self.global_batch_size)
+        self.consumed_samples += self.global_batch_size
+        lengths = self.dataset.lengths[samples].tolist()
+        own = share_out(lengths, self.job.costs, self._num_replicas)[self._replica]
+        recipe = plan_evaluation([lengths[i] for i in own], self.job)
+        return EvaluationStep(recipe, *_read(self.dataset, [int(samples[i]) for i in own]))
+
+
+def _read(dataset: VariableLengthDataset, samples: Sequence[int]) -> tuple[list[Tensor], list[Tensor] | None]:
+    """Ids and loss masks of samples."""
+    found = [dataset[sample] for sample in samples]
+    masks = [sample.loss_mask for sample in found if sample.loss_mask is not None]
+    return [sample.ids for sample in found], masks or None
 
 
 def make_shared_planner(job: ElasticJob) -> SharedPlanner:

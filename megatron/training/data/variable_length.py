@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -58,6 +60,14 @@ class VariableLengthDataset:
     def lengths(self) -> np.ndarray:
         """[len(self)] training tokens of each sample."""
         return self.samples.lengths
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of what tells datasets apart without reading them: vocabulary, documents and lengths."""
+        found = hashlib.sha256(f"{self.info.vocab_size} {self.info.num_tokens}".encode())
+        found.update(self.samples.documents.tobytes())
+        found.update(self.samples.lengths.tobytes())
+        return found.hexdigest()
 
     def __getitem__(self, number: int) -> Sample:
         """Sample ``number``.

@@ -1,0 +1,51 @@
+"""Plans of forward passes alone: nothing is kept for a backward, so nothing has to be solved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from helixpipe.elastic.chunk_schedule import costs_of_recipe, elastic_plan, order_chunks
+from helixpipe.elastic.chunks import Chunk
+from helixpipe.elastic.job import ElasticJob, check_lengths
+from helixpipe.elastic.planner import SLICE_COUNTS, by_size, chunk_batch
+from helixpipe.elastic.recipe import Recipe
+from helixpipe.elastic.sequence_processor import equal_time_mesh
+from helixpipe.plan.simulate import simulate
+
+
+def plan_evaluation(
+    lengths: Sequence[int], job: ElasticJob, *, slice_counts: Sequence[int] = SLICE_COUNTS
+) -> Recipe:
+    """The recipe whose forward passes are predicted to end first; milliseconds, and the same on every rank.
+
+    One pipeline without checkpointing. Chunks are no larger than training may have them, and of activations
+    only the keys and values of slices outlive their chunk, so what fits in training fits here.
+
+    Args:
+        lengths: tokens of every sequence.
+        job: what it is planned for.
+        slice_counts: numbers K of slices of the longest sequence to try.
+
+    Raises:
+        ValueError: lengths that are none, or chunks that hold more tokens than memory allows.
+    """
+    lengths = check_lengths(lengths)
+    chunkings, reasons = chunk_batch(
+        lengths, job, lambda longest, count: equal_time_mesh(longest, count, job.costs), slice_counts
+    )
+    if not chunkings:
+        raise ValueError(f"no plan fits the evaluation; {reasons[-1]}")
+    recipes = [_recipe(chunks, job) for chunks in by_size(chunkings)[0].values()]
+    return min(recipes, key=lambda recipe: forward_ms(recipe, job))
+
+
+def forward_ms(recipe: Recipe, job: ElasticJob) -> float:
+    """Predicted time of the forward passes alone."""
+    plan = elastic_plan(recipe, job.num_layers).forward_only()
+    costs = costs_of_recipe(recipe, job.num_layers, job.costs)
+    return simulate(plan, costs).timeline.makespan_ms
+
+
+def _recipe(chunks: Sequence[Chunk], job: ElasticJob) -> Recipe:
+    ordered = order_chunks(chunks, job.costs)
+    return Recipe(ordered, (len(ordered),), ((0,) * len(ordered),) * job.num_stages)
