@@ -101,8 +101,8 @@ def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--attention-range",
         metavar="{" + ",".join((*ATTENTION_RANGES, AUTO)) + "}",
-        help="helix: pieces that the attention rank runs (default core; auto: the range with the smallest "
-        "messages)",
+        help="helix: pieces that the attention rank runs: attention alone, norm1 to attention, norm1 to the "
+        "projection (default core; auto: the range with the smallest messages)",
     )
     add(
         "--head-placement",

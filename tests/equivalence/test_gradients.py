@@ -78,7 +78,7 @@ def lending_cases_of(layout: Case) -> list[Case]:
     qkv, block = (replace(layout, attention_range=name) for name in ("qkv", "block"))
     spread = replace(layout, head_placement="spread")
     cases = [
-        qkv,
+        replace(qkv, rounds=2),
         replace(qkv, dtype=torch.float64, per_token_loss=True, head_placement="spread"),
         replace(block, rounds=2),
         replace(block, dtype=torch.float64, style="llama"),
@@ -87,6 +87,7 @@ def lending_cases_of(layout: Case) -> list[Case]:
     ]
     if layout.tp > 1:
         cases.append(replace(qkv, style="llama", sequence_parallel=True))
+        cases.append(replace(qkv, dtype=torch.float64, sequence_parallel=True, head_placement="spread"))
         cases.append(replace(block, sequence_parallel=True, head_placement="spread"))
     if layout.world_size <= 4:
         cases += [
@@ -157,7 +158,8 @@ def saving_cases_of(layout: Case) -> list[Case]:
             ),
         ]
     if layout.tp > 1:
-        cases += [replace(case, sequence_parallel=True, seq_length=126) for case in (*cases[:2], cases[5])]
+        chosen = (*cases[:2], cases[5], replace(helix, attention_range="qkv", style="llama"))
+        cases += [replace(case, sequence_parallel=True, seq_length=126) for case in chosen]
     return cases
 
 
@@ -236,6 +238,18 @@ def test_the_comparison_notices_one_wrong_label():
             overlap=True,
             attention_range="block",
             head_placement="spread",
+        ),
+        slow(
+            Case(
+                pp=2,
+                dp=2,
+                rounds=2,
+                distributed_optimizer=True,
+                overlap=True,
+                attention_range="qkv",
+                without_attention=True,
+                mlp_chunk=7,
+            )
         ),
         Case(pp=2, dp=2, schedule="zb-h1", distributed_optimizer=True, overlap=True),
         slow(Case(pp=1, dp=2, schedule="zb-h1", overlap=True)),
