@@ -48,9 +48,7 @@ void activation_backward(Address grad_input, Address grad, Address input, Addres
                                   at(stream)));
 }
 
-template <class Function>
-void copy(Function function, Address buffer, const std::vector<Strided>& tensors, int element_bytes,
-          Address stream) {
+void pack(Address buffer, const std::vector<Strided>& tensors, int element_bytes, Address stream) {
   std::vector<HelixTensor> described;
   for (const auto& [data, sizes, strides] : tensors) {
     HelixTensor tensor{at(data), {}, {}};
@@ -60,7 +58,7 @@ void copy(Function function, Address buffer, const std::vector<Strided>& tensors
     }
     described.push_back(tensor);
   }
-  check(function(at(buffer), described.data(), int(described.size()), element_bytes, at(stream)));
+  check(helix_pack(at(buffer), described.data(), int(described.size()), element_bytes, at(stream)));
 }
 
 void accumulate(Address total, Address gradient, int64_t count, int dtype, Address stream) {
@@ -75,11 +73,6 @@ PYBIND11_MODULE(HELIX_MODULE, module) {
   module.def("merge_attention", merge_attention);
   module.def("activation", activation);
   module.def("activation_backward", activation_backward);
-  module.def("pack", [](Address buffer, const std::vector<Strided>& tensors, int bytes, Address stream) {
-    copy(helix_pack, buffer, tensors, bytes, stream);
-  });
-  module.def("unpack", [](Address buffer, const std::vector<Strided>& tensors, int bytes, Address stream) {
-    copy(helix_unpack, buffer, tensors, bytes, stream);
-  });
+  module.def("pack", pack);
   module.def("accumulate", accumulate);
 }

@@ -14,7 +14,7 @@ enum HelixActivation { kSwiGLU = 0, kGeluTanh = 1, kGeluErf = 2 };
 
 // A tensor of four dimensions, the last of which is dense; sizes and strides in elements.
 struct HelixTensor {
-  void* data;
+  const void* data;
   int64_t sizes[4];
   int64_t strides[4];
 };
@@ -40,9 +40,8 @@ int helix_activation(void* out, const void* input, const void* bias, int64_t row
 int helix_activation_backward(void* grad_input, const void* grad, const void* input, const void* bias,
                               int64_t rows, int64_t width, int dtype, int activation, void* stream);
 
-// Copies up to HELIX_MOST_TENSORS tensors one after the other into a dense buffer, or out of it.
+// Copies up to HELIX_MOST_TENSORS tensors one after the other into a dense buffer.
 int helix_pack(void* buffer, const struct HelixTensor* tensors, int count, int element_bytes, void* stream);
-int helix_unpack(void* buffer, const struct HelixTensor* tensors, int count, int element_bytes, void* stream);
 
 // total += gradient.
 int helix_accumulate(float* total, const void* gradient, int64_t count, int dtype, void* stream);

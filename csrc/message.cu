@@ -1,4 +1,4 @@
-// Tensors copied one after the other into one buffer, and out of it: one launch for a whole message.
+// Tensors copied one after the other into one buffer: one launch for a whole message.
 #include "launch.h"
 
 namespace helix {
@@ -14,7 +14,7 @@ struct alignas(16) Narrow {
 
 // A run of equal chunks: rows of bytes in a tensor, dense in the buffer.
 struct Segment {
-  char* tensor;
+  const char* tensor;
   char* buffer;
   int64_t first;         // number of its first chunk in the launch
   int64_t row_chunks;    // chunks in a row
@@ -34,7 +34,6 @@ struct Segment {
 // Head, body and tail of each tensor. Kernel parameters are limited to 4096 bytes.
 constexpr int kMostSegments = 3 * HELIX_MOST_TENSORS;
 
-template <bool kPacks>
 struct Copy {
   static constexpr int width = 1;
   int count;
@@ -46,7 +45,7 @@ struct Copy {
     while (index + 1 < count && chunk >= segments[index + 1].first) ++index;
     const Segment& segment = segments[index];
     chunk -= segment.first;
-    char* tensor = segment.tensor + segment.offset(chunk);
+    const char* tensor = segment.tensor + segment.offset(chunk);
     char* buffer = segment.buffer + chunk * segment.chunk_bytes;
     switch (segment.chunk_bytes) {
       case 32:
@@ -65,20 +64,16 @@ struct Copy {
   }
 
   template <class Chunk>
-  HELIX_HD static void move(char* tensor, char* buffer) {
-    if (kPacks)
-      *reinterpret_cast<Chunk*>(buffer) = *reinterpret_cast<const Chunk*>(tensor);
-    else
-      *reinterpret_cast<Chunk*>(tensor) = *reinterpret_cast<const Chunk*>(buffer);
+  HELIX_HD static void move(const char* tensor, char* buffer) {
+    *reinterpret_cast<Chunk*>(buffer) = *reinterpret_cast<const Chunk*>(tensor);
   }
 };
 
-static_assert(sizeof(Copy<true>) + sizeof(Columns) + 16 <= 4096, "kernel parameters");
+static_assert(sizeof(Copy) + sizeof(Columns) + 16 <= 4096, "kernel parameters");
 
 // The largest power of two up to 16 that divides all of the bits.
 int64_t alignment(uint64_t bits) { return int64_t((bits | 16) & (~(bits | 16) + 1)); }
 
-template <bool kPacks>
 class Plan {
  public:
   void add(const HelixTensor& tensor, char* buffer, int64_t element_bytes) {
@@ -88,7 +83,7 @@ class Plan {
       numel *= tensor.sizes[i];
     }
     if (numel == 0) return;
-    char* data = static_cast<char*>(tensor.data);
+    const char* data = static_cast<const char*>(tensor.data);
     const int64_t row_bytes = tensor.sizes[3] * element_bytes;
     if (numel == tensor.sizes[3]) return add_dense(data, buffer, row_bytes);
     uint64_t bits = uint64_t(data) | uint64_t(buffer) | uint64_t(row_bytes);
@@ -104,7 +99,7 @@ class Plan {
   int run(void* stream) const { return launch(body_, Columns{0, 0, chunks_}, 1, stream); }
 
  private:
-  void add_dense(char* data, char* buffer, int64_t bytes) {
+  void add_dense(const char* data, char* buffer, int64_t bytes) {
     // Both can be aligned only as far as their distance is.
     const int64_t unit = alignment(uint64_t(data) ^ uint64_t(buffer));
     int64_t head = int64_t(-uint64_t(buffer) % uint64_t(unit));
@@ -117,7 +112,7 @@ class Plan {
     push_run(data + head + middle, buffer + head + middle, bytes - head - middle);
   }
 
-  void push_run(char* data, char* buffer, int64_t bytes) {
+  void push_run(const char* data, char* buffer, int64_t bytes) {
     const int64_t chunk = alignment(uint64_t(data) | uint64_t(buffer) | uint64_t(bytes));
     push({data, buffer, 0, 0, {1, 1}, {0, 0, 0}, int32_t(chunk), 1}, bytes / chunk);
   }
@@ -129,14 +124,17 @@ class Plan {
     chunks_ += chunks;
   }
 
-  Copy<kPacks> body_{};
+  Copy body_{};
   int64_t chunks_ = 0;
 };
 
-template <bool kPacks>
-int copy(void* buffer, const HelixTensor* tensors, int count, int element_bytes, void* stream) {
+}  // namespace
+}  // namespace helix
+
+extern "C" int helix_pack(void* buffer, const HelixTensor* tensors, int count, int element_bytes,
+                          void* stream) {
   if (count > HELIX_MOST_TENSORS) return kTooMany;
-  Plan<kPacks> plan;
+  helix::Plan plan;
   char* place = static_cast<char*>(buffer);
   for (int i = 0; i < count; ++i) {
     plan.add(tensors[i], place, element_bytes);
@@ -145,17 +143,4 @@ int copy(void* buffer, const HelixTensor* tensors, int count, int element_bytes,
     place += numel * element_bytes;
   }
   return plan.run(stream);
-}
-
-}  // namespace
-}  // namespace helix
-
-extern "C" int helix_pack(void* buffer, const HelixTensor* tensors, int count, int element_bytes,
-                          void* stream) {
-  return helix::copy<true>(buffer, tensors, count, element_bytes, stream);
-}
-
-extern "C" int helix_unpack(void* buffer, const HelixTensor* tensors, int count, int element_bytes,
-                            void* stream) {
-  return helix::copy<false>(buffer, tensors, count, element_bytes, stream);
 }

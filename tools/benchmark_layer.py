@@ -31,12 +31,14 @@ from layer_benchmark.model import measure_model  # noqa: E402
 from layer_benchmark.shapes import METHODS, SHAPES  # noqa: E402
 from layer_benchmark.worker import RAN_OUT, Workers, serve  # noqa: E402
 
+from helixpipe.kernels.extension import load  # noqa: E402
+
 PARTS = ("kernels", "longest", "layers")
 COLUMNS = (
-    "date", "machine", "python", "torch", "cuda", "megatron_core", "dtype", "part", "shape", "seq_length",
-    "method", "forward_ms", "forward_p20", "forward_p80", "backward_ms", "backward_p20", "backward_p80",
-    "samples", "kept_bytes", "static_bytes", "peak_bytes", "reserved_bytes", "gigabytes_per_second",
-    "share_of_copy", "torch_ms", "note",
+    "date", "machine", "python", "torch", "cuda", "megatron_core", "kernels", "dtype", "part", "shape",
+    "seq_length", "method", "forward_ms", "forward_p20", "forward_p80", "backward_ms", "backward_p20",
+    "backward_p80", "samples", "kept_bytes", "static_bytes", "peak_bytes", "reserved_bytes",
+    "gigabytes_per_second", "share_of_copy", "torch_ms", "note",
 )  # fmt: skip
 # Longest sequences are multiples of _GRAIN, sought in steps of this share.
 _GRAIN, _STEP, _TRIALS = 4096, 0.06, 3
@@ -112,6 +114,8 @@ class _Run:
             "torch": torch.__version__,
             "cuda": torch.version.cuda if on_gpu else "",
             "megatron_core": importlib.metadata.version("megatron-core"),
+            # Without them "ours" is measured with torch's forms: build with python -m helixpipe.kernels.
+            "kernels": "csrc" if on_gpu and load() is not None else "torch",
             "dtype": str(_dtype(options)).removeprefix("torch."),
         }
         print(", ".join(f"{name} {value}" for name, value in self.common.items() if value), flush=True)

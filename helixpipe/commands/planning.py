@@ -42,7 +42,8 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument(
         "--attention-range",
         metavar="{" + ",".join(ATTENTION_RANGES) + "}",
-        help="helix: pieces on the attention rank (default core)",
+        help="helix: pieces on the attention rank: attention alone, norm1 to attention, norm1 to the "
+        "projection (default core)",
     )
     plan.add_argument(
         "--head-placement",

@@ -13,7 +13,6 @@ from helixpipe.kernels.operators import (
     pack,
     swiglu,
     swiglu_backward,
-    unpack,
 )
 
 __all__ = [
@@ -24,5 +23,4 @@ __all__ = [
     "pack",
     "swiglu",
     "swiglu_backward",
-    "unpack",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.machinery
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -136,13 +137,25 @@ def _kernel_flags(name: str) -> list[str]:
     return ["-x", "c++", *_HOST_FLAGS]
 
 
-def _bindings(name: str, work: Path) -> list[str]:
-    import pybind11
+def _pybind11() -> str:
+    """The folder of pybind11's headers: its own, or those that torch brings along."""
+    own = importlib.util.find_spec("pybind11")
+    if own is not None:
+        import pybind11
 
+        return str(pybind11.get_include())
+    torch = importlib.util.find_spec("torch")
+    for folder in torch.submodule_search_locations or () if torch else ():
+        if Path(folder, "include", "pybind11").is_dir():
+            return str(Path(folder, "include"))
+    raise BuildError("pybind11 was not found; run pip install pybind11")
+
+
+def _bindings(name: str, work: Path) -> list[str]:
     return [
         _host_compiler(), "-std=c++17", "-O0", *_HOST_FLAGS,
         f"-DHELIX_MODULE={name}", f'-DHELIX_SOURCE_HASH="{source_hash()}"',
-        f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}",
+        f"-I{_pybind11()}", f"-I{sysconfig.get_path('include')}",
         "-c", str(SOURCES / "bindings.cpp"), "-o", str(work / "bindings.o"),
     ]  # fmt: skip
 

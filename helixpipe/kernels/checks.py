@@ -95,19 +95,8 @@ def _check_activation(
 
 
 def pack(buffer: Tensor, tensors: Sequence[Tensor]) -> None:
-    """[n] and tensors of n elements together."""
-    _check_message("pack", buffer, tensors)
-
-
-def unpack(buffer: Tensor, tensors: Sequence[Tensor]) -> None:
-    """[n] and tensors of n elements together, none of which overlaps itself."""
-    _check_message("unpack", buffer, tensors)
-    for tensor in tensors:
-        _check_distinct("unpack", tensor)
-
-
-def _check_message(name: str, buffer: Tensor, tensors: Sequence[Tensor]) -> None:
     """A contiguous buffer [n] and tensors of its type with n elements together, laid out in any way."""
+    name = "pack"
     _same_device(name, buffer, *tensors)
     _check_contiguous(name, buffer)
     total = sum(tensor.numel() for tensor in tensors)
@@ -142,9 +131,13 @@ def _same_device(name: str, *tensors: Tensor) -> None:
         raise ValueError(f"{name}: tensors are on different devices: {', '.join(sorted(map(str, devices)))}")
 
 
+def has_type(tensor: Tensor) -> bool:
+    """True if a tensor is of a type that can be computed with where it is: on a CPU fp64 is one, too."""
+    return tensor.dtype in TYPES or (tensor.dtype is torch.float64 and not tensor.is_cuda)
+
+
 def _check_type(name: str, tensor: Tensor) -> None:
-    # The references take fp64, too, which the CPU's tests need.
-    if tensor.dtype not in TYPES and not (tensor.dtype is torch.float64 and not tensor.is_cuda):
+    if not has_type(tensor):
         raise ValueError(
             f"{name}: {tensor.dtype} on {tensor.device.type} is not supported; use fp32, fp16, bf16"
         )

@@ -1,4 +1,4 @@
-"""Where layers and messages use the kernels: on a GPU; elsewhere they compute what they did without them."""
+"""Where layers use the operators: for what these were made for; all else is torch's and Megatron's."""
 
 from __future__ import annotations
 
@@ -9,20 +9,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from helixpipe.kernels import operators
-from helixpipe.kernels.checks import TYPES
+from helixpipe.kernels.checks import has_type
 
 SWIGLU = "swiglu"
 
 
-def uses_kernels(tensor: Tensor) -> bool:
-    """True if work on ``tensor`` goes to the kernels."""
-    return tensor.is_cuda
-
-
 def add_gradient(total: Tensor, gradient: Tensor) -> None:
     """``total += gradient``; in one pass of 16-byte accesses where a gradient is added to a sum in fp32."""
-    fits = total.dtype is torch.float32 and gradient.dtype in TYPES and total.shape == gradient.shape
-    if uses_kernels(total) and fits and total.is_contiguous() and gradient.is_contiguous():
+    fits = has_type(gradient) and total.dtype is torch.promote_types(gradient.dtype, torch.float32)
+    if fits and total.shape == gradient.shape and total.is_contiguous() and gradient.is_contiguous():
         operators.accumulate(total.detach(), gradient.detach())
     else:
         total.add_(gradient)
@@ -33,10 +28,10 @@ def fused_form(mlp: Any, tensor: Tensor) -> str | None:
 
     Returns:
         ``swiglu``, or GELU's ``none`` or ``tanh``, which Megatron computes with its own fusion; None if
-        there is no kernel for it, or not for the device or type of ``tensor``.
+        there is no kernel for it, or not for the type of ``tensor``.
     """
     config = mlp.config
-    if not uses_kernels(tensor) or tensor.dtype not in TYPES:
+    if not has_type(tensor):
         return None
     if config.use_te_activation_func or config.activation_func_fp8_input_store:
         return None

@@ -60,18 +60,14 @@ def activation_backward(
 def pack(module: Any, buffer: Tensor, tensors: Sequence[Tensor]) -> None:
     """See :func:`helixpipe.kernels.operators.pack`."""
     # What four dimensions cannot describe is copied first.
-    _copy(module, module.pack, buffer, [t if _described(t) else t.contiguous() for t in tensors])
-
-
-def unpack(module: Any, buffer: Tensor, tensors: Sequence[Tensor]) -> None:
-    """See :func:`helixpipe.kernels.operators.unpack`."""
-    written = [
-        t if _described(t) else torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors
-    ]
-    _copy(module, module.unpack, buffer, written)
-    for tensor, copy in zip(tensors, written, strict=True):
-        if copy is not tensor:
-            tensor.copy_(copy)
+    tensors = [t if len(_collapsed(t)) <= 4 else t.contiguous() for t in tensors]
+    with torch.cuda.device_of(buffer):
+        address, size = buffer.data_ptr(), buffer.element_size()
+        for start in range(0, len(tensors), module.most_tensors):
+            group = tensors[start : start + module.most_tensors]
+            described = [(tensor.data_ptr(), *_description(tensor)) for tensor in group]
+            module.pack(address, described, size, _stream(buffer))
+            address += size * sum(tensor.numel() for tensor in group)
 
 
 def accumulate(module: Any, total: Tensor, gradient: Tensor) -> None:
@@ -80,20 +76,6 @@ def accumulate(module: Any, total: Tensor, gradient: Tensor) -> None:
         module.accumulate(
             total.data_ptr(), gradient.data_ptr(), total.numel(), TYPES[gradient.dtype], _stream(total)
         )
-
-
-def _copy(module: Any, function: Any, buffer: Tensor, tensors: Sequence[Tensor]) -> None:
-    with torch.cuda.device_of(buffer):
-        address, size = buffer.data_ptr(), buffer.element_size()
-        for start in range(0, len(tensors), module.most_tensors):
-            group = tensors[start : start + module.most_tensors]
-            described = [(tensor.data_ptr(), *_description(tensor)) for tensor in group]
-            function(address, described, size, _stream(buffer))
-            address += size * sum(tensor.numel() for tensor in group)
-
-
-def _described(tensor: Tensor) -> bool:
-    return len(_collapsed(tensor)) <= 4
 
 
 def _description(tensor: Tensor) -> tuple[list[int], list[int]]:

@@ -108,6 +108,8 @@ def gelu_backward(
 def pack(buffer: Tensor, tensors: Sequence[Tensor]) -> None:
     """Copy tensors one after the other into a buffer, in one launch for up to 16.
 
+    There is no reverse of it: what arrives is used as views of the buffer, and costs nothing.
+
     Args:
         buffer: [n], contiguous.
         tensors: n elements together, of the same type, laid out in any way.
@@ -118,17 +120,6 @@ def pack(buffer: Tensor, tensors: Sequence[Tensor]) -> None:
         reference.pack(buffer, tensors)
     else:
         launch.pack(kernels, buffer, tensors)
-
-
-@custom_op("helixpipe::unpack", mutates_args=("tensors",))
-def unpack(buffer: Tensor, tensors: Sequence[Tensor]) -> None:
-    """The reverse of :func:`pack`."""
-    checks.unpack(buffer, tensors)
-    kernels = _kernels(buffer)
-    if kernels is None:
-        reference.unpack(buffer, tensors)
-    else:
-        launch.unpack(kernels, buffer, tensors)
 
 
 @custom_op("helixpipe::accumulate", mutates_args=("total",))
@@ -148,6 +139,6 @@ def accumulate(total: Tensor, gradient: Tensor) -> None:
 
 
 for _operator in (
-    merge_attention, swiglu, swiglu_backward, gelu, gelu_backward, pack, unpack, accumulate,
+    merge_attention, swiglu, swiglu_backward, gelu, gelu_backward, pack, accumulate,
 ):  # fmt: skip
     _operator.register_fake(getattr(checks, _operator._name.rpartition("::")[2]))

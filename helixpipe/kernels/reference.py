@@ -43,9 +43,11 @@ def swiglu(out: Tensor, input: Tensor, bias: Tensor | None = None) -> None:
 def swiglu_backward(grad_input: Tensor, grad: Tensor, input: Tensor, bias: Tensor | None = None) -> None:
     """Gradient of :func:`swiglu`."""
     gate, up = _biased(input, bias).chunk(2, dim=-1)
-    sigmoid, grad = torch.sigmoid(gate), _wide(grad)
-    silu = gate * sigmoid
-    grad_input.copy_(torch.cat([grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu], dim=-1))
+    grad = _wide(grad)
+    # Both before either is written: the gradient may go where the input is.
+    found = torch.ops.aten.silu_backward(grad * up, gate), grad * functional.silu(gate)
+    for part, value in zip(grad_input.chunk(2, dim=-1), found, strict=True):
+        part.copy_(value)
 
 
 def gelu(out: Tensor, input: Tensor, bias: Tensor | None = None, approximate: str = "none") -> None:
@@ -64,12 +66,6 @@ def gelu_backward(
 def pack(buffer: Tensor, tensors: Sequence[Tensor]) -> None:
     """The tensors one after the other."""
     torch.cat([tensor.reshape(-1) for tensor in tensors], out=buffer)
-
-
-def unpack(buffer: Tensor, tensors: Sequence[Tensor]) -> None:
-    """The reverse of :func:`pack`."""
-    for tensor, part in zip(tensors, buffer.split([tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(part.view(tensor.shape))
 
 
 def accumulate(total: Tensor, gradient: Tensor) -> None:

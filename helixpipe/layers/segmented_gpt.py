@@ -1,10 +1,11 @@
 """A GPT split into segments around its attention, with Megatron's modules and parameter names.
 
 A layer's pieces are norm1, qkv, core, proj, norm2, mlp. Segment ``2l+1`` holds the attention range of layer
-``l``: the core alone, which has no weights, or qkv and core, or all from norm1 to proj. Segment ``2l`` holds
-what stands between the ranges of layers ``l-1`` and ``l`` (the first begins with the embedding, the last
-ends with the head and the loss). An attention segment may run anywhere: the rank of segment ``2l`` owns the
-weights of both, and lends those of segment ``2l+1``. The last segment may be lent in the same way.
+``l``: ``core``, which has no weights, ``qkv``, which is norm1, qkv and core, or ``block``, from norm1 to
+proj. Segment ``2l`` holds what stands between the ranges of layers ``l-1`` and ``l`` (the first begins with
+the embedding, the last ends with the head and the loss). An attention segment may run anywhere: the rank of
+segment ``2l`` owns the weights of both, and lends those of segment ``2l+1``. The last segment may be lent in
+the same way.
 """
 
 from __future__ import annotations
@@ -36,8 +37,6 @@ from helixpipe.layers.slices import mark_sliced
 from helixpipe.layers.spec import ATTENTION_PARTS, LayerPart, final_norm, layer_spec, partial_layer_spec
 
 Tensors = tuple[Tensor, ...]
-
-_NORM1_AND_QKV = LayerPart.NORM1 | LayerPart.QKV
 
 
 class SegmentedDecoder(MegatronModule):
@@ -282,8 +281,7 @@ class SegmentedGPTModel(LanguageModule):
 
         Returns:
             Even segments: what the attention range starts from: query [s, b, heads, d], key and value
-            [s, b, groups, d], residual [s, b, h] for ``core``; norm1's output and residual, [s, b, h] each,
-            for ``qkv``; the hidden state [s, b, h] for ``block``.
+            [s, b, groups, d], residual [s, b, h] for ``core``; the hidden state [s, b, h] for the others.
             Odd segments: attention output [s, b, heads * d], residual; for ``block`` the hidden state.
             Last segment: losses [b, s] in fp32, or logits [b, s, vocab]. Sizes are per tensor-parallel
             rank; with sequence parallelism what has size h holds this rank's part of s.
@@ -354,17 +352,16 @@ class SegmentedGPTModel(LanguageModule):
         """The attention range of layer ``number``, with the weights of ``layer`` where it has any."""
         before, core = LayerPart.PRE & self._attention_part, self._cores[number]
 
-        def project(first: Tensor) -> Tensors:
-            return self._run_parts(layer, before, (first, *inputs[1:]))
-
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensors:
             return (core(query, key, value, None, attn_mask_type=AttnMaskType.causal),)
 
         if before and self.saving.recompute_without_attention:
-            residual = inputs[-1]
-            (output,) = recompute(lambda first: project(first)[:-1], attend, inputs[0])
+            (residual,) = inputs
+            (output,) = recompute(
+                lambda hidden: self._run_parts(layer, before, (hidden,))[:-1], attend, residual
+            )
         else:
-            *attended, residual = project(inputs[0])
+            *attended, residual = self._run_parts(layer, before, inputs)
             (output,) = attend(*attended)
         return self._run_parts(layer, LayerPart.POST & self._attention_part, (output, residual))
 
@@ -374,21 +371,19 @@ class SegmentedGPTModel(LanguageModule):
             return values
         assert layer is not None
         with self._random_state():
-            # In an attention segment both are computed again together, for the core.
-            if _NORM1_AND_QKV in part & ~self._attention_part and isinstance(layer, SavingTransformerLayer):
-                values = (*self._rotated(*layer.query_key_value(*values)), *values)
-            else:
-                if LayerPart.NORM1 in part:
-                    values = (layer.input_layernorm(*values), *values)
-                if LayerPart.QKV in part:
-                    normed, residual = values
-                    projected = layer.self_attention.get_query_key_value_tensors(normed)
-                    values = (*self._rotated(*projected), residual)
+            if LayerPart.PRE in part:
+                values = (*self._rotated(*self._query_key_value(layer, *values)), *values)
             if LayerPart.PROJ in part:
                 values = (self._project(layer, *values),)
             if LayerPart.MLP in part:
                 values = (layer._forward_mlp(*values),)
         return values
+
+    def _query_key_value(self, layer: TransformerLayer, hidden: Tensor) -> Tensors:
+        # An attention segment computes norm1 and QKV again together, for the core; others norm1, for QKV.
+        if isinstance(layer, SavingTransformerLayer) and LayerPart.PRE not in self._attention_part:
+            return layer.query_key_value(hidden)
+        return layer.self_attention.get_query_key_value_tensors(layer.input_layernorm(hidden))
 
     def _rotated(self, query: Tensor, key: Tensor, value: Tensor) -> Tensors:
         """Queries and keys with their rotary positions, if the model has any."""
@@ -446,12 +441,10 @@ class SegmentedGPTModel(LanguageModule):
         groups = max(config.num_query_groups // tp, 1)
         residual_length = seq_length // tp if config.sequence_parallel else seq_length
         residual = torch.Size((residual_length, micro_batch_size, config.hidden_size))
-        if LayerPart.NORM1 in self._attention_part:
-            return [residual]
-        if edge % 2:
+        if edge % 2 and LayerPart.PROJ not in self._attention_part:
             return [torch.Size((seq_length, micro_batch_size, heads * config.kv_channels)), residual]
-        if LayerPart.QKV in self._attention_part:
-            return [residual, residual]
+        if LayerPart.PRE in self._attention_part:
+            return [residual]
         query = torch.Size((seq_length, micro_batch_size, heads, config.kv_channels))
         key = torch.Size((seq_length, micro_batch_size, groups, config.kv_channels))
         return [query, key, key, residual]

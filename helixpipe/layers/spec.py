@@ -26,20 +26,19 @@ TRANSFORMER_ENGINE = "transformer_engine"
 class LayerPart(Flag):
     """The parts of a layer around its core attention."""
 
-    NORM1 = auto()
-    QKV = auto()
+    PRE = auto()  # norm1 and QKV
     PROJ = auto()  # and the residual addition
     MLP = auto()  # norm2, mlp and the residual addition
-    PRE = NORM1 | QKV
     POST = PROJ | MLP
     WHOLE = PRE | POST
 
 
-# What an attention segment runs beside the core attention itself, by attention range.
+# What an attention segment runs beside the core attention itself, by attention range. QKV takes norm1 along:
+# the message in is then the hidden state alone, and no rank keeps both norm1's input and its output.
 ATTENTION_PARTS: Mapping[str, LayerPart] = {
     "core": LayerPart(0),
-    "qkv": LayerPart.QKV,
-    "block": LayerPart.NORM1 | LayerPart.QKV | LayerPart.PROJ,
+    "qkv": LayerPart.PRE,
+    "block": LayerPart.PRE | LayerPart.PROJ,
 }
 
 
@@ -107,9 +106,8 @@ def partial_layer_spec(spec: ModuleSpec, part: LayerPart) -> ModuleSpec:
     """``spec`` with the modules outside ``part`` replaced by identities, which own no parameters."""
     spec = deepcopy(spec)
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
-    if LayerPart.NORM1 not in part:
+    if LayerPart.PRE not in part:
         layer.input_layernorm = IdentityOp
-    if LayerPart.QKV not in part:
         attention.linear_qkv = attention.core_attention = IdentityOp
         attention.q_layernorm = attention.k_layernorm = IdentityOp
     if LayerPart.PROJ not in part:

@@ -37,7 +37,7 @@ def slot_bytes(attention_range: str, sizes: AttentionSizes, num_fold: int) -> in
     # (activations to the attention rank and from it, weights to it)
     activations, weights = {
         "core": (query + 2 * key + residual + query + residual, 0),
-        "qkv": (2 * residual + query + residual, qkv_weights),
+        "qkv": (residual + query + residual, qkv_weights),
         "block": (2 * residual, qkv_weights + sizes.query_size * sizes.hidden_size),
     }[attention_range]
     moved = 2 * num_fold * activations * sizes.element_bytes

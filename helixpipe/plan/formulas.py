@@ -29,6 +29,7 @@ class Case:
         t_W: its weight gradient.
         t_last: helix: the segment after the last attention, head and loss included, forward plus backward.
         g: key/value heads over query heads.
+        attention_range: helix: pieces that the attention rank runs.
     """
 
     p: int
@@ -42,6 +43,7 @@ class Case:
     t_W: float = 1.0
     t_last: float = 3.0
     g: float = 1.0
+    attention_range: str = "core"
 
     @property
     def t(self) -> float:
@@ -103,6 +105,11 @@ def _is_ordinary(case: Case) -> bool:
 
 def _is_even(case: Case) -> bool:
     return case.m >= 2 * case.p >= 4 and case.t_W == case.t_F == case.t_B
+
+
+def _units_of_a_layer(case: Case) -> float:
+    """To attention and back: q, k, v and residual or the hidden state; output and residual or their sum."""
+    return {"core": 4 + 2 * case.g, "qkv": 3, "block": 2}[case.attention_range]
 
 
 _ORDINARY = Range("m ≥ 2p, t_W ≤ t_F ≤ t_B", _is_ordinary)
@@ -195,7 +202,10 @@ FORMS: Mapping[str, Form] = {
         "**helix**",
         Bubble("m·t_last: the others wait while rank 0 computes it", lambda c: c.m * c.t_last),
         Activations("fold·L·A on every rank", lambda c, r: c.fold * c.L),
-        Units("L·(4 + 2g)·(p−1)/p", lambda c: c.L * (4 + 2 * c.g) * (c.p - 1) / c.p),
+        Units(
+            "L·u·(p−1)/p; u: `core` 4 + 2g, `qkv` 3, `block` 2",
+            lambda c: c.L * _units_of_a_layer(c) * (c.p - 1) / c.p,
+        ),
         Range("p ≥ 2; first segment like those between, last no shorter", lambda c: c.p >= 2),
     ),
 }

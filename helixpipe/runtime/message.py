@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from helixpipe import kernels
-from helixpipe.kernels.choice import uses_kernels
 
 # In 64-bit numbers; see helixpipe.runtime.header.
 HEADER_WORDS = 4
@@ -53,12 +52,8 @@ class MessageLayout:
                 f"{[tuple(s) for s in self.shapes]} {self.dtype}; check sequence length and micro batch size"
             )
         buffer = self.empty(tensors[0].device)
-        content = buffer[self._header_elements :]
-        if uses_kernels(buffer):
-            # As they are: queries, keys and values are often views of one projection.
-            kernels.pack(content, [tensor.detach() for tensor in tensors])
-        else:
-            torch.cat([tensor.reshape(-1) for tensor in tensors], out=content)
+        # As they are: queries, keys and values are often views of one projection.
+        kernels.pack(buffer[self._header_elements :], [tensor.detach() for tensor in tensors])
         return buffer
 
     def empty(self, device: torch.device) -> Tensor:

@@ -23,6 +23,11 @@ ON_GPU = torch.cuda.is_available()
 # Each gradient tensor: norm of the difference over its norm. Attention on GPUs adds in any order.
 TOLERANCE = {torch.float32: 1e-5 if ON_GPU else 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2}
 BITWISE = dict.fromkeys(TOLERANCE, 0.0)
+# Where memory is saved, a loss of fewer tokens at a time may be rounded otherwise. In 16 bits the operators
+# round the activation function once, Megatron after each of its steps: then the two differ by as much as they
+# do from the truth, to which tests/layers/test_memory_saving.py holds both.
+SAVING_TOLERANCE = {**TOLERANCE, torch.bfloat16: 5e-2}
+SAVING_LOSS_TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-6, torch.bfloat16: 1e-3}
 
 LAYOUTS = [
     Case(pp=1),
@@ -78,7 +83,7 @@ def lending_cases_of(layout: Case) -> list[Case]:
     qkv, block = (replace(layout, attention_range=name) for name in ("qkv", "block"))
     spread = replace(layout, head_placement="spread")
     cases = [
-        qkv,
+        replace(qkv, rounds=2),
         replace(qkv, dtype=torch.float64, per_token_loss=True, head_placement="spread"),
         replace(block, rounds=2),
         replace(block, dtype=torch.float64, style="llama"),
@@ -87,6 +92,7 @@ def lending_cases_of(layout: Case) -> list[Case]:
     ]
     if layout.tp > 1:
         cases.append(replace(qkv, style="llama", sequence_parallel=True))
+        cases.append(replace(qkv, dtype=torch.float64, sequence_parallel=True, head_placement="spread"))
         cases.append(replace(block, sequence_parallel=True, head_placement="spread"))
     if layout.world_size <= 4:
         cases += [
@@ -157,7 +163,8 @@ def saving_cases_of(layout: Case) -> list[Case]:
             ),
         ]
     if layout.tp > 1:
-        cases += [replace(case, sequence_parallel=True, seq_length=126) for case in (*cases[:2], cases[5])]
+        chosen = (*cases[:2], cases[5], replace(helix, attention_range="qkv", style="llama"))
+        cases += [replace(case, sequence_parallel=True, seq_length=126) for case in chosen]
     return cases
 
 
@@ -176,11 +183,14 @@ def test_stages_give_megatrons_bits(layout):
 
 @pytest.mark.parametrize("layout", [Case(pp=1), Case(pp=2, dp=2), slow(Case(pp=2, tp=2))], ids=layout_name)
 def test_saving_memory_keeps_losses_and_gradients(layout):
-    # A loss of fewer tokens at a time may be rounded otherwise.
-    check(saving_cases_of(layout), TOLERANCE, loss_tolerance=1e-6)
+    check(saving_cases_of(layout), SAVING_TOLERANCE, SAVING_LOSS_TOLERANCE)
 
 
-def check(cases: list[Case], tolerance: dict[torch.dtype, float], loss_tolerance: float = 0.0) -> None:
+def check(
+    cases: list[Case],
+    tolerance: dict[torch.dtype, float],
+    loss_tolerance: dict[torch.dtype, float] = BITWISE,
+) -> None:
     # No attention kernel for GPUs takes float64.
     cases = [case for case in cases if not (ON_GPU and case.dtype is torch.float64)]
     if cases:
@@ -192,7 +202,7 @@ def check_results(
     cases: list[Case],
     of_ranks: list[list[dict[str, Any]]],
     tolerance: dict[torch.dtype, float],
-    loss_tolerance: float = 0.0,
+    loss_tolerance: dict[torch.dtype, float] = BITWISE,
 ) -> None:
     for of_rank in of_ranks:
         for case, result in zip(cases, of_rank, strict=True):
@@ -200,7 +210,8 @@ def check_results(
                 torch.tensor(result[key], dtype=torch.float64) for key in ("losses", "reference_losses")
             )
             assert losses.shape == expected.shape, case
-            assert bool(((losses - expected).abs() <= loss_tolerance * expected.abs()).all()), case
+            allowed = loss_tolerance[case.dtype] * expected.abs()
+            assert bool(((losses - expected).abs() <= allowed).all()), case
             assert not result["missing"], case
             # A gradient of zeros would agree with anything.
             assert result["smallest_norm"] > 1e-3, case
@@ -236,6 +247,18 @@ def test_the_comparison_notices_one_wrong_label():
             overlap=True,
             attention_range="block",
             head_placement="spread",
+        ),
+        slow(
+            Case(
+                pp=2,
+                dp=2,
+                rounds=2,
+                distributed_optimizer=True,
+                overlap=True,
+                attention_range="qkv",
+                without_attention=True,
+                mlp_chunk=7,
+            )
         ),
         Case(pp=2, dp=2, schedule="zb-h1", distributed_optimizer=True, overlap=True),
         slow(Case(pp=1, dp=2, schedule="zb-h1", overlap=True)),

@@ -131,6 +131,20 @@ def test_every_16_bit_number_is_read_and_rounded_as_torch_does(run, dtype, tiny)
         assert torch.equal(out[numbers, 0].view(torch.int16), expected[numbers].view(torch.int16))
 
 
+def test_headers_of_pybind11_may_be_those_that_torch_brings_along(monkeypatch):
+    def find(name):
+        return None if name in hidden else original(name)
+
+    original, hidden = importlib.util.find_spec, {"pybind11"}
+    monkeypatch.setattr(build.importlib.util, "find_spec", find)
+    folder = Path(build._pybind11())
+    assert folder.is_relative_to(Path(torch.__file__).parent)
+    assert (folder / "pybind11" / "stl.h").exists()
+    hidden.add("torch")
+    with pytest.raises(build.BuildError, match="pip install pybind11"):
+        build._pybind11()
+
+
 def test_sanitized(tmp_path):
     """The same bodies under the address and undefined-behaviour sanitizers, on buffers of exact sizes."""
     program = tmp_path / "bounds"

@@ -30,7 +30,6 @@ def examples(dtype=torch.float32):
         "gelu": (random(3, 7), random(3, 7), random(7), "tanh"),
         "gelu_backward": (random(3, 7), random(3, 7), random(3, 7), None, "none"),
         "pack": (random(22), [random(3, 4).t(), random(2, 5)]),
-        "unpack": (random(22), [random(3, 4).t(), random(2, 5)]),
         "accumulate": (random(3, 7, dtype=torch.float32), random(3, 7)),
     }  # fmt: skip
 
@@ -151,7 +150,6 @@ WRONG = {
     "pack: type": ("pack", (row(6), [row(2), row(4, dtype=F16)]), "one type"),
     "pack: buffer": ("pack", (row(12)[::2], [row(2), row(4)]), "not contiguous"),
     "pack: complex": ("pack", (COMPLEX, [COMPLEX]), "not supported"),
-    "unpack: overlap": ("unpack", (row(6), [row(2, 1).expand(2, 3)]), "overlap"),
     "accumulate: sum": ("accumulate", (row(3, dtype=BF16), row(3, dtype=BF16)), "must be torch.float32"),
     "accumulate: shape": ("accumulate", (row(3), row(4)), "differ: (3,), (4,)"),
     "accumulate: layout": ("accumulate", (row(3, 4), row(4, 3).t()), "not contiguous"),

@@ -205,9 +205,6 @@ def test_messages_beyond_2_31():
     for part in parts:
         assert torch.equal(buffer[place : place + part.numel()], part)
         place += part.numel()
-    back = [torch.empty_like(part) for part in parts]
-    kernels.unpack(buffer, back)
-    assert all(torch.equal(a, b) for a, b in zip(parts, back, strict=True))
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from memory_worker import SAVINGS, compare, compare_on_ranks, gradients_of, loss
 from models import SEED, VOCABULARY, Case, relative_error
 from pretend import pretend_rank
 from ranks import run_on_ranks
-from stages import batch_of, configured, gpt_stage, segmented_share
+from stages import batch_of, block_share, configured, gpt_stage, qkv_share, segmented_share
 
 from helixpipe.layers import attention
 from helixpipe.layers.initialization import initialize_weights
@@ -27,8 +27,8 @@ from helixpipe.plan import ScheduleRequest, build_plan
 from helixpipe.plan.cost_model import HARDWARE, Recompute, Workload, costs_of_plan, predict_pieces
 from helixpipe.plan.cost_model.model import ModelShape
 
-BUILDS = [segmented_share, gpt_stage]
-every_build = pytest.mark.parametrize("build", BUILDS, ids=["segments", "stage"])
+BUILDS = [segmented_share, qkv_share, block_share, gpt_stage]
+every_build = pytest.mark.parametrize("build", BUILDS, ids=["core", "qkv", "block", "stage"])
 every_style = pytest.mark.parametrize("style", ["gpt", "llama"])
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14}
 
@@ -126,7 +126,8 @@ def test_attention_runs_once(build, style, monkeypatch):
 def test_only_what_the_backward_pass_needs_runs_twice():
     case = Case(pp=1, without_attention=True, num_layers=2)
     kinds = ("input_layernorm", "pre_mlp_layernorm", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
-    for build, qkv in ((segmented_share, 1), (gpt_stage, 2)):
+    # Where QKV's result is sent away, only norm1 is needed again.
+    for build, qkv in ((segmented_share, 1), (qkv_share, 2), (block_share, 2), (gpt_stage, 2)):
         calls = Counter()
         with pretend_rank(case):
             model = build(case)
@@ -213,11 +214,7 @@ def test_helix_keeps_what_the_planner_believes(style, micro_batch_size, mlp_chun
 @every_style
 @pytest.mark.parametrize("attention_range", ["qkv", "block"])
 def test_wider_ranges_keep_what_the_planner_believes(style, attention_range):
-    """With ``block`` the input of either norm and attention's output, 3 units a layer, to the byte.
-
-    With ``qkv`` the first norm is not computed again, as its output leaves the segment: what it keeps beside
-    its input stays, mean and deviation.
-    """
+    """The input of either norm and attention's output, which with ``qkv`` two ranks keep, to the byte."""
     case = Case(
         pp=1, style=style, seq_length=128, attention_range=attention_range, without_attention=True,
         loss_chunk=16,
@@ -227,13 +224,9 @@ def test_wider_ranges_keep_what_the_planner_believes(style, attention_range):
         case, "helix", Recompute.WITHOUT_ATTENTION, attention_range=attention_range
     )
     for segment in range(2, 2 * case.num_layers, 2):
-        beside = kept[segment] - planned["middle"].bytes
-        if attention_range == "qkv":
-            assert beside == (kept_by_rms_norm(workload) if style == "llama" else 8 * workload.tokens)
-        else:
-            assert beside == 0
+        assert kept[segment] == planned["middle"].bytes
         assert kept[segment - 1] == planned["attention"].bytes
-    units = {"qkv": 5, "block": 3}[attention_range]
+    units = {"qkv": 4, "block": 3}[attention_range]
     layer = planned["middle"].bytes + planned["attention"].bytes
     assert layer == units * workload.unit_bytes + workload.kept_tensors["log-sum-exp"]
 

@@ -303,7 +303,7 @@ def test_an_unknown_part_of_the_weights_is_refused():
 
 def test_owned_parts_of_wider_attention():
     block = LayerPart.PRE | LayerPart.PROJ
-    assert owned_parts(4, [2], LayerPart.QKV) == {0: POST, 1: PRE}
+    assert owned_parts(4, [2], PRE) == {0: POST, 1: PRE}
     assert owned_parts(4, [2], block) == {0: LayerPart.MLP, 1: block}
     assert owned_parts(4, range(9), block) == dict.fromkeys(range(4), WHOLE)
 

@@ -45,7 +45,7 @@ def plan_of(schedule, case, *, compute_only=True):
     options = {
         "interleaved": {"virtual_stages": case.v},
         "seq1f1b": {"num_slices": case.K},
-        "helix": {"num_fold": case.fold},
+        "helix": {"num_fold": case.fold, "attention_range": case.attention_range},
     }
     request = ScheduleRequest(
         num_ranks=case.p, num_layers=case.L, num_microbatches=case.m, **options.get(schedule, {})
@@ -102,17 +102,22 @@ def test_activations(schedule):
 
 
 def units_sent(schedule, case, plan):
-    """Units of all forward messages; helix's core range sends (2 + 2g) to attention and 2 from it."""
-    weights = {0: 2 + 2 * case.g, 1: 2} if schedule == "helix" else {0: 1, 1: 1}
+    """Units of all forward messages, of which helix's to attention and from it differ."""
+    weights = (1, 1)
+    if schedule == "helix":
+        weights = {"core": (2 + 2 * case.g, 2), "qkv": (1, 2), "block": (1, 1)}[case.attention_range]
     sends = [op for order in plan.orders for op in order if op.kind is Kind.SEND_F]
     return sum(weights[op.segment % 2] for op in sends) / parts(schedule, case)
 
 
 @pytest.mark.parametrize("g", [1, 0.25])
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_messages(schedule, g):
+@pytest.mark.parametrize(
+    ("schedule", "attention_range"),
+    [*((schedule, "core") for schedule in SCHEDULES), ("helix", "qkv"), ("helix", "block")],
+)
+def test_messages(schedule, attention_range, g):
     for case in shapes(schedule):
-        case = Case(**{**vars(case), "g": g})
+        case = Case(**{**vars(case), "g": g, "attention_range": attention_range})
         plan = plan_of(schedule, case, compute_only=False)
         assert units_sent(schedule, case, plan) == case.m * FORMS[schedule].units.of(case), case
 

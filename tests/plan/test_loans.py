@@ -240,7 +240,7 @@ def test_messages_hold_what_travels():
     """In units of a GPU's share of a hidden state, and of a square matrix."""
     unit, matrix = 1024 * 512 * 2, 4096 * 512
     assert slot_bytes("core", sizes(1024), 1) == 2 * 6 * unit
-    assert slot_bytes("qkv", sizes(1024), 1) == 2 * 4 * unit + 3 * matrix * (2 + 4)
+    assert slot_bytes("qkv", sizes(1024), 1) == 2 * 3 * unit + 3 * matrix * (2 + 4)
     assert slot_bytes("block", sizes(1024), 3) == 2 * 3 * 2 * unit + 4 * matrix * (2 + 4)
 
 

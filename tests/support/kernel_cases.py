@@ -181,16 +181,9 @@ def messages(buffers: Buffers, dtype: torch.dtype) -> list[list[Tensor]]:
 
 
 def check_message(run: Run, buffers: Buffers, tensors: list[Tensor], dtype: torch.dtype, shift: int) -> None:
-    """Bytes arrive where they belong, and come back."""
+    """Bytes arrive where they belong."""
     count = sum(tensor.numel() for tensor in tensors)
     buffer = buffers.empty(count, dtype=dtype, shift=shift)
     run("pack", buffer, tensors)
     expected = torch.cat([tensor.reshape(-1) for tensor in tensors]) if tensors else buffer
     assert torch.equal(buffer, expected), ([t.shape for t in tensors], shift)
-    if any(0 in tensor.stride() for tensor in tensors):
-        return  # an expanded tensor cannot be written
-    originals = [tensor.clone() for tensor in tensors]
-    for tensor in tensors:
-        tensor.fill_(math.nan)
-    run("unpack", buffer, tensors)
-    assert all(torch.equal(a, b) for a, b in zip(tensors, originals, strict=True)), [t.shape for t in tensors]

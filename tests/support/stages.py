@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,6 +57,16 @@ def segmented_share(case: Case, **values: Any) -> SegmentedGPTModel:
             saving=case.saving,
             **_model_arguments(case),
         )
+
+
+def qkv_share(case: Case) -> SegmentedGPTModel:
+    """Like :func:`segmented_share` with norm1 and QKV in the attention segments."""
+    return segmented_share(replace(case, attention_range="qkv"))
+
+
+def block_share(case: Case) -> SegmentedGPTModel:
+    """Like :func:`segmented_share` with the whole attention block in the attention segments."""
+    return segmented_share(replace(case, attention_range="block"))
 
 
 def run_segments(model: SegmentedGPTModel, **batch: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:

@@ -134,16 +134,9 @@ def _messages(heads: int, d: int, length: int, random: Any) -> Iterator[Case]:
     mixed = random(length, 1, heads, 3 * d)
     tensors = [*mixed.split(d, dim=-1), random(length, 1, heads * d)]
     buffer = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    parts = buffer.split([tensor.numel() for tensor in tensors])
-
-    def unpack() -> None:
-        for tensor, part in zip(tensors, parts, strict=True):
-            tensor.copy_(part.view(tensor.shape))
-
     yield Case(
         "pack",
         lambda: kernels.pack(buffer, tensors),
         lambda: torch.cat([tensor.reshape(-1) for tensor in tensors], out=buffer),
         2 * buffer.nbytes,
     )
-    yield Case("unpack", lambda: kernels.unpack(buffer, tensors), unpack, 2 * buffer.nbytes)

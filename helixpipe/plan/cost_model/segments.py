@@ -84,27 +84,23 @@ def _cut_core(recompute: Recompute) -> _Cut:
 
 
 def _cut_qkv(recompute: Recompute) -> _Cut:
-    kept: tuple[str, ...] = ("norm1 output",)
-    again: tuple[str, ...] = ()
-    if recompute is Recompute.WITHOUT_ATTENTION:
-        kept, again = (*kept, "attention output", "log-sum-exp"), ("qkv",)
-    elif recompute is Recompute.FULL:
-        again = ("qkv", "core")
-    else:
-        kept = (*kept, "qkv", "attention output", "log-sum-exp")
-        if recompute is Recompute.SELECTIVE:
-            kept, again = _without(kept, "log-sum-exp"), ("core",)
-    full = recompute is Recompute.FULL
-    pre = _Part(("norm1",), () if full else ("norm1 input",), ("norm1",) if full else ())
-    attention = _Part(("qkv", "core"), kept, again)
-    return _Cut(
-        pre, attention, _post(recompute), ("norm1 output", "residual"), ("attention output", "residual")
-    )
+    attention = _attention_with_weights(("norm1", "qkv", "core"), recompute)
+    return _Cut(_Part(()), attention, _post(recompute), ("norm1 input",), ("attention output", "residual"))
 
 
 def _cut_block(recompute: Recompute) -> _Cut:
-    pieces = ("norm1", "qkv", "core", "proj")
-    attention = {
+    mlp = ("norm2", "fc1", "fc2")
+    post = {
+        Recompute.WITHOUT_ATTENTION: _Part(mlp, ("norm2 input",), ("norm2", "fc1")),
+        Recompute.FULL: _Part(mlp, ("norm2 input",), mlp),
+    }.get(recompute, _Part(mlp, _MLP_KEPT))
+    attention = _attention_with_weights(("norm1", "qkv", "core", "proj"), recompute)
+    return _Cut(_Part(()), attention, post, ("norm1 input",), ("norm2 input",))
+
+
+def _attention_with_weights(pieces: tuple[str, ...], recompute: Recompute) -> _Part:
+    """An attention segment that starts from the hidden state, with weights that it may have borrowed."""
+    return {
         Recompute.NONE: _Part(pieces, _ATTENTION_KEPT),
         Recompute.SELECTIVE: _Part(pieces, _without(_ATTENTION_KEPT, "log-sum-exp"), ("core",)),
         Recompute.WITHOUT_ATTENTION: _Part(
@@ -112,12 +108,6 @@ def _cut_block(recompute: Recompute) -> _Cut:
         ),
         Recompute.FULL: _Part(pieces, ("norm1 input",), pieces),
     }[recompute]
-    mlp = ("norm2", "fc1", "fc2")
-    post = {
-        Recompute.WITHOUT_ATTENTION: _Part(mlp, ("norm2 input",), ("norm2", "fc1")),
-        Recompute.FULL: _Part(mlp, ("norm2 input",), mlp),
-    }.get(recompute, _Part(mlp, _MLP_KEPT))
-    return _Cut(_Part(()), attention, post, ("norm1 input",), ("norm2 input",))
 
 
 def _post(recompute: Recompute) -> _Part:

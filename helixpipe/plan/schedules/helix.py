@@ -5,8 +5,10 @@ and that of layer ``l``; it runs on rank ``l mod p``, where its weights are. Seg
 attention of layer ``l``; for the micro batches in slot ``j`` it runs on rank ``(l + j + 1) mod p``, so the
 attention of p slots proceeds on p ranks at the same time and never lengthens the pipeline's start.
 
-With the attention ranges ``qkv`` and ``block`` that segment has weights. They belong to rank ``l mod p`` as
-all weights before the layer's attention do, and are lent to the ranks of the other p-1 slots.
+With the attention ranges ``qkv`` and ``block`` that segment has weights: those of norm1 and QKV, and in the
+block those of the projection. They belong to rank ``l mod p`` as all weights before the layer's attention do,
+and are lent to the ranks of the other p-1 slots. Norm1 goes with QKV: left behind, it would send its output
+beside the residual, two hidden states instead of one, and keep its input besides.
 
 The last segment, with the head and the loss, runs on rank 0 for every slot, as in the paper, while the other
 ranks wait. Spread, it runs where the slot's last attention has just run, on p ranks at once, with its weights

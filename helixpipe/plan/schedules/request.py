@@ -24,7 +24,8 @@ class ScheduleRequest:
         num_microbatches: micro batches m per data-parallel replica and iteration.
         num_fold: helix: micro batches that share a slot (2 hides every message behind compute).
         virtual_stages: interleaved: model chunks per rank.
-        attention_range: helix: pieces that the attention rank runs, ``core``, ``qkv`` or ``block``.
+        attention_range: helix: pieces that the attention rank runs: ``core``, ``qkv`` (norm1, QKV, core) or
+            ``block`` (norm1 to proj).
         head_placement: helix: the last segment of every slot on the ``first`` rank, or ``spread`` over all.
         num_slices: seq1f1b: slices of each sequence, which is a micro batch of the request.
     """
