@@ -90,7 +90,7 @@ def _iterate(
     """Train to ``--train-iters`` or until asked to stop, with evaluations and checkpoints; the exit code."""
     args, monitor, reporter = run.args, run.monitor, run.reporter
     memory = MemoryWatch(args)
-    saver = Saver(args, reporter.say, lambda: note_saved(agent_store(_STORE_TIMEOUT)))
+    saver = Saver(args, reporter.say, lambda: note_saved(agent_store(_STORE_TIMEOUT)), monitor)
     request = StopRequest()
     request.listen()
     data = None if train_data is None else KeptBatches(train_data)
