@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from megatron.core import parallel_state
 from training_worker import small_model
 
 from helixpipe.elastic import ideal_costs
 from helixpipe.elastic.background import PlannedBatch
+from helixpipe.reliability.exit_codes import DataError
 from megatron.training.arguments import parse_arguments
 from megatron.training.data.elastic import ElasticBatches
 from megatron.training.data.gpt import build_iterators
@@ -147,3 +151,38 @@ def test_batches_of_documents_are_the_same_for_any_number_of_replicas(common, re
     state = {**reader.state_dict(), "consumed_samples": position}
     _, take = documents(dataset, replicas, state)
     assert [take() for _ in range(BATCHES)] == wanted
+
+
+class Bomb:
+    """A pickle that would make a file when it is read."""
+
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return (Path.touch, (self.canary,))
+
+
+def test_megatrons_index_cache_is_no_way_in_for_code(common, stand_on, tmp_path):
+    """It asks numpy to read pickles."""
+    stand_on(0, 1, 0, 1)
+    args = parse_arguments(f"{common} --data-cache-path {tmp_path / 'cache'}".split())
+    assert build_iterators(args, 0, 0)[0] is not None
+    caches = sorted((tmp_path / "cache").glob("*.npy"))
+    assert len(caches) == 3
+    canary = tmp_path / "canary"
+    for cache in caches:
+        whole = cache.read_bytes()
+        for content in (pickle.dumps(Bomb(canary)), whole[:-8], b""):
+            cache.write_bytes(content)
+            with pytest.raises(DataError) as caught:
+                build_iterators(args, 0, 0)
+            assert str(caught.value).startswith(f"{cache} is not an index that was cached here (")
+            assert "\n" not in str(caught.value)
+        cache.write_bytes(whole)
+    assert not canary.exists()
+    build_iterators(args, 0, 0)
+    # The bomb is a live one.
+    cache.write_bytes(pickle.dumps(Bomb(canary)))
+    np.load(cache, allow_pickle=True, mmap_mode="r")
+    assert canary.exists()
