@@ -23,12 +23,13 @@ import pretrain_gpt
 from helixpipe.megatron_adapter import cpu_backend
 from helixpipe.reliability.exit_codes import exit_code_of
 from helixpipe.reliability.record import NoProgress
-from megatron.training import shard_writing, training
+from megatron.training import checkpoint_files, saving, shard_writing, training
 from megatron.training.arguments import parse_arguments
 from megatron.training.data.corpus import PreparationOptions, prepare_dataset
 from megatron.training.initialize import seed_random_states
 from megatron.training.model import unwrap
 from megatron.training.parameter_names import canonical_names
+from megatron.training.shard_writing import HashingFile
 
 real_fsync = os.fsync
 
@@ -193,6 +194,42 @@ class StalledStorage(BadStorage):
         self.seen.append((self.iteration, self.monitor.phase, self.monitor.place))
         if self.ending:
             super().on_sync()
+
+
+class KilledSave(Fault):
+    """SIGKILL while iteration 2 is saved.
+
+    Args:
+        point: ``"before a shard"``, ``"within a shard"``, ``"after the shards"``, ``"before publishing"`` or
+            ``"before the tracker"``.
+    """
+
+    def __init__(self, point: str) -> None:
+        self.point = point
+
+    def on_step(self) -> None:
+        if self.iteration != 2:
+            return
+        owner, name = {
+            "before a shard": (HashingFile, "__enter__"),
+            "within a shard": (HashingFile, "write"),
+            "after the shards": (saving, "save_config"),
+            "before publishing": (saving, "publish"),
+            "before the tracker": (checkpoint_files, "write_whole"),
+        }[self.point]
+        original = getattr(owner, name)
+
+        def killing(*arguments: Any) -> Any:
+            if self.point == "within a shard":
+                stream, block = arguments
+                original(stream, bytes(block)[: len(block) // 2])
+                stream._stream.flush()
+            elif self.point == "before the tracker" and arguments[0].name != checkpoint_files.TRACKER:
+                return original(*arguments)
+            os.kill(os.getpid(), signal.SIGKILL)
+            return None
+
+        setattr(owner, name, killing)
 
 
 class BlockedFolder(Fault):

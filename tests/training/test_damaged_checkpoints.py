@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 from dataclasses import replace
@@ -12,7 +13,9 @@ import torch
 from ranks import run_on_ranks
 from test_checkpoint_files import Bomb, sealed
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from training_worker import Fault, run_cases, small_model
+from training_worker import Fault, KilledSave, run_cases, small_model
+
+from megatron.training.checkpoint_files import tracked, usable
 
 SHARD = "__0_0.distcp"
 FILES = (SHARD, "__0_1.distcp", ".metadata", "common.pt", "metadata.json")
@@ -194,3 +197,39 @@ def test_no_code_ran_and_little_memory_was_taken(found):
     # The bomb is a live one.
     torch.load(Path(root) / "code_in_common" / "iter_0000002" / "common.pt", weights_only=False)
     assert (root / "canary").exists()
+
+
+POINTS = {
+    "before a shard": [],
+    "within a shard": [SHARD],
+    "after the shards": [SHARD, "common.pt"],
+    "before publishing": [SHARD, "common.pt", ".metadata", "metadata.json"],
+    "before the tracker": [],
+}
+
+
+@pytest.mark.slow
+def test_killed_at_any_point_of_a_save_it_goes_on_from_the_one_before(tmp_path):
+    """Real processes that are really killed; the leftovers are ignored, and replaced by the next save."""
+    common = small_model(tmp_path / "corpus") + " --save-interval 1"
+    whole = tmp_path / "whole"
+    run_on_ranks(1, run_cases, [(f"--save {whole} --metrics-jsonl {whole}.jsonl", Fault())], 1, 1, common)
+    for point, files in POINTS.items():
+        saved = place_of(tmp_path, point)
+        options = f"--save {saved} --load {saved} --metrics-jsonl {saved}.jsonl"
+        with pytest.raises(AssertionError, match="the process died"):
+            run_on_ranks(1, run_cases, [(options, KilledSave(point))], 1, 1, common)
+        left = saved / "iter_0000002.saving"
+        # Renamed it is whole; the tracker still names the one before it.
+        assert left.is_dir() == (point != "before the tracker")
+        assert all((left / name).exists() for name in files)
+        assert tracked(saved) == saved / "iter_0000001"
+        ((outcome,),) = run_on_ranks(1, run_cases, [(options, Fault())], 1, 1, common)
+        assert outcome["code"] == 0, outcome["error"]
+        assert [path.name for path in usable(saved)] == [path.name for path in usable(whole)]
+        assert not list(saved.glob("*.saving"))
+        assert losses(saved) == losses(whole)
+
+
+def losses(saved):
+    return [json.loads(line)["lm_loss"] for line in Path(f"{saved}.jsonl").read_text().splitlines()]
