@@ -18,6 +18,7 @@ from helixpipe.reliability.monitor import Monitor
 from helixpipe.runtime.trace import NullClock, default_clock
 from megatron.training.checkpointing import Progress, load_checkpoint
 from megatron.training.data.gpt import Batch, build_iterators
+from megatron.training.diagnosis import LayerSums
 from megatron.training.elastic import ElasticTraining
 from megatron.training.guards import KeptBatches, NotFinite, explain, spread_to_gradients, watch_gradient_norm
 from megatron.training.initialize import finalize, initialize, seed_random_states
@@ -158,6 +159,7 @@ class _Run:
         self.state = state
         self.reporter = reporter
         self.monitor = monitor
+        self.sums = LayerSums(state.model, schedule.trace)
         watch_gradient_norm(state.optimizer)
 
     def train_iteration(
@@ -178,6 +180,7 @@ class _Run:
         learning_rate = self.state.optimizer.param_groups[0]["lr"]
         if data is not None:
             data.forget()
+        self.sums.forget()
         losses = self._compute_gradients(iteration, data)
         every = self.args.check_gradients_every
         if every is not None and iteration % every == 0:
@@ -191,7 +194,7 @@ class _Run:
             self.monitor.enter("diagnosis")
             again = None if data is None else data.again()
             raise explain(
-                self.args, self.state, self.schedule, iteration, losses,
+                self.args, self.state, self.schedule, iteration, losses, self.sums,
                 lambda: self._compute_gradients(iteration, again),
             ) from None  # fmt: skip
         self.state.scheduler.step(increment=self.args.global_batch_size)
