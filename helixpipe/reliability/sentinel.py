@@ -237,9 +237,11 @@ class Sentinel:
 
     def _write_stacks(self, status: Status) -> str:
         self._channel.send({"sentenced": True})
+        may_answer = status.answers
         if status.condition == STOPPED:
             os.kill(self._parent, signal.SIGCONT)
-        if not status.answers or not self._is_told("stacks", STACKS_S):
+            may_answer = True
+        if not may_answer or not self._is_told("stacks", STACKS_S):
             force_stacks(self._parent, self._stacks)
         return keep_stacks(self._stacks, self._stack_folder / f"stacks_rank_{self._rank}.txt")
 
