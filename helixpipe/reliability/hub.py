@@ -27,6 +27,8 @@ SILENCE_S = 15.0
 # Deaths and errors come in groups: a host takes all its ranks with it, and wrong input is found by all.
 DEATH_GRACE_S = 0.3
 ERROR_GRACE_S = 1.5
+# How long the verdict waits for a last look at every rank; regular reports are older than a step.
+LOOK_S = 1.0
 # A loop that took longer was itself stopped: a job that was suspended and goes on is not overdue.
 PAUSE_S = 3.0
 
@@ -55,6 +57,8 @@ class Hub(threading.Thread):
         self._heard: dict[int, float] = {}
         self._cut_off: set[int] = set()
         self._first_trouble: float | None = None
+        self._asked_at: float | None = None
+        self._looked: set[int] = set()
         self._verdict: Message | None = None
 
     def run(self) -> None:
@@ -96,6 +100,8 @@ class Hub(threading.Thread):
                 status = Status.from_message(message["status"])
                 self._statuses[status.rank] = status
                 self._heard[status.rank] = time.monotonic()
+                if message.get("asked"):
+                    self._looked.add(status.rank)
 
     def _forget(self, connection: Connection) -> None:
         rank = self._ranks.pop(connection)
@@ -131,13 +137,27 @@ class Hub(threading.Thread):
             # An error is said before a death that it may have caused.
             if now - self._first_trouble < (ERROR_GRACE_S if failed else DEATH_GRACE_S):
                 return
+            if not self._has_looked(now):
+                return
             if failed:
                 self._end("failed", PEER_LOST, failed, describe_failed(statuses, failed))
             else:
                 self._end("lost", PEER_LOST, lost, describe_lost(statuses, lost))
         elif any(status.is_overdue for status in statuses.values()):
-            missing = self._missing()
-            self._end("hang", HANG, culprits(statuses, missing), describe_hang(statuses, missing))
+            if self._has_looked(now):
+                missing = self._missing()
+                self._end("hang", HANG, culprits(statuses, missing), describe_hang(statuses, missing))
+        else:
+            self._asked_at = None
+            self._looked.clear()
+
+    def _has_looked(self, now: float) -> bool:
+        """True once every sentinel has said how its rank is after all this, asked the first time."""
+        if self._asked_at is None:
+            self._asked_at = now
+            self._tell({"report": True})
+        present = {rank for rank in self._ranks.values() if rank is not None}
+        return present <= self._looked or now - self._asked_at > LOOK_S
 
     def _end(self, kind: str, code: int, guilty: list[int], reason: str) -> None:
         self._verdict = {"kind": kind, "code": code, "culprits": guilty, "reason": reason}
@@ -147,9 +167,9 @@ class Hub(threading.Thread):
         self._tell({"verdict": self._verdict})
 
 
-def status_message(status: Status) -> Message:
-    """What a sentinel sends."""
-    return {"status": dataclasses.asdict(status)}
+def status_message(status: Status, *, asked: bool) -> Message:
+    """What a sentinel sends, of its own accord or because the hub has ``asked``."""
+    return {"status": dataclasses.asdict(status), "asked": asked}
 
 
 def _listen() -> socket.socket:

@@ -28,6 +28,7 @@ from helixpipe.reliability.wire import Connection, Message
 _PULSE_S = 0.5
 _START_S = 30.0
 _JOIN_S = 90.0
+_PARTING_S = 30.0
 
 
 class HubAddress(NamedTuple):
@@ -69,11 +70,12 @@ class Monitor:
         self._before_exit = before_exit
         self._deadlines = deadlines
         self._phase, self._step, self._entered = "", 0, time.monotonic()
+        self._is_closing = self._is_sentenced = False
         memory, stacks = _shared_file("record"), _shared_file("stacks")
         os.ftruncate(memory, RECORD_BYTES)
         self.progress = SharedProgress(mmap.mmap(memory, RECORD_BYTES))
         self.enter("start")
-        # Written by the signal handler itself, whatever the interpreter does.
+        # Written by the signal handler itself when the interpreter hangs.
         faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
         ours, theirs = socket.socketpair()
         self._token = secrets.token_hex(16)
@@ -95,7 +97,6 @@ class Monitor:
         self._stacks = stacks
         self._answers: dict[str, Message] = {}
         self._answered = threading.Condition()
-        self._is_closing = False
         threading.Thread(target=self._listen, name="helixpipe-monitor", daemon=True).start()
 
     def address(self, hosts: list[str]) -> HubAddress:
@@ -113,7 +114,7 @@ class Monitor:
             ValueError: the hub cannot be reached.
         """
         self._channel.send({"hosts": address.hosts, "port": address.port, "token": address.token})
-        if "unreachable" in self._answer("joined", _JOIN_S):
+        if not self._answer("joined", _JOIN_S)["joined"]:
             raise ValueError(
                 f"rank {self._rank} cannot reach rank 0 at {' or '.join(address.hosts)}, port "
                 f"{address.port}; check MASTER_ADDR and the network interfaces"
@@ -125,6 +126,7 @@ class Monitor:
 
     def enter(self, phase: str, step: int | None = None) -> None:
         """A phase of the program starts, like a step, and the one before it has ended."""
+        self._stand_still_if_sentenced()
         now = time.monotonic()
         if self._phase:
             self._deadlines.learn(self._phase, now - self._entered)
@@ -143,14 +145,26 @@ class Monitor:
             error: one line.
             say: let the sentinel print it, with where the rank was.
         """
+        self._stand_still_if_sentenced()
         self._is_closing = True
         self._channel.send({"error": error, "say": say})
 
     def close(self) -> None:
         """This rank has ended in good order."""
+        self._stand_still_if_sentenced()
         self._is_closing = True
         self._channel.send({"ended": True})
+        # Where there is a verdict already, that is the answer.
+        with self._answered:
+            self._answered.wait_for(
+                lambda: "parting" in self._answers or not self._channel.is_open, _PARTING_S
+            )
         faulthandler.unregister(signal.SIGUSR2)
+
+    def _stand_still_if_sentenced(self) -> None:
+        """A rank that was stopped is let go on to say where it is, but must not go on to a good end."""
+        while self._is_sentenced:
+            time.sleep(1.0)
 
     def _answer(self, name: str, timeout_s: float) -> Message:
         with self._answered:
@@ -164,11 +178,19 @@ class Monitor:
             if not select.select([self._channel], [], [], _PULSE_S)[0]:
                 continue
             for message in self._channel.receive():
+                if "sentenced" in message:
+                    self._is_sentenced = True
+                    # By a thread that holds the interpreter, so that no frame changes meanwhile.
+                    faulthandler.dump_traceback(self._stacks)
+                    self._channel.send({"stacks": True})
                 if "exit" in message:
+                    self._channel.send({"exits": True})
                     self._exit(message["exit"])
                 with self._answered:
-                    self._answers["port" if "port" in message else "joined"] = message
+                    self._answers.update(dict.fromkeys(message, message))
                     self._answered.notify_all()
+        with self._answered:
+            self._answered.notify_all()
         if not self._is_closing:
             sys.stderr.write(f"rank {self._rank}: error: its sentinel was killed\n")
             self._exit(PEER_LOST)

@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 
 _STACK_BYTES = 1 << 20
-_STACKS_S = 1.0
+# How long a process may take to write them, and without another line until it is believed to have ended.
+_STACKS_S = 3.0
+_QUIET_S = 0.3
 _POLL_S = 0.05
 
 
@@ -22,24 +24,28 @@ def is_stopped(process: int) -> bool:
     return text.rpartition(")")[2].split()[0] in ("T", "t")
 
 
-def write_stacks(process: int, descriptor: int, path: Path) -> str:
-    """Have a process write its stacks, whatever it is doing; says where they are.
+def force_stacks(process: int, descriptor: int) -> None:
+    """Have a process whose interpreter hangs write its stacks.
+
+    Not for one whose interpreter runs: frames that change meanwhile can end it.
 
     Args:
-        process: has registered ``faulthandler`` for SIGUSR2. If it is stopped it goes on.
+        process: has registered ``faulthandler`` for SIGUSR2.
         descriptor: of the file that it writes to.
-        path: where they are kept.
     """
-    # Delivered in this order when it is stopped: it writes before it goes on.
     os.kill(process, signal.SIGUSR2)
-    os.kill(process, signal.SIGCONT)
-    text, end = b"", time.monotonic() + _STACKS_S
-    while time.monotonic() < end:
+    size, changed = 0, time.monotonic()
+    end = changed + _STACKS_S
+    while time.monotonic() < (changed + _QUIET_S if size else end):
         time.sleep(_POLL_S)
-        found = os.pread(descriptor, _STACK_BYTES, 0)
-        if found and found == text:
-            break
-        text = found
+        found = os.fstat(descriptor).st_size
+        if found != size:
+            size, changed = found, time.monotonic()
+
+
+def keep_stacks(descriptor: int, path: Path) -> str:
+    """Copy what a process has written to ``descriptor``; says where it is."""
+    text = os.pread(descriptor, _STACK_BYTES, 0)
     if not text:
         return "its stacks could not be written"
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import select
 import selectors
 import signal
 import socket
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from helixpipe.reliability.exit_codes import PEER_LOST
 from helixpipe.reliability.hub import PAUSE_S, SILENCE_S, TICK_S, Hub, status_message
-from helixpipe.reliability.process import is_stopped, write_stacks
+from helixpipe.reliability.process import force_stacks, is_stopped, keep_stacks
 from helixpipe.reliability.record import RECORD_BYTES, WAITING, RecordReader
 from helixpipe.reliability.status import ALIVE, DEAD, ENDED, FAILED, STOPPED, Status
 from helixpipe.reliability.wire import Connection, Message
@@ -27,8 +28,10 @@ REPORT_S = 0.5
 PULSE_LIMIT_S = 3.0
 # The hub listens before its address is known.
 CONNECT_S = 20.0
-# How long a rank may take to end when told to, before it is killed.
-EXIT_GRACE_S = 2.0
+# How long a rank may take to write its stacks, to hear that it must end, and to do so before it is killed.
+STACKS_S = 3.0
+HEARING_GRACE_S = 4.0
+EXIT_GRACE_S = 10.0
 # After its rank is gone, a sentinel stays for the verdict, and the first one for all others.
 LINGER_S = 3.0
 HUB_LINGER_S = 30.0
@@ -122,7 +125,7 @@ class Sentinel:
             if "hosts" in message:
                 self._hub_connection = self._connect(message["hosts"], message["port"], message["token"])
                 if self._hub_connection is None:
-                    self._channel.send({"unreachable": True})
+                    self._channel.send({"joined": False})
                 else:
                     # First, so that the hub knows of this rank from the moment on at which it has joined.
                     self._report(time.monotonic())
@@ -139,6 +142,7 @@ class Sentinel:
                 self._has_ended = True
                 if self._hub_connection is not None:
                     self._report(time.monotonic())
+                self._channel.send({"parting": True})
 
     def _hear_hub(self) -> bool:
         """True if the hub has given its verdict and it has been carried out."""
@@ -147,6 +151,8 @@ class Sentinel:
         if messages:
             self._hub_heard = time.monotonic()
         for message in messages:
+            if "report" in message:
+                self._report(time.monotonic(), asked=True)
             if "verdict" in message:
                 self._end(message["verdict"])
                 return True
@@ -195,10 +201,10 @@ class Sentinel:
             error=self._error,
         )
 
-    def _report(self, now: float) -> None:
+    def _report(self, now: float, *, asked: bool = False) -> None:
         assert self._hub_connection is not None
         self._reported = self._status(now)
-        self._hub_connection.send(status_message(self._reported))
+        self._hub_connection.send(status_message(self._reported, asked=asked))
 
     def _condition(self) -> str:
         if self._error:
@@ -217,17 +223,39 @@ class Sentinel:
         if verdict["kind"] == "hang":
             # As it was judged: a stopped rank goes on to write its stacks, and so do those that wait for it.
             status = self._reported or status
-            path = self._stack_folder / f"stacks_rank_{self._rank}.txt"
-            stacks = write_stacks(self._parent, self._stacks, path)
+            stacks = self._write_stacks(status)
             self._say_of_rank(f"hang: stage {status.stage}, {status.position}; {stacks}")
         else:
             self._say_of_rank(f"{verdict['reason']}; this rank: {status.position}")
         self._channel.send({"exit": verdict["code"]})
-        end = time.monotonic() + EXIT_GRACE_S
-        while self._is_rank_alive() and time.monotonic() < end:
+        started = time.monotonic()
+        limit = EXIT_GRACE_S if self._is_told("exits", HEARING_GRACE_S) else 0.0
+        while self._is_rank_alive():
+            if time.monotonic() - started > limit:
+                os.kill(self._parent, signal.SIGKILL)
+                return
             time.sleep(0.02)
-        if self._is_rank_alive():
-            os.kill(self._parent, signal.SIGKILL)
+
+    def _write_stacks(self, status: Status) -> str:
+        self._channel.send({"sentenced": True})
+        may_answer = status.answers
+        if status.condition == STOPPED:
+            os.kill(self._parent, signal.SIGCONT)
+            may_answer = True
+        if not may_answer or not self._is_told("stacks", STACKS_S):
+            force_stacks(self._parent, self._stacks)
+        return keep_stacks(self._stacks, self._stack_folder / f"stacks_rank_{self._rank}.txt")
+
+    def _is_told(self, word: str, within_s: float) -> bool:
+        """True once the rank has sent a message with this word."""
+        end = time.monotonic() + within_s
+        while self._is_rank_alive() and time.monotonic() < end:
+            if select.select([self._channel], [], [], 0.02)[0]:
+                if any(word in message for message in self._channel.receive()):
+                    return True
+                if not self._channel.is_open:
+                    time.sleep(0.02)
+        return False
 
     def _say_of_rank(self, text: str) -> None:
         self._say(f"rank {self._rank}: error: {text}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,8 @@ import torch
 from helixpipe.plan.operation import Kind
 from helixpipe.runtime.trace import Trace
 from megatron.training.parameter_names import canonical_modules
+
+_ADDED_TO_RESIDUAL = ("self_attention.linear_proj", "mlp.linear_fc2")
 
 
 class Finding(NamedTuple):
@@ -91,6 +94,49 @@ class Probe:
             order = -operation.segment if is_backward else operation.segment
             found = Finding(operation.micro_batch, is_backward, order, inherited, where)
             self._seen.setdefault((operation.micro_batch, is_backward), found)
+
+
+class LayerSums:
+    """Sums of what every layer adds to the residual stream: not finite where one of its numbers is not.
+
+    They are what is left of a step's forward when it has failed, for a fault that does not come again. Taken
+    on the device and looked at only then, they cost one reading of two tensors per layer and micro batch.
+
+    Args:
+        chunks: model chunks, whose modules are watched from here on.
+        trace: tells which operation is running.
+    """
+
+    def __init__(self, chunks: list[torch.nn.Module], trace: Trace) -> None:
+        self._trace = trace
+        self._sums: dict[tuple[int, int, str], torch.Tensor] = {}
+        for chunk in chunks:
+            for name, module in canonical_modules(chunk):
+                if name.endswith(_ADDED_TO_RESIDUAL):
+                    module.register_forward_hook(partial(self._add, name))
+
+    def forget(self) -> None:
+        """A new iteration begins."""
+        self._sums.clear()
+
+    @property
+    def findings(self) -> list[Finding]:
+        """Every sum that is not finite, in the order of execution."""
+        return [
+            Finding(micro_batch, False, segment, False, f"the output of {name}")
+            for (micro_batch, segment, name), total in self._sums.items()
+            if not is_finite(total)
+        ]
+
+    def _add(self, name: str, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        operation = self._trace.current
+        if not module.training or operation is None or operation.kind is not Kind.F:
+            return
+        first = output[0] if isinstance(output, tuple) else output
+        key = (operation.micro_batch, operation.segment, name)
+        total = first.detach().sum(dtype=torch.float32)
+        # In chunks of the sequence there are several.
+        self._sums[key] = self._sums[key] + total if key in self._sums else total
 
 
 def origin(findings: list[tuple[int, Finding]]) -> tuple[int, Finding] | None:

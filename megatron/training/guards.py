@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 
 from helixpipe.plan.operation import Kind
 from helixpipe.reliability.exit_codes import NumericsError
-from megatron.training.diagnosis import Finding, Probe, is_finite, origin
+from megatron.training.diagnosis import Finding, LayerSums, Probe, is_finite, origin
 from megatron.training.model import TrainingState
 from megatron.training.parameter_names import canonical_names, layer_of
 
@@ -105,6 +105,7 @@ def explain(
     schedule: Any,
     iteration: int,
     losses: Losses,
+    sums: LayerSums,
     run_again: Callable[[], Losses],
 ) -> NumericsError:
     """Say which rank and micro batch made the gradients of a step not finite; collective.
@@ -115,12 +116,13 @@ def explain(
         schedule: the ``forward_backward_func``, with the plan and the trace of the step.
         iteration: number of the iteration.
         losses: of the step, as the schedule returned them.
+        sums: of the step's layers.
         run_again: computes the step once more, from the same weights and batches.
 
     Returns:
         the error to raise, the same on every rank unless only some of them saw the fault.
     """
-    mine = _report(state, schedule, losses, [])
+    mine = _report(state, schedule, losses, sums.findings)
     stands = f"the optimizer has not stepped, the weights are those of iteration {iteration - 1}"
     if not _all_ranks_met(iteration, args.world_size):
         what = _what([(args.rank, mine)])
@@ -131,9 +133,11 @@ def explain(
         losses = run_again()
     second = _gathered(_report(state, schedule, losses, probe.findings))
     if all(report.is_finite for _, report in second):
-        fate = "computed once more the step is finite: a transient fault, as of memory or a processor"
+        began = _first_met(first, ", which began at {}")
+        fate = f"computed once more the step is finite: a transient fault, as of memory or a processor{began}"
     else:
-        fate = f"computed once more it is the same{_first_met(second)}: lower --lr or check the data"
+        begins = _first_met(second, " and begins at {}")
+        fate = f"computed once more it is the same{begins}: lower --lr or check the data"
     return NumericsError(f"iteration {iteration}: {_what(first)}; {fate}; {stands}")
 
 
@@ -203,13 +207,13 @@ def _depth(name: str, parameter: Any) -> float:
     return -1 if is_tied or name.startswith("embedding") else math.inf
 
 
-def _first_met(reports: list[tuple[int, _Report]]) -> str:
+def _first_met(reports: list[tuple[int, _Report]], words: str) -> str:
     found = origin([(rank, finding) for rank, report in reports for finding in report.findings])
     if found is None:
         return ""
     rank, finding = found
     direction = "backward" if finding.is_backward else "forward"
-    return (
-        f" and begins at {finding.where} ({direction}, rank {rank}, stage {reports[rank][1].stage}, "
+    return words.format(
+        f"{finding.where} ({direction}, rank {rank}, stage {reports[rank][1].stage}, "
         f"micro batch {finding.micro_batch})"
     )

@@ -26,7 +26,7 @@ PROGRAM = "pretrain_gpt"
 # What errors say when the process at the other end is gone.
 _PEER_LOST = ("by peer", "Broken pipe", "Connection refused", "remote process exited", "Socket closed")
 # How long this rank waits to be told which rank is to blame, before it says only that one is.
-_VERDICT_S = 5.0
+_VERDICT_S = 8.0
 
 
 class PeerLost(Exception):

@@ -1,7 +1,8 @@
-"""Read torch's checkpoint files without ever running code from them.
+"""Read torch's checkpoint files, and Megatron's index caches, without ever running code from them.
 
 torch.distributed.checkpoint stores its table of contents as a pickle, and a pickle may name any function to
-be called. Here only the names that such a table really holds are found.
+be called. Here only the names that such a table really holds are found. Megatron lets numpy read its arrays
+as pickles, which they never are.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import numpy
 import torch
 from torch.distributed.checkpoint import filesystem
+
+from helixpipe.reliability.exit_codes import DataError
 
 # Classes without side effects, and torch's own types.
 _KNOWN = {
@@ -57,8 +61,11 @@ class _SafePickle:
 
 
 def what_is_not_data(folder: Path) -> str:
-    """What in a checkpoint's pickles is more than plain data, or no pickle at all; empty if nothing is."""
-    for name, read in ((".metadata", read_table), ("common.pt", _read_common)):
+    """What in a checkpoint's pickles is more than plain data, or no pickle at all; empty if nothing is.
+
+    A table of contents may also lead torch to files outside of the folder.
+    """
+    for name, read in ((".metadata", _read_places), ("common.pt", _read_common)):
         try:
             read(folder)
         except Exception as error:  # a damaged pickle may raise anything
@@ -73,8 +80,40 @@ def read_table(folder: Path) -> Any:
         return _SafePickle.load(stream)
 
 
+def _read_places(folder: Path) -> None:
+    for place in (getattr(read_table(folder), "storage_data", None) or {}).values():
+        name = place.relative_path
+        if name != Path(name).name or not (folder / name).is_file():
+            raise ValueError(f"it names {name!r}, which is not a file of this folder")
+
+
 def _read_common(folder: Path) -> None:
     torch.load(folder / "common.pt", map_location="cpu", weights_only=True)
+
+
+@contextmanager
+def plain_arrays_from_disk() -> Iterator[None]:
+    """Inside, ``numpy.load`` reads arrays of numbers only, whatever it is asked for.
+
+    Raises:
+        DataError: a file is something else, or damaged.
+    """
+    load = numpy.load
+
+    def load_plain(path: Any, *args: Any, **options: Any) -> Any:
+        try:
+            return load(path, *args, **{**options, "allow_pickle": False})
+        except (ValueError, EOFError) as error:
+            reason = str(error).partition("\n")[0]
+            raise DataError(
+                f"{path} is not an index that was cached here ({reason}); remove it, it is made anew"
+            ) from None
+
+    numpy.load = load_plain  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        numpy.load = load
 
 
 @contextmanager

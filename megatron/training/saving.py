@@ -16,6 +16,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
 from helixpipe.reliability.exit_codes import DataError
+from helixpipe.reliability.monitor import Monitor
 from megatron.training.checkpoint_files import digest, folder_of, publish, saving_folder, start_saving
 from megatron.training.checkpointing import Progress, content_metadata, sharded_state
 from megatron.training.model import TrainingState
@@ -47,14 +48,20 @@ class Saver:
         args: parsed arguments.
         say: prints a line once for the whole job.
         on_publish: called on rank 0 after each publication.
+        monitor: told what this rank waits for: storage may stall for longer than a step may take.
     """
 
     def __init__(
-        self, args: argparse.Namespace, say: Callable[[str], None], on_publish: Callable[[], None]
+        self,
+        args: argparse.Namespace,
+        say: Callable[[str], None],
+        on_publish: Callable[[], None],
+        monitor: Monitor,
     ) -> None:
         self._args = args
         self._say = say
         self._on_publish = on_publish
+        self._monitor = monitor
         self._pending: _Pending | None = None
 
     @property
@@ -83,6 +90,7 @@ class Saver:
             statuses: of all ranks, the same on every rank.
         """
         if SaveStatus.FAILED in statuses or set(statuses) == {SaveStatus.WRITTEN}:
+            self._monitor.enter("publish")
             self.finish()
 
     def finish(self, *, must_succeed: bool = False) -> None:
@@ -94,7 +102,10 @@ class Saver:
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
+        # A rank that is still here when others have gone on is the one whose storage stalls.
+        self._monitor.reach("write checkpoint")
         mine = pending.written.result()
+        self._monitor.reach("publish checkpoint")
         everyone: list[Any] = [None] * self._args.world_size
         dist.all_gather_object(everyone, mine)
         error = _first_error([written.error for written in everyone])

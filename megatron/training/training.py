@@ -18,6 +18,7 @@ from helixpipe.reliability.monitor import Monitor
 from helixpipe.runtime.trace import NullClock, default_clock
 from megatron.training.checkpointing import Progress, load_checkpoint
 from megatron.training.data.gpt import Batch, build_iterators
+from megatron.training.diagnosis import LayerSums
 from megatron.training.elastic import ElasticTraining, ElasticValidation
 from megatron.training.guards import KeptBatches, NotFinite, explain, spread_to_gradients, watch_gradient_norm
 from megatron.training.initialize import finalize, initialize, seed_random_states
@@ -93,7 +94,7 @@ def _iterate(
     """Train to ``--train-iters`` or until asked to stop, with evaluations and checkpoints; the exit code."""
     args, monitor, reporter = run.args, run.monitor, run.reporter
     memory = MemoryWatch(args)
-    saver = Saver(args, reporter.say, lambda: note_saved(agent_store(_STORE_TIMEOUT)))
+    saver = Saver(args, reporter.say, lambda: note_saved(agent_store(_STORE_TIMEOUT)), monitor)
     request = StopRequest()
     request.listen()
     data = None if train_data is None else KeptBatches(train_data)
@@ -164,6 +165,7 @@ class _Run:
         self.reporter = reporter
         self.monitor = monitor
         self.planning: Callable[[], Planning | None] = lambda: None  # of the present iteration's plan
+        self.sums = LayerSums(state.model, schedule.trace)
         watch_gradient_norm(state.optimizer)
 
     def train_iteration(
@@ -184,6 +186,7 @@ class _Run:
         learning_rate = self.state.optimizer.param_groups[0]["lr"]
         if data is not None:
             data.forget()
+        self.sums.forget()
         losses = self._compute_gradients(iteration, data)
         every = self.args.check_gradients_every
         if every is not None and iteration % every == 0:
@@ -197,7 +200,7 @@ class _Run:
             self.monitor.enter("diagnosis")
             again = None if data is None else data.again()
             raise explain(
-                self.args, self.state, self.schedule, iteration, losses,
+                self.args, self.state, self.schedule, iteration, losses, self.sums,
                 lambda: self._compute_gradients(iteration, again),
             ) from None  # fmt: skip
         self.state.scheduler.step(increment=self.args.global_batch_size)

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 
+from megatron.training.data.corpus import PreparationOptions, prepare_dataset
+
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 128 --micro-batch-size 1 "
@@ -85,12 +87,8 @@ def corpus(tmp_path_factory) -> Path:
     """A prefix with real text: the json and email packages of the standard library."""
     prefix = tmp_path_factory.mktemp("corpus") / "stdlib"
     library = Path(sysconfig.get_path("stdlib"))
-    command = [
-        sys.executable, "tools/prepare_data.py", "--input", str(library / "json"), str(library / "email"),
-        "--pattern", "*.py", "--vocab-size", "300", "--workers", "1", "--output-prefix", str(prefix),
-    ]  # fmt: skip
-    finished = run(command, 120)
-    assert finished.code == 0, finished.errors
+    sources = [str(library / "json"), str(library / "email")]
+    prepare_dataset(PreparationOptions(sources, str(prefix), pattern="*.py", vocab_size=300, workers=1))
     return prefix
 
 

@@ -41,6 +41,7 @@ def assert_no_traceback_of_ours(finished):
 # Found on real ranks
 
 
+@pytest.mark.slow
 def test_world_that_does_not_split(launch):
     finished = launch(2, *HELIX, "--tensor-model-parallel-size", 2, timeout_s=60)
     assert_one_line_per_rank(finished, 2, "world size 2", "tensor-parallel size 2", "multiple of 4")
@@ -58,6 +59,7 @@ def test_corrupt_index_on_two_ranks_of_which_one_starts_late(launch, damaged_cor
     assert_one_line_per_rank(finished, 2, str(index), "wrong magic", "prepare")
 
 
+@pytest.mark.slow
 def test_loss_that_is_not_finite(launch, tmp_path):
     finished = launch(2, *HELIX, "--lr", "1e30", "--save", tmp_path / "saved", timeout_s=60)
     assert_one_line_per_rank(finished, 2, "iteration 2", "the loss of micro batch 0 is nan", "--lr")
@@ -65,6 +67,7 @@ def test_loss_that_is_not_finite(launch, tmp_path):
     assert not list((tmp_path / "saved").iterdir())
 
 
+@pytest.mark.slow
 def test_failure_of_one_rank_alone_ends_the_others(launch, tmp_path):
     """Rank 0 writes the metrics; the other must neither wait for it nor bury its message."""
     finished = launch(2, *HELIX, "--metrics-jsonl", tmp_path, timeout_s=60)

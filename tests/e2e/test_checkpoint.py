@@ -7,6 +7,8 @@ from argparse import Namespace
 
 import pytest
 from conftest import MODEL, metrics_of
+from ranks import run_on_ranks
+from training_worker import Fault, run_cases
 
 from megatron.training.arguments import parse_arguments
 from megatron.training.checkpoint_files import TRACKER
@@ -40,6 +42,16 @@ def half(launch, tmp_path_factory):
     assert finished.errors == ""
     assert "going on" not in finished.output
     return folder
+
+
+@pytest.fixture(scope="module")
+def alone_half(corpus, tmp_path_factory):
+    """The folder in which a single rank has saved two iterations."""
+    saved = tmp_path_factory.mktemp("alone") / "saved"
+    options = f"--data-path {corpus} --train-iters 2 --save {saved}"
+    ((outcome,),) = run_on_ranks(1, run_cases, [(options, Fault())], 1, 1, " ".join(MODEL))
+    assert outcome["code"] == 0, outcome
+    return saved
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +201,19 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(launch_alone
     assert f"going on from iteration 2 of {saved}" in finished.output.splitlines()
 
 
+def test_a_damaged_checkpoint_ends_the_job_with_one_line(launch_alone, alone_half, tmp_path):
+    saved = tmp_path / "saved"
+    shutil.copytree(alone_half, saved)
+    (victim, *_) = sorted(saved.glob("iter_0000002/*.distcp"))
+    victim.write_bytes(victim.read_bytes()[:-1])
+    finished = launch_alone("--load", saved)
+    assert finished.code == 3
+    (line,) = finished.errors.splitlines()
+    assert line.startswith(f"pretrain_gpt: rank 0: error: {victim} has ")
+    assert "it is truncated or from another save" in line
+    assert "iteration 1/" not in finished.output
+
+
 TRACKERS = {
     "empty": (b"", "holds '' instead"),
     "word": (b"abc", "holds 'abc' instead"),
@@ -201,9 +226,9 @@ TRACKERS = {
 
 
 @pytest.mark.parametrize("case", TRACKERS)
-def test_bad_tracker_lists_usable_steps(half, tmp_path, case):
+def test_bad_tracker_lists_usable_steps(alone_half, tmp_path, case):
     content, expected = TRACKERS[case]
-    shutil.copytree(half / "saved", tmp_path / "saved")
+    shutil.copytree(alone_half, tmp_path / "saved")
     # Not whole: must not be offered.
     (tmp_path / "saved" / "iter_0000003").mkdir()
     tracker = tmp_path / "saved" / TRACKER
@@ -222,15 +247,16 @@ def test_tracker_without_checkpoints(tmp_path):
         load_checkpoint(Namespace(load=tmp_path), state=None)
 
 
-def test_checkpoints_without_tracker(half, tmp_path):
-    shutil.copytree(half / "saved", tmp_path / "saved")
+def test_checkpoints_without_tracker(alone_half, tmp_path):
+    shutil.copytree(alone_half, tmp_path / "saved")
     (tmp_path / "saved" / TRACKER).unlink()
     with pytest.raises(ValueError, match=f"no {TRACKER}; write the wanted iteration there"):
         load_checkpoint(Namespace(load=tmp_path / "saved"), state=None)
 
 
-def test_bad_tracker_stops_the_job(launch_alone, half, tmp_path):
-    shutil.copytree(half / "saved", tmp_path / "saved")
+@pytest.mark.slow
+def test_bad_tracker_stops_the_job(launch_alone, alone_half, tmp_path):
+    shutil.copytree(alone_half, tmp_path / "saved")
     (tmp_path / "saved" / TRACKER).write_text("abc")
     finished = launch_alone("--load", tmp_path / "saved")
     assert finished.code == 3
@@ -255,10 +281,9 @@ def test_bad_tracker_stops_the_job(launch_alone, half, tmp_path):
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
-def test_other_architecture_is_refused(half, corpus, monkeypatch, options, expected):
+def test_other_architecture_is_refused(alone_half, corpus, monkeypatch, options, expected):
     monkeypatch.setenv("WORLD_SIZE", "1")
-    saved = half / "saved"
-    args = parse_arguments([*MODEL, "--data-path", str(corpus), "--load", str(saved), *options])
+    args = parse_arguments([*MODEL, "--data-path", str(corpus), "--load", str(alone_half), *options])
     with pytest.raises(ValueError, match=r".") as error:
         load_checkpoint(args, state=None)
-    assert str(error.value) == f"{saved / 'iter_0000002'} was trained with {expected}"
+    assert str(error.value) == f"{alone_half / 'iter_0000002'} was trained with {expected}"

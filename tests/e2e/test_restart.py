@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 from conftest import MODEL, ROOT, free_port, metrics_of, run
+from ranks import run_on_ranks
+from training_worker import Signalled, run_cases
 
 from megatron.training.checkpoint_files import TRACKER, tracked
 
@@ -26,6 +30,8 @@ LAYOUTS = {
     ),
 }  # fmt: skip
 DEADLINE_S = 200
+# Signals do not reach all ranks in the same iteration.
+STOPPED = "stopped by (SIGTERM|a signal on another rank) after iteration {iteration}: the same command with"
 
 
 class Job:
@@ -33,7 +39,7 @@ class Job:
 
     def __init__(self, corpus: Path, folder: Path, ranks: int, iterations: int, restarts: int, *more: str):
         self.metrics, self.saved = folder / "metrics.jsonl", folder / "saved"
-        command = [
+        self.command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
             "--max-restarts", str(restarts), "pretrain_gpt.py", *MODEL, "--data-path", str(corpus),
             *LAYOUTS[ranks], "--hidden-dropout", "0.1", "--train-iters", str(iterations),
@@ -45,7 +51,7 @@ class Job:
         self.output = folder / "output"
         with self.output.open("w") as stream:
             self.process = subprocess.Popen(
-                command,
+                self.command,
                 cwd=ROOT,
                 env=kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
                 stdout=stream,
@@ -65,9 +71,15 @@ class Job:
 
     def wait_for_iteration(self, iteration: int) -> bool:
         """True once the metrics reach it; False if the job has ended before."""
+        return self.wait_until(
+            lambda: self.metrics.exists() and len(self.metrics.read_text().splitlines()) >= iteration
+        )
+
+    def wait_until(self, holds: Callable[[], bool]) -> bool:
+        """True once it holds; False if the job has ended before."""
         while self.process.poll() is None:
             assert time.monotonic() < self.end, self.output.read_text()
-            if self.metrics.exists() and len(self.metrics.read_text().splitlines()) >= iteration:
+            if holds():
                 return True
             time.sleep(0.01)
         return False
@@ -97,13 +109,53 @@ def learned(path):
     return [tuple(row[key] for key in LEARNED) for row in metrics_of(path)]
 
 
-@pytest.mark.parametrize(
-    ("ranks", "kills", "seed"),
-    [(2, 2, 1), pytest.param(4, 10, 2, marks=[pytest.mark.slow, pytest.mark.timeout(600)])],
-    ids=["twice", "ten times"],
-)
-def test_killed_at_random_moments_it_ends_as_if_unbroken(corpus, tmp_path, ranks, kills, seed):
-    moments, iterations = random.Random(seed), 6 * kills + 4
+def test_killed_and_preempted_it_goes_on_as_if_unbroken(corpus, tmp_path):
+    """One job: a rank dies once there is a checkpoint, torchrun starts again, and the scheduler stops it."""
+    iterations, moments = 400, random.Random(1)
+    options = ("--save-interval", "2", "--async-save", "--keep-checkpoints", "2")
+    with Job(corpus, tmp_path, 2, iterations, 1, *options) as job:
+        assert job.wait_until((job.saved / TRACKER).exists), job.output.read_text()
+        time.sleep(moments.random() * 0.2)
+        victims = job.ranks()
+        victim = victims[moments.choice(sorted(victims))]
+        victim.send_signal(signal.SIGKILL)
+        victim.wait()
+        assert job.wait_until(lambda: "going on from iteration" in job.output.read_text())
+        going_on = int(re.search(r"going on from iteration (\d+) of", job.output.read_text())[1])
+        assert job.wait_for_iteration(going_on + 5), job.output.read_text()
+        for process in job.ranks().values():
+            process.send_signal(signal.SIGTERM)
+        assert job.wait() == 1
+    output, found = job.output.read_text(), learned(job.metrics)
+    stopped = len(found)
+    assert going_on + 5 <= stopped < iterations
+    assert re.search(STOPPED.format(iteration=stopped), output)
+    # Of the two ranks of the second start.
+    assert re.findall(r"exitcode +: (-?\d+)", output) == ["75", "75"]
+    assert sorted(path.name for path in job.saved.glob("iter_*")) == [
+        f"iter_{iteration:07d}" for iteration in ((stopped - 1) // 2 * 2, stopped)
+    ]
+    assert tracked(job.saved).name == f"iter_{stopped:07d}"
+    assert found == unbroken(job, stopped, tmp_path / "unbroken.jsonl")
+
+
+def unbroken(job, iterations, metrics):
+    """What the same command has learned after some iterations without a break, in this test's own ranks."""
+    script = job.command.index("pretrain_gpt.py")
+    arguments = [word for word in job.command[script + 1 :] if word not in ("--async-save",)]
+    for option in ("--save", "--metrics-jsonl", "--save-interval", "--keep-checkpoints"):
+        del arguments[arguments.index(option) : arguments.index(option) + 2]
+    case = (f"--metrics-jsonl {metrics}", Signalled((0, iterations, signal.SIGTERM)))
+    (outcome,), _ = run_on_ranks(2, run_cases, [case], 1, 2, " ".join(arguments))
+    assert outcome["code"] == 75, outcome
+    return learned(metrics)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_killed_at_random_moments_it_ends_as_if_unbroken(corpus, tmp_path):
+    ranks, kills, moments = 4, 10, random.Random(2)
+    iterations = 6 * kills + 4
     (tmp_path / "whole").mkdir()
     with Job(corpus, tmp_path / "whole", ranks, iterations, 0) as whole:
         assert whole.wait() == 0, whole.output.read_text()
@@ -143,13 +195,14 @@ def test_preempted_it_saves_and_the_same_command_goes_on(corpus, tmp_path):
     assert code != 0
     stopped = len(learned(job.metrics))
     assert 3 <= stopped < iterations
-    assert f"stopped by SIGTERM after iteration {stopped}: the same command with --load" in output
+    assert re.search(STOPPED.format(iteration=stopped), output)
     assert tracked(job.saved).name == f"iter_{stopped:07d}"
     with Job(corpus, tmp_path, 2, iterations, 0, *options) as job:
         assert job.wait_for_iteration(stopped + 1), job.output.read_text()
     assert f"going on from iteration {stopped} of" in job.output.read_text()
 
 
+@pytest.mark.slow
 def test_preempted_alone_it_exits_with_75(corpus, tmp_path):
     """SIGUSR1, and SIGTERM on its heels, while it trains."""
     metrics, saved = tmp_path / "metrics.jsonl", tmp_path / "saved"

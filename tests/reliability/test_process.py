@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from helixpipe.reliability.process import is_stopped, write_stacks
+from helixpipe.reliability.process import force_stacks, is_stopped, keep_stacks
 
 BUSY = """
 import faulthandler, signal, sys
@@ -41,21 +41,26 @@ def process(stacks):
     started.wait()
 
 
-def test_stacks_of_a_stopped_process(process, stacks, tmp_path):
+def test_a_stopped_process_is_seen(process):
     assert not is_stopped(process.pid)
     os.kill(process.pid, signal.SIGSTOP)
     end = time.monotonic() + 10
     while not is_stopped(process.pid):
         assert time.monotonic() < end
+
+
+def test_stacks_of_a_process_that_does_not_answer(process, stacks, tmp_path):
+    force_stacks(process.pid, stacks)
     path = tmp_path / "new folder" / "stacks.txt"
-    assert write_stacks(process.pid, stacks, path) == f"stacks in {path}"
+    assert keep_stacks(stacks, path) == f"stacks in {path}"
     assert "in stand_still" in path.read_text()
 
 
-def test_stacks_that_cannot_be_kept_are_no_error(process, stacks, tmp_path):
+def test_stacks_that_cannot_be_kept_are_no_error(stacks, tmp_path):
+    assert keep_stacks(stacks, tmp_path / "stacks.txt") == "its stacks could not be written"
+    os.write(stacks, b"Thread 1")
     (tmp_path / "file").touch()
-    said = write_stacks(process.pid, stacks, tmp_path / "file" / "stacks.txt")
-    assert "could not be written to" in said
+    assert "could not be written to" in keep_stacks(stacks, tmp_path / "file" / "stacks.txt")
 
 
 def test_a_process_that_has_gone_is_not_stopped():

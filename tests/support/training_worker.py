@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import resource
 import signal
 import sysconfig
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 import pretrain_gpt
 from helixpipe.megatron_adapter import cpu_backend
 from helixpipe.reliability.exit_codes import exit_code_of
 from helixpipe.reliability.record import NoProgress
-from megatron.training import shard_writing, training
+from megatron.training import checkpoint_files, saving, shard_writing, training
 from megatron.training.arguments import parse_arguments
 from megatron.training.data.corpus import PreparationOptions, prepare_dataset
 from megatron.training.initialize import seed_random_states
 from megatron.training.model import unwrap
+from megatron.training.parameter_names import canonical_names
+from megatron.training.shard_writing import HashingFile
+
+real_fsync = os.fsync
 
 
 class Fault:
@@ -34,11 +41,15 @@ class Fault:
         iteration: the one that is being computed.
         runs: how often it has been computed.
         args: of the run.
+        monitor: of the run.
+        seen: what else there is to tell.
     """
 
     iteration = 0
     runs = 0
     args: argparse.Namespace
+    monitor: _Unwatched
+    seen: list[Any]
 
     def on_build(self, state: Any, schedule: Any) -> None:
         """The model exists."""
@@ -132,12 +143,141 @@ class FullDisk(Fault):
         return Path("/dev/full" if "iter_0000002" in name else name)
 
 
+class BadStorage(Fault):
+    """What one rank writes of iteration 2 cannot be brought to disk: the device reports an error."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def on_build(self, state: Any, schedule: Any) -> None:
+        if dist.get_rank() == self.rank:
+            os.fsync = self._fsync
+
+    def _fsync(self, descriptor: int) -> None:
+        if "iter_0000002" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            self.on_sync()
+        real_fsync(descriptor)
+
+    def on_sync(self) -> None:
+        """Something of iteration 2 is on its way."""
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+class StalledStorage(BadStorage):
+    """It stands still until training has come to ``iteration``, and then to ``place``, if one is given.
+
+    Args:
+        rank: where.
+        files: of the checkpoint that stall, by what is in their names; the folder itself has none.
+        iteration: that training computes meanwhile.
+        place: of the program, as the monitor is told of it.
+        ending: what follows; with ``"error"``, the one of a broken device.
+    """
+
+    def __init__(
+        self, rank: int, files: str, *, iteration: int = 0, place: str = "", ending: str = ""
+    ) -> None:
+        super().__init__(rank)
+        self.files, self.until, self.place, self.ending = files, iteration, place, ending
+
+    def _fsync(self, descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if "iter_0000002" in str(path) and self.files in path.name:
+            self.on_sync()
+        real_fsync(descriptor)
+
+    def on_sync(self) -> None:
+        while self.iteration < self.until or self.place not in (self.monitor.place, ""):
+            time.sleep(0.01)
+        # A rank that waits for this one must have begun to.
+        time.sleep(0.2)
+        self.seen.append((self.iteration, self.monitor.phase, self.monitor.place))
+        if self.ending:
+            super().on_sync()
+
+
+class KilledSave(Fault):
+    """SIGKILL while iteration 2 is saved.
+
+    Args:
+        point: ``"before a shard"``, ``"within a shard"``, ``"after the shards"``, ``"before publishing"`` or
+            ``"before the tracker"``.
+    """
+
+    def __init__(self, point: str) -> None:
+        self.point = point
+
+    def on_step(self) -> None:
+        if self.iteration != 2:
+            return
+        owner, name = {
+            "before a shard": (HashingFile, "__enter__"),
+            "within a shard": (HashingFile, "write"),
+            "after the shards": (saving, "save_config"),
+            "before publishing": (saving, "publish"),
+            "before the tracker": (checkpoint_files, "write_whole"),
+        }[self.point]
+        original = getattr(owner, name)
+
+        def killing(*arguments: Any) -> Any:
+            if self.point == "within a shard":
+                stream, block = arguments
+                original(stream, bytes(block)[: len(block) // 2])
+                stream._stream.flush()
+            elif self.point == "before the tracker" and arguments[0].name != checkpoint_files.TRACKER:
+                return original(*arguments)
+            os.kill(os.getpid(), signal.SIGKILL)
+            return None
+
+        setattr(owner, name, killing)
+
+
 class BlockedFolder(Fault):
     """A file stands where the folder of iteration 2's checkpoint is to be made."""
 
     def on_step(self) -> None:
         if self.iteration == 2 and dist.get_rank() == 0:
             (self.args.save / "iter_0000002.saving").touch()
+
+
+class Snapshot(Fault):
+    """No fault: notes weights and optimizer states by name before an iteration, random states after it."""
+
+    def __init__(self, iteration: int) -> None:
+        self.when = iteration
+
+    def on_step(self) -> None:
+        if self.iteration == self.when:
+            self.seen.append(dict(_named_states(self.state)))
+
+    def on_gradients(self, state: Any) -> None:
+        if self.iteration == self.when:
+            states = tensor_parallel.get_cuda_rng_tracker().get_states()
+            self.seen.append({**states, "torch": torch.get_rng_state()})
+
+    def on_build(self, state: Any, schedule: Any) -> None:
+        self.state = state
+
+
+def _named_states(state: Any) -> Iterator[tuple[tuple[str, str, int], torch.Tensor]]:
+    """``(parameter, kind, first element), flat tensor``: this rank's parts of what training has learned.
+
+    Several ranks may have the same part.
+    """
+    (optimizer,) = state.optimizer.chained_optimizers
+    is_sharded = isinstance(optimizer, DistributedOptimizer)
+    for chunk in state.model:
+        for name, parameter in canonical_names(chunk):
+            yield (name, "weight", 0), parameter.detach().clone().flatten()
+            if not is_sharded:
+                found, first = optimizer.optimizer.state[parameter], 0
+            elif parameter in optimizer.model_param_group_index_map:
+                found = optimizer._get_main_param_and_optimizer_states(parameter)
+                first = optimizer._get_model_param_range_map(parameter)["param"].start
+            else:
+                continue  # another data-parallel rank has all of it
+            for kind in ("exp_avg", "exp_avg_sq", "step"):
+                yield (name, kind, 0 if kind == "step" else first), found[kind].detach().clone().flatten()
 
 
 def small_model(folder: Path) -> str:
@@ -161,7 +301,7 @@ def run_cases(
 
 def _run(arguments: list[str], fault: Fault) -> dict[str, Any]:
     args = parse_arguments(arguments)
-    fault.args = args
+    fault.args, fault.monitor, fault.seen = args, _Unwatched(), []
     seed_random_states(args.seed)
     parallel_state.set_virtual_pipeline_model_parallel_world_size(args.virtual_stages)
     before: dict[int, list[torch.Tensor]] = {}
@@ -193,14 +333,15 @@ def _run(arguments: list[str], fault: Fault) -> dict[str, Any]:
         mock.patch.object(training, "make_schedule", make_schedule),
         mock.patch.object(training._Run, "_compute_gradients", compute_and_spoil),
         mock.patch.object(shard_writing, "Path", Path),
+        mock.patch.object(os, "fsync", real_fsync),
         mock.patch("builtins.print", lambda text, **_: lines.append(text)),
     ):
         try:
-            code, error = training._train(args, pretrain_gpt.forward_step, _Unwatched()), ""
+            code, error = training._train(args, pretrain_gpt.forward_step, fault.monitor), ""
         except ValueError as raised:
             code, error = exit_code_of(raised), str(raised)
     now = _everything(seen["state"])
-    last = before[max(before)]
+    last = before[max(before)] if before else now
     # Before the first step there are no moments.
     unchanged = len(last) == len(now) and all(map(torch.equal, last, now))
     return {
@@ -208,20 +349,22 @@ def _run(arguments: list[str], fault: Fault) -> dict[str, Any]:
         "error": error,
         "unchanged": unchanged,
         "lines": lines,
+        "seen": fault.seen,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
 
 class _Unwatched:
-    """In the place of the monitor, which would end this process."""
+    """In the place of the monitor, which would end this process; remembers where it was."""
 
     progress = NoProgress()
+    phase = place = ""
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        pass
+        self.phase = self.place = phase
 
     def reach(self, place: str) -> None:
-        pass
+        self.place = place
 
 
 def _everything(state: Any) -> list[torch.Tensor]:

@@ -12,15 +12,22 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from helixpipe.plan.operation import Operation
 from helixpipe.reliability.deadlines import Deadlines
 from helixpipe.reliability.monitor import HubAddress, Monitor
 
-# Ranks start seconds apart on a busy machine; where nobody hangs, nobody shall be found to.
 HANGING = {"stop", "hold", "absent"}
-DEADLINE_S, LONG_DEADLINE_S = 3.0, 20.0
+DEADLINE_S, LONG_DEADLINE_S = 5.0, 60.0
+
+
+class StepDeadlines(Deadlines):
+    """Short in steps where somebody hangs; ranks start seconds apart on a busy machine."""
+
+    def of(self, phase: str) -> float:
+        return DEADLINE_S if phase == "step" and self._fixed_s else LONG_DEADLINE_S
 
 
 def _hold_interpreter() -> None:
@@ -29,14 +36,17 @@ def _hold_interpreter() -> None:
     lock(mutex)
 
 
-def _play(role: str, monitor: Monitor) -> None:
+def _play(role: str, monitor: Monitor, others_wait: Callable[[], bool], wait_begins: Path) -> None:
     name, _, peer = role.partition(" ")
     monitor.enter("step", 3)
     monitor.progress.begin(Operation.parse("2F1"))
     if name == "wait":
         monitor.progress.wait(Operation.parse(f"1RECV_F1@{peer}"))
+        wait_begins.touch()
         time.sleep(1000)
-    elif name == "work":
+    while not others_wait():
+        time.sleep(0.02)
+    if name == "work":
         for _ in range(8):
             time.sleep(0.25)
             monitor.progress.begin(Operation.parse("2F1"))
@@ -48,7 +58,8 @@ def _play(role: str, monitor: Monitor) -> None:
     else:
         {
             "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
-            "stop": lambda: (os.kill(os.getpid(), signal.SIGSTOP), time.sleep(1000)),
+            # Once it goes on it must not come to the good end that it tries to.
+            "stop": lambda: (os.kill(os.getpid(), signal.SIGSTOP), monitor.enter("step", 4)),
             "hold": _hold_interpreter,
             "lose": lambda: (os.kill(monitor._sentinel.pid, signal.SIGKILL), time.sleep(1000)),
         }[name]()
@@ -68,7 +79,7 @@ def main() -> None:
         world_size,
         program="job",
         stack_folder=folder / "stacks",
-        deadlines=Deadlines(first_s=60.0, fixed_s=DEADLINE_S if hangs else LONG_DEADLINE_S),
+        deadlines=StepDeadlines(LONG_DEADLINE_S, DEADLINE_S if hangs else None),
     )
     address = folder / "address"
     if rank == 0:
@@ -79,10 +90,11 @@ def main() -> None:
     monitor.join(HubAddress(*json.loads(address.read_text())))
     monitor.place_in_pipeline(list(range(world_size)))
     (folder / f"joined_{rank}").touch()
-    present = sum(other != "absent" for other in os.environ["ROLES"].split(","))
+    present = sum(other != "absent" for other in roles)
     while len(list(folder.glob("joined_*"))) < present:
         time.sleep(0.02)
-    _play(role, monitor)
+    waiting = sum(other.startswith("wait") for other in roles)
+    _play(role, monitor, lambda: len(list(folder.glob("waits_*"))) >= waiting, folder / f"waits_{rank}")
     monitor.close()
 
 

@@ -60,7 +60,14 @@ PIPELINE = {
     "a transient fault": (
         HELIX,
         BadModule("decoder.layers.0.mlp.linear_fc1", micro_batch=0, value=NAN, times=1),
-        ("the loss of micro batch 0 is nan", "computed once more the step is finite: a transient fault"),
+        ("the loss of micro batch 0 is nan", "computed once more the step is finite: a transient fault",
+         "which began at the output of decoder.layers.0.mlp.linear_fc2 (forward, rank ", ", micro batch 0)"),
+    ),
+    "a transient fault under 1F1B, with chunks": (
+        f"{ONE_F_ONE_B} --mlp-chunk-size 10",
+        BadModule("decoder.layers.0.self_attention.linear_qkv", rank=1, micro_batch=2, value=NAN, times=1),
+        ("the loss of micro batch 2 is nan", "a transient fault, as of memory or a processor, which began at "
+         "the output of decoder.layers.2.self_attention.linear_proj (forward, rank 1, stage 1, micro batch "),
     ),
 }  # fmt: skip
 

@@ -7,7 +7,17 @@ import signal
 
 import pytest
 from ranks import run_on_ranks
-from training_worker import BadModule, BlockedFolder, Fault, FullDisk, Signalled, run_cases, small_model
+from training_worker import (
+    BadModule,
+    BadStorage,
+    BlockedFolder,
+    Fault,
+    FullDisk,
+    Signalled,
+    StalledStorage,
+    run_cases,
+    small_model,
+)
 
 from megatron.training.checkpoint_files import check_file, manifest_of, tracked, usable
 
@@ -24,6 +34,20 @@ CASES = {
     "full, async, go on": ("--async-save --on-save-failure continue", FullDisk(1)),
     "full at the end": ("--async-save --on-save-failure continue --train-iters 2", FullDisk(0)),
     "blocked at the end": ("--on-save-failure continue --train-iters 2", BlockedFolder()),
+    "broken": ("", BadStorage(1)),
+    "broken, async": ("--async-save", BadStorage(0)),
+    "broken, async, go on": ("--async-save --on-save-failure continue", BadStorage(1)),
+    "stalled": ("", StalledStorage(1, ".distcp", place="write checkpoint")),
+    "stalled to the end": (
+        "--async-save", StalledStorage(1, ".distcp", iteration=3, place="write checkpoint")
+    ),
+    "stalled in training": (
+        "--async-save --save-interval 2 --train-iters 5", StalledStorage(1, ".distcp", iteration=4)
+    ),
+    "stalled in publishing": ("--async-save", StalledStorage(0, "manifest")),
+    "stalled, then broken": (
+        "--async-save", StalledStorage(1, ".distcp", iteration=3, place="write checkpoint", ending="error")
+    ),
     "one signalled": ("--save-interval 100", Signalled((1, 2, TERM))),
     "signalled apart": (
         "--async-save --save-interval 100",
@@ -31,7 +55,7 @@ CASES = {
     ),
     "signalled at the end": ("", Signalled((0, 3, TERM))),
     "bad numbers": ("--async-save", BadModule("decoder.layers.0.mlp.linear_fc1", micro_batch=0, value=NAN)),
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -78,22 +102,26 @@ def test_a_save_in_the_background_is_the_same_save(runs):
     assert sum(line.startswith("saved checkpoint") for line in outcomes[0]["lines"]) == 3
 
 
-@pytest.mark.parametrize("case", ["full", "full, async"])
-def test_a_full_disk_on_one_rank_stops_all(runs, case):
+ERRORS = {"full": "[Errno 28] No space left on device", "broken": "[Errno 5] Input/output error"}
+
+
+@pytest.mark.parametrize("case", ["full", "full, async", "broken", "broken, async", "stalled, then broken"])
+def test_bad_storage_of_one_rank_stops_all(runs, case):
     folder, outcomes = runs[case]
     assert codes(outcomes) == [3, 3]
+    rank, error = (0 if case == "broken, async" else 1), ERRORS["full" if "full" in case else "broken"]
     for outcome in outcomes:
         assert outcome["error"].startswith(
-            "the checkpoint of iteration 2 was not saved (rank 1: [Errno 28] No"
+            f"the checkpoint of iteration 2 was not saved (rank {rank}: {error}: "
         )
         assert outcome["error"].endswith("those before it are whole")
     assert whole(folder) == [1]
     # In the background it is noticed one iteration later at most.
-    assert len(losses(folder)) in ((2,) if case == "full" else (2, 3))
+    assert len(losses(folder)) in ((2, 3) if "," in case else (2,))
 
 
-@pytest.mark.parametrize("case", ["full, go on", "full, async, go on"])
-def test_a_full_disk_can_be_survived(runs, case):
+@pytest.mark.parametrize("case", ["full, go on", "full, async, go on", "broken, async, go on"])
+def test_bad_storage_can_be_survived(runs, case):
     folder, outcomes = runs[case]
     assert codes(outcomes) == [0, 0]
     (line,) = [line for line in outcomes[0]["lines"] if "was not saved" in line]
@@ -101,6 +129,37 @@ def test_a_full_disk_can_be_survived(runs, case):
     assert line.endswith("training goes on")
     assert whole(folder) == [1, 3]
     assert losses(folder) == losses(runs["plain"][0])
+
+
+STALLS = {
+    "stalled": ([1, 2, 3], 1, {(2, "save", "write checkpoint")}),
+    "stalled to the end": ([1, 2, 3], 1, {(3, "save", "write checkpoint")}),
+    "stalled in publishing": (
+        [1, 2, 3], 0, {(3, phase, "publish checkpoint") for phase in ("publish", "save")}
+    ),
+    "stalled, then broken": ([1], 1, {(3, "save", "write checkpoint")}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", STALLS)
+def test_stalled_storage_is_waited_for_in_a_phase_of_its_own(runs, case):
+    """What is waited for in a step may not take longer than a step."""
+    expected, rank, places = STALLS[case]
+    folder, outcomes = runs[case]
+    assert codes(outcomes) == ([3, 3] if "broken" in case else [0, 0])
+    assert whole(folder) == expected
+    assert outcomes[rank]["seen"]
+    assert set(outcomes[rank]["seen"]) <= places
+
+
+def test_training_goes_on_while_storage_stalls(runs):
+    folder, outcomes = runs["stalled in training"]
+    assert codes(outcomes) == [0, 0]
+    assert all(iteration >= 4 for iteration, _, _ in outcomes[1]["seen"])
+    assert whole(folder) == [2, 4, 5]
+    lines = [line.partition(str(folder))[2] for line in outcomes[0]["lines"] if line.startswith("saved")]
+    assert lines == [f"/iter_{iteration:07d}" for iteration in (2, 4, 5)]
+    assert len(losses(folder)) == 5
 
 
 @pytest.mark.parametrize("case", ["full at the end", "blocked at the end"])

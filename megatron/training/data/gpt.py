@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from helixpipe.megatron_adapter.schedule import needs_data
 from megatron.training.data.prefix import DatasetInfo, dataset_paths
+from megatron.training.safe_pickle import plain_arrays_from_disk
 
 Batch = dict[str, torch.Tensor]
 
@@ -61,15 +62,19 @@ def build_iterators(
         args: parsed arguments.
         consumed_samples: training sequences already seen, over all data-parallel ranks.
         iteration: the last finished one; tells how much of the validation data was seen.
+
+    Raises:
+        DataError: a damaged index cache.
     """
     evaluations = args.train_iters // args.eval_interval + 1
     reads_data = needs_data(args.pipeline_schedule, args.head_placement)
     samples = [args.train_iters * args.global_batch_size, 0, 0]
     if args.eval_iters:
         samples[1] = evaluations * args.eval_iters * args.global_batch_size
-    train, valid, _ = BlendedMegatronDatasetBuilder(
-        GPTDataset, samples, lambda: reads_data, _dataset_config(args)
-    ).build()
+    with plain_arrays_from_disk():
+        train, valid, _ = BlendedMegatronDatasetBuilder(
+            GPTDataset, samples, lambda: reads_data, _dataset_config(args)
+        ).build()
     if not reads_data:
         return None, None
     train_batches = _batches(args, train, consumed_samples)

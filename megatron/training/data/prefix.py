@@ -15,8 +15,6 @@
 megatron-core checks this layout with assertions, or not at all: a damaged file gives a bare
 ``AssertionError`` or wrong tokens. Here each defect is a DataError, a ValueError, of one line that names the
 file, the defect and the remedy.
-=======
-Each defect is a DataError of one line that names the file, the defect and the remedy.
 """
 
 import os
