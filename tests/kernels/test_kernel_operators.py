@@ -41,27 +41,35 @@ def test_torch_finds_nothing_wrong_with_an_operator(name, dtype):
     torch.library.opcheck(getattr(ops, name).default, examples(dtype)[name])
 
 
+def changed(arguments, change, only=None):
+    """Arguments with ``change`` made to every tensor, or to the one of this number."""
+    numbers = itertools.count()
+
+    def of(value):
+        if isinstance(value, list):
+            return [of(item) for item in value]
+        if not isinstance(value, torch.Tensor):
+            return value
+        return change(value) if only in (None, next(numbers)) else value
+
+    return [of(value) for value in arguments]
+
+
 @pytest.mark.parametrize("name", examples())
 def test_meta_tensors(name):
-    def meta(value):
-        if isinstance(value, list):
-            return [meta(item) for item in value]
-        return value.to("meta") if isinstance(value, torch.Tensor) else value
-
-    assert getattr(ops, name)(*map(meta, examples()[name])) is None
+    assert getattr(ops, name)(*changed(examples()[name], lambda tensor: tensor.to("meta"))) is None
 
 
-def test_a_graph_without_breaks():
-    def function(x, total):
-        out = torch.empty_like(x[:, ::2])
-        kernels.swiglu(out, x)
-        kernels.accumulate(total, out)
-        return total * 2
+@pytest.mark.parametrize("name", examples())
+def test_a_graph_without_breaks(name):
+    def function(*arguments):
+        getattr(kernels, name)(*arguments)
+        return arguments[0] * 2
 
-    x = torch.randn(4, 6)
+    arguments = examples()[name]
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-    expected = function(x, torch.ones(4, 3))
-    torch.testing.assert_close(compiled(x, torch.ones(4, 3)), expected, rtol=0, atol=0)
+    results = [call(*changed(arguments, torch.clone)) for call in (function, compiled)]
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["swiglu", "gelu"])
@@ -161,6 +169,40 @@ def test_what_is_refused_and_why(case):
     name, arguments, reason = WRONG[case]
     with pytest.raises(ValueError, match=f"^{name}: .*{re.escape(reason)}"):
         getattr(kernels, name)(*arguments)
+
+
+CHANGES = {
+    "device": lambda tensor: tensor.to("meta"),
+    "integers": lambda tensor: tensor.int(),
+    "fewer columns": lambda tensor: tensor[..., 1:].contiguous(),
+    "more dimensions": lambda tensor: torch.stack([tensor, tensor]),
+    "every other column": lambda tensor: torch.stack([tensor, tensor], dim=-1)[..., 0],
+}
+# (operator, change) -> the tensors, by number, that may be so.
+ACCEPTED = {
+    ("merge_attention", "every other column"): {1, 3},
+    ("pack", "every other column"): {1, 2},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", examples())
+def test_every_tensor_is_checked(name, change):
+    """One that does not fit the others is a clear error, whichever it is, and nothing is written."""
+    arguments = examples()[name]
+    count = sum(len(value) if isinstance(value, list) else value is not None for value in arguments)
+    count -= sum(isinstance(value, str) for value in arguments)
+    for number in range(count):
+        given = changed(arguments, CHANGES[change], only=number)
+        before = changed(given, torch.clone)
+        if number in ACCEPTED.get((name, change), ()):
+            getattr(kernels, name)(*given)
+            continue
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            getattr(kernels, name)(*given)
+        for tensor, old in zip(given, before, strict=True):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+                assert torch.equal(tensor, old)
 
 
 def test_kernels_that_are_missing_or_stale_are_reported_once(monkeypatch):
