@@ -201,6 +201,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(launch_alone
     assert f"going on from iteration 2 of {saved}" in finished.output.splitlines()
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_ends_the_job_with_one_line(launch_alone, alone_half, tmp_path):
     saved = tmp_path / "saved"
     shutil.copytree(alone_half, saved)

@@ -88,6 +88,7 @@ WAITS = (
 )
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_named_by_all_others(end_of):
     ended = end_of(f"kill {WITH_WAIT}", *HELIX)
     culprit = ("rank 1 (stage 1, host ", "was lost", "step 3", BACKWARD)

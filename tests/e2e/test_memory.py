@@ -36,16 +36,12 @@ runpy.run_path("pretrain_gpt.py", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "call", "operation"),
     [
         ("helix", "forward", "5F1, the forward of segment 5 (attention), micro batch 1"),
-        pytest.param(
-            "1f1b",
-            "backward",
-            "0B1, the backward of segment 0 (stage0), micro batch 1",
-            marks=pytest.mark.slow,
-        ),
+        ("1f1b", "backward", "0B1, the backward of segment 0 (stage0), micro batch 1"),
     ],
 )
 def test_a_job_warns_close_to_the_limit_and_ends_with_one_line(corpus, schedule, call, operation):

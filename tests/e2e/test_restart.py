@@ -117,9 +117,9 @@ def test_killed_and_preempted_it_goes_on_as_if_unbroken(corpus, tmp_path):
         assert job.wait_until((job.saved / TRACKER).exists), job.output.read_text()
         time.sleep(moments.random() * 0.2)
         victims = job.ranks()
-        victim = victims[moments.choice(sorted(victims))]
-        victim.send_signal(signal.SIGKILL)
-        victim.wait()
+        lost = moments.choice(sorted(victims))
+        victims[lost].send_signal(signal.SIGKILL)
+        victims[lost].wait()
         assert job.wait_until(lambda: "going on from iteration" in job.output.read_text())
         going_on = int(re.search(r"going on from iteration (\d+) of", job.output.read_text())[1])
         assert job.wait_for_iteration(going_on + 5), job.output.read_text()
@@ -127,6 +127,10 @@ def test_killed_and_preempted_it_goes_on_as_if_unbroken(corpus, tmp_path):
             process.send_signal(signal.SIGTERM)
         assert job.wait() == 1
     output, found = job.output.read_text(), learned(job.metrics)
+    culprit = rf"rank {lost} \(stage {lost}, host .*\) was lost \(killed, crashed or cut off\): step \d+, "
+    assert len(re.findall(rf"^pretrain_gpt: error: {culprit}.*; last completed: rank 0: ", output, re.M)) == 1
+    other = rf"^pretrain_gpt: rank {1 - lost}: error: {culprit}.*; this rank: step \d+, "
+    assert len(re.findall(other, output, re.M)) == 1
     stopped = len(found)
     assert going_on + 5 <= stopped < iterations
     assert re.search(STOPPED.format(iteration=stopped), output)

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_the_benchmark_names_every_cost():
     done = subprocess.run(
         [sys.executable, "tools/benchmark_monitor.py", "--iteration-ms", "1000", "--seconds", "1"],
