@@ -27,7 +27,7 @@ BITWISE = dict.fromkeys(TOLERANCE, 0.0)
 # round the activation function once, Megatron after each of its steps: then the two differ by as much as they
 # do from the truth, to which tests/layers/test_memory_saving.py holds both.
 SAVING_TOLERANCE = {**TOLERANCE, torch.bfloat16: 5e-2}
-SAVING_LOSS_TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-6, torch.bfloat16: 1e-3}
+SAVING_LOSS_TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-6, torch.bfloat16: 5e-3}
 
 LAYOUTS = [
     Case(pp=1),
