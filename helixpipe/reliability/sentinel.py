@@ -28,6 +28,8 @@ REPORT_S = 0.5
 PULSE_LIMIT_S = 3.0
 # The hub listens before its address is known.
 CONNECT_S = 20.0
+# How long one that is stopped is left so, for the stacks of those that wait for it.
+STOPPED_GRACE_S = 0.5
 # How long a rank may take to write its stacks, to hear that it must end, and to do so before it is killed.
 STACKS_S = 3.0
 HEARING_GRACE_S = 4.0
@@ -240,6 +242,8 @@ class Sentinel:
         self._channel.send({"sentenced": True})
         may_answer = status.answers
         if status.condition == STOPPED:
+            # Those that wait for it write theirs first, where they wait.
+            time.sleep(STOPPED_GRACE_S)
             os.kill(self._parent, signal.SIGCONT)
             may_answer = True
         if not may_answer or not self._is_told("stacks", STACKS_S):

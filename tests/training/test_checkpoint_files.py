@@ -35,7 +35,7 @@ from megatron.training.checkpoint_files import (
     tracked,
     usable,
 )
-from megatron.training.checkpointing import check_tensors, load_checkpoint
+from megatron.training.checkpointing import Progress, check_tensors, load_checkpoint
 from megatron.training.safe_pickle import no_code_from_disk, what_is_not_data
 
 FILES = {"__0_0.distcp": b"weights" * 1000, ".metadata": b"table", "common.pt": b""}
@@ -295,7 +295,7 @@ def test_a_table_of_contents_must_fit_the_model(tmp_path, saved, message):
 
 def test_a_folder_without_checkpoints_is_a_start_only_where_it_is_saved_to(tmp_path):
     (tmp_path / "iter_0000002.saving").mkdir()
-    assert load_checkpoint(Namespace(load=tmp_path, save=tmp_path), state=None) == (0, 0)
+    assert load_checkpoint(Namespace(load=tmp_path, save=tmp_path), state=None) == Progress(0, 0)
     with pytest.raises(DataError, match="holds no checkpoint; to start anew leave it out"):
         load_checkpoint(Namespace(load=tmp_path, save=tmp_path / "other"), state=None)
     with pytest.raises(DataError, match="holds no checkpoint"):
