@@ -31,7 +31,8 @@ def compare_under_megatron(cases: list[Case], virtual_stages: int | None) -> lis
         losses, found, calls = _run(case, virtual_stages)
         assert set(found) == set(expected)
         errors = {name: relative_error(found[name], gradient) for name, gradient in expected.items()}
-        errors["losses"] = relative_error(torch.tensor(losses), torch.tensor(expected_losses))
+        both = (torch.tensor(values, dtype=torch.float64) for values in (losses, expected_losses))
+        errors["losses"] = relative_error(*both)
         smallest = min(float(gradient.norm()) for gradient in expected.values())
         results.append({"errors": errors, "calls": calls, "smallest_norm": smallest})
     return results
