@@ -15,7 +15,7 @@ from ranks import run_on_ranks
 
 # Each gradient tensor: norm of the difference over its norm.
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-14}
-# Megatron's vocabulary-parallel cross entropy is fp32.
+# Losses are reported in fp32.
 LOSS_TOLERANCE = 1e-6
 
 
