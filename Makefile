@@ -15,12 +15,12 @@ READY  := $(VENV)/.installed
 quickstart: $(READY)
 	PYTHON=$(abspath $(PY)) RUN=$(RUN) bash examples/quickstart.sh
 
-# Two at a time, file by file: much of a test of several processes is the start of one of them.
+# Three at a time, for they wait at times, and file by file: much of a test of several processes is the start of one of them.
 test: $(READY)
-	$(PY) -m pytest -n 2 --dist loadscope -m "not slow" -q
+	$(PY) -m pytest -n 3 --dist loadscope -m "not slow" -q
 
 test-all: $(READY)
-	$(PY) -m pytest -n 2 --dist loadscope -q
+	$(PY) -m pytest -n 3 --dist loadscope -q
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -55,6 +55,7 @@ def test_stages_hold_what_the_plan_says(pp):
         check(case, by_stage)
 
 
+@pytest.mark.slow
 def test_padding_is_held_too():
     """Tensor-parallel ranks hold their shares of chunks whose tokens are rounded up."""
     cases = [

@@ -213,6 +213,7 @@ def test_torch_and_the_trainers_script_are_not_loaded_into_the_process():
 # All ranks of a replica
 
 
+@pytest.mark.slow
 def test_all_ranks_use_the_plan_of_the_first():
     first, second = run_on_ranks(2, plan_together)
     assert (first["planners"], second["planners"]) == (1, 0)

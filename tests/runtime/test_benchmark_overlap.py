@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -24,6 +26,7 @@ def run(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_every_schedule_is_executed_as_planned():
     """The tool itself compares traces with orders, and counts how often each tensor was handed on."""
     finished = run(
