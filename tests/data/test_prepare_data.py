@@ -385,6 +385,7 @@ def test_death_of_an_encoding_process_is_an_error(tmp_path, monkeypatch):
 # Errors of the command line
 
 
+@pytest.mark.slow
 def test_command_runs_from_any_folder(tmp_path):
     (tmp_path / "a.txt").write_text("text " * 50)
     command = [sys.executable, SCRIPT, "--input", "a.txt", "--output-prefix", "new/folder/set"]

@@ -195,7 +195,9 @@ def test_stages_give_megatrons_bits(layout):
     check([case for case in cases if case not in twice_used], TOLERANCE if ON_GPU else BITWISE)
 
 
-@pytest.mark.parametrize("layout", [Case(pp=1), Case(pp=2, dp=2), slow(Case(pp=2, tp=2))], ids=layout_name)
+@pytest.mark.parametrize(
+    "layout", [Case(pp=1), Case(pp=2), slow(Case(pp=2, dp=2)), slow(Case(pp=2, tp=2))], ids=layout_name
+)
 def test_saving_memory_keeps_losses_and_gradients(layout):
     check(saving_cases_of(layout), SAVING_TOLERANCE, SAVING_LOSS_TOLERANCE)
 

@@ -71,6 +71,7 @@ def command(*arguments):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_from_a_model_file_to_a_prediction(tmp_path):
     """The commands as a user runs them: profile, plan, costs, simulate."""
     model, profile, plan, costs = (tmp_path / name for name in ("model", "profile", "plan", "costs"))

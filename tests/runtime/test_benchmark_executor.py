@@ -7,6 +7,7 @@ import sys
 import tracemalloc
 from pathlib import Path
 
+import pytest
 import torch
 from toy_segments import ToySegments
 
@@ -18,6 +19,7 @@ from helixpipe.runtime.trace import HostClock, Trace
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_the_benchmark_times_every_kind_of_operation():
     done = subprocess.run(
         [sys.executable, "tools/benchmark_executor.py", "--iterations", "2", "--memory-iterations", "20"],
