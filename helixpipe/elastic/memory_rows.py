@@ -94,10 +94,13 @@ class PipelineMemory:
         # Warm-up: one forward after the other, and none backward.
         begun = np.concatenate([np.arange(1, window), np.minimum(np.arange(n) + window, n)])
         ended = np.concatenate([np.zeros(window - 1, dtype=np.int64), np.arange(n)])
-        plain = self._beside(self.plain[stage], begun)
-        return StageRows(begun, ended, plain, self._beside(self.recomputing[stage], begun))
+        gradients = self._gradients()
+        plain, recomputing = (
+            self._beside(workspace[stage], begun, gradients) for workspace in (self.plain, self.recomputing)
+        )
+        return StageRows(begun, ended, plain, recomputing)
 
-    def _beside(self, workspace: Array, begun: Array) -> Array:
+    def _beside(self, workspace: Array, begun: Array, gradients: tuple[Array, Array]) -> Array:
         """``workspace`` of the operation that runs at each moment, and the gradients that exist by then.
 
         With so many begun and ended, the forward that came last has run, and the next backward runs.
@@ -105,14 +108,19 @@ class PipelineMemory:
         first = len(begun) - self.num_chunks
         is_forward = np.diff(begun, prepend=0) > 0
         beside: Array = np.where(is_forward, workspace[begun - 1], 0)
+        before, during = gradients
+        beside[first:] += np.where(is_forward[first:], before, 0)
+        beside[first:] = np.maximum(beside[first:], workspace[self.backwards] + during)
+        return beside
+
+    def _gradients(self) -> tuple[Array, Array]:
+        """Bytes of gradients for earlier slices, before and during each backward, in backward order."""
         sums = np.concatenate([[0], np.cumsum(self.gradients)])
         starts = np.repeat(np.cumsum([0, *self.groups[:-1]]), self.groups)
-        gradients = (sums[1:] - sums[starts])[self.backwards]
+        during = (sums[1:] - sums[starts])[self.backwards]
         # Before the backward of a sequence's last slice there are none.
         is_last = np.diff(starts, append=-1)[self.backwards] != 0
-        beside[first:] += np.where(is_forward[first:] & ~is_last, gradients, 0)
-        beside[first:] = np.maximum(beside[first:], workspace[self.backwards] + gradients)
-        return beside
+        return np.where(is_last, 0, during), during
 
     def held(self, rows: StageRows, per_chunk: Array) -> Array:
         """At each moment, the sum of ``per_chunk`` over the chunks in flight."""
