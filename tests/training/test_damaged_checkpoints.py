@@ -56,26 +56,24 @@ def cut_and_seal(folder, other, canary):
     sealed(folder)
 
 
-def bomb_in_states(folder, other, canary):
-    """In the place of every tensor, optimizer states among them."""
+def put_for_every_tensor(folder, content):
+    """One pickle in the place of every tensor, optimizer states among them."""
     table = pickle.loads((folder / ".metadata").read_bytes())
-    torch.save(Bomb(canary), folder / SHARD)
+    torch.save(content, folder / SHARD)
     length = (folder / SHARD).stat().st_size
     change_table(
         folder, {key: replace(place, relative_path=SHARD, offset=0, length=length)
                  for key, place in table.storage_data.items()},
     )  # fmt: skip
+
+
+def bomb_in_states(folder, other, canary):
+    put_for_every_tensor(folder, Bomb(canary))
 
 
 def giant_tensor(folder, other, canary):
     """A view of one element as a billion."""
-    table = pickle.loads((folder / ".metadata").read_bytes())
-    torch.save(torch.zeros(1).expand(10**9), folder / SHARD)
-    length = (folder / SHARD).stat().st_size
-    change_table(
-        folder, {key: replace(place, relative_path=SHARD, offset=0, length=length)
-                 for key, place in table.storage_data.items()},
-    )  # fmt: skip
+    put_for_every_tensor(folder, torch.zeros(1).expand(10**9))
 
 
 def giant_table(folder, other, canary):
