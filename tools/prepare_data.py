@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str] | None) -> PreparationOptions:
+def _build_parser() -> _Parser:
     parser = _Parser(
         prog=_PROGRAM,
         description="Turn text into a Megatron dataset: PREFIX.bin, PREFIX.idx and PREFIX.tokenizer.json.",
@@ -125,6 +125,11 @@ def _parse(argv: Sequence[str] | None) -> PreparationOptions:
         help=f"leave out documents of fewer tokens, {END_OF_DOCUMENT} not counted (default: %(default)s)",
     )
     add("--overwrite", action="store_true", help="replace a dataset that stands at PREFIX")
+    return parser
+
+
+def _parse(argv: Sequence[str] | None) -> PreparationOptions:
+    parser = _build_parser()
     given = parser.parse_args(argv)
     if given.tokenizer_file and (given.tokenizer or given.vocab_size):
         parser.error("--tokenizer-file goes without --tokenizer and --vocab-size")
