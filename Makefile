@@ -36,15 +36,15 @@ kernels: $(READY)
 # freed activations instead of returning them page by page, as allocators for GPUs do.
 benchmark: $(READY)
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node 2 \
-	    tools/benchmark_schedules.py --seq-length 8192 --num-layers 8 --schedules 1f1b interleaved helix --predict
+	    benchmarks/schedules.py --seq-length 8192 --num-layers 8 --schedules 1f1b interleaved helix --predict
 
 # Layers under each way of recomputing, the kernels' bandwidth, the longest sequence. Needs a GPU; nine minutes.
 layer-benchmark: kernels
-	$(PY) tools/benchmark_layer.py --output benchmarks/results.csv
+	$(PY) benchmarks/layer.py --output benchmarks/results.csv
 
 # The executor against the simulator: eight ranks whose operations sleep, with real messages as long as a segment's forward. Five minutes.
 overlap: $(READY)
-	OMP_NUM_THREADS=1 $(PY) tools/benchmark_overlap.py --num-layers 16 --unit-ms 40 --iterations 3 --schedules helix-1 helix-2
+	OMP_NUM_THREADS=1 $(PY) benchmarks/overlap.py --num-layers 16 --unit-ms 40 --iterations 3 --schedules helix-1 helix-2
 
 # A training job on the standard library's files as they are, each batch planned while the one before trains. Three minutes on 2 cores.
 elastic: $(READY)
@@ -53,7 +53,7 @@ elastic: $(READY)
 # Elastic pipelines against packing, on the same files. Under ten minutes on 2 cores.
 elastic-benchmark: $(READY) runs/elastic/stdlib.idx
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node 2 \
-	    tools/benchmark_elastic_training.py --data-path runs/elastic/stdlib --max-seq-length 32768 --global-batch-size 16 --hidden-size 64
+	    benchmarks/elastic_training.py --data-path runs/elastic/stdlib --max-seq-length 32768 --global-batch-size 16 --hidden-size 64
 
 runs/elastic/stdlib.idx: | $(READY)
 	mkdir -p $(@D)

@@ -23,10 +23,10 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from helixpipe.reliability.exit_codes import PEER_LOST, exit_code_of  # noqa: E402
-from megatron.training.arguments import parse_arguments  # noqa: E402
-from megatron.training.farewell import Farewell  # noqa: E402
-from megatron.training.monitoring import PROGRAM, PeerLost  # noqa: E402
-from megatron.training.training import pretrain  # noqa: E402
+from megatron.pretrain.health.exit_barrier import ExitBarrier  # noqa: E402
+from megatron.pretrain.health.monitoring import PROGRAM, PeerLost  # noqa: E402
+from megatron.pretrain.loop import pretrain  # noqa: E402
+from megatron.pretrain.settings.arguments import parse_arguments  # noqa: E402
 
 EXIT_UNEXPECTED = 1  # an error in the program; the others are in helixpipe.reliability.exit_codes
 
@@ -59,18 +59,18 @@ def forward_step(data_iterator: Iterator[dict[str, Tensor]] | None, model: Any) 
 
 def main() -> int:
     """Run the job; its exit code, see :mod:`helixpipe.reliability.exit_codes`, after one line on stderr."""
-    farewell = Farewell()
-    code = _run(farewell)
+    exit_barrier = ExitBarrier()
+    code = _run(exit_barrier)
     if code:
-        farewell.wait()
+        exit_barrier.wait()
     return code
 
 
-def _run(farewell: Farewell) -> int:
+def _run(exit_barrier: ExitBarrier) -> int:
     try:
         args = parse_arguments()
-        farewell.checked()
-        return pretrain(args, forward_step, farewell.leave)
+        exit_barrier.checked()
+        return pretrain(args, forward_step, exit_barrier.leave)
     except (ValueError, OSError) as error:
         return _fail(str(error), exit_code_of(error))
     except PeerLost as error:

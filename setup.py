@@ -53,13 +53,13 @@ setup(
     python_requires=">=3.10",
     # `megatron` is a namespace package shared with megatron-core: it must have no __init__.py here,
     # and only our part of it may be named.
-    packages=find_namespace_packages(include=["helixpipe*", "megatron.training*"]),
+    packages=find_namespace_packages(include=["helixpipe*", "megatron.pretrain*"]),
     package_data={"helixpipe.report": ["assets/*"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildKernels},
     install_requires=[
         "torch>=2.6",
-        # From 0.17 on the wheel ships a megatron.training of its own and needs Python 3.12.
+        # From 0.17 on the wheel ships a megatron.pretrain of its own and needs Python 3.12.
         "megatron-core>=0.16.1,<0.17",
         "numpy",
         "pybind11",

@@ -16,5 +16,5 @@ failed=0
     tee -a "${TMPDIR:-/tmp}/gpu_tests.log" | tail -n 40
 [ "${PIPESTATUS[0]}" -eq 0 ] || failed=1
 [ "$OUT" = benchmarks ] || cp "${TMPDIR:-/tmp}/gpu_tests.log" "$OUT/gpu_tests.log"
-"$PYTHON" tools/benchmark_layer.py ${QUICK:+--quick} --minutes "${MINUTES:-7}" --output "$OUT/results.csv" || failed=1
+"$PYTHON" benchmarks/layer.py ${QUICK:+--quick} --minutes "${MINUTES:-7}" --output "$OUT/results.csv" || failed=1
 exit "$failed"

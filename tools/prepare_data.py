@@ -16,13 +16,13 @@ from typing import NoReturn
 # Works from a checkout that is not installed, too.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from megatron.training.data.corpus import (
+from helixpipe.data.prefix import END_OF_DOCUMENT
+from helixpipe.data.prepare.corpus import (
     DEFAULT_VOCAB_SIZE,
     PreparationOptions,
     PreparationSummary,
     prepare_dataset,
 )
-from megatron.training.data.prefix import END_OF_DOCUMENT
 
 _PROGRAM = "prepare_data"
 _TEXT_KEY = "text"

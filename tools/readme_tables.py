@@ -28,8 +28,8 @@ from helixpipe.plan.cost_model import (  # noqa: E402
     predict_pieces,
 )
 from helixpipe.plan.formulas import markdown_table  # noqa: E402
-from helixpipe.plan.memory import peak_bytes  # noqa: E402
 from helixpipe.plan.schedules import SCHEDULES  # noqa: E402
+from helixpipe.plan.simulation.memory import peak_bytes  # noqa: E402
 
 MODEL, MACHINE = "gpt-7b", "h20"
 P, TP, M = 8, 8, 16

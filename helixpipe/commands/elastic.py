@@ -15,7 +15,7 @@ from helixpipe.commands.planning import read_text
 from helixpipe.plan.cost_model import Hardware, Workload, read_model
 
 if TYPE_CHECKING:
-    from helixpipe.elastic.fit import Fit
+    from helixpipe.elastic.costs.fit import Fit
 
 _GIB = 2**30
 # At which elastic-profile measures the head: long enough for steady rates, with logits that fit anywhere.
@@ -77,9 +77,9 @@ def _elastic(args: argparse.Namespace) -> None:
     # SciPy takes a second to import: only these commands pay for it.
     from helixpipe.elastic.baselines import predict_baselines
     from helixpipe.elastic.chunk_schedule import costs_of_recipe
-    from helixpipe.elastic.costs_file import costs_from_json
+    from helixpipe.elastic.costs.costs_file import costs_from_json
     from helixpipe.elastic.job import ElasticJob
-    from helixpipe.elastic.planner import SLICE_COUNTS, plan_batch
+    from helixpipe.elastic.search.planner import SLICE_COUNTS, plan_batch
     from helixpipe.report.elastic import print_elastic_plan
 
     if not 0 < args.memory_limit_gib < float("inf"):
@@ -118,9 +118,9 @@ def _read_lengths(path: Path) -> tuple[int, ...]:
 
 
 def _costs(args: argparse.Namespace) -> None:
-    from helixpipe.elastic.costs_file import costs_to_json
-    from helixpipe.elastic.fit import fit_costs, measurements_from_json
-    from helixpipe.elastic.preset import predict_chunk_costs
+    from helixpipe.elastic.costs.costs_file import costs_to_json
+    from helixpipe.elastic.costs.fit import fit_costs, measurements_from_json
+    from helixpipe.elastic.costs.preset import predict_chunk_costs
 
     if args.seq_length is not None:
         raise ValueError(
@@ -151,9 +151,9 @@ def _print_errors(fit: Fit) -> None:
 
 
 def _profile(args: argparse.Namespace) -> None:
-    from helixpipe.elastic.costs_file import costs_to_json
-    from helixpipe.elastic.fit import fit_costs, measurements_to_json
-    from helixpipe.elastic.preset import profiled_chunk_costs
+    from helixpipe.elastic.costs.costs_file import costs_to_json
+    from helixpipe.elastic.costs.fit import fit_costs, measurements_to_json
+    from helixpipe.elastic.costs.preset import profiled_chunk_costs
 
     for name in ("max_seq_length", "pipeline_model_parallel_size", "repeats"):
         if getattr(args, name) < 1:

@@ -11,8 +11,8 @@ from typing import Any
 
 from helixpipe.commands.planning import read_plan, read_text
 from helixpipe.plan.cost_model import Workload, read_model
-from helixpipe.plan.costs import parse_costs
-from helixpipe.plan.timeline import Timeline
+from helixpipe.plan.simulation.costs import parse_costs
+from helixpipe.plan.simulation.timeline import Timeline
 
 
 def add_parsers(add: Callable[..., Any]) -> None:

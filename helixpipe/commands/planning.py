@@ -10,12 +10,12 @@ from typing import Any
 
 from helixpipe.commands.parser import require_positive
 from helixpipe.plan import Plan, ScheduleRequest, build_plan, validate
-from helixpipe.plan.costs import Costs, parse_costs, uniform_costs
 from helixpipe.plan.schedules import SCHEDULES
 from helixpipe.plan.schedules.request import ATTENTION_RANGES, HEAD_PLACEMENTS
-from helixpipe.plan.simulate import simulate
-from helixpipe.plan.timeline import Timeline
-from helixpipe.report.summary import Exhibit
+from helixpipe.plan.simulation.costs import Costs, parse_costs, uniform_costs
+from helixpipe.plan.simulation.simulate import simulate
+from helixpipe.plan.simulation.timeline import Timeline
+from helixpipe.report.summary import LabelledTimeline
 
 _SUFFIXES = (".png", ".svg", ".html", ".json")
 
@@ -123,8 +123,8 @@ def _draw(args: argparse.Namespace) -> None:
     from helixpipe.report.picture import draw_timeline
     from helixpipe.report.text import text_grid
 
-    exhibits = _exhibits(args)
-    timelines = [exhibit.timeline for exhibit in exhibits]
+    entries = _labelled_timelines(args)
+    timelines = [entry.timeline for entry in entries]
     suffix = args.output.suffix.lower() if args.output else None
     if suffix not in (None, *_SUFFIXES):
         raise ValueError(f"cannot draw {args.output}: the name must end in {', '.join(_SUFFIXES)}")
@@ -133,7 +133,7 @@ def _draw(args: argparse.Namespace) -> None:
     if suffix is None and args.title is not None:
         raise ValueError("--title is for pictures; add --output picture.png, picture.svg or page.html")
     if suffix == ".html":
-        write_page(exhibits, args.output, title=args.title or "Schedules")
+        write_page(entries, args.output, title=args.title or "Schedules")
     elif suffix == ".json":
         write_perfetto(timelines, args.output)
     elif len(timelines) > 1:
@@ -146,21 +146,23 @@ def _draw(args: argparse.Namespace) -> None:
     print(f"Wrote {args.output}")
 
 
-def _exhibits(args: argparse.Namespace) -> list[Exhibit]:
+def _labelled_timelines(args: argparse.Namespace) -> list[LabelledTimeline]:
     if not args.plan:
         if args.costs:
             raise ValueError("--costs goes with --plan; a measured timeline has its own times")
-        return [Exhibit(Timeline.from_json(read_text(path))) for path in args.timeline]
+        return [LabelledTimeline(Timeline.from_json(read_text(path))) for path in args.timeline]
     if args.costs and len(args.costs) != len(args.plan):
         raise ValueError(f"{len(args.plan)} plans but {len(args.costs)} costs; give one for each plan")
-    exhibits = []
+    entries = []
     for number, path in enumerate(args.plan):
         plan = read_plan(path)
         costs = _costs(args.costs[number], plan) if args.costs else _drawing_costs(plan)
         simulation = simulate(plan, costs)
         timeline = replace(simulation.timeline, source=f"{plan.schedule}, predicted")
-        exhibits.append(Exhibit(timeline, iteration_ms=simulation.iteration_ms if costs.ranks else None))
-    return exhibits
+        entries.append(
+            LabelledTimeline(timeline, iteration_ms=simulation.iteration_ms if costs.ranks else None)
+        )
+    return entries
 
 
 def _costs(path: Path, plan: Plan) -> Costs:

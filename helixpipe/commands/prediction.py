@@ -12,7 +12,7 @@ from helixpipe.commands.planning import read_plan
 from helixpipe.plan.advise import Advice, Job, advise, make_job
 from helixpipe.plan.advise.job import RESERVED_GIB
 from helixpipe.plan.cost_model import Hardware, Recompute, costs_of_plan, predict_pieces
-from helixpipe.plan.simulate import simulate
+from helixpipe.plan.simulation.simulate import simulate
 
 _ON_A_PAGE = 8
 
@@ -72,11 +72,11 @@ def _advise(args: argparse.Namespace) -> None:
 
 def _write_page(advice: Advice, job: Job, path: Path) -> None:
     from helixpipe.report.page import write_page
-    from helixpipe.report.summary import Exhibit
+    from helixpipe.report.summary import LabelledTimeline
 
-    exhibits: list[Exhibit] = []
+    entries: list[LabelledTimeline] = []
     for option in advice.options:
-        if option.plan is None or len(exhibits) == _ON_A_PAGE:
+        if option.plan is None or len(entries) == _ON_A_PAGE:
             continue
         candidate = option.candidate
         pieces = job.pieces_for(candidate.micro_batch_size)
@@ -84,10 +84,10 @@ def _write_page(advice: Advice, job: Job, path: Path) -> None:
         simulation = simulate(option.plan, costs_of_plan(pieces, option.plan, candidate.recompute))
         runs = f"no: {candidate.why_not_runnable}" if candidate.why_not_runnable else "yes"
         facts = {"recompute": candidate.recompute.value, "runs": runs}
-        exhibits.append(Exhibit(simulation.timeline, candidate.label, simulation.iteration_ms, facts))
+        entries.append(LabelledTimeline(simulation.timeline, candidate.label, simulation.iteration_ms, facts))
     workload = job.workload
     write_page(
-        exhibits,
+        entries,
         path,
         title=f"{workload.model.name}, {workload.seq_length} tokens, {job.num_gpus} GPUs",
         memory_limit_bytes=job.memory_limit_bytes,

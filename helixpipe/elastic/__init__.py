@@ -7,18 +7,18 @@ computed twice so that everything fits. The result is a common plan and a recipe
 """
 
 from helixpipe.elastic.baselines import Baseline, predict_baselines
-from helixpipe.elastic.chunk_costs import ChunkCosts, PassTime, ideal_costs
 from helixpipe.elastic.chunk_schedule import costs_of_recipe
 from helixpipe.elastic.chunks import Chunk, ChunkKind, Piece
-from helixpipe.elastic.costs_file import costs_from_json, costs_to_json
+from helixpipe.elastic.costs.chunk_costs import ChunkCosts, PassTime, ideal_costs
+from helixpipe.elastic.costs.costs_file import costs_from_json, costs_to_json
+from helixpipe.elastic.costs.fit import Fit, Measurement, fit_costs, measurements_from_json
+from helixpipe.elastic.costs.preset import predict_chunk_costs
 from helixpipe.elastic.elastic_plan import ElasticPlan, Prediction
 from helixpipe.elastic.evaluation import plan_evaluation
-from helixpipe.elastic.fit import Fit, Measurement, fit_costs, measurements_from_json
 from helixpipe.elastic.job import ElasticJob
-from helixpipe.elastic.planner import plan_batch
-from helixpipe.elastic.preset import predict_chunk_costs
 from helixpipe.elastic.recipe import Recipe
 from helixpipe.elastic.replicas import share_out
+from helixpipe.elastic.search.planner import plan_batch
 
 __all__ = [
     "Baseline",

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from helixpipe.elastic.checkpointing import OutOfMemory, uniform_checkpointing
 from helixpipe.elastic.chunk_schedule import elastic_plan, order_chunks, ready_plan
 from helixpipe.elastic.chunks import Chunk, Piece
 from helixpipe.elastic.elastic_plan import ElasticPlan, Prediction, predict
 from helixpipe.elastic.job import ElasticJob, check_lengths
-from helixpipe.elastic.memory_rows import pipeline_memory
-from helixpipe.elastic.planner import SLICE_COUNTS, best_plan, by_size, chunk_batch
 from helixpipe.elastic.recipe import Recipe
-from helixpipe.elastic.sequence_processor import even_mesh, pack_to_length
+from helixpipe.elastic.search.memory_rows import pipeline_memory
+from helixpipe.elastic.search.planner import SLICE_COUNTS, best_plan, by_size, chunk_batch
+from helixpipe.elastic.search.recomputation import OutOfMemory, uniform_checkpointing
+from helixpipe.elastic.search.sequence_processor import even_mesh, pack_to_length
 
 
 @dataclass(frozen=True)

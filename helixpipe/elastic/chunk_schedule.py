@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby, pairwise
 
-from helixpipe.elastic.chunk_costs import ChunkCosts
 from helixpipe.elastic.chunks import Chunk
+from helixpipe.elastic.costs.chunk_costs import ChunkCosts
 from helixpipe.elastic.recipe import Recipe
-from helixpipe.plan.costs import ANY_EDGE, Costs, RankCost, SegmentCost
 from helixpipe.plan.lower import lower
 from helixpipe.plan.operation import Kind, Operation
 from helixpipe.plan.plan import Plan
 from helixpipe.plan.schedules.one_f_one_b import one_forward_one_backward
+from helixpipe.plan.simulation.costs import ANY_EDGE, Costs, RankCost, SegmentCost
 from helixpipe.plan.validate import validate
 
 SCHEDULE = "elastic"

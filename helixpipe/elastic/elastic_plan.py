@@ -11,9 +11,9 @@ from typing import Any
 from helixpipe.elastic.chunk_schedule import SCHEDULE, costs_of_recipe, elastic_plan
 from helixpipe.elastic.job import ElasticJob
 from helixpipe.elastic.recipe import Recipe
-from helixpipe.plan.costs import Costs
 from helixpipe.plan.plan import Plan
-from helixpipe.plan.simulate import simulate
+from helixpipe.plan.simulation.costs import Costs
+from helixpipe.plan.simulation.simulate import simulate
 from helixpipe.plan.validate import PlanError, validate
 
 

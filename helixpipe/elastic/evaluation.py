@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from helixpipe.elastic.chunk_schedule import costs_of_recipe, elastic_plan, order_chunks
 from helixpipe.elastic.chunks import Chunk
 from helixpipe.elastic.job import ElasticJob, check_lengths
-from helixpipe.elastic.planner import SLICE_COUNTS, by_size, chunk_batch
 from helixpipe.elastic.recipe import Recipe
-from helixpipe.elastic.sequence_processor import equal_time_mesh
-from helixpipe.plan.simulate import simulate
+from helixpipe.elastic.search.planner import SLICE_COUNTS, by_size, chunk_batch
+from helixpipe.elastic.search.sequence_processor import equal_time_mesh
+from helixpipe.plan.simulation.simulate import simulate
 
 
 def plan_evaluation(

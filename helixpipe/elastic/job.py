@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from helixpipe.elastic.chunk_costs import ChunkCosts
+from helixpipe.elastic.costs.chunk_costs import ChunkCosts
 from helixpipe.plan.schedules.request import require_multiple
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
-from helixpipe.elastic.chunk_costs import ChunkCosts
+from helixpipe.elastic.costs.chunk_costs import ChunkCosts
 from helixpipe.elastic.job import check_lengths
 
 

@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 from torch.nn import Parameter
 
-from helixpipe.layers.saving_layer import local_size
+from helixpipe.layers.recomputing_layer import local_size
 from helixpipe.layers.slices import SlicedFunction, in_slices
 
 

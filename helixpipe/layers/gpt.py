@@ -9,7 +9,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from helixpipe.layers.chunked_loss import chunked_loss
-from helixpipe.layers.saving_layer import NOTHING_SAVED, MemorySaving
+from helixpipe.layers.recomputing_layer import NOTHING_SAVED, MemorySaving
 from helixpipe.layers.slices import mark_sliced
 from helixpipe.layers.spec import block_spec
 

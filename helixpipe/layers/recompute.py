@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from helixpipe.layers.guest import with_same_weights
+from helixpipe.layers.borrowed_modules import with_same_weights
 
 Tensors = tuple[Tensor, ...]
 

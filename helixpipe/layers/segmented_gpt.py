@@ -28,11 +28,11 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, get_tr
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor
 
+from helixpipe.layers.borrowed_modules import BorrowedModules
 from helixpipe.layers.chunked_loss import chunked_loss
-from helixpipe.layers.guest import Guest
 from helixpipe.layers.recompute import recompute
+from helixpipe.layers.recomputing_layer import NOTHING_SAVED, MemorySaving, SavingTransformerLayer
 from helixpipe.layers.rotary import rotate
-from helixpipe.layers.saving_layer import NOTHING_SAVED, MemorySaving, SavingTransformerLayer
 from helixpipe.layers.slices import mark_sliced
 from helixpipe.layers.spec import ATTENTION_PARTS, LayerPart, final_norm, layer_spec, partial_layer_spec
 
@@ -95,7 +95,7 @@ class SegmentedDecoder(MegatronModule):
         return state
 
 
-def _guest_config(config: TransformerConfig) -> TransformerConfig:
+def _borrowing_config(config: TransformerConfig) -> TransformerConfig:
     config = copy(config)
     # A fused accumulation would look for the main_grad of a weight that is not this rank's.
     config.gradient_accumulation_fusion = False
@@ -181,11 +181,11 @@ class SegmentedGPTModel(LanguageModule):
             final_norm(implementation) if self.post_process else None,
         )
         # By segment, attention under 1; in a dictionary, as they are no submodules: they have no weights.
-        self._guests: dict[int, Guest] = {}
+        self._borrowed: dict[int, BorrowedModules] = {}
         if self._attention_part:
-            self._guests[1] = self._attention_guest(spec)
+            self._borrowed[1] = self._borrowed_attention(spec)
         if lends_head:
-            self._guests[self.num_segments - 1] = self._last_guest(spec, final_norm(implementation))
+            self._borrowed[self.num_segments - 1] = self._borrowed_last(spec, final_norm(implementation))
         # Every rank runs the core attention of every layer; it has no weights and is no submodule.
         self._cores = [self._build_core(spec, number) for number in range(config.num_layers)]
         if self.post_process:
@@ -220,19 +220,19 @@ class SegmentedGPTModel(LanguageModule):
             tp_group=self.pg_collection.tp,
         )
 
-    def _attention_guest(self, spec: ModuleSpec) -> Guest:
-        config = _guest_config(self.config)
+    def _borrowed_attention(self, spec: ModuleSpec) -> BorrowedModules:
+        config = _borrowing_config(self.config)
         part = partial_layer_spec(spec, self._attention_part)
-        return Guest(layer=build_module(part, config=config, layer_number=1))
+        return BorrowedModules(layer=build_module(part, config=config, layer_number=1))
 
-    def _last_guest(self, spec: ModuleSpec, norm: type) -> Guest:
-        config = _guest_config(self.config)
+    def _borrowed_last(self, spec: ModuleSpec, norm: type) -> BorrowedModules:
+        config = _borrowing_config(self.config)
         part = partial_layer_spec(spec, LayerPart.POST & ~self._attention_part)
         # The weight is borrowed either way, from the embedding where it is tied.
         output_layer = self._build_output_layer(config, is_tied=False)
         if self.saving.loss_chunk_size is not None:
             mark_sliced([output_layer])
-        return Guest(
+        return BorrowedModules(
             layer=build_module(part, config=config, layer_number=1),
             final_layernorm=_build_norm(config, norm),
             output_layer=output_layer,
@@ -289,12 +289,12 @@ class SegmentedGPTModel(LanguageModule):
         number, is_attention = divmod(segment, 2)
         if is_attention:
             if borrowed is not None:
-                return self._guests[1].compute(self._run_attention, borrowed, number, inputs)
+                return self._borrowed[1].compute(self._run_attention, borrowed, number, inputs)
             layer = self.decoder.layers[str(number)] if self._attention_part else None
             return self._run_attention(layer, number, inputs)
         if segment == self.num_segments - 1:
             if borrowed is not None:
-                return self._guests[segment].compute(self._run_last, borrowed, inputs, labels)
+                return self._borrowed[segment].compute(self._run_last, borrowed, inputs, labels)
             return self._run_last(*self._last_modules(), inputs, labels)
         if segment == 0:
             values: Tensors = (self.embedding(input_ids=tokens, position_ids=position_ids),)
@@ -306,15 +306,15 @@ class SegmentedGPTModel(LanguageModule):
 
     def lent_parameters(self, segment: int) -> list[torch.nn.Parameter]:
         """This rank's parameters of an attention segment, or of the last, which other ranks borrow."""
-        guest = self._guest(segment)
+        modules = self._borrowed_modules(segment)
         own: tuple[Any, ...]
         if segment == self.num_segments - 1:
             own = self._last_modules()
         else:
             own = (self.decoder.layers[str(segment // 2)],)
-        places = dict(zip((name for name, _ in guest.named_children()), own, strict=True))
+        places = dict(zip((name for name, _ in modules.named_children()), own, strict=True))
         parameters = []
-        for name in guest.names:
+        for name in modules.names:
             module, _, inner = name.partition(".")
             if module == "output_layer" and self.share_embeddings_and_output_weights:
                 parameters.append(self.embedding.word_embeddings.weight)
@@ -324,21 +324,21 @@ class SegmentedGPTModel(LanguageModule):
 
     def lent_shapes(self, segment: int) -> list[torch.Size]:
         """Shapes of :meth:`lent_parameters`, also where the segment's weights are elsewhere."""
-        return [parameter.shape for parameter in self._guest(segment).parameters()]
+        return [parameter.shape for parameter in self._borrowed_modules(segment).parameters()]
 
     def _last_modules(self) -> tuple[Any, torch.nn.Module, torch.nn.Module]:
-        """What the last segment runs, in the order of its guest's modules."""
+        """What the last segment runs, in the order of its borrowed modules."""
         assert self.decoder.final_layernorm is not None
         layer = self.decoder.layers[str(self.config.num_layers - 1)]
         return layer, self.decoder.final_layernorm, self.output_layer
 
-    def _guest(self, segment: int) -> Guest:
+    def _borrowed_modules(self, segment: int) -> BorrowedModules:
         assert segment % 2 or segment == self.num_segments - 1, "only attention and the head are lent"
-        return self._guests[1 if segment % 2 else segment]
+        return self._borrowed[1 if segment % 2 else segment]
 
     def train(self, mode: bool = True) -> SegmentedGPTModel:
         """Switch dropout on or off, also in what is no submodule."""
-        for module in (*self._cores, *self._guests.values()):
+        for module in (*self._cores, *self._borrowed.values()):
             module.train(mode)
         return super().train(mode)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from helixpipe.kernels.choice import add_gradient
-from helixpipe.layers.guest import with_same_weights
+from helixpipe.layers.borrowed_modules import with_same_weights
 
 # Matrix products of fewer tokens are slower per token.
 _FEWEST_TOKENS = 1024

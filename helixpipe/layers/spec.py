@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from helixpipe.layers.attention import FlashCoreAttention
 from helixpipe.layers.norm import TorchNorm
-from helixpipe.layers.saving_layer import NOTHING_SAVED, MemorySaving, SavingTransformerLayer
+from helixpipe.layers.recomputing_layer import NOTHING_SAVED, MemorySaving, SavingTransformerLayer
 
 LOCAL = "local"
 TRANSFORMER_ENGINE = "transformer_engine"

@@ -10,7 +10,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
 from helixpipe.layers.gpt import build_gpt
-from helixpipe.layers.saving_layer import NOTHING_SAVED, MemorySaving
+from helixpipe.layers.recomputing_layer import NOTHING_SAVED, MemorySaving
 
 
 class _PositionInChain(NamedTuple):

@@ -18,7 +18,7 @@ ChunkTensors = dict[str, Tensor]
 
 
 class ElasticBatch:
-    """What one call of :class:`~helixpipe.megatron_adapter.elastic.ElasticForwardBackward` trains on.
+    """What one call of the elastic ``forward_backward_func`` trains on.
 
     Args:
         plan: of this batch; its chunks name sequences by their index. A recipe alone does, too: its plan

@@ -14,9 +14,9 @@ from helixpipe.layers.segmented_gpt import SegmentedGPTModel
 from helixpipe.layers.weight_gradient import defer_weight_gradients
 from helixpipe.megatron_adapter.forward_step import GPTSegments, IterationInput
 from helixpipe.megatron_adapter.gradient_reduction import finalize, hold_gradient_reduction
-from helixpipe.megatron_adapter.model_segments import IterationSize, ModelSegments
 from helixpipe.megatron_adapter.pipeline_group import agree_on_plan, make_communicator
-from helixpipe.megatron_adapter.stage_segments import StageSegments
+from helixpipe.megatron_adapter.segments.contract import IterationSize, ModelSegments
+from helixpipe.megatron_adapter.segments.stages import StageSegments
 from helixpipe.plan import Plan, ScheduleRequest, build_plan
 from helixpipe.reliability.record import Progress
 from helixpipe.runtime.communicator import Communicator

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.utils import get_model_config
 
-from helixpipe.megatron_adapter.model_segments import ModelSegments
+from helixpipe.megatron_adapter.segments.contract import ModelSegments
 from helixpipe.plan import Kind, Operation, Plan
 
 

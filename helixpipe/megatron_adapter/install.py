@@ -9,7 +9,7 @@ from typing import Any
 from megatron.core import pipeline_parallel
 from megatron.core.pipeline_parallel import schedules
 
-from helixpipe.megatron_adapter.elastic import ElasticForwardBackward
+from helixpipe.megatron_adapter.elastic_forward_backward import ElasticForwardBackward
 from helixpipe.megatron_adapter.forward_backward import PlannedForwardBackward
 
 logger = logging.getLogger(__name__)

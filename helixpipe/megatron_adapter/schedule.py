@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
-from helixpipe.megatron_adapter.elastic import ElasticForwardBackward
+from helixpipe.megatron_adapter.elastic_forward_backward import ElasticForwardBackward
 from helixpipe.megatron_adapter.forward_backward import (
     HelixForwardBackward,
     PlannedForwardBackward,

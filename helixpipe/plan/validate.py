@@ -10,11 +10,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 
-from helixpipe.plan.costs import Costs
 from helixpipe.plan.deadlock import find_deadlock
-from helixpipe.plan.memory import peak_bytes
 from helixpipe.plan.operation import Kind, Operation, input_of, message_of, output_edge
 from helixpipe.plan.plan import Plan
+from helixpipe.plan.simulation.costs import Costs
+from helixpipe.plan.simulation.memory import peak_bytes
 
 # How many operations of a rank an error shows on either side of the culprit.
 _CONTEXT = 4

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from helixpipe.elastic.chunks import Chunk, Piece
-from helixpipe.elastic.fit import Measurement
+from helixpipe.elastic.costs.fit import Measurement
 from helixpipe.layers.elastic.context import ContextStore
 from helixpipe.layers.elastic.core_attention import SliceCoreAttention
 from helixpipe.layers.elastic.layout import ChunkLayout, spans_of

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from helixpipe.plan.network import BYTES_PER_MS, Network
+from helixpipe.plan.simulation.network import BYTES_PER_MS, Network
 from helixpipe.runtime.communicator import TorchCommunicator
 from helixpipe.runtime.message import MessageLayout
 

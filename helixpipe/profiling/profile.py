@@ -18,13 +18,13 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
-from helixpipe.elastic.fit import Measurement
+from helixpipe.elastic.costs.fit import Measurement
 from helixpipe.layers.segmented_gpt import SegmentedGPTModel
 from helixpipe.layers.spec import default_implementation
 from helixpipe.megatron_adapter import cpu_backend
 from helixpipe.megatron_adapter.schedule import device
 from helixpipe.plan.cost_model import PieceCost, Pieces, Workload
-from helixpipe.plan.network import Network
+from helixpipe.plan.simulation.network import Network
 from helixpipe.profiling.chunks import ElasticLayer, chunk_shapes, measure_chunks
 from helixpipe.profiling.layer import measure_pieces
 from helixpipe.profiling.links import measure_network

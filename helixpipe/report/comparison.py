@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from helixpipe.plan.costs import Costs, SegmentCost
 from helixpipe.plan.operation import Kind, Operation, input_of
 from helixpipe.plan.plan import Plan
-from helixpipe.plan.simulate import simulate
-from helixpipe.plan.timeline import Span, Timeline
+from helixpipe.plan.simulation.costs import Costs, SegmentCost
+from helixpipe.plan.simulation.simulate import simulate
+from helixpipe.plan.simulation.timeline import Span, Timeline
 
 
 class OperationError(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from helixpipe.plan.timeline import Timeline
+from helixpipe.plan.simulation.timeline import Timeline
 from helixpipe.report.byte_units import byte_unit
 from helixpipe.report.palette import FAINT, INK, LIMIT, RULE, rank_colour
 

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from helixpipe.plan.operation import Kind
-from helixpipe.plan.timeline import Level, Span, Timeline
+from helixpipe.plan.simulation.timeline import Level, Span, Timeline
 from helixpipe.report.byte_units import ByteUnit, byte_unit
 from helixpipe.report.palette import LIMIT, STYLES, rank_colour
 from helixpipe.report.role import Role, role_of
-from helixpipe.report.summary import Cell, Exhibit, largest_bytes, milliseconds, summary_columns
+from helixpipe.report.summary import Cell, LabelledTimeline, largest_bytes, milliseconds, summary_columns
 
-_SCRIPTS = ("model.js", "draw.js", "exhibit.js", "page.js")
+_SCRIPTS = ("model.js", "draw.js", "timeline_panel.js", "page.js")
 _ROLES = tuple(Role)
 _KINDS = {
     Role.FORWARD: Kind.F,
@@ -39,7 +39,7 @@ _KEY_RANKS = 8  # rank colours that a legend explains; the others lie between th
 
 
 def write_page(
-    timelines: Sequence[Timeline | Exhibit],
+    timelines: Sequence[Timeline | LabelledTimeline],
     path: str | Path,
     *,
     title: str,
@@ -48,7 +48,7 @@ def write_page(
     """Write one HTML file that compares ``timelines``; equal input gives equal files.
 
     Args:
-        timelines: what is shown, in this order, on one time axis; an :class:`Exhibit` says more about one.
+        timelines: what is shown, in this order, on one time axis; a labelled one says more.
         path: the file.
         title: heading of the page.
         memory_limit_bytes: what a rank has, drawn as a line into every memory plot.
@@ -56,24 +56,24 @@ def write_page(
     Raises:
         ValueError: nothing to show, an empty timeline or a limit that is not positive.
     """
-    exhibits = [Exhibit(shown) if isinstance(shown, Timeline) else shown for shown in timelines]
-    if not exhibits:
+    entries = [LabelledTimeline(shown) if isinstance(shown, Timeline) else shown for shown in timelines]
+    if not entries:
         raise ValueError("nothing to show: there is no timeline")
-    for exhibit in exhibits:
-        if exhibit.timeline.makespan_ms == 0:
-            raise ValueError(f"nothing to show: the timeline {exhibit.heading!r} is empty")
+    for entry in entries:
+        if entry.timeline.makespan_ms == 0:
+            raise ValueError(f"nothing to show: the timeline {entry.heading!r} is empty")
     if memory_limit_bytes is not None and memory_limit_bytes <= 0:
         raise ValueError(f"the memory limit must be above 0 bytes, not {memory_limit_bytes}")
-    peak = largest_bytes([exhibit.timeline for exhibit in exhibits])
+    peak = largest_bytes([entry.timeline for entry in entries])
     unit = byte_unit(max(peak, memory_limit_bytes or 0))
     parts = {
         "title": escape(title),
-        "lead": escape(_lead(exhibits)),
+        "lead": escape(_lead(entries)),
         "style": _palette_rules() + _asset("page.css"),
-        "table": _table(exhibits, memory_limit_bytes),
-        "legend": _legend(exhibits),
-        "exhibits": "\n".join(_section(number, exhibit, unit) for number, exhibit in enumerate(exhibits, 1)),
-        "data": _embedded(_page_data(exhibits, unit, memory_limit_bytes)),
+        "table": _table(entries, memory_limit_bytes),
+        "legend": _legend(entries),
+        "panels": "\n".join(_section(number, entry, unit) for number, entry in enumerate(entries, 1)),
+        "data": _embedded(_page_data(entries, unit, memory_limit_bytes)),
         "script": "\n".join(_asset(name) for name in _SCRIPTS),
     }
     # In one pass: a title that looks like a placeholder stays a title.
@@ -90,8 +90,8 @@ def _embedded(data: object) -> str:
     return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _lead(exhibits: Sequence[Exhibit]) -> str:
-    timelines = [exhibit.timeline for exhibit in exhibits]
+def _lead(entries: Sequence[LabelledTimeline]) -> str:
+    timelines = [entry.timeline for entry in entries]
     ranks = sorted({len(timeline.spans) for timeline in timelines})
     operations = sum(len(rank) for timeline in timelines for rank in timeline.spans)
     many = "one timeline" if len(timelines) == 1 else f"{len(timelines)} timelines on one time axis"
@@ -108,28 +108,28 @@ def _palette_rules() -> str:
     return f":root {{ {' '.join(colours)} }}\n"
 
 
-def _legend(exhibits: Sequence[Exhibit]) -> str:
+def _legend(entries: Sequence[LabelledTimeline]) -> str:
     occurring = {
-        role_of(span.operation, exhibit.timeline)
-        for exhibit in exhibits
-        for rank in exhibit.timeline.spans
+        role_of(span.operation, entry.timeline)
+        for entry in entries
+        for rank in entry.timeline.spans
         for span in rank
     }
     names = [(role.name.lower().replace("_", "-"), role.value) for role in Role if role in occurring]
-    if any(any(exhibit.timeline.waits) for exhibit in exhibits):
+    if any(any(entry.timeline.waits) for entry in entries):
         names.append(("wait", "waiting for a message"))
     names.append(("idle", "idle"))
     return "".join(f'<li><i class="swatch {name}"></i>{text}</li>' for name, text in names)
 
 
-def _table(exhibits: Sequence[Exhibit], limit_bytes: int | None) -> str:
-    columns = summary_columns(exhibits, limit_bytes)
+def _table(entries: Sequence[LabelledTimeline], limit_bytes: int | None) -> str:
+    columns = summary_columns(entries, limit_bytes)
     head = "".join(f'<th scope="col">{column.name}</th>' for column in columns)
     rows = []
-    for number, exhibit in enumerate(exhibits, 1):
+    for number, entry in enumerate(entries, 1):
         cells = "".join(_table_cell(column.cells[number - 1], number) for column in columns)
-        heading = f'<a href="#timeline-{number}">{escape(exhibit.heading)}</a>'
-        source = f"<small>{escape(exhibit.timeline.source)}</small>" if exhibit.title else ""
+        heading = f'<a href="#timeline-{number}">{escape(entry.heading)}</a>'
+        source = f"<small>{escape(entry.timeline.source)}</small>" if entry.title else ""
         rows.append(f'<tr><th scope="row">{heading}{source}</th>{cells}</tr>')
     body = "\n".join(rows)
     return f'<thead><tr><th scope="col">timeline</th>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>'
@@ -147,14 +147,14 @@ def _table_cell(cell: Cell, number: int) -> str:
     return f"<td{attribute}>{text}{f'<small>{note}</small>' if note else ''}</td>"
 
 
-def _section(number: int, exhibit: Exhibit, unit: ByteUnit) -> str:
-    timeline = exhibit.timeline
-    heading, ranks = escape(exhibit.heading), len(timeline.spans)
+def _section(number: int, entry: LabelledTimeline, unit: ByteUnit) -> str:
+    timeline = entry.timeline
+    heading, ranks = escape(entry.heading), len(timeline.spans)
     facts = {
-        **({"source": timeline.source} if exhibit.title else {}),
+        **({"source": timeline.source} if entry.title else {}),
         "makespan": milliseconds(timeline.makespan_ms),
         "bubble": f"{timeline.bubble_ratio:.1%}",
-        **exhibit.facts,
+        **entry.facts,
     }
     listed = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>" for name, value in facts.items()
@@ -168,7 +168,7 @@ def _section(number: int, exhibit: Exhibit, unit: ByteUnit) -> str:
             f'{ranks} curves"></canvas>'
         )
     return (
-        f'<section class="exhibit card" id="timeline-{number}" aria-labelledby="heading-{number}">'
+        f'<section class="panel card" id="timeline-{number}" aria-labelledby="heading-{number}">'
         f'<h2 id="heading-{number}">{heading}</h2><dl class="facts">{listed}</dl>'
         f'<div class="view"><canvas class="bars" tabindex="0" role="application" aria-describedby="keys" '
         f'aria-label="Operations of {heading} over time, {ranks} ranks"></canvas>{memory}'
@@ -186,7 +186,9 @@ def _rank_key(ranks: int) -> str:
     )
 
 
-def _page_data(exhibits: Sequence[Exhibit], unit: ByteUnit, limit_bytes: int | None) -> dict[str, Any]:
+def _page_data(
+    entries: Sequence[LabelledTimeline], unit: ByteUnit, limit_bytes: int | None
+) -> dict[str, Any]:
     return {
         "roles": [
             {
@@ -199,7 +201,7 @@ def _page_data(exhibits: Sequence[Exhibit], unit: ByteUnit, limit_bytes: int | N
         ],
         "limit": limit_bytes,
         "unit": {"name": unit.name, "size": unit.size},
-        "timelines": [_timeline_data(exhibit.timeline) for exhibit in exhibits],
+        "timelines": [_timeline_data(entry.timeline) for entry in entries],
     }
 
 

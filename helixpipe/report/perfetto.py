@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from helixpipe.plan.operation import Kind, Operation, input_of
-from helixpipe.plan.timeline import Span, Timeline
+from helixpipe.plan.simulation.timeline import Span, Timeline
 from helixpipe.report.palette import STYLES, WAIT_TRACE_NAME
 from helixpipe.report.role import role_of
 

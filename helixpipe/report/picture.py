@@ -12,7 +12,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from helixpipe.plan.timeline import Span, Timeline
+from helixpipe.plan.simulation.timeline import Span, Timeline
 from helixpipe.report.memory_panel import draw_memory
 from helixpipe.report.palette import FAINT, IDLE, INK, RULE, STYLES
 from helixpipe.report.role import Role, role_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 
 from helixpipe.plan.operation import Kind, Operation
-from helixpipe.plan.timeline import Timeline
+from helixpipe.plan.simulation.timeline import Timeline
 
 
 class Role(str, Enum):

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
 from helixpipe.plan.operation import Kind, Operation
-from helixpipe.plan.timeline import Span, Timeline
+from helixpipe.plan.simulation.timeline import Span, Timeline
 from helixpipe.report.byte_units import ByteUnit, byte_unit
 
 
 @dataclass(frozen=True)
-class Exhibit:
+class LabelledTimeline:
     """A timeline in a comparison.
 
     Attributes:
@@ -62,16 +62,25 @@ class Column(NamedTuple):
     cells: list[Cell]
 
 
-def summary_columns(exhibits: Sequence[Exhibit], limit_bytes: int | None = None) -> list[Column]:
+def summary_columns(entries: Sequence[LabelledTimeline], limit_bytes: int | None = None) -> list[Column]:
     """The columns of the table; those that no timeline has a value for are left out."""
-    unit = byte_unit(largest_bytes([exhibit.timeline for exhibit in exhibits]))
+    unit = byte_unit(largest_bytes([entry.timeline for entry in entries]))
     columns = [
-        _duration_column("makespan", [exhibit.timeline.makespan_ms for exhibit in exhibits]),
-        _duration_column("iteration", [exhibit.iteration_ms for exhibit in exhibits]),
-        _column("bubble", [_bubble(exhibit.timeline) for exhibit in exhibits]),
-        _column("peak memory", [_peak(exhibit.timeline, unit, limit_bytes) for exhibit in exhibits]),
-        _column("waiting, all ranks", [_waiting(exhibit.timeline) for exhibit in exhibits]),
-        _column("longest wait", [_longest_wait(exhibit.timeline) for exhibit in exhibits]),
+        _duration_column("makespan", [entry.timeline.makespan_ms for entry in entries]),
+        _duration_column("iteration", [entry.iteration_ms for entry in entries]),
+        _column("bubble", [_bubble(entry.timeline) for entry in entries]),
+        _column(
+            "peak memory",
+            [_peak(entry.timeline, unit, limit_bytes) for entry in entries],
+        ),
+        _column(
+            "waiting, all ranks",
+            [_waiting(entry.timeline) for entry in entries],
+        ),
+        _column(
+            "longest wait",
+            [_longest_wait(entry.timeline) for entry in entries],
+        ),
     ]
     return [column for column in columns if any(cell != _UNKNOWN for cell in column.cells)]
 

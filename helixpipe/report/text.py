@@ -6,7 +6,7 @@ import shutil
 from enum import Enum
 from typing import NamedTuple
 
-from helixpipe.plan.timeline import Timeline
+from helixpipe.plan.simulation.timeline import Timeline
 from helixpipe.report.role import Role, role_of
 
 IDLE = "·"

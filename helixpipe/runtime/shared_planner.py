@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
-from helixpipe.elastic.background import BackgroundPlanner, PlannedBatch
 from helixpipe.elastic.job import ElasticJob
+from helixpipe.elastic.service.background import BackgroundPlanner, PlannedBatch
 
 
 class SharedPlanner:

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from helixpipe.plan.operation import Operation
-from helixpipe.plan.timeline import Span
+from helixpipe.plan.simulation.timeline import Span
 
 
 class Clock(Protocol):

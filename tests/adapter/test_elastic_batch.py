@@ -22,8 +22,8 @@ from ranks import run_on_ranks
 from helixpipe.elastic import ElasticPlan, Prediction, Recipe
 from helixpipe.elastic.chunk_schedule import ready_plan
 from helixpipe.layers.elastic.model import check_supported
-from helixpipe.megatron_adapter.elastic import ElasticForwardBackward
 from helixpipe.megatron_adapter.elastic_batch import ElasticBatch
+from helixpipe.megatron_adapter.elastic_forward_backward import ElasticForwardBackward
 from helixpipe.runtime.trace import HostClock
 
 CASE = elastic(1, checkpointed=None)

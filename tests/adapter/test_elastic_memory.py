@@ -10,8 +10,8 @@ from ranks import run_on_ranks
 
 from helixpipe.elastic import costs_of_recipe
 from helixpipe.elastic.chunk_schedule import elastic_plan
-from helixpipe.plan.memory import held_bytes
-from helixpipe.plan.simulate import simulate
+from helixpipe.plan.simulation.memory import held_bytes
+from helixpipe.plan.simulation.simulate import simulate
 
 
 def check(case, by_stage):

@@ -8,6 +8,7 @@ from models import Case
 from pretend import pretend_rank
 from stages import gpt_stage
 
+from helixpipe.data.prefix import DatasetInfo
 from helixpipe.megatron_adapter.forward_backward import (
     HelixForwardBackward,
     PlannedForwardBackward,
@@ -22,13 +23,12 @@ from helixpipe.megatron_adapter.schedule import (
     make_schedule,
     owned_segments,
 )
-from helixpipe.megatron_adapter.stage_segments import StageSegments
+from helixpipe.megatron_adapter.segments.stages import StageSegments
 from helixpipe.plan import ScheduleRequest, build_plan
 from helixpipe.plan.schedules import V_SHAPED
 from helixpipe.runtime.trace import HostClock, NullClock
 from helixpipe.runtime.weight_gradients import DeferredWeightGradients
-from megatron.training.arguments import parse_arguments
-from megatron.training.data.prefix import DatasetInfo
+from megatron.pretrain.settings.arguments import parse_arguments
 
 LENGTH = 8
 

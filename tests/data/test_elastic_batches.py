@@ -9,14 +9,14 @@ import pytest
 import torch
 from planning import make_job
 
+from helixpipe.data.prefix import DatasetInfo, dataset_paths
 from helixpipe.data.samples import ShuffledOrder
-from helixpipe.elastic.background import PlannedBatch
-from helixpipe.elastic.quick_plan import plan_quickly
+from helixpipe.elastic.search.quick_plan import plan_quickly
+from helixpipe.elastic.service.background import PlannedBatch
 from helixpipe.reliability.exit_codes import DataError
 from helixpipe.runtime.shared_planner import SharedPlanner
-from megatron.training.data.elastic import ElasticBatches, EvaluationBatches
-from megatron.training.data.prefix import DatasetInfo, dataset_paths
-from megatron.training.data.variable_length import VariableLengthDataset
+from megatron.pretrain.data.elastic_batches import ElasticBatches, EvaluationBatches
+from megatron.pretrain.data.variable_length import VariableLengthDataset
 
 LENGTHS = (50, 3, 700, 20, 90, 5, 5, 300, 41, 2, 2, 64, 1000)
 BATCH = 6

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from helixpipe.__main__ import main
+from helixpipe.data.prefix import dataset_paths, inspect_prefix
+from helixpipe.data.prepare.corpus import PreparationOptions, prepare_dataset
 from helixpipe.data.samples import ShuffledOrder
 from helixpipe.data.statistics import Bin, length_statistics
 from helixpipe.elastic.job import check_lengths
-from megatron.training.data.corpus import PreparationOptions, prepare_dataset
-from megatron.training.data.prefix import dataset_paths, inspect_prefix
-from megatron.training.data.variable_length import VariableLengthDataset
+from megatron.pretrain.data.variable_length import VariableLengthDataset
 
 SIZES = [1, 2, 3, 4, 7, 8, 100, 1000]
 

@@ -22,16 +22,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
-from helixpipe.data import index_file
-from megatron.training.data import corpus, prefix, sources, staging, tokenizer_training
-from megatron.training.data.corpus import PreparationOptions, prepare_dataset
-from megatron.training.data.prefix import (
+from helixpipe.data import index_file, prefix
+from helixpipe.data.prefix import (
     END_OF_DOCUMENT,
     check_token_ids,
     dataset_paths,
     inspect_prefix,
     load_tokenizer,
 )
+from helixpipe.data.prepare import corpus, sources, staging, tokenizer_training
+from helixpipe.data.prepare.corpus import PreparationOptions, prepare_dataset
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "prepare_data.py"
 STDLIB = Path(sysconfig.get_paths()["stdlib"])

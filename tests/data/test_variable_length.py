@@ -13,11 +13,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from helixpipe.data.index_file import LOSS_MODE, PROMPT_MODE, open_index
+from helixpipe.data.prefix import DatasetInfo, dataset_paths, inspect_prefix, load_tokenizer
+from helixpipe.data.prepare.corpus import PreparationOptions, prepare_dataset
 from helixpipe.data.samples import ShuffledOrder, document_samples
-from megatron.training.arguments import parse_arguments
-from megatron.training.data.corpus import PreparationOptions, prepare_dataset
-from megatron.training.data.prefix import DatasetInfo, dataset_paths, inspect_prefix, load_tokenizer
-from megatron.training.data.variable_length import VariableLengthDataset
+from megatron.pretrain.data.variable_length import VariableLengthDataset
+from megatron.pretrain.settings.arguments import parse_arguments
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "prepare_data.py"
 

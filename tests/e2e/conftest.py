@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 
-from megatron.training.data.corpus import PreparationOptions, prepare_dataset
+from helixpipe.data.prepare.corpus import PreparationOptions, prepare_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = (

@@ -13,7 +13,7 @@ import pytest
 from conftest import MODEL, ROOT
 
 from helixpipe.__main__ import main as planner
-from megatron.training import training
+from megatron.pretrain import loop
 
 HELIX = ("--pipeline-schedule", "helix", "--pipeline-model-parallel-size", 2)
 
@@ -35,7 +35,7 @@ def assert_one_line_per_rank(finished, ranks, *words):
 
 def assert_no_traceback_of_ours(finished):
     assert 'pretrain_gpt.py", line' not in finished.errors
-    assert "megatron/training" not in finished.errors
+    assert "megatron/" not in finished.errors
 
 
 # Found on real ranks
@@ -100,9 +100,7 @@ def refusal(pretrain_gpt, corpus, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [str(word) for word in command])
         monkeypatch.setenv("WORLD_SIZE", str(world_size))
         monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setattr(
-            training, "initialize", lambda args, monitor: pytest.fail("went on with bad input")
-        )
+        monkeypatch.setattr(loop, "initialize", lambda args, monitor: pytest.fail("went on with bad input"))
         assert pretrain_gpt.main() == code
         output, errors = capsys.readouterr()
         assert output == ""

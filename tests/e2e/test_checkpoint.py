@@ -10,9 +10,9 @@ from conftest import MODEL, metrics_of
 from ranks import run_on_ranks
 from training_worker import Fault, run_cases
 
-from megatron.training.arguments import parse_arguments
-from megatron.training.checkpoint_files import TRACKER
-from megatron.training.checkpointing import load_checkpoint
+from megatron.pretrain.checkpoint.checkpoint import load_checkpoint
+from megatron.pretrain.checkpoint.files import TRACKER
+from megatron.pretrain.settings.arguments import parse_arguments
 
 BASELINE = ("--pipeline-schedule", "1f1b", "--pipeline-model-parallel-size", 2)
 # What must not depend on where a job was interrupted; times and memory do.

@@ -10,9 +10,9 @@ from conftest import MODEL, metrics_of
 from elastic_checkpoint import megatrons_mean_loss, refusals
 from ranks import run_on_ranks
 
+from helixpipe.data.prefix import inspect_prefix
 from helixpipe.elastic import costs_to_json, ideal_costs
 from helixpipe.plan import Plan
-from megatron.training.data.prefix import inspect_prefix
 
 LONGEST = 1024
 BATCH = 8

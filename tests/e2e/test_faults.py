@@ -16,7 +16,7 @@ import psutil
 import pytest
 from conftest import metrics_of
 
-from megatron.training.checkpoint_files import tracked
+from megatron.pretrain.checkpoint.files import tracked
 
 HELIX = ("--pipeline-schedule", "helix", "--pipeline-model-parallel-size", 2)
 ONE_F_ONE_B = ("--pipeline-schedule", "1f1b", "--pipeline-model-parallel-size", 2)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from conftest import MODEL, ROOT, free_port, run
 
-from helixpipe.layers.saving_layer import MemorySaving
+from helixpipe.layers.recomputing_layer import MemorySaving
 from helixpipe.plan import Kind, Operation, ScheduleRequest, build_plan
 from helixpipe.runtime.out_of_memory import OutOfMemory, amount_asked, describe, naming_operation
 from helixpipe.runtime.trace import NullClock, Trace
-from megatron.training.memory_report import explains_out_of_memory, what_to_change
+from megatron.pretrain.health.memory_report import explains_out_of_memory, what_to_change
 
 CUDA_SAYS = (
     "CUDA out of memory. Tried to allocate 20.50 GiB. GPU 0 has a total capacity of 139.80 GiB of which "

@@ -10,7 +10,7 @@ import pytest
 from conftest import SCHEDULES, metrics_of
 
 from helixpipe.plan import Plan, ScheduleRequest, build_plan
-from helixpipe.plan.timeline import Timeline
+from helixpipe.plan.simulation.timeline import Timeline
 
 CONTRACT = {
     "iteration", "lm_loss", "grad_norm", "elapsed_ms", "tokens_per_second", "peak_memory_bytes",

@@ -18,7 +18,7 @@ from conftest import MODEL, ROOT, free_port, metrics_of, run
 from ranks import run_on_ranks
 from training_worker import Signalled, run_cases
 
-from megatron.training.checkpoint_files import TRACKER, tracked
+from megatron.pretrain.checkpoint.files import TRACKER, tracked
 
 LEARNED = ("iteration", "lm_loss", "grad_norm", "learning_rate")
 # Dropout draws from the random states of tensor- and pipeline-parallel ranks.

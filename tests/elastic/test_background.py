@@ -15,11 +15,11 @@ from planning import LENGTHS, make_job
 from planning_worker import plan_together
 from ranks import run_on_ranks
 
-from helixpipe.elastic import background as background_module
 from helixpipe.elastic import plan_batch
-from helixpipe.elastic.background import BackgroundPlanner
-from helixpipe.elastic.planner_process import Request, answer
-from helixpipe.elastic.quick_plan import num_slices_of, plan_quickly
+from helixpipe.elastic.search.quick_plan import num_slices_of, plan_quickly
+from helixpipe.elastic.service import background as background_module
+from helixpipe.elastic.service.background import BackgroundPlanner
+from helixpipe.elastic.service.planner_process import Request, answer
 
 ROOT = Path(__file__).parents[2]
 OTHER = LENGTHS[1:]
@@ -83,7 +83,7 @@ def test_answers_hold_every_failure(monkeypatch):
     def fail(*arguments, **options):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("helixpipe.elastic.planner_process.plan_batch", fail)
+    monkeypatch.setattr("helixpipe.elastic.service.planner_process.plan_batch", fail)
     assert answer(request).error == "ZeroDivisionError: a bug"
 
 
@@ -167,7 +167,7 @@ TRAINER = """
     import os, sys, time
     sys.path.insert(0, sys.argv[1])
     from planning import make_job
-    from helixpipe.elastic.background import BackgroundPlanner
+    from helixpipe.elastic.service.background import BackgroundPlanner
     from helixpipe.elastic.sample import skewed_lengths
 
     if __name__ == "__main__":
@@ -206,7 +206,7 @@ def test_the_process_does_not_outlive_a_killed_trainer(tmp_path):
 
 
 def test_torch_and_the_trainers_script_are_not_loaded_into_the_process():
-    program = "import sys, helixpipe.elastic.planner_process; assert 'torch' not in sys.modules"
+    program = "import sys, helixpipe.elastic.service.planner_process; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
 
 

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helixpipe.elastic import ElasticJob, Recipe, costs_of_recipe, ideal_costs
-from helixpipe.elastic.checkpointing import OutOfMemory, solve_checkpointing, uniform_checkpointing
 from helixpipe.elastic.chunk_schedule import elastic_plan, order_chunks, sequence_groups
-from helixpipe.elastic.memory_rows import pipeline_memory
-from helixpipe.elastic.planner import solve
-from helixpipe.elastic.sequence_processor import equal_time_mesh, make_chunks
-from helixpipe.plan.memory import peak_bytes
+from helixpipe.elastic.search.memory_rows import pipeline_memory
+from helixpipe.elastic.search.planner import solve
+from helixpipe.elastic.search.recomputation import OutOfMemory, solve_checkpointing, uniform_checkpointing
+from helixpipe.elastic.search.sequence_processor import equal_time_mesh, make_chunks
+from helixpipe.plan.simulation.memory import peak_bytes
 
 COSTS = replace(
     ideal_costs(balanced_length=100.0, token_bytes=17.0),

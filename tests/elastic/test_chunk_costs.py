@@ -24,7 +24,7 @@ from helixpipe.plan.cost_model import (
     costs_of_plan,
     predict_pieces,
 )
-from helixpipe.plan.network import Network
+from helixpipe.plan.simulation.network import Network
 
 HYBRID = Chunk((Piece(0, 100, 20, 120), Piece(1, 0, 7, 7), Piece(2, 0, 5, 5)))
 MIDDLE = Chunk((Piece(0, 100, 20, 200),))

@@ -16,12 +16,12 @@ from helixpipe.elastic.chunk_schedule import (
     sequence_groups,
 )
 from helixpipe.elastic.elastic_plan import Prediction
-from helixpipe.elastic.sequence_processor import equal_time_mesh, make_chunks
+from helixpipe.elastic.search.sequence_processor import equal_time_mesh, make_chunks
 from helixpipe.plan import Kind, Plan, PlanError, ScheduleRequest, build_plan, validate
-from helixpipe.plan.costs import parse_costs
-from helixpipe.plan.memory import peak_activations
-from helixpipe.plan.network import Network
-from helixpipe.plan.simulate import simulate
+from helixpipe.plan.simulation.costs import parse_costs
+from helixpipe.plan.simulation.memory import peak_activations
+from helixpipe.plan.simulation.network import Network
+from helixpipe.plan.simulation.simulate import simulate
 
 COSTS = ideal_costs(balanced_length=100.0)
 

@@ -5,11 +5,11 @@ from itertools import accumulate, combinations
 import pytest
 
 from helixpipe.elastic import ideal_costs
-from helixpipe.elastic.checkpointing import OutOfMemory
 from helixpipe.elastic.chunk_schedule import order_chunks, sequence_groups
-from helixpipe.elastic.grouping import group_sequences, recompute_delay_ms
-from helixpipe.elastic.memory_rows import pipeline_memory
-from helixpipe.elastic.sequence_processor import equal_time_mesh, make_chunks
+from helixpipe.elastic.search.grouping import group_sequences, recompute_delay_ms
+from helixpipe.elastic.search.memory_rows import pipeline_memory
+from helixpipe.elastic.search.recomputation import OutOfMemory
+from helixpipe.elastic.search.sequence_processor import equal_time_mesh, make_chunks
 
 COSTS = ideal_costs(balanced_length=1000.0)
 LENGTHS = [4000, 2500, 2100, 1200, *([300] * 300)]

@@ -10,7 +10,7 @@ from helixpipe.elastic import Chunk, ChunkKind, Piece, ideal_costs
 from helixpipe.elastic.baselines import cut_to_size
 from helixpipe.elastic.chunk_schedule import order_chunks
 from helixpipe.elastic.recipe import Recipe
-from helixpipe.elastic.sequence_processor import (
+from helixpipe.elastic.search.sequence_processor import (
     cut,
     equal_time_mesh,
     even_mesh,

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-import benchmark_layer
+import layer as layer_script
 from layer_benchmark.worker import RAN_OUT
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def benchmark(*arguments):
     return subprocess.run(
-        [sys.executable, "tools/benchmark_layer.py", "--device", "cpu", "--shapes", "tiny", *arguments],
+        [sys.executable, "benchmarks/layer.py", "--device", "cpu", "--shapes", "tiny", *arguments],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -79,7 +79,7 @@ def test_one_step_of_a_model(method):
     """What a worker does for the longest sequence, but for the GPU's figures."""
     task = {"part": "longest", "shape": "tiny", "seq_length": 256, "method": method, "num_layers": 2}
     done = subprocess.run(
-        [sys.executable, "tools/benchmark_layer.py", "--worker", "--device", "cpu"],
+        [sys.executable, "benchmarks/layer.py", "--worker", "--device", "cpu"],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         input=json.dumps(task) + "\n",
@@ -117,12 +117,12 @@ class PretendedGpu:
 
 
 def search(gpu, monkeypatch, methods=("selective", "ours"), output=None):
-    monkeypatch.setattr(benchmark_layer, "Workers", lambda *_, **__: gpu)
+    monkeypatch.setattr(layer_script, "Workers", lambda *_, **__: gpu)
     arguments = ["--device", "cpu", "--shapes", "7b", "--methods", *methods]
     arguments += ["--output", str(output)] if output else []
-    monkeypatch.setattr(sys, "argv", ["benchmark_layer", *arguments])
-    options = benchmark_layer._options()
-    run = benchmark_layer._Run(options)
+    monkeypatch.setattr(sys, "argv", ["layer.py", *arguments])
+    options = layer_script._options()
+    run = layer_script._Run(options)
     run.options = SimpleNamespace(**{**vars(options), "device": "cuda"})
     run.longest()
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import relative_error
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from layer_benchmark.layers import Layer
 from layer_benchmark.measure import MemoryMeter, prepare

@@ -17,7 +17,7 @@ from stages import batch_of, block_share, configured, gpt_stage, qkv_share, segm
 
 from helixpipe.layers import attention
 from helixpipe.layers.initialization import initialize_weights
-from helixpipe.layers.saving_layer import (
+from helixpipe.layers.recomputing_layer import (
     MemorySaving,
     SavingTransformerLayer,
     check_supported,
@@ -348,7 +348,7 @@ def test_foreign_linear_layers_cannot_run_in_slices(monkeypatch):
     class ForeignLinear(torch.nn.Linear):
         """As in Transformer Engine."""
 
-    monkeypatch.setattr("helixpipe.layers.saving_layer.RowParallelLinear", ForeignLinear)
+    monkeypatch.setattr("helixpipe.layers.recomputing_layer.RowParallelLinear", ForeignLinear)
     case = Case(pp=1, mlp_chunk=4)
     with pretend_rank(case), pytest.raises(ValueError, match="use --transformer-impl local"):
         gpt_stage(case)

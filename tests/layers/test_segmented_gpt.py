@@ -125,8 +125,8 @@ def test_evaluation_mode_reaches_everything():
         batch = batch_of(case)
         for mode, repeats in ((False, True), (True, False)):
             assert model.train(mode) is model
-            guests = [module for guest in model._guests.values() for module in guest.modules()]
-            assert {module.training for module in (*model.modules(), *model._cores, *guests)} == {mode}
+            borrowed = [module for group in model._borrowed.values() for module in group.modules()]
+            assert {module.training for module in (*model.modules(), *model._cores, *borrowed)} == {mode}
             first, second = (run_segments(model, **batch)[0] for _ in range(2))
             assert torch.equal(first, second) == repeats
 

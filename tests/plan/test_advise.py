@@ -19,8 +19,8 @@ from helixpipe.plan.cost_model import (
     predict_pieces,
 )
 from helixpipe.plan.cost_model.work import PIECES
-from helixpipe.plan.network import Network
-from helixpipe.plan.simulate import simulate
+from helixpipe.plan.simulation.network import Network
+from helixpipe.plan.simulation.simulate import simulate
 
 GIB = 2**30
 

@@ -20,8 +20,8 @@ from helixpipe.plan.cost_model import (
 from helixpipe.plan.cost_model.analytic import pipeline_network
 from helixpipe.plan.cost_model.segments import rank_parameters
 from helixpipe.plan.cost_model.work import LAYER_PIECES, PIECES
-from helixpipe.plan.memory import peak_bytes
 from helixpipe.plan.schedules import SCHEDULES
+from helixpipe.plan.simulation.memory import peak_bytes
 
 GPT = MODELS["gpt-7b"]
 LLAMA = MODELS["llama-7b"]

@@ -5,10 +5,10 @@ from itertools import product
 import pytest
 
 from helixpipe.plan import SCHEDULES, Kind, ScheduleRequest, build_plan
-from helixpipe.plan.costs import Costs, SegmentCost, uniform_costs
 from helixpipe.plan.formulas import FORMS, Case, markdown_table
-from helixpipe.plan.memory import peak_bytes
-from helixpipe.plan.simulate import simulate
+from helixpipe.plan.simulation.costs import Costs, SegmentCost, uniform_costs
+from helixpipe.plan.simulation.memory import peak_bytes
+from helixpipe.plan.simulation.simulate import simulate
 
 # (F, B, W) of one layer: the ordinary case, its edges, and two cases outside W <= F <= B.
 TIMES = [(10, 13, 7), (5, 5, 5), (4, 9, 1), (6, 6, 0), (3, 8, 3), (7, 4, 2), (2, 5, 6)]

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from helixpipe.plan import Kind, Loan, Operation, Plan, PlanError, ScheduleRequest, build_plan, validate
 from helixpipe.plan.attention_range import AttentionSizes, cheapest_range, slot_bytes
-from helixpipe.plan.costs import Costs, SegmentCost
 from helixpipe.plan.deadlock import find_deadlock
 from helixpipe.plan.lower import lower
-from helixpipe.plan.simulate import simulate
+from helixpipe.plan.simulation.costs import Costs, SegmentCost
+from helixpipe.plan.simulation.simulate import simulate
 
 
 def helix(p, layers, m, fold=2, attention_range="qkv", head_placement=None, **options):

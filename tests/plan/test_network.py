@@ -8,11 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helixpipe.plan import Kind, Operation, Plan, ScheduleRequest, build_plan
-from helixpipe.plan.costs import Costs, LoanBytes, RankCost, SegmentCost, parse_costs, uniform_costs
-from helixpipe.plan.memory import held_bytes, peak_bytes
-from helixpipe.plan.network import Links, Network
-from helixpipe.plan.simulate import simulate
-from helixpipe.plan.timeline import Level, Span, Timeline
+from helixpipe.plan.simulation.costs import (
+    Costs,
+    LoanBytes,
+    RankCost,
+    SegmentCost,
+    parse_costs,
+    uniform_costs,
+)
+from helixpipe.plan.simulation.memory import held_bytes, peak_bytes
+from helixpipe.plan.simulation.network import Links, Network
+from helixpipe.plan.simulation.simulate import simulate
+from helixpipe.plan.simulation.timeline import Level, Span, Timeline
 
 MEGABYTE = 10**6  # takes 1 ms at 1 GB/s
 

@@ -137,7 +137,7 @@ def test_pages_and_traces(plan_file, costs_file, tmp_path, capsys):
     page, trace, picture = tmp_path / "page.html", tmp_path / "trace.json", tmp_path / "picture.png"
     both = ["draw", "--plan", str(plan_file), str(plan_file), "--costs", str(costs_file), str(costs_file)]
     assert main([*both, "--title", "Twice", "--output", str(page)]) == 0
-    assert page.read_text().count('<section class="exhibit') == 2
+    assert page.read_text().count('<section class="panel') == 2
     assert "<title>Twice" in page.read_text()
     assert main([*both, "--output", str(trace)]) == 0
     processes = [e for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "process_name"]

@@ -7,7 +7,7 @@ import pytest
 from helixpipe.__main__ import main
 from helixpipe.plan import Plan
 from helixpipe.plan.cost_model import HARDWARE, MODELS, Workload, predict_pieces
-from helixpipe.plan.costs import parse_costs
+from helixpipe.plan.simulation.costs import parse_costs
 
 MODEL = ["--model", "llama-7b", "--hardware", "h20", "--seq-length", "131072"]
 CLUSTER = ["--tensor-model-parallel-size", "8"]

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from helixpipe.plan import SCHEDULES, Kind, Operation, Plan, ScheduleRequest, build_plan, validate
 from helixpipe.plan.deadlock import find_deadlock
-from helixpipe.plan.memory import peak_activations
 from helixpipe.plan.plan import orders_from_csv
+from helixpipe.plan.simulation.memory import peak_activations
 
 MANY = settings(max_examples=60, deadline=None)
 

@@ -3,9 +3,9 @@
 import pytest
 
 from helixpipe.plan import Operation, ScheduleRequest, build_plan
-from helixpipe.plan.costs import Costs, SegmentCost
-from helixpipe.plan.memory import peak_activations
-from helixpipe.plan.simulate import simulate
+from helixpipe.plan.simulation.costs import Costs, SegmentCost
+from helixpipe.plan.simulation.memory import peak_activations
+from helixpipe.plan.simulation.simulate import simulate
 
 
 def built(p, m, num_slices, schedule="seq1f1b", **options):

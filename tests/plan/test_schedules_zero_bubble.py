@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helixpipe.plan import Kind, ScheduleRequest, build_plan
-from helixpipe.plan.costs import uniform_costs
-from helixpipe.plan.memory import peak_activations
-from helixpipe.plan.simulate import simulate
+from helixpipe.plan.simulation.costs import uniform_costs
+from helixpipe.plan.simulation.memory import peak_activations
+from helixpipe.plan.simulation.simulate import simulate
 
 V_SHAPED = ("zb-v", "v-half", "v-min", "dualpipe-v")
 SPLIT = ("zb-h1", *V_SHAPED)

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helixpipe.plan import Kind, Operation, Plan, ScheduleRequest, build_plan
-from helixpipe.plan.costs import Costs, SegmentCost, parse_costs, uniform_costs
-from helixpipe.plan.simulate import simulate
-from helixpipe.plan.timeline import Span, Timeline
+from helixpipe.plan.simulation.costs import Costs, SegmentCost, parse_costs, uniform_costs
+from helixpipe.plan.simulation.simulate import simulate
+from helixpipe.plan.simulation.timeline import Span, Timeline
 
 
 def built(schedule, p, layers, m, *, compute_only=True, **options):

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helixpipe.plan import Kind, Operation, Plan, PlanError, ScheduleRequest, build_plan, validate
-from helixpipe.plan.costs import Costs, SegmentCost
 from helixpipe.plan.deadlock import find_deadlock
-from helixpipe.plan.memory import peak_bytes
+from helixpipe.plan.simulation.costs import Costs, SegmentCost
+from helixpipe.plan.simulation.memory import peak_bytes
 from helixpipe.plan.validate import check_memory
 
 

@@ -10,8 +10,8 @@ from test_profile import TINY, workload
 
 from helixpipe.__main__ import main
 from helixpipe.elastic import costs_from_json, fit_costs, measurements_from_json
-from helixpipe.elastic.fit import measurements_to_json
-from helixpipe.elastic.preset import predict_chunk_costs, profiled_chunk_costs
+from helixpipe.elastic.costs.fit import measurements_to_json
+from helixpipe.elastic.costs.preset import predict_chunk_costs, profiled_chunk_costs
 from helixpipe.plan.cost_model import HARDWARE
 from helixpipe.profiling.chunks import chunk_shapes
 

@@ -13,8 +13,8 @@ from ranks import run_on_ranks
 from helixpipe.plan import Plan, ScheduleRequest, build_plan
 from helixpipe.plan.cost_model import ModelShape, Pieces, Recompute, Workload, costs_of_plan
 from helixpipe.plan.cost_model.work import PIECES
-from helixpipe.plan.costs import parse_costs
-from helixpipe.plan.simulate import simulate
+from helixpipe.plan.simulation.costs import parse_costs
+from helixpipe.plan.simulation.simulate import simulate
 
 ROOT = Path(__file__).parents[2]
 TINY = ModelShape(

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.slow
 def test_the_benchmark_names_every_cost():
     done = subprocess.run(
-        [sys.executable, "tools/benchmark_monitor.py", "--iteration-ms", "1000", "--seconds", "1"],
+        [sys.executable, "benchmarks/monitor.py", "--iteration-ms", "1000", "--seconds", "1"],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -7,8 +7,8 @@ import pytest
 
 from helixpipe.__main__ import main
 from helixpipe.plan import Kind, ScheduleRequest, build_plan
-from helixpipe.plan.costs import Costs, SegmentCost, uniform_costs
-from helixpipe.plan.simulate import simulate
+from helixpipe.plan.simulation.costs import Costs, SegmentCost, uniform_costs
+from helixpipe.plan.simulation.simulate import simulate
 from helixpipe.report.comparison import compare, verdict
 
 PLAN = build_plan("1f1b", ScheduleRequest(num_layers=2, num_ranks=2, num_microbatches=4))

@@ -6,9 +6,9 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from helixpipe.plan import Operation, ScheduleRequest, build_plan
-from helixpipe.plan.costs import Costs, RankCost, SegmentCost
-from helixpipe.plan.simulate import simulate
-from helixpipe.plan.timeline import Level, Span, Timeline
+from helixpipe.plan.simulation.costs import Costs, RankCost, SegmentCost
+from helixpipe.plan.simulation.simulate import simulate
+from helixpipe.plan.simulation.timeline import Level, Span, Timeline
 from helixpipe.report.byte_units import byte_unit
 from helixpipe.report.palette import rank_colour
 from helixpipe.report.picture import draw_timeline

@@ -7,11 +7,11 @@ from html.parser import HTMLParser
 import pytest
 
 from helixpipe.plan import Operation, ScheduleRequest, build_plan
-from helixpipe.plan.costs import Costs, uniform_costs
-from helixpipe.plan.simulate import simulate
-from helixpipe.plan.timeline import Level, Span, Timeline
+from helixpipe.plan.simulation.costs import Costs, uniform_costs
+from helixpipe.plan.simulation.simulate import simulate
+from helixpipe.plan.simulation.timeline import Level, Span, Timeline
 from helixpipe.report.page import write_page
-from helixpipe.report.summary import Exhibit, summary_columns, worst_wait
+from helixpipe.report.summary import LabelledTimeline, summary_columns, worst_wait
 
 GIB = 2**30
 
@@ -71,11 +71,11 @@ def by_hand(scale=1.0, peak=3 * GIB, source="by hand"):
 
 def test_table_says_what_the_timelines_say(tmp_path):
     path = tmp_path / "page.html"
-    exhibits = [
-        Exhibit(by_hand(), "quick", iteration_ms=8, facts={"fold": 2}),
-        Exhibit(by_hand(2.0, 2 * GIB, "measured"), "frugal", iteration_ms=14),
+    entries = [
+        LabelledTimeline(by_hand(), "quick", iteration_ms=8, facts={"fold": 2}),
+        LabelledTimeline(by_hand(2.0, 2 * GIB, "measured"), "frugal", iteration_ms=14),
     ]
-    write_page(exhibits, path, title="Two", memory_limit_bytes=2 * GIB)
+    write_page(entries, path, title="Two", memory_limit_bytes=2 * GIB)
     head, quick, frugal = Reader(path).rows
     assert head == [
         "timeline",
@@ -101,22 +101,22 @@ def test_table_says_what_the_timelines_say(tmp_path):
 
 
 def test_unknown_values_take_no_column():
-    known, unknown = Exhibit(by_hand()), Exhibit(Timeline(by_hand().spans, "measured"))
+    known, unknown = LabelledTimeline(by_hand()), LabelledTimeline(Timeline(by_hand().spans, "measured"))
     assert [column.name for column in summary_columns([unknown])] == ["makespan", "bubble"]
     peak = next(column for column in summary_columns([known, unknown]) if column.name == "peak memory")
     assert [(cell.text, cell.best) for cell in peak.cells] == [("3 GiB", False), ("–", False)]
 
 
 def test_values_over_the_limit_are_never_best():
-    exhibits = [Exhibit(by_hand(peak=5 * GIB)), Exhibit(by_hand(peak=4 * GIB))]
+    entries = [LabelledTimeline(by_hand(peak=5 * GIB)), LabelledTimeline(by_hand(peak=4 * GIB))]
     for limit, best in ((None, [False, True]), (3 * GIB, [False, False])):
-        columns = {column.name: column.cells for column in summary_columns(exhibits, limit)}
+        columns = {column.name: column.cells for column in summary_columns(entries, limit)}
         assert [cell.best for cell in columns["peak memory"]] == best
 
 
 def test_no_wait_at_all_is_known():
     timeline = Timeline(by_hand().spans, waits=((), ()))
-    columns = {column.name: column.cells[0].text for column in summary_columns([Exhibit(timeline)])}
+    columns = {column.name: column.cells[0].text for column in summary_columns([LabelledTimeline(timeline)])}
     assert worst_wait(timeline) is None
     assert (columns["longest wait"], columns["waiting, all ranks"]) == ("none", "0 ms")
 
@@ -164,8 +164,10 @@ def test_words_from_users_stay_words(tmp_path):
     evil = "</script><script>alert(1)</script><b onclick='x'>&{{data}}\"<!--"
     timeline = Timeline(by_hand().spans, evil, (evil, evil))
     path, tame = tmp_path / "page.html", tmp_path / "tame.html"
-    write_page([Exhibit(timeline, evil, facts={evil: evil})], path, title=evil)
-    write_page([Exhibit(Timeline(timeline.spans, "s", ("a", "b")), "t", facts={"f": 1})], tame, title="t")
+    write_page([LabelledTimeline(timeline, evil, facts={evil: evil})], path, title=evil)
+    write_page(
+        [LabelledTimeline(Timeline(timeline.spans, "s", ("a", "b")), "t", facts={"f": 1})], tame, title="t"
+    )
     reader = Reader(path)
     # The same elements as in a page with tame words, nothing more.
     assert [tag for tag, _ in reader.tags] == [tag for tag, _ in Reader(tame).tags]

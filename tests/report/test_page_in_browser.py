@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from helixpipe.plan import Kind, Operation, ScheduleRequest, build_plan
-from helixpipe.plan.costs import Costs, SegmentCost
-from helixpipe.plan.simulate import simulate
-from helixpipe.plan.timeline import Span, Timeline
+from helixpipe.plan.simulation.costs import Costs, SegmentCost
+from helixpipe.plan.simulation.simulate import simulate
+from helixpipe.plan.simulation.timeline import Span, Timeline
 from helixpipe.report.page import write_page
 from helixpipe.report.palette import STYLES
 from helixpipe.report.role import Role
-from helixpipe.report.summary import Exhibit
+from helixpipe.report.summary import LabelledTimeline
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine to open the page in")
@@ -143,14 +143,14 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(folder):
     """Helix and zero-bubble, whose messages take time, and a timeline that knows its operations only."""
-    exhibits = []
+    entries = []
     for schedule in ("helix", "zb-h1"):
         plan = build_plan(schedule, ScheduleRequest(num_ranks=4, num_layers=8, num_microbatches=8))
         costs = Costs(dict.fromkeys(plan.cost_names, SegmentCost(1, 1, 1, bytes=2**30)), {"*": 0.5})
-        exhibits.append(Exhibit(simulate(plan, costs).timeline, title=schedule))
-    measured = Timeline(exhibits[0].timeline.spans, "measured, nothing but operations")
+        entries.append(LabelledTimeline(simulate(plan, costs).timeline, title=schedule))
+    measured = Timeline(entries[0].timeline.spans, "measured, nothing but operations")
     path = folder / "page.html"
-    write_page([*exhibits, measured], path, title="Three timelines", memory_limit_bytes=50 * 2**30)
+    write_page([*entries, measured], path, title="Three timelines", memory_limit_bytes=50 * 2**30)
     return path
 
 
@@ -264,11 +264,11 @@ def test_a_hundred_thousand_operations_are_drawn_within_moments(folder):
     )
     path, timed = folder / "large.html", folder / "timed.html"
     write_page([Timeline(spans)], path, title="Large")
-    timer = """const [exhibit] = new Page().exhibits;
+    timer = """const [panel] = new Page().panels;
     const start = performance.now();
-    exhibit.draw();
-    exhibit.draw();
-    const drawn = exhibit.bars.getContext("2d").getImageData(200, 6, 1, 1).data;
+    panel.draw();
+    panel.draw();
+    const drawn = panel.bars.getContext("2d").getImageData(200, 6, 1, 1).data;
     document.body.dataset.spent = [(performance.now() - start) / 2, drawn[3]];"""
     text = path.read_text(encoding="utf-8")
     assert text.count("new Page();") == 1

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helixpipe.plan import Operation, ScheduleRequest, build_plan
-from helixpipe.plan.costs import Costs, SegmentCost, uniform_costs
-from helixpipe.plan.simulate import simulate
-from helixpipe.plan.timeline import Level, Span, Timeline
+from helixpipe.plan.simulation.costs import Costs, SegmentCost, uniform_costs
+from helixpipe.plan.simulation.simulate import simulate
+from helixpipe.plan.simulation.timeline import Level, Span, Timeline
 from helixpipe.report.perfetto import perfetto_trace, write_perfetto
 
 REQUIRED = {

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helixpipe.plan import Operation, ScheduleRequest, build_plan
-from helixpipe.plan.costs import Costs, SegmentCost, uniform_costs
-from helixpipe.plan.simulate import simulate
-from helixpipe.plan.timeline import Span, Timeline
+from helixpipe.plan.simulation.costs import Costs, SegmentCost, uniform_costs
+from helixpipe.plan.simulation.simulate import simulate
+from helixpipe.plan.simulation.timeline import Span, Timeline
 from helixpipe.report.picture import draw_timeline
 from helixpipe.report.text import text_grid
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.slow
 def test_the_benchmark_times_every_kind_of_operation():
     done = subprocess.run(
-        [sys.executable, "tools/benchmark_executor.py", "--iterations", "2", "--memory-iterations", "20"],
+        [sys.executable, "benchmarks/executor.py", "--iterations", "2", "--memory-iterations", "20"],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run(*arguments):
     return subprocess.run(
-        [sys.executable, "tools/benchmark_overlap.py", *map(str, arguments)],
+        [sys.executable, "benchmarks/overlap.py", *map(str, arguments)],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,

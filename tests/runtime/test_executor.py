@@ -23,7 +23,7 @@ from toy_segments import (
 )
 
 from helixpipe.plan import Kind, ScheduleRequest, build_plan
-from helixpipe.plan.memory import peak_activations
+from helixpipe.plan.simulation.memory import peak_activations
 from helixpipe.runtime.communicator import InMemoryFabric
 from helixpipe.runtime.executor import Executor, _posting_horizon
 from helixpipe.runtime.message import HEADER_WORDS

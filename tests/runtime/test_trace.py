@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helixpipe.plan.operation import Operation
-from helixpipe.plan.timeline import Span
+from helixpipe.plan.simulation.timeline import Span
 from helixpipe.runtime.trace import CudaClock, HostClock, NullClock, Trace, default_clock
 
 

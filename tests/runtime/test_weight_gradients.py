@@ -11,8 +11,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from toy_segments import SplitToySegments, ToySegments, run_whole
 
 from helixpipe.plan import Kind
-from helixpipe.plan.costs import Costs, SegmentCost
-from helixpipe.plan.memory import peak_bytes
+from helixpipe.plan.simulation.costs import Costs, SegmentCost
+from helixpipe.plan.simulation.memory import peak_bytes
 from helixpipe.runtime.weight_gradients import DeferredWeightGradients
 
 PLANS = [

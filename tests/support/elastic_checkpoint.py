@@ -10,11 +10,11 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from helixpipe.data.samples import ShuffledOrder
 from helixpipe.megatron_adapter import cpu_backend
-from megatron.training.arguments import parse_arguments
-from megatron.training.checkpointing import load_checkpoint
-from megatron.training.elastic import ElasticTraining
-from megatron.training.initialize import seed_random_states
-from megatron.training.model import build_training_state, unwrap
+from megatron.pretrain.checkpoint.checkpoint import load_checkpoint
+from megatron.pretrain.data.elastic_iterators import ElasticTraining
+from megatron.pretrain.initialize import seed_random_states
+from megatron.pretrain.model import build_training_state, unwrap
+from megatron.pretrain.settings.arguments import parse_arguments
 
 
 def megatrons_mean_loss(

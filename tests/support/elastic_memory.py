@@ -13,12 +13,12 @@ from models import VOCABULARY, initialize
 
 from helixpipe.elastic import ChunkCosts, costs_of_recipe, predict_chunk_costs
 from helixpipe.elastic.chunk_schedule import elastic_plan
-from helixpipe.megatron_adapter.elastic import ElasticForwardBackward
 from helixpipe.megatron_adapter.elastic_batch import ElasticBatch
+from helixpipe.megatron_adapter.elastic_forward_backward import ElasticForwardBackward
 from helixpipe.plan import Kind, Operation
 from helixpipe.plan.cost_model import HARDWARE, Workload
 from helixpipe.plan.cost_model.model import ModelShape
-from helixpipe.plan.memory import held_bytes
+from helixpipe.plan.simulation.memory import held_bytes
 from helixpipe.runtime.executor import Executor
 from helixpipe.runtime.message import HEADER_WORDS
 from helixpipe.runtime.trace import HostClock

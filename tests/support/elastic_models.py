@@ -28,12 +28,12 @@ from pretend import pretend_rank
 
 from helixpipe.elastic import Recipe, ideal_costs
 from helixpipe.elastic.chunk_schedule import order_chunks, sequence_groups
-from helixpipe.elastic.sequence_processor import equal_time_mesh, make_chunks
+from helixpipe.elastic.search.sequence_processor import equal_time_mesh, make_chunks
 from helixpipe.layers.elastic.model import build_elastic_gpt
 from helixpipe.layers.initialization import canonical_parameters, deferred_initialization
 from helixpipe.layers.spec import LOCAL
-from helixpipe.megatron_adapter.elastic import ElasticForwardBackward
 from helixpipe.megatron_adapter.elastic_batch import ElasticBatch
+from helixpipe.megatron_adapter.elastic_forward_backward import ElasticForwardBackward
 from helixpipe.runtime.trace import HostClock
 
 COSTS = ideal_costs(balanced_length=256.0)

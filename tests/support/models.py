@@ -31,7 +31,7 @@ from helixpipe.layers.initialization import (  # noqa: E402
     deferred_initialization,
     initialize_weights,
 )
-from helixpipe.layers.saving_layer import NOTHING_SAVED, MemorySaving  # noqa: E402
+from helixpipe.layers.recomputing_layer import NOTHING_SAVED, MemorySaving  # noqa: E402
 from helixpipe.layers.segmented_gpt import SegmentedGPTModel  # noqa: E402
 from helixpipe.layers.spec import LOCAL  # noqa: E402
 from helixpipe.layers.stage import build_stage  # noqa: E402

@@ -11,9 +11,9 @@ from megatron.core import parallel_state
 from planning import LENGTHS, make_job
 
 from helixpipe.elastic import plan_batch
-from helixpipe.elastic.background import BackgroundPlanner, PlannedBatch
+from helixpipe.elastic.service.background import BackgroundPlanner, PlannedBatch
 from helixpipe.runtime.shared_planner import SharedPlanner
-from megatron.training.data.elastic import make_shared_planner
+from megatron.pretrain.data.elastic_batches import make_shared_planner
 
 
 def plan_together() -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-from helixpipe.elastic.fit import Measurement
+from helixpipe.elastic.costs.fit import Measurement
 from helixpipe.plan.cost_model import Pieces, Workload
 from helixpipe.profiling import profile, profile_chunks
 from helixpipe.profiling.profile import prepare

@@ -20,16 +20,17 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 import pretrain_gpt
+from helixpipe.data.prepare.corpus import PreparationOptions, prepare_dataset
 from helixpipe.megatron_adapter import cpu_backend
 from helixpipe.reliability.exit_codes import exit_code_of
 from helixpipe.reliability.record import NoProgress
-from megatron.training import checkpoint_files, saving, shard_writing, training
-from megatron.training.arguments import parse_arguments
-from megatron.training.data.corpus import PreparationOptions, prepare_dataset
-from megatron.training.initialize import seed_random_states
-from megatron.training.model import unwrap
-from megatron.training.parameter_names import canonical_names
-from megatron.training.shard_writing import HashingFile
+from megatron.pretrain import loop
+from megatron.pretrain.checkpoint import files, saver, shards
+from megatron.pretrain.checkpoint.parameter_names import canonical_names
+from megatron.pretrain.checkpoint.shards import HashingFile
+from megatron.pretrain.initialize import seed_random_states
+from megatron.pretrain.model import unwrap
+from megatron.pretrain.settings.arguments import parse_arguments
 
 real_fsync = os.fsync
 
@@ -136,7 +137,7 @@ class FullDisk(Fault):
 
     def on_build(self, state: Any, schedule: Any) -> None:
         if dist.get_rank() == self.rank:
-            shard_writing.Path = self._path
+            shards.Path = self._path
 
     @staticmethod
     def _path(name: str) -> Path:
@@ -213,9 +214,9 @@ class KilledSave(Fault):
         owner, name = {
             "before a shard": (HashingFile, "__enter__"),
             "within a shard": (HashingFile, "write"),
-            "after the shards": (saving, "save_config"),
-            "before publishing": (saving, "publish"),
-            "before the tracker": (checkpoint_files, "write_whole"),
+            "after the shards": (saver, "save_config"),
+            "before publishing": (saver, "publish"),
+            "before the tracker": (files, "write_whole"),
         }[self.point]
         original = getattr(owner, name)
 
@@ -224,7 +225,7 @@ class KilledSave(Fault):
                 stream, block = arguments
                 original(stream, bytes(block)[: len(block) // 2])
                 stream._stream.flush()
-            elif self.point == "before the tracker" and arguments[0].name != checkpoint_files.TRACKER:
+            elif self.point == "before the tracker" and arguments[0].name != files.TRACKER:
                 return original(*arguments)
             os.kill(os.getpid(), signal.SIGKILL)
             return None
@@ -307,7 +308,7 @@ def _run(arguments: list[str], fault: Fault) -> dict[str, Any]:
     before: dict[int, list[torch.Tensor]] = {}
     seen: dict[str, Any] = {}
     lines: list[str] = []
-    build, compute = training.build_training_state, training._Run._compute_gradients
+    build, compute = loop.build_training_state, loop._Run._compute_gradients
 
     def build_and_spoil(args: Any) -> Any:
         seen["state"] = build(args)
@@ -327,17 +328,17 @@ def _run(arguments: list[str], fault: Fault) -> dict[str, Any]:
         fault.on_gradients(seen["state"])
         return losses
 
-    original: Callable[..., Any] = training.make_schedule
+    original: Callable[..., Any] = loop.make_schedule
     with (
-        mock.patch.object(training, "build_training_state", build_and_spoil),
-        mock.patch.object(training, "make_schedule", make_schedule),
-        mock.patch.object(training._Run, "_compute_gradients", compute_and_spoil),
-        mock.patch.object(shard_writing, "Path", Path),
+        mock.patch.object(loop, "build_training_state", build_and_spoil),
+        mock.patch.object(loop, "make_schedule", make_schedule),
+        mock.patch.object(loop._Run, "_compute_gradients", compute_and_spoil),
+        mock.patch.object(shards, "Path", Path),
         mock.patch.object(os, "fsync", real_fsync),
         mock.patch("builtins.print", lambda text, **_: lines.append(text)),
     ):
         try:
-            code, error = training._train(args, pretrain_gpt.forward_step, fault.monitor), ""
+            code, error = loop._train(args, pretrain_gpt.forward_step, fault.monitor), ""
         except ValueError as raised:
             code, error = exit_code_of(raised), str(raised)
     now = _everything(seen["state"])

@@ -14,7 +14,7 @@ from helixpipe.layers.elastic.context import ContextStore
 from helixpipe.layers.elastic.core_attention import SliceCoreAttention
 from helixpipe.layers.elastic.layout import ChunkLayout
 from helixpipe.layers.gpt import ChunkedLossGPTModel
-from helixpipe.layers.saving_layer import NOTHING_SAVED, MemorySaving
+from helixpipe.layers.recomputing_layer import NOTHING_SAVED, MemorySaving
 from helixpipe.layers.spec import block_spec
 
 

@@ -10,12 +10,12 @@ from helixpipe.plan.advise.candidates import Candidate, candidates
 from helixpipe.plan.advise.context_parallel import Exchange, predict_context_parallel
 from helixpipe.plan.advise.job import GIB, Job
 from helixpipe.plan.cost_model import Recompute, costs_of_plan
-from helixpipe.plan.costs import Costs
-from helixpipe.plan.memory import peak_bytes
 from helixpipe.plan.operation import Kind
 from helixpipe.plan.plan import Plan
 from helixpipe.plan.schedules import SCHEDULES, ScheduleRequest
-from helixpipe.plan.simulate import simulate
+from helixpipe.plan.simulation.costs import Costs
+from helixpipe.plan.simulation.memory import peak_bytes
+from helixpipe.plan.simulation.simulate import simulate
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from helixpipe.plan.cost_model import Pieces, Recompute
 from helixpipe.plan.cost_model.segments import whole_layer_cost
-from helixpipe.plan.network import BYTES_PER_MS, Network
+from helixpipe.plan.simulation.network import BYTES_PER_MS, Network
 
 # Blocks of a ring are smaller than the whole triangle and their results are merged: Transformer Engine's ring
 # attention reaches about 0.9 of the kernel's rate on the whole.

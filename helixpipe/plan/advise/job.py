@@ -11,7 +11,7 @@ from helixpipe.plan.cost_model import HARDWARE, Hardware, Pieces, Workload, pred
 from helixpipe.plan.cost_model.analytic import pipeline_network
 from helixpipe.plan.cost_model.hardware import hardware_from, read_object
 from helixpipe.plan.cost_model.pieces import FORMAT
-from helixpipe.plan.network import Network
+from helixpipe.plan.simulation.network import Network
 
 GIB = 2**30
 # CUDA's context, NCCL's buffers and what the allocator loses to fragments.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from helixpipe.plan.cost_model.hardware import Hardware
 from helixpipe.plan.cost_model.pieces import PieceCost, Pieces
 from helixpipe.plan.cost_model.work import Workload
-from helixpipe.plan.network import BYTES_PER_MS, Network
+from helixpipe.plan.simulation.network import BYTES_PER_MS, Network
 
 # Flash attention's backward recomputes the scores: five products where the forward has two.
 _BACKWARD_PRODUCTS = 2.5

@@ -9,7 +9,7 @@ from typing import Any
 
 from helixpipe.plan.cost_model.model import ModelShape
 from helixpipe.plan.cost_model.work import PIECES, Workload
-from helixpipe.plan.network import BYTES_PER_MS, Network
+from helixpipe.plan.simulation.network import BYTES_PER_MS, Network
 
 FORMAT = "helixpipe-pieces"
 VERSION = 1

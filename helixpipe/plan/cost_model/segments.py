@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from helixpipe.plan.cost_model.pieces import PieceCost, Pieces
 from helixpipe.plan.cost_model.work import LAYER_PIECES, Workload
-from helixpipe.plan.costs import ANY_EDGE, Costs, LoanBytes, RankCost, SegmentCost
 from helixpipe.plan.equal_time import equal_time_end
 from helixpipe.plan.plan import Plan
+from helixpipe.plan.simulation.costs import ANY_EDGE, Costs, LoanBytes, RankCost, SegmentCost
 
 
 class Recompute(str, Enum):

@@ -13,10 +13,10 @@ class Page {
     this.cursor = null;
     this.range = null;
     this.tip = document.getElementById("tip");
-    this.exhibits = schedules.map(
-      (schedule, i) => new Exhibit(document.getElementById(`timeline-${i + 1}`), schedule, i, this),
+    this.panels = schedules.map(
+      (schedule, i) => new TimelinePanel(document.getElementById(`timeline-${i + 1}`), schedule, i, this),
     );
-    this.active = this.exhibits[0];
+    this.active = this.panels[0];
     this.listen();
     readTheme();
     this.readAddress();
@@ -42,7 +42,7 @@ class Page {
     window.addEventListener("hashchange", () => this.readAddress());
     window.addEventListener("resize", () => this.redraw());
     window.addEventListener("scroll", () => this.refresh(), { passive: true });
-    window.addEventListener("beforeprint", () => this.exhibits.forEach((exhibit) => exhibit.draw()));
+    window.addEventListener("beforeprint", () => this.panels.forEach((panel) => panel.draw()));
     const dark = window.matchMedia("(prefers-color-scheme: dark)");
     dark.addEventListener("change", () => {
       readTheme();
@@ -51,24 +51,24 @@ class Page {
   }
 
   // Shows a range of times; in all timelines if they zoom together.
-  show(exhibit, from, to) {
+  show(panel, from, to) {
     const least = this.end * 1e-7;
     const length = Math.min(Math.max(to - from, least), this.end);
     const middle = (from + to) / 2;
     const start = Math.max(0, Math.min(middle - length / 2, this.end - length));
-    for (const each of this.together ? this.exhibits : [exhibit]) {
+    for (const each of this.together ? this.panels : [panel]) {
       each.view = { from: start, to: start + length };
       each.stale = true;
     }
     this.refresh();
   }
 
-  fit(exhibit) {
-    this.show(exhibit, 0, this.end);
+  fit(panel) {
+    this.show(panel, 0, this.end);
   }
 
   redraw() {
-    for (const exhibit of this.exhibits) exhibit.stale = true;
+    for (const panel of this.panels) panel.stale = true;
     this.refresh();
   }
 
@@ -77,11 +77,11 @@ class Page {
     if (this.waiting) return;
     this.waiting = requestAnimationFrame(() => {
       this.waiting = 0;
-      for (const exhibit of this.exhibits) {
-        const { top, bottom } = exhibit.section.getBoundingClientRect();
+      for (const panel of this.panels) {
+        const { top, bottom } = panel.section.getBoundingClientRect();
         if (bottom < -200 || top > window.innerHeight + 200) continue;
-        if (exhibit.stale) exhibit.draw();
-        exhibit.drawOverlay();
+        if (panel.stale) panel.draw();
+        panel.drawOverlay();
       }
     });
   }
@@ -89,8 +89,8 @@ class Page {
   find(input) {
     const name = input.value.trim().toUpperCase();
     if (!name) return;
-    const candidates = [this.active, ...this.exhibits];
-    const found = candidates.find((exhibit) => exhibit.schedule.place(name));
+    const candidates = [this.active, ...this.panels];
+    const found = candidates.find((panel) => panel.schedule.place(name));
     if (found) this.go(found, name);
     else this.tellMissing(input.value);
   }
@@ -101,26 +101,26 @@ class Page {
     input.setAttribute("aria-invalid", "true");
   }
 
-  go(exhibit, name) {
-    const place = exhibit.schedule.place(name);
-    this.active = exhibit;
-    exhibit.focus(place);
-    exhibit.choose(place);
-    exhibit.section.scrollIntoView({ block: "nearest" });
+  go(panel, name) {
+    const place = panel.schedule.place(name);
+    this.active = panel;
+    panel.focus(place);
+    panel.choose(place);
+    panel.section.scrollIntoView({ block: "nearest" });
   }
 
   // #op=3F2&in=2: operation 3F2 of the second timeline.
   readAddress() {
     const wanted = new URLSearchParams(location.hash.slice(1));
     const name = wanted.get("op");
-    const exhibit = this.exhibits[Number(wanted.get("in") || 1) - 1];
+    const panel = this.panels[Number(wanted.get("in") || 1) - 1];
     if (!name) return;
-    if (exhibit && exhibit.schedule.place(name)) this.go(exhibit, name);
+    if (panel && panel.schedule.place(name)) this.go(panel, name);
     else this.tellMissing(name);
   }
 
-  chose(exhibit) {
-    const { chosen, schedule, index } = exhibit;
+  chose(panel) {
+    const { chosen, schedule, index } = panel;
     const hash = chosen ? `#op=${schedule.name(...chosen)}&in=${index + 1}` : " ";
     try {
       history.replaceState(null, "", hash);

@@ -1,0 +1,293 @@
+"""Turns text into Megatron's indexed dataset: PREFIX.bin, PREFIX.idx and PREFIX.tokenizer.json.
+
+The result depends on the input and the options alone, never on the number of worker processes.
+The three files are written under temporary names and renamed at the end, .idx last: a run that
+is stopped at any moment leaves either the whole dataset or none.
+"""
+
+import contextlib
+import glob
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from helixpipe.data.index_file import LOSS_MODE, PROMPT_MODE
+from helixpipe.data.prefix import (
+    DatasetPaths,
+    dataset_paths,
+    end_of_document_id,
+    load_tokenizer,
+    vocabulary_size,
+    without_suffix,
+)
+from helixpipe.data.prepare.encoding import Chunk, Encoders
+from helixpipe.data.prepare.sources import Document, Source, find_sources, read_documents, require_jsonl
+from helixpipe.data.prepare.staging import Staging, refuse_existing
+from helixpipe.data.prepare.tokenizer_training import byte_tokenizer, train_bpe
+
+DEFAULT_VOCAB_SIZE = 4096
+
+
+_CHUNK_BYTES = 1 << 18
+
+
+@dataclass(frozen=True)
+class PreparationOptions:
+    """What to prepare.
+
+    Attributes:
+        inputs: Text files, JSONL files (by suffix .jsonl or .json) and directories of them.
+        output_prefix: Path of the dataset's files without their suffixes.
+        pattern: Files of a directory are taken if their name matches this glob.
+        exclude: Files and folders of a directory are left out if their name matches one of these.
+        json_key: Key of the text in a JSONL object; with a prompt key, of the response.
+        prompt_key: Key of the prompt, on which there is no loss; None for documents without.
+        tokenizer: Tokenizer to make, "bpe" or "byte".
+        tokenizer_file: Existing tokenizer to use; `tokenizer` and `vocab_size` do not apply then.
+        vocab_size: Entries of the vocabulary to train, with the end-of-document token.
+        workers: Encoding processes.
+        min_document_tokens: Documents of fewer tokens, end of document not counted, are left out.
+        overwrite: Replace a dataset that stands at the prefix.
+        progress: Show a progress bar if standard error is a terminal.
+    """
+
+    inputs: Sequence[str]
+    output_prefix: str
+    pattern: str = "*"
+    exclude: Sequence[str] = ()
+    json_key: str = "text"
+    prompt_key: str | None = None
+    tokenizer: str = "bpe"
+    tokenizer_file: str | None = None
+    vocab_size: int = DEFAULT_VOCAB_SIZE
+    workers: int = 1
+    min_document_tokens: int = 1
+    overwrite: bool = False
+    progress: bool = False
+
+
+@dataclass(frozen=True)
+class PreparationSummary:
+    """What was written; document lengths are in tokens, end of document included."""
+
+    paths: DatasetPaths
+    input_files: int
+    input_bytes: int
+    documents: int
+    tokens: int
+    vocab_size: int
+    eod: int
+    median_length: int
+    p99_length: int
+    longest_length: int
+    empty_documents: int
+    short_documents: int
+    undecodable_files: tuple[str, ...]
+    stale_files: tuple[str, ...]
+    seconds: float
+
+
+def prepare_dataset(options: PreparationOptions) -> PreparationSummary:
+    """Write a dataset.
+
+    Raises:
+        ValueError: The options or the input are wrong, a dataset stands at the prefix, or the
+            output cannot be written.
+        RuntimeError: An encoding process died.
+    """
+    started = time.monotonic()
+    _check_options(options)
+    paths = dataset_paths(options.output_prefix)
+    sources = find_sources(options.inputs, options.pattern, options.exclude, paths)
+    if options.prompt_key is not None:
+        require_jsonl(sources)
+    tokenizer_json = _read_tokenizer(options.tokenizer_file) if options.tokenizer_file else None
+    _make_folder(paths)
+    stale = tuple(found for path in paths for found in sorted(glob.glob(f"{glob.escape(path)}.tmp-*")))
+    undecodable: set[str] = set()
+    if tokenizer_json is None:
+        tokenizer_json = _make_tokenizer(options, sources, undecodable)
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+
+    with Staging(paths, options.overwrite) as staging:
+        try:
+            with open(staging.temporary.tokenizer, "w", encoding="utf-8") as stream:
+                stream.write(tokenizer_json)
+            lengths, empty, short = _write_tokens(
+                options, sources, undecodable, tokenizer_json, staging.temporary
+            )
+            if not len(lengths):
+                raise ValueError(
+                    f"no document is left to write ({empty} empty, {short} shorter than "
+                    f"{options.min_document_tokens} tokens): give more input"
+                )
+            staging.publish()
+        except OSError as error:
+            raise ValueError(
+                f"cannot write {options.output_prefix} ({error.strerror}): give an "
+                "--output-prefix in a folder with room that may be written to"
+            ) from error
+
+    median, p99 = np.quantile(lengths, (0.5, 0.99), method="inverted_cdf")
+    return PreparationSummary(
+        paths=paths,
+        input_files=len(sources),
+        input_bytes=sum(source.size for source in sources),
+        documents=len(lengths),
+        tokens=int(lengths.sum()),
+        vocab_size=vocabulary_size(tokenizer),
+        eod=end_of_document_id(tokenizer),
+        median_length=int(median),
+        p99_length=int(p99),
+        longest_length=int(lengths.max()),
+        empty_documents=empty,
+        short_documents=short,
+        undecodable_files=tuple(sorted(undecodable)),
+        stale_files=stale,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _check_options(options: PreparationOptions) -> None:
+    prefix = options.output_prefix
+    meant = without_suffix(prefix)
+    if meant is not None:
+        raise ValueError(
+            f"{prefix}: a prefix has no suffix, the three files get their own: give --output-prefix {meant}"
+        )
+    if not os.path.basename(prefix) or os.path.isdir(prefix):
+        raise ValueError(
+            f"{prefix}: names a folder: give a name for the dataset too, "
+            f"such as --output-prefix {os.path.join(prefix, 'corpus')}"
+        )
+    if options.tokenizer not in ("bpe", "byte"):
+        raise ValueError(f"unknown tokenizer {options.tokenizer!r}: give bpe or byte")
+    if options.prompt_key is not None and options.prompt_key == options.json_key:
+        raise ValueError(
+            f"--prompt-key and --response-key are both {options.prompt_key!r}: name two keys of an object"
+        )
+    if options.workers < 1:
+        raise ValueError(f"--workers is {options.workers}: give 1 or more")
+    if options.min_document_tokens < 1:
+        raise ValueError(f"--min-document-tokens is {options.min_document_tokens}: give 1 or more")
+    if not options.overwrite:
+        refuse_existing(dataset_paths(prefix))
+
+
+def _make_folder(paths: DatasetPaths) -> None:
+    folder = os.path.dirname(paths.idx) or "."
+    try:
+        os.makedirs(folder, exist_ok=True)
+        # Found out now, and not after an hour of training the tokenizer.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        in_the_way = isinstance(error, (FileExistsError, NotADirectoryError))
+        reason = "a file stands in its place" if in_the_way else error.strerror
+        raise ValueError(
+            f"cannot write to the folder {folder} ({reason}): give an --output-prefix in another folder"
+        ) from error
+
+
+def _read_tokenizer(path: str) -> str:
+    load_tokenizer(path)
+    # Kept as it is: saving a loaded tokenizer again may lose what this release does not know.
+    with open(path, encoding="utf-8", newline="") as stream:
+        return stream.read()
+
+
+def _make_tokenizer(options: PreparationOptions, sources: list[Source], undecodable: set[str]) -> str:
+    if options.tokenizer == "byte":
+        return byte_tokenizer().to_str(pretty=True)
+    with _progress_bar(options, sources, "training tokenizer") as bar:
+
+        def texts() -> Iterator[str]:
+            for document in read_documents(sources, options.json_key, undecodable, options.prompt_key):
+                if document.prompt:
+                    yield document.prompt
+                yield document.text
+                bar.update(document.input_bytes)
+
+        return train_bpe(texts(), options.vocab_size).to_str(pretty=True)
+
+
+def _progress_bar(options: PreparationOptions, sources: list[Source], label: str) -> tqdm:
+    return tqdm(
+        total=sum(source.size for source in sources),
+        desc=label,
+        unit="B",
+        unit_scale=True,
+        dynamic_ncols=True,
+        disable=None if options.progress else True,
+    )
+
+
+def _write_tokens(
+    options: PreparationOptions,
+    sources: list[Source],
+    undecodable: set[str],
+    tokenizer_json: str,
+    temporary: DatasetPaths,
+) -> tuple[np.ndarray, int, int]:
+    """Write .bin and .idx; return document lengths and the counts of empty and short documents."""
+    builder_class, dtype_class, torch = _import_megatron()
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    dtype = dtype_class.optimal_dtype(vocabulary_size(tokenizer))
+    empty = short = 0
+    documents = read_documents(sources, options.json_key, undecodable, options.prompt_key)
+    chunks = _split_chunks(documents)
+    encoders = Encoders(options.workers, tokenizer_json, dtype, options.min_document_tokens)
+    builder = builder_class(temporary.bin, dtype=dtype, multimodal=options.prompt_key is not None)
+    try:
+        with encoders, _progress_bar(options, sources, "encoding") as bar:
+            for encoded, input_bytes in encoders.encode(chunks):
+                start = 0
+                for length, prompt_length in zip(encoded.lengths, encoded.prompt_lengths, strict=True):
+                    # A copy, because torch warns about arrays that cannot be written to.
+                    document = torch.from_numpy(encoded.tokens[start : start + length].copy())
+                    if prompt_length:
+                        builder.add_item(document[:prompt_length], mode=PROMPT_MODE)
+                    builder.add_item(document[prompt_length:], mode=LOSS_MODE)
+                    builder.end_document()
+                    start += length
+                empty += encoded.empty
+                short += encoded.short
+                bar.update(input_bytes)
+        builder.finalize(temporary.idx)
+    finally:
+        # finalize() closes it too; on a full disk closing fails again while flushing.
+        with contextlib.suppress(OSError):
+            builder.data_file.close()
+    ends = np.cumsum([0, *builder.sequence_lengths])
+    return np.diff(ends[builder.document_indices]), empty, short
+
+
+def _import_megatron() -> tuple[Any, Any, Any]:
+    # Imported here because it takes seconds, which neither wrong options nor the encoding
+    # processes should pay for. Its warnings are about optimizers, of no concern to data.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import torch
+        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+    return IndexedDatasetBuilder, DType, torch
+
+
+def _split_chunks(documents: Iterable[Document]) -> Iterator[Chunk]:
+    chunk = Chunk([], [], 0)
+    for document in documents:
+        chunk.texts.append(document.text)
+        chunk.prompts.append(document.prompt)
+        chunk = chunk._replace(input_bytes=chunk.input_bytes + document.input_bytes)
+        if chunk.input_bytes >= _CHUNK_BYTES:
+            yield chunk
+            chunk = Chunk([], [], 0)
+    if chunk.texts:
+        yield chunk

@@ -1,0 +1,87 @@
+"""A dataset's files under temporary names, until all three are whole."""
+
+import contextlib
+import os
+import secrets
+import signal
+import threading
+from collections.abc import Iterator
+
+from helixpipe.data.prefix import DatasetPaths
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def refuse_existing(paths: DatasetPaths) -> None:
+    """``ValueError`` if one of a dataset's files is already there."""
+    for path in paths:
+        if os.path.lexists(path):
+            raise ValueError(
+                f"{path} exists already: give --overwrite to replace the dataset, or another --output-prefix"
+            )
+
+
+class Staging:
+    """Holds the three files under temporary names; on exit removes those not published."""
+
+    def __init__(self, paths: DatasetPaths, overwrite: bool) -> None:
+        # Unique, so that two runs at one prefix do not write into one file.
+        mark = secrets.token_hex(4)
+        self.temporary = DatasetPaths(*(f"{path}.tmp-{mark}" for path in paths))
+        self._paths = paths
+        self._overwrite = overwrite
+
+    def __enter__(self) -> "Staging":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with _signals_deferred():
+            for path in self.temporary:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+
+    def publish(self) -> None:
+        """Give the files their names; without .idx the others are no dataset."""
+        for path in self.temporary:
+            _sync(path)
+        folder = os.path.dirname(self._paths.idx) or "."
+        with _signals_deferred():
+            if self._overwrite:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._paths.idx)
+                _sync(folder)
+            else:
+                refuse_existing(self._paths)
+            os.replace(self.temporary.bin, self._paths.bin)
+            os.replace(self.temporary.tokenizer, self._paths.tokenizer)
+            # A crash of the machine must not find .idx on the disk and the others not.
+            _sync(folder)
+            os.replace(self.temporary.idx, self._paths.idx)
+            _sync(folder)
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _signals_deferred() -> Iterator[None]:
+    """Let a stop signal wait for the end of the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python runs signal handlers in the main thread alone
+        return
+    received: list[int] = []
+    handlers = {
+        number: signal.signal(number, lambda number, _: received.append(number)) for number in _STOP_SIGNALS
+    }
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    for deferred in received[:1]:
+        signal.raise_signal(deferred)

@@ -1,0 +1,1 @@
+"""What chunks cost: the model, its fit to measurements, its file."""

@@ -1,0 +1,100 @@
+"""``costs.json`` of the ``elastic`` command: a :class:`ChunkCosts` as a file.
+
+Keys, all of them in :class:`ChunkCosts` and :class:`PassTime`: ``format``, ``version``, ``source``;
+``forward`` and ``backward`` with ``attention_ms``, ``token_ms`` and, 0 if left out, ``layer_ms``,
+``communication_ms``, ``head_ms``; ``token_bytes``, ``input_bytes``, ``kv_bytes``; and, if not the default,
+``logits_bytes``, ``head_workspace_bytes``, ``layer_workspace_bytes``, ``tensor_parallel``,
+``token_multiple``, ``layer_state_bytes``, ``embedding_state_bytes``, ``head_state_bytes`` and ``network``,
+the fields of :class:`helixpipe.plan.simulation.network.Network`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, fields
+from typing import Any
+
+from helixpipe.elastic.costs.chunk_costs import ChunkCosts, PassTime
+from helixpipe.plan.simulation.network import Network
+
+FORMAT = "helixpipe-chunk-costs"
+VERSION = 1
+
+_WHOLE = {
+    "tensor_parallel",
+    "token_multiple",
+    "layer_state_bytes",
+    "embedding_state_bytes",
+    "head_state_bytes",
+    "ranks_per_node",
+}
+
+
+def costs_to_json(costs: ChunkCosts) -> str:
+    """The file's text, read back by :func:`costs_from_json`."""
+    return json.dumps({"format": FORMAT, "version": VERSION, **asdict(costs)}, indent=1) + "\n"
+
+
+def costs_from_json(text: str) -> ChunkCosts:
+    """Read the file; ``ValueError`` names the key that is wrong."""
+    try:
+        data = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"costs: invalid JSON ({error})") from None
+    if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("version") != VERSION:
+        raise ValueError(
+            f'costs: "format" must be "{FORMAT}" and "version" {VERSION}; costs of a plan\'s segments are '
+            "another file"
+        )
+    body = {key: value for key, value in data.items() if key not in ("format", "version")}
+    _check_keys(body, ChunkCosts, "costs")
+    values: dict[str, Any] = {}
+    for key, value in body.items():
+        if key in ("forward", "backward"):
+            values[key] = PassTime(**_numbers(value, PassTime, key))
+        elif key == "network":
+            values[key] = None if value is None else _network(value)
+        elif key == "source":
+            values[key] = str(value)
+        else:
+            values[key] = _number(value, key)
+    try:
+        return ChunkCosts(**values)
+    except ValueError as error:
+        raise ValueError(f"costs: {error}") from None
+
+
+def _network(found: Any) -> Network:
+    values = _numbers(found, Network, "network")
+    try:
+        return Network(**values)
+    except ValueError as error:
+        raise ValueError(f"costs: {error}") from None
+
+
+def _numbers(found: Any, kind: type, where: str) -> dict[str, Any]:
+    if not isinstance(found, dict):
+        raise ValueError(f"costs: {where} must be an object, found {found!r:.60}")
+    _check_keys(found, kind, f"costs: {where}")
+    return {key: _number(value, f"{where}.{key}") for key, value in found.items()}
+
+
+def _check_keys(found: Mapping[str, Any], kind: Any, where: str) -> None:
+    known = {entry.name: entry for entry in fields(kind)}
+    for key in found:
+        if key not in known:
+            raise ValueError(f"{where}: {key!r} is unknown; known: {', '.join(known)}")
+    missing = [key for key, entry in known.items() if entry.default is MISSING and key not in found]
+    if missing:
+        raise ValueError(f"{where}: {', '.join(missing)} missing")
+
+
+def _number(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise ValueError(f"costs: {where} must be a number that is not negative, found {value!r:.60}")
+    if where.rpartition(".")[2] in _WHOLE:
+        if value != int(value):
+            raise ValueError(f"costs: {where} must be a whole number, found {value!r}")
+        return int(value)
+    return value

@@ -1,0 +1,113 @@
+"""Chunk costs from the analytic model, to plan without a machine, or from a profile of the pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from helixpipe.elastic.costs.chunk_costs import ChunkCosts, PassTime
+from helixpipe.plan.cost_model import Hardware, PieceCost, Pieces, Workload, predict_pieces
+from helixpipe.plan.cost_model.work import LAYER_PIECES
+from helixpipe.plan.simulation.network import Network
+
+# A link so fast that what remains of a prediction is computation.
+_FREE_GB_PER_S = 1e12
+
+
+def predict_chunk_costs(workload: Workload, hardware: Hardware, num_stages: int) -> ChunkCosts:
+    """What chunks of ``workload``'s model cost on ``hardware``.
+
+    The analytic model's times are exactly linear in the tokens, and quadratic in the core, so that
+    one sequence length tells all coefficients; ``workload.seq_length`` does not matter. The embedding's time,
+    a thousandth of a stage's, is left out.
+
+    Args:
+        workload: model, tensor-parallel size and precision.
+        hardware: rates.
+        num_stages: pipeline-parallel size, over which an operation's fixed time is told per layer.
+    """
+    workload = replace(workload, micro_batch_size=1, seq_length=8192)
+    unlinked = replace(hardware, nvlink_gb_per_s=_FREE_GB_PER_S, nic_gb_per_s=_FREE_GB_PER_S)
+    with_links = predict_pieces(workload, hardware)
+    without = predict_pieces(workload, unlinked)
+    model, t, tokens = workload.model, workload.tensor_parallel, workload.tokens
+    layer_ms = with_links.overhead_ms * num_stages / model.num_layers
+    passes = [
+        _pass_time(with_links.times, without.times, tokens, t, layer_ms, backward=backward)
+        for backward in (False, True)
+    ]
+    source = f"{model.name} on {hardware.name}, predicted"
+    return _costs(workload, num_stages, passes, with_links.network, source)
+
+
+def profiled_chunk_costs(pieces: Pieces, num_stages: int) -> ChunkCosts:
+    """What chunks cost by a profile of one sequence length, whose coefficients measured chunks should refine.
+
+    Args:
+        pieces: the profile; of one sequence per micro batch.
+        num_stages: pipeline-parallel size.
+    """
+    workload = pieces.workload
+    tokens, t = workload.tokens, workload.tensor_parallel
+    assert workload.micro_batch_size == 1
+    passes = [
+        _pass_time(pieces.times, pieces.times, tokens, t, 0.0, backward=backward)
+        for backward in (False, True)
+    ]
+    return _costs(workload, num_stages, passes, pieces.network, pieces.source)
+
+
+def _costs(
+    workload: Workload, num_stages: int, passes: Sequence[PassTime], network: Network, source: str
+) -> ChunkCosts:
+    """Costs with the bytes of ``workload``'s model."""
+    model, t, tokens = workload.model, workload.tensor_parallel, workload.tokens
+    kept = workload.kept_tensors
+    parameters = workload.parameters
+    layer = sum(parameters[piece] for piece in ("qkv", "proj", "fc1", "fc2"))
+    # Without recomputation the residual is norm2's input.
+    layer_bytes = sum(size for name, size in kept.items() if name != "residual")
+    return ChunkCosts(
+        source=source,
+        forward=passes[0],
+        backward=passes[1],
+        token_bytes=layer_bytes * t / tokens,
+        input_bytes=workload.unit_bytes * t / tokens,
+        kv_bytes=2.0 * model.kv_size * workload.element_bytes,
+        logits_bytes=workload.head_bytes * t / tokens,
+        head_workspace_bytes=workload.head_workspace_bytes * t / tokens,
+        layer_workspace_bytes=workload.layer_workspace_bytes * t / tokens,
+        tensor_parallel=t,
+        token_multiple=workload.sharded,
+        layer_state_bytes=workload.static_bytes(layer),
+        embedding_state_bytes=workload.static_bytes(parameters["embedding"]),
+        head_state_bytes=0 if model.tied and num_stages == 1 else workload.static_bytes(parameters["head"]),
+        network=network,
+    )
+
+
+def _pass_time(
+    with_links: Mapping[str, PieceCost],
+    without: Mapping[str, PieceCost],
+    tokens: int,
+    tensor_parallel: int,
+    layer_ms: float,
+    *,
+    backward: bool,
+) -> PassTime:
+    def linear_ms(times: Mapping[str, PieceCost]) -> float:
+        return sum(_direction(times[piece], backward) for piece in LAYER_PIECES if piece != "core")
+
+    core_ms = _direction(without["core"], backward)
+    linear = linear_ms(without)
+    return PassTime(
+        attention_ms=core_ms * tensor_parallel / tokens**2,
+        token_ms=linear * tensor_parallel / tokens,
+        layer_ms=layer_ms,
+        communication_ms=max(0.0, linear_ms(with_links) - linear) / tokens,
+        head_ms=_direction(with_links["head"], backward) * tensor_parallel / tokens,
+    )
+
+
+def _direction(cost: PieceCost, backward: bool) -> float:
+    return cost.backward + cost.weight if backward else cost.forward

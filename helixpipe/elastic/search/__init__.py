@@ -1,0 +1,1 @@
+"""The search for an elastic plan: cutting and packing, grouping, recomputation."""

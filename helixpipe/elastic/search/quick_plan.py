@@ -1,0 +1,66 @@
+"""A plan in milliseconds, with the settings of another: for when the search cannot be waited for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from helixpipe.elastic.chunk_schedule import elastic_plan, order_chunks, ready_plan
+from helixpipe.elastic.chunks import Chunk
+from helixpipe.elastic.elastic_plan import ElasticPlan, predict
+from helixpipe.elastic.job import ElasticJob, check_lengths
+from helixpipe.elastic.recipe import Recipe
+from helixpipe.elastic.search.grouping import group_sequences
+from helixpipe.elastic.search.memory_rows import PipelineMemory
+from helixpipe.elastic.search.planner import SLICE_COUNTS, checkpoint_pipelines
+from helixpipe.elastic.search.recomputation import Checkpointing, uniform_checkpointing
+from helixpipe.elastic.search.sequence_processor import equal_time_mesh, make_chunks
+
+
+def num_slices_of(recipe: Recipe) -> int:
+    """K: slices of the most sliced sequence, 1 if none is."""
+    return max((len(group) for group in recipe.slices), default=1)
+
+
+def plan_quickly(lengths: Sequence[int], job: ElasticJob, num_slices: int = 1) -> ElasticPlan:
+    """A plan that fits, without a search for the best: nothing is solved, and one K is tried if it fits.
+
+    Every chunk and stage of a pipeline checkpoints the same number of layers, the least that fits.
+
+    Args:
+        lengths: tokens of every sequence.
+        job: what it is planned for.
+        num_slices: K to try first, that of another batch; then all of ``SLICE_COUNTS`` from small to large.
+
+    Raises:
+        ValueError: nothing fits.
+    """
+    lengths = check_lengths(lengths)
+    longest = max(lengths)
+    reasons: list[str] = []
+    for count in dict.fromkeys(min(count, longest) for count in (num_slices, *SLICE_COUNTS)):
+        try:
+            chunks = make_chunks(
+                lengths, equal_time_mesh(longest, count, job.costs), job.costs, job.chunk_capacity()
+            )
+            return _plan(order_chunks(chunks, job.costs), job)
+        except ValueError as error:
+            reasons.append(f"with {count} slices: {error}")
+    raise ValueError(f"no plan fits; {reasons[-1]}")
+
+
+def _plan(chunks: tuple[Chunk, ...], job: ElasticJob) -> ElasticPlan:
+    pipelines, _ = group_sequences(
+        chunks,
+        job.costs,
+        num_stages=job.num_stages,
+        num_layers=job.num_layers,
+        limit_bytes=job.memory_limit_bytes,
+    )
+    recipe, _ = checkpoint_pipelines(chunks, pipelines, job, _uniform)
+    prediction, _ = predict(recipe, elastic_plan(recipe, job.num_layers), job)
+    assert max(prediction.peak_bytes) <= job.memory_limit_bytes
+    return ElasticPlan(recipe, ready_plan(recipe, job.num_layers), prediction)
+
+
+def _uniform(memory: PipelineMemory, part: Sequence[Chunk]) -> Checkpointing:
+    return uniform_checkpointing(memory)

@@ -1,0 +1,1 @@
+"""The process that plans the next batch while the present one trains."""

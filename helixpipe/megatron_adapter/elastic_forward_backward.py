@@ -1,0 +1,134 @@
+"""Megatron's ``forward_backward_func`` for batches of documents, each carried out by a plan of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer import TransformerConfig
+from megatron.core.utils import get_model_config
+
+from helixpipe.megatron_adapter.elastic_batch import ElasticBatch
+from helixpipe.megatron_adapter.forward_step import IterationInput
+from helixpipe.megatron_adapter.gradient_reduction import finalize, hold_gradient_reduction
+from helixpipe.megatron_adapter.pipeline_group import agree, make_communicator
+from helixpipe.megatron_adapter.segments.elastic import ElasticSegments
+from helixpipe.megatron_adapter.segments.stages import check_supported
+from helixpipe.plan import Plan
+from helixpipe.reliability.record import Progress
+from helixpipe.runtime.communicator import Communicator
+from helixpipe.runtime.executor import Executor
+from helixpipe.runtime.out_of_memory import naming_operation
+from helixpipe.runtime.trace import Clock, Trace, default_clock
+
+NAME = "elastic"
+
+
+class ElasticForwardBackward:
+    """A ``forward_backward_func`` with Megatron's signature, whose data iterator gives elastic batches.
+
+    Each call takes one :class:`ElasticBatch` and runs its chunks. The forward step is called with an
+    iterator over the one chunk that it shall compute, whose batch holds ``tokens``, ``labels``,
+    ``loss_mask`` and ``position_ids``, [1, T] each; on stages that are neither first nor last it gets None.
+    The loss is normalised per token over the global batch. The list of what loss functions report, one entry
+    per chunk, is returned on the last pipeline rank and is empty on the others. Data-parallel replicas may
+    have different numbers of chunks.
+
+    Args:
+        clock: times the trace; chosen by the device if None.
+        progress: told of every operation and wait as it begins.
+
+    Attributes:
+        trace: what the last iteration ran on this rank.
+        plan: the plan of the last iteration.
+    """
+
+    def __init__(self, *, clock: Clock | None = None, progress: Progress | None = None) -> None:
+        self._progress = progress
+        self.trace = Trace(clock or default_clock())
+        self.plan: Plan | None = None
+        self._communicator: Communicator | None = None
+
+    def __str__(self) -> str:
+        return NAME
+
+    def __call__(
+        self,
+        *,
+        forward_step_func: Callable[..., Any],
+        data_iterator: Iterator[ElasticBatch] | list[Iterator[ElasticBatch]],
+        model: torch.nn.Module | list[torch.nn.Module],
+        forward_only: bool = False,
+        collect_non_loss_data: bool = False,
+        force_all_reduce: bool | None = False,
+        **sizes: object,
+    ) -> list[Any]:
+        """Run one iteration; see Megatron's ``get_forward_backward_func`` for the arguments.
+
+        ``sizes`` takes the rest of Megatron's: what a batch's plan says instead.
+
+        Raises:
+            ValueError: a batch or an option that this schedule cannot honour, on every rank of a replica.
+        """
+        _refuse(sizes)
+        (chunk,) = model if isinstance(model, list) else [model]
+        (iterator,) = data_iterator if isinstance(data_iterator, list) else [data_iterator]
+        config = get_model_config(chunk)
+        _check_config(config)
+        batch = next(iterator)
+        plan = batch.plan(config.num_layers)
+        plan = plan.forward_only() if forward_only else plan
+        self.plan = plan
+        dtype = config.pipeline_dtype or config.params_dtype
+        iteration = IterationInput(
+            forward_step_func,
+            [],
+            plan.num_microbatches,
+            collect_non_loss_data,
+            differentiate=not forward_only,
+        )
+        segments = ElasticSegments(chunk, batch, plan, dtype)
+        segments.begin(iteration)
+        agree(
+            {"plan and tokens": batch.fingerprint[:16], "dtype": str(dtype), "forward only": forward_only},
+            parallel_state.get_model_parallel_group(),
+        )
+        if self._communicator is None:
+            self._communicator = make_communicator(parallel_state.get_pipeline_model_parallel_group())
+        executor = Executor(
+            plan,
+            segments,
+            self._communicator,
+            device=next(chunk.parameters()).device,
+            trace=self.trace,
+            progress=self._progress,
+            backward_context=hold_gradient_reduction([chunk], segments, plan, self._communicator.rank),
+        )
+        with naming_operation(plan, self._communicator.rank, self.trace):
+            executor.run()
+        segments.finish()
+        if not forward_only:
+            finalize([chunk], segments, bool(force_all_reduce))
+        executor.check_messages()
+        return segments.result.loss_data
+
+
+# Megatron's arguments that a batch's plan replaces.
+_SIZES = ("num_microbatches", "seq_length", "micro_batch_size", "decoder_seq_length", "first_val_step")
+
+
+def _refuse(arguments: dict[str, object]) -> None:
+    for name, value in arguments.items():
+        if name not in _SIZES and value is not None:
+            raise ValueError(f"the elastic schedule does not support {name}")
+
+
+def _check_config(config: TransformerConfig) -> None:
+    check_supported(config, NAME)
+    if not config.calculate_per_token_loss:
+        raise ValueError(
+            "chunks differ in tokens, so the elastic schedule normalises the loss per token over the global "
+            "batch; set calculate_per_token_loss (--calculate-per-token-loss)"
+        )

@@ -1,0 +1,1 @@
+"""When every operation of a plan runs, given costs, and what each rank holds meanwhile."""

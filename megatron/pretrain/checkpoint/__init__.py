@@ -1,0 +1,1 @@
+"""Checkpoints: loading, saving, files, shards, and reading without running code."""

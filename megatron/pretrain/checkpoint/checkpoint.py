@@ -1,0 +1,276 @@
+"""Checkpoints through megatron.core.dist_checkpointing, in Megatron's folder layout.
+
+``DIR/iter_0000010/`` holds one checkpoint, ``DIR/latest_checkpointed_iteration.txt`` names the newest whole
+one, see :mod:`megatron.pretrain.checkpoint.files`. Parameters and optimizer states are stored under
+canonical names, so a run may stop under one schedule and layout and go on under another.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from helixpipe.reliability.exit_codes import DataError
+from megatron.pretrain.checkpoint.files import (
+    check_file,
+    manifest_of,
+    share,
+    tracked,
+    usable,
+)
+from megatron.pretrain.checkpoint.safe_pickle import find_unsafe_content, no_code_from_disk, read_table
+from megatron.pretrain.checkpoint.shards import describe
+from megatron.pretrain.model import TrainingState, unwrap
+
+# What a checkpoint must share with the job that loads it.
+_ARCHITECTURE = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+    "normalization", "swiglu", "position_embedding_type", "untie_embeddings_and_output_weights",
+    "add_bias_linear", "add_qkv_bias", "qk_layernorm",
+    # Not of the model, but the optimizer's state has another form.
+    "use_distributed_optimizer", "bf16",
+)  # fmt: skip
+
+
+class Progress(NamedTuple):
+    """How far training has come.
+
+    Attributes:
+        iteration: the last finished one.
+        consumed_samples: over all replicas.
+        data: what tells the data apart that they were from, where a schedule has an order of its own: see
+            :attr:`megatron.pretrain.settings.elastic.ElasticTraining.identity`.
+    """
+
+    iteration: int = 0
+    consumed_samples: int = 0
+    data: dict[str, Any] | None = None
+
+
+def load_checkpoint(args: argparse.Namespace, state: TrainingState) -> Progress:
+    """Restore the newest checkpoint under ``--load``; no progress if there is none yet.
+
+    Only a folder that is also the one of ``--save`` may hold none: it is the first start of the job.
+
+    Raises:
+        DataError: an unreadable tracker, a checkpoint that is missing or damaged, or a model of another
+            architecture; on every rank, before training uses a weight.
+    """
+    folder = _verified_checkpoint(args)
+    if folder is None:
+        if args.load != args.save:
+            raise DataError(
+                f"--load {args.load} holds no checkpoint; to start anew leave it out, or name it in "
+                "--save, too"
+            )
+        return Progress()
+    with no_code_from_disk():
+        return _load_from(folder, args, state)
+
+
+def _verified_checkpoint(args: argparse.Namespace) -> Path | None:
+    """The checkpoint to load, its files found to be what was saved; with ``--load-fallback`` an older one."""
+    folder = _tracked_by_all(args)
+    if folder is None:
+        return None
+    candidates = [folder]
+    if args.load_fallback:
+        candidates += [other for other in reversed(usable(args.load)) if other < folder]
+    problem = ""
+    for candidate in candidates:
+        problem = _problem_of(candidate, args)
+        if not problem:
+            return candidate
+        if args.rank == 0 and args.load_fallback:
+            print(f"{problem}; trying the checkpoint before it", flush=True)
+    hint = "" if args.load_fallback else "; add --load-fallback to go on from the one before it"
+    raise DataError(problem + hint)
+
+
+def _tracked_by_all(args: argparse.Namespace) -> Path | None:
+    """The checkpoint that the tracker names, found to be the same one on every rank."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    try:
+        mine: tuple[Path | None, str] = (tracked(args.load), "")
+    except (ValueError, OSError) as error:
+        mine = (None, str(error))
+    seen = _gathered({rank: mine})
+    for _, problem in seen.values():
+        if problem:
+            raise DataError(problem)
+    folders = {rank: folder for rank, (folder, _) in seen.items()}
+    if len(set(folders.values())) > 1:
+        shown = "; ".join(f"rank {r}: {f.name if f else 'no checkpoint'}" for r, f in sorted(folders.items()))
+        raise DataError(
+            f"ranks see different checkpoints in {args.load}: {shown}; it must be a shared folder"
+        )
+    return folders[rank]
+
+
+def _problem_of(folder: Path, args: argparse.Namespace) -> str:
+    """What is wrong with a checkpoint's files, the same on every rank; each hashes its share of them."""
+    try:
+        files = manifest_of(folder)
+        mine = share(list(files), args.rank, args.world_size)
+        found = {name: check_file(folder, name, files[name]) for name in mine}
+        if args.rank == 0 and not any(found.values()):
+            found[""] = find_unsafe_content(folder)
+    except ValueError as error:
+        found = {"": str(error)}
+    return next((text for _, text in sorted(_gathered(found).items()) if text), "")
+
+
+def _gathered(mine: dict[Any, Any]) -> dict[Any, Any]:
+    """The dictionaries of all ranks as one."""
+    if not dist.is_initialized():
+        return mine
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return {name: value for part in everyone for name, value in part.items()}
+
+
+def _load_from(folder: Path, args: argparse.Namespace, state: TrainingState) -> Progress:
+    _check_architecture(args, folder)
+    torch_adam = _distributed_torch_adam(state.optimizer)
+    if torch_adam is not None:
+        _start_steps(torch_adam)
+    wanted = sharded_state(state, Progress(), args, is_loading=True)
+    check_tensors(folder, wanted)
+    try:
+        loaded = dist_checkpointing.load(wanted, str(folder))
+    except (CheckpointException, CheckpointingException, RuntimeError) as error:
+        raise DataError(f"{folder} cannot be loaded ({_reason(error)}); use another checkpoint") from None
+    for name, chunk in _named_models(state):
+        chunk.load_state_dict(loaded[name], strict=False)
+    if torch_adam is not None:
+        _load_with_steps(torch_adam, loaded["optimizer"])
+    else:
+        state.optimizer.load_state_dict(loaded["optimizer"])
+    state.scheduler.load_state_dict(loaded["opt_param_scheduler"])
+    return Progress(loaded["iteration"], loaded["consumed_samples"], loaded.get("data"))
+
+
+def sharded_state(
+    state: TrainingState, progress: Progress, args: argparse.Namespace, *, is_loading: bool
+) -> dict[str, Any]:
+    """Everything that a checkpoint holds, as Megatron's ``dist_checkpointing`` takes it."""
+    models = {
+        name: chunk.sharded_state_dict(metadata=content_metadata()) for name, chunk in _named_models(state)
+    }
+    # Megatron matches optimizer states to parameters through the chunks' names.
+    optimizer = state.optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=content_metadata())
+    return {
+        **models,
+        "optimizer": optimizer,
+        "opt_param_scheduler": state.scheduler.state_dict(),
+        "iteration": progress.iteration,
+        "consumed_samples": progress.consumed_samples,
+        "data": progress.data,
+        "architecture": {name: getattr(args, name) for name in _architecture(args)},
+    }
+
+
+def check_tensors(folder: Path, wanted: dict[str, Any]) -> None:
+    """Compare the table of contents with the model: torch would convert another type without a word.
+
+    Raises:
+        DataError: a tensor that is missing, or has another type or shape.
+    """
+    saved = read_table(folder).state_dict_metadata
+    for value in nested_values(wanted):
+        parts = nested_values(value.build()) if isinstance(value, ShardedTensorFactory) else [value]
+        for tensor in parts:
+            if not isinstance(tensor, ShardedTensor):
+                continue
+            found = saved.get(tensor.key)
+            if not isinstance(found, TensorStorageMetadata):
+                raise DataError(f"{folder} holds no tensor {tensor.key}; use another checkpoint")
+            here = (tensor.dtype, tuple(tensor.global_shape))
+            there = (found.properties.dtype, tuple(found.size))
+            if here != there:
+                raise DataError(
+                    f"{folder} holds {tensor.key} as {there[0]} of shape {there[1]}, this job needs "
+                    f"{here[0]} of shape {here[1]}; use another checkpoint"
+                )
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong, on the first rank where it did."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (cause, _) = min(error.failures.items())
+        return f"rank {rank}: {describe(cause)}"
+    return describe(error)
+
+
+def _named_models(state: TrainingState) -> list[tuple[str, Any]]:
+    """The unwrapped model chunks, named as in Megatron's checkpoints."""
+    if len(state.model) == 1:
+        return [("model", unwrap(state.model[0]))]
+    return [(f"model{index}", unwrap(chunk)) for index, chunk in enumerate(state.model)]
+
+
+def content_metadata() -> dict[str, Any]:
+    """The form of the optimizer's state in a checkpoint."""
+    # The one form of the distributed optimizer's state that any other layout can read.
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": group}
+
+
+def _architecture(args: argparse.Namespace) -> list[str]:
+    # Rotary embeddings have no weights: the longest sequence may change.
+    is_learned = args.position_embedding_type == "learned_absolute"
+    return [*_ARCHITECTURE, "max_position_embeddings"] if is_learned else list(_ARCHITECTURE)
+
+
+def _check_architecture(args: argparse.Namespace, folder: Path) -> None:
+    saved = dist_checkpointing.load_common_state_dict(str(folder)).get("architecture", {})
+    for name, value in saved.items():
+        if getattr(args, name) != value:
+            flag = "--" + name.replace("_", "-")
+            raise DataError(f"{folder} was trained with {flag} {value}, this job has {getattr(args, name)}")
+
+
+def _distributed_torch_adam(optimizer: Any) -> DistributedOptimizer | None:
+    """The distributed optimizer if it shards torch's Adam, whose step counts Megatron cannot load.
+
+    Apex and Transformer Engine bring an Adam that keeps one count for all parameters.
+    """
+    (only,) = getattr(optimizer, "chained_optimizers", [optimizer])
+    if isinstance(only, DistributedOptimizer) and isinstance(
+        only.optimizer, (torch.optim.Adam, torch.optim.AdamW)
+    ):
+        return only
+    return None
+
+
+def _start_steps(optimizer: DistributedOptimizer) -> None:
+    """Megatron reads the step counts even to prepare for loading, when there are none yet."""
+    optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
+    for state in optimizer.optimizer.state.values():
+        state["step"] = torch.zeros(())
+
+
+def _load_with_steps(optimizer: DistributedOptimizer, loaded: dict[str, Any]) -> None:
+    """Load, keeping the step counts out of Megatron's way.
+
+    It would look for them among the sharded tensors, where they are not, and it gives all parameters one
+    tensor, which every one of them would count up.
+    """
+    sharded = loaded.pop("param_state")
+    optimizer.load_state_dict(loaded)
+    states = optimizer.optimizer.state
+    steps = {parameter: state.pop("step").clone() for parameter, state in states.items()}
+    optimizer.load_parameter_state_from_fully_reshardable(sharded)
+    for parameter, step in steps.items():
+        states[parameter]["step"] = step

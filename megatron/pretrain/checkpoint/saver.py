@@ -1,0 +1,219 @@
+"""Save checkpoints: all ranks together, in the foreground or behind training, with one outcome."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from enum import IntEnum
+from pathlib import Path
+from threading import Thread
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+
+from helixpipe.reliability.exit_codes import DataError
+from helixpipe.reliability.monitor import Monitor
+from megatron.pretrain.checkpoint.checkpoint import Progress, content_metadata, sharded_state
+from megatron.pretrain.checkpoint.files import digest, folder_of, publish, saving_folder, start_saving
+from megatron.pretrain.checkpoint.shards import BACKEND, VERSION, PlannedSave, Written, describe
+from megatron.pretrain.model import TrainingState
+
+
+class SaveStatus(IntEnum):
+    """How far this rank is with writing its part; ranks exchange it with the iteration's metrics."""
+
+    NOTHING_TO_DO = 0
+    WRITING = 1
+    WRITTEN = 2
+    FAILED = 3
+
+
+class _Pending(NamedTuple):
+    iteration: int
+    plan: PlannedSave
+    written: Future[Written]
+
+
+class Saver:
+    """Writes one checkpoint at a time on all ranks. Every method but ``status`` is collective.
+
+    A save either is published on behalf of all ranks, or it has failed on all of them: then its files are
+    removed, the checkpoints before it are untouched, and ``--on-save-failure`` decides.
+
+    Args:
+        args: parsed arguments.
+        say: prints a line once for the whole job.
+        on_publish: called on rank 0 after each publication.
+        monitor: told what this rank waits for: storage may stall for longer than a step may take.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        say: Callable[[str], None],
+        on_publish: Callable[[], None],
+        monitor: Monitor,
+    ) -> None:
+        self._args = args
+        self._say = say
+        self._on_publish = on_publish
+        self._monitor = monitor
+        self._pending: _Pending | None = None
+
+    @property
+    def status(self) -> SaveStatus:
+        """This rank's part of the save that is under way."""
+        if self._pending is None:
+            return SaveStatus.NOTHING_TO_DO
+        if not self._pending.written.done():
+            return SaveStatus.WRITING
+        return SaveStatus.FAILED if self._pending.written.result().error else SaveStatus.WRITTEN
+
+    def save(self, state: TrainingState, progress: Progress, *, is_last: bool) -> None:
+        """Start a save; without ``--async-save``, or if it ``is_last``, also finish it.
+
+        Raises:
+            DataError: a save failed, this or the one before it, and the job is to stop, or cannot save again.
+        """
+        self.finish()
+        if self._start(state, progress, is_last) and (is_last or not self._args.async_save):
+            self.finish(must_succeed=is_last)
+
+    def poll(self, statuses: Sequence[SaveStatus]) -> None:
+        """Finish the save in the background if every rank has written its part, or one cannot.
+
+        Args:
+            statuses: of all ranks, the same on every rank.
+        """
+        if SaveStatus.FAILED in statuses or set(statuses) == {SaveStatus.WRITTEN}:
+            self._monitor.enter("publish")
+            self.finish()
+
+    def finish(self, *, must_succeed: bool = False) -> None:
+        """Wait for the save under way and publish it; nothing if there is none.
+
+        Raises:
+            DataError: see :meth:`save`.
+        """
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        # A rank that is still here when others have gone on is the one whose storage stalls.
+        self._monitor.reach("write checkpoint")
+        mine = pending.written.result()
+        self._monitor.reach("publish checkpoint")
+        everyone: list[Any] = [None] * self._args.world_size
+        dist.all_gather_object(everyone, mine)
+        error = _first_error([written.error for written in everyone])
+        if not error:
+            error = self._from_first_rank(lambda: self._publish(pending, everyone))
+        folder = folder_of(self._args.save, pending.iteration)
+        if error:
+            self._fail(pending.iteration, error, must_succeed)
+        else:
+            self._say(f"saved checkpoint {folder}")
+
+    def _start(self, state: TrainingState, progress: Progress, must_succeed: bool) -> bool:
+        """Agree on who writes what, and start to write; False if that failed already."""
+        args, folder = self._args, saving_folder(self._args.save, progress.iteration)
+        error = self._from_first_rank(lambda: start_saving(args.save, progress.iteration))
+        plan = _AgreeingSave()
+        if not error:
+            for chunk in state.model:
+                if args.overlap_param_gather:
+                    # Parameters may still be on their way from the optimizer's shards.
+                    chunk.disable_forward_pre_hook(param_sync=True)  # type: ignore[operator]
+            error = plan.plan(sharded_state(state, progress, args, is_loading=False), folder)
+            for chunk in state.model:
+                if args.overlap_param_gather:
+                    chunk.enable_forward_pre_hook()  # type: ignore[operator]
+        if error:
+            self._fail(progress.iteration, error, must_succeed)
+            return False
+        buckets = plan.host_copy(detached=args.async_save)
+        written: Future[Written] = Future()
+        # A daemon: a rank that must end is not held up by a save that cannot be published any more.
+        Thread(target=lambda: written.set_result(plan.write(buckets)), daemon=True).start()
+        self._pending = _Pending(progress.iteration, plan, written)
+        return True
+
+    def _publish(self, pending: _Pending, everyone: list[Written]) -> None:
+        folder = saving_folder(self._args.save, pending.iteration)
+        pending.plan.writer.finish(pending.plan.metadata, [written.results for written in everyone])
+        save_config(CheckpointingConfig(BACKEND, VERSION), str(folder))
+        digests = {name: found for written in everyone for name, found in written.digests.items()}
+        for path in folder.iterdir():
+            if path.name not in digests:
+                digests[path.name] = digest(path, to_disk=True)
+        publish(self._args.save, pending.iteration, digests, self._args.keep_checkpoints)
+        self._on_publish()
+
+    def _from_first_rank(self, work: Callable[[], object]) -> str:
+        """Do something on rank 0 only; what went wrong there, known to all."""
+        outcome = [_attempt(work) if self._args.rank == 0 else ""]
+        dist.broadcast_object_list(outcome, src=0)
+        return f"rank 0: {outcome[0]}" if outcome[0] else ""
+
+    def _fail(self, iteration: int, error: str, must_succeed: bool) -> None:
+        if self._args.rank == 0:
+            # What is left there would fill the disk further.
+            shutil.rmtree(saving_folder(self._args.save, iteration), ignore_errors=True)
+        text = f"the checkpoint of iteration {iteration} was not saved ({error}); those before it are whole"
+        if must_succeed or self._args.on_save_failure == "stop":
+            raise DataError(text)
+        self._say(f"{text}; training goes on")
+
+
+class _AgreeingSave(PlannedSave):
+    """A plan that is made on all ranks or on none.
+
+    Before Megatron plans together, rank 0 alone writes a file; if that fails the others must not wait for it.
+    """
+
+    def plan(self, state: dict[str, Any], folder: Path) -> str:
+        """Decide who writes what into ``folder``; what prevented it, the same on every rank."""
+        self._agreed = False
+        try:
+            dist_checkpointing.save(
+                state, str(folder), self, async_sharded_save=True, content_metadata=content_metadata()
+            )
+        except (OSError, RuntimeError) as error:
+            if self._agreed:
+                raise
+            return self._agree(describe(error))
+        except _Refused as refused:
+            return str(refused)
+        return ""
+
+    def async_save(self, sharded_state_dict: Any, checkpoint_dir: Path) -> Any:
+        """See Megatron's strategy."""
+        error = self._agree("")
+        if error:
+            raise _Refused(error)
+        return super().async_save(sharded_state_dict, checkpoint_dir)
+
+    def _agree(self, error: str) -> str:
+        self._agreed = True
+        errors: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+        return _first_error(errors)
+
+
+class _Refused(Exception):
+    """Another rank cannot save."""
+
+
+def _first_error(errors: Sequence[str]) -> str:
+    return next((f"rank {rank}: {error}" for rank, error in enumerate(errors) if error), "")
+
+
+def _attempt(work: Callable[[], object]) -> str:
+    try:
+        work()
+    except (OSError, RuntimeError) as error:
+        return describe(error)
+    return ""

@@ -1,0 +1,1 @@
+"""Micro batches and batches of documents for this program."""

@@ -1,0 +1,117 @@
+"""Endless iterators over a replica's elastic batches, for training and for validation."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+from megatron.core import parallel_state
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
+
+from helixpipe.data.prefix import DatasetInfo
+from helixpipe.elastic.service.background import PlannedBatch
+from helixpipe.megatron_adapter.elastic_batch import ElasticBatch
+from megatron.pretrain.data.elastic_batches import (
+    ElasticBatches,
+    EvaluationBatches,
+    Identity,
+    identity_of,
+    make_shared_planner,
+)
+from megatron.pretrain.data.variable_length import VariableLengthDataset
+from megatron.pretrain.metrics import Planning
+
+# Parts of --split.
+_TRAINING, _VALIDATION = 0, 1
+
+
+class ElasticTraining(Iterator[ElasticBatch]):
+    """Endless iterator over this replica's batches, each with its plan; collective.
+
+    Args:
+        args: parsed arguments.
+        consumed_samples: sequences already trained on, over all replicas.
+        data: :attr:`identity` of the data that they were from; None for a new job, or one that another
+            schedule has begun.
+
+    Attributes:
+        identity: what tells the data apart that a position is in, for checkpoints.
+
+    Raises:
+        ValueError: a split without documents, or fewer sequences in a batch than replicas.
+        DataError: a checkpoint that was made with other data or settings of it.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, consumed_samples: int = 0, data: Identity | None = None
+    ) -> None:
+        dataset = VariableLengthDataset(args.dataset, args.max_seq_length, _documents(args, _TRAINING))
+        self.identity = identity_of(dataset, args.seed)
+        self._planned: PlannedBatch | None = None
+        self._batches = ElasticBatches(
+            dataset,
+            make_shared_planner(args.elastic_job),
+            global_batch_size=args.global_batch_size,
+            state={"consumed_samples": consumed_samples, **(data or self.identity)},
+            **_share(args),
+        )
+
+    def __next__(self) -> ElasticBatch:
+        """The next batch; the one after it begins to be planned."""
+        step = next(self._batches)
+        self._planned = step.planned
+        return ElasticBatch(step.planned.plan, step.sequences, step.loss_masks)
+
+    def planning(self) -> Planning:
+        """What is to be told of the last batch's plan."""
+        assert self._planned is not None
+        return Planning.of(self._planned)
+
+    def close(self) -> None:
+        """End the planning process."""
+        self._batches.close()
+
+
+class ElasticValidation(Iterator[ElasticBatch]):
+    """Endless iterator over this replica's validation batches, which go on where evaluations ended.
+
+    Args:
+        args: parsed arguments, with ``--eval-iters``.
+        iteration: the last finished one; tells how much of the data was seen.
+
+    Raises:
+        ValueError: no document in the split has a token to learn.
+    """
+
+    def __init__(self, args: argparse.Namespace, iteration: int) -> None:
+        dataset = VariableLengthDataset(args.dataset, args.max_seq_length, _documents(args, _VALIDATION))
+        evaluated = iteration // args.eval_interval * args.eval_iters
+        self._batches = EvaluationBatches(
+            dataset,
+            args.elastic_job,
+            global_batch_size=args.global_batch_size,
+            consumed_samples=evaluated * args.global_batch_size,
+            **_share(args),
+        )
+
+    def __next__(self) -> ElasticBatch:
+        """The next batch with its chunks."""
+        return ElasticBatch(*next(self._batches))
+
+
+def _share(args: argparse.Namespace) -> dict[str, int]:
+    return {
+        "seed": args.seed,
+        "replica": parallel_state.get_data_parallel_rank(),
+        "num_replicas": parallel_state.get_data_parallel_world_size(),
+    }
+
+
+def _documents(args: argparse.Namespace, part: int) -> range:
+    """The documents of one part of ``--split``, which has been checked, rounded as Megatron rounds."""
+    info: DatasetInfo = args.dataset
+    bounds = convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split))[part]
+    return range(*(round(bound * float(info.num_documents)) for bound in bounds))

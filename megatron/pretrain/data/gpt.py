@@ -1,0 +1,152 @@
+"""Micro batches from an indexed dataset, through Megatron's GPTDataset."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from torch.utils.data import DataLoader
+
+from helixpipe.data.prefix import DatasetInfo, dataset_paths
+from helixpipe.megatron_adapter.schedule import needs_data
+from megatron.pretrain.checkpoint.safe_pickle import plain_arrays_from_disk
+
+Batch = dict[str, torch.Tensor]
+
+
+class PrefixTokenizer:
+    """What Megatron's datasets ask of a tokenizer, from the headers of a dataset."""
+
+    def __init__(self, info: DatasetInfo) -> None:
+        self.vocab_size = info.vocab_size
+        self.eod = info.eod
+        # Part of the key of Megatron's index cache: a dataset prepared anew under the same name must
+        # not meet the indices of the old one.
+        stat = Path(dataset_paths(info.prefix).idx).stat()
+        self.unique_identifiers = OrderedDict(
+            vocab_size=info.vocab_size, eod=info.eod, index_bytes=stat.st_size, index_written=stat.st_mtime_ns
+        )
+
+    @property
+    def pad(self) -> int:
+        """There is no padding token: documents are joined, never padded."""
+        raise NotImplementedError
+
+    @property
+    def eos(self) -> int:
+        """Not distinguished from the end of document."""
+        raise NotImplementedError
+
+
+def build_iterators(
+    args: argparse.Namespace, consumed_samples: int, iteration: int
+) -> tuple[Iterator[Batch] | None, Iterator[Batch] | None]:
+    """Endless iterators over this data-parallel rank's training and validation micro batches.
+
+    None where this rank's share of the schedule reads no data. Collective: every rank must call it. The split
+    must have passed :func:`check_split`.
+
+    Args:
+        args: parsed arguments.
+        consumed_samples: training sequences already seen, over all data-parallel ranks.
+        iteration: the last finished one; tells how much of the validation data was seen.
+
+    Raises:
+        DataError: a damaged index cache.
+    """
+    evaluations = args.train_iters // args.eval_interval + 1
+    reads_data = needs_data(args.pipeline_schedule, args.head_placement)
+    samples = [args.train_iters * args.global_batch_size, 0, 0]
+    if args.eval_iters:
+        samples[1] = evaluations * args.eval_iters * args.global_batch_size
+    with plain_arrays_from_disk():
+        train, valid, _ = BlendedMegatronDatasetBuilder(
+            GPTDataset, samples, lambda: reads_data, _dataset_config(args)
+        ).build()
+    if not reads_data:
+        return None, None
+    train_batches = _batches(args, train, consumed_samples)
+    if not args.eval_iters:
+        return train_batches, None
+    validated = iteration // args.eval_interval * args.eval_iters * args.global_batch_size
+    return train_batches, _batches(args, valid, validated)
+
+
+def _dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
+    cache = args.data_cache_path or Path(args.data_path).parent / "cache"
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=([str(args.data_path)], None),
+        split=args.split,
+        path_to_cache=str(cache),
+        tokenizer=PrefixTokenizer(args.dataset),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=False,
+    )
+    # Only what is used is built: from a split without documents Megatron draws samples for ever.
+    needed = ["training", "validation"] if args.eval_iters else ["training"]
+    config.split_matrix[len(needed) :] = [None] * (3 - len(needed))
+    return config
+
+
+def check_split(split: str, info: DatasetInfo, *, with_validation: bool) -> None:
+    """``ValueError`` if no document falls to a part that is used, for which Megatron would draw for ever."""
+    matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
+    needed = ["training", "validation"] if with_validation else ["training"]
+    for name, bounds in zip(needed, matrix, strict=False):
+        if bounds is None or not _documents_in(bounds, info):
+            raise ValueError(
+                f"--split {split} leaves none of the {info.num_documents} documents for {name}; give it at "
+                f"least {100 / info.num_documents:.2g}% of the weight, or prepare more documents"
+            )
+
+
+def _documents_in(bounds: tuple[float, float], info: DatasetInfo) -> int:
+    """How many documents fall into a split, with Megatron's rounding."""
+    first, last = (round(bound * float(info.num_documents)) for bound in bounds)
+    return last - first
+
+
+def _batches(args: argparse.Namespace, dataset: GPTDataset, consumed_samples: int) -> Iterator[Batch]:
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_sampler=_sampler(args, len(dataset), consumed_samples),
+        num_workers=args.num_workers,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=args.num_workers > 0,
+        worker_init_fn=_leave_process_group if args.num_workers > 0 else None,
+    )
+    return iter(loader)
+
+
+def _leave_process_group(worker: int) -> None:
+    """torchrun sends SIGTERM to a rank's whole process group, but the rank still needs its readers."""
+    os.setpgid(0, 0)
+
+
+def _sampler(args: argparse.Namespace, length: int, consumed_samples: int) -> Iterator[list[int]]:
+    """Sample numbers of this data-parallel rank, micro batch by micro batch, wrapping at the end.
+
+    Consecutive micro batches of a global batch interleave over data-parallel ranks, so a job that
+    goes on with another data-parallel size sees the same global batches.
+    """
+    size, rank = args.micro_batch_size, parallel_state.get_data_parallel_rank()
+    position = consumed_samples + rank * size
+    while True:
+        yield [(position + offset) % length for offset in range(size)]
+        position += size * parallel_state.get_data_parallel_world_size()

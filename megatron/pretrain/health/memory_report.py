@@ -1,0 +1,159 @@
+"""How much memory a job took, a warning when it is nearly all, and what to do when there is no more."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import resource
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from helixpipe.megatron_adapter.schedule import ELASTIC, device
+from helixpipe.plan import build_plan
+from helixpipe.plan.cost_model import HARDWARE, Recompute, costs_of_plan, predict_pieces
+from helixpipe.plan.simulation.memory import peak_bytes
+from helixpipe.runtime.out_of_memory import OutOfMemory, amount_asked, held
+from megatron.pretrain.settings.schedule_choice import workload_of
+
+_GIB = 2**30
+# Beyond this share of the limit the next longer message or fragment may not fit.
+_CLOSE = 0.9
+
+
+class Peak(NamedTuple):
+    """Bytes at the highest point so far: in tensors, and taken from the device for them."""
+
+    allocated: int
+    reserved: int
+
+
+def peak() -> Peak:
+    """Of this process; on a CPU, whose allocator keeps no figures, its resident memory is both."""
+    if torch.cuda.is_available():
+        return Peak(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Peak(resident, resident)
+
+
+class MemoryWatch:
+    """Warns this rank's user once, and sums up all ranks at the end.
+
+    Args:
+        args: parsed arguments; ``--memory-limit-gib`` stands for what the device has.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        self._warned = False
+        self._limit: float | None = None
+        if args.memory_limit_gib is not None:
+            self._limit = args.memory_limit_gib * _GIB
+        elif torch.cuda.is_available():
+            self._limit = torch.cuda.mem_get_info()[1]
+
+    def check(self) -> None:
+        """Write a line to stderr when memory comes close to the limit for the first time."""
+        reserved = peak().reserved
+        if self._limit is None or self._warned or reserved < _CLOSE * self._limit:
+            return
+        self._warned = True
+        sys.stderr.write(
+            f"pretrain_gpt: rank {self._args.rank}: warning: {reserved / _GIB:.2f} GiB of "
+            f"{self._limit / _GIB:.2f} GiB were in use; {self._estimate()}; {what_to_change(self._args)}\n"
+        )
+
+    def summary(self) -> str:
+        """One line about every rank; collective."""
+        table = torch.zeros(dist.get_world_size(), 2, dtype=torch.float64, device=device())
+        table[dist.get_rank()] = torch.tensor(peak(), dtype=torch.float64)
+        dist.all_reduce(table)
+        if torch.cuda.is_available():
+            shown = [
+                f"{allocated / _GIB:.2f}/{reserved / _GIB:.2f}" for allocated, reserved in table.tolist()
+            ]
+            return f"peak memory by rank (GiB allocated/reserved): {' '.join(shown)}"
+        shown = [f"{resident / _GIB:.2f}" for resident, _ in table.tolist()]
+        return f"peak memory by rank (GiB resident; a CPU's allocator has no figures): {' '.join(shown)}"
+
+    def _estimate(self) -> str:
+        """The plan's peak on this rank: weights, gradients, optimizer state and activations."""
+        if self._args.pipeline_schedule == ELASTIC:
+            return "every batch is planned to stay below the limit, by the bytes of --elastic-costs"
+        plan = build_plan(self._args.pipeline_schedule, self._args.schedule_request)
+        # Bytes do not depend on rates.
+        pieces = predict_pieces(workload_of(self._args), HARDWARE["h100"])
+        costs = costs_of_plan(pieces, plan, _recompute(self._args))
+        peak = peak_bytes(plan, costs)[parallel_state.get_pipeline_model_parallel_rank()]
+        return f"the plan's estimate is {peak / _GIB:.2f} GiB"
+
+
+def _recompute(args: argparse.Namespace) -> Recompute:
+    if args.memory_saving.recompute_without_attention:
+        return Recompute.WITHOUT_ATTENTION
+    return {None: Recompute.NONE, "selective": Recompute.SELECTIVE, "full": Recompute.FULL}[
+        args.recompute_granularity
+    ]
+
+
+def explains_out_of_memory(run: Callable[..., int]) -> Callable[..., int]:
+    """Decorate a function of the parsed arguments: where memory runs out, say what to change.
+
+    Raises:
+        OutOfMemory: one line for the job's user, in the place of an allocator's error.
+    """
+
+    @functools.wraps(run)
+    def wrapper(args: argparse.Namespace, *others: Any, **named: Any) -> int:
+        try:
+            return run(args, *others, **named)
+        except OutOfMemory as error:
+            raise OutOfMemory(f"{error}; {what_to_change(args)}") from error
+        except RuntimeError as error:
+            asked = amount_asked(error)
+            if asked is None:
+                raise
+            raise OutOfMemory(
+                "out of memory outside of forward and backward passes, where weights, gradients and "
+                f"optimizer state are made and used: asked for {asked}{held()}; to need less: "
+                "--use-distributed-optimizer over more data-parallel ranks, or more tensor- or "
+                "pipeline-parallel ranks"
+            ) from error
+
+    return wrapper
+
+
+def what_to_change(args: argparse.Namespace) -> str:
+    """What would need less memory, from the cheapest in time to the dearest; only what is not done yet."""
+    saving = args.memory_saving
+    advice = []
+    if args.transformer_impl != "transformer_engine":
+        advice += _smaller("--mlp-chunk-size", saving.mlp_chunk_size)
+    advice += _smaller("--loss-chunk-size", saving.loss_chunk_size)
+    if args.pipeline_schedule == ELASTIC:
+        advice.append("a lower --memory-limit-gib")
+    elif args.recompute_granularity is None and not saving.recompute_without_attention:
+        advice.append("--recompute-without-attention")
+    elif args.pipeline_schedule != "helix" and args.recompute_granularity != "full":
+        advice.append(
+            "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+            + (" --no-recompute-without-attention" if saving.recompute_without_attention else "")
+        )
+    if args.pipeline_schedule == "helix" and args.attention_range != "block":
+        advice.append("--attention-range block")
+    if args.pipeline_schedule == "helix" and args.schedule_request.num_fold != 1:
+        advice.append("--num-fold 1")
+    if args.micro_batch_size > 1:
+        advice.append("--micro-batch-size 1")
+    advice.append("more tensor- or pipeline-parallel ranks")
+    return f"to need less: {', or '.join(advice)}"
+
+
+def _smaller(option: str, size: int | None) -> list[str]:
+    if size is None:
+        return [f"{option} auto"]
+    return [f"{option} {size // 2}"] if size > 1 else []

@@ -1,0 +1,82 @@
+"""Process groups, devices and seeds."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import warnings
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from torch.distributed.rendezvous import rendezvous
+
+from helixpipe.megatron_adapter import cpu_backend
+from helixpipe.reliability.monitor import Monitor
+from megatron.pretrain.health.agreement import agree_on_arguments
+from megatron.pretrain.health.monitoring import join
+from megatron.pretrain.health.rendezvous import fresh_store
+
+
+def initialize(args: argparse.Namespace, monitor: Monitor | None = None) -> None:
+    """Join the process group, build Megatron's groups and seed the random states.
+
+    Uses NCCL and one GPU per rank where GPUs are present, else gloo on the CPU with one thread per rank.
+    Ranks that have to share a GPU, which NCCL refuses, use gloo, too. Before the first message the ranks
+    begin to watch each other, if there is a monitor, and compare what they were given.
+
+    Raises:
+        ValueError: ranks that were not given the same.
+    """
+    if cpu_backend.install():
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)
+        backend = "gloo"
+    else:
+        local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        torch.cuda.set_device(local_rank % count)
+        backend = "nccl" if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= count else "gloo"
+    os.environ.setdefault("MASTER_ADDR", "localhost")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    timeout = timedelta(minutes=args.distributed_timeout_minutes)
+    store = fresh_store(args.rank, args.world_size, timeout)
+    if store is None:
+        store, _, _ = next(rendezvous("env://", args.rank, args.world_size, timeout=timeout))
+    store.set_timeout(timeout)
+    before = dist.PrefixStore("before", store)
+    if monitor is not None:
+        join(args, monitor, before)
+    agree_on_arguments(args, before)
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("group", store),
+        rank=args.rank,
+        world_size=args.world_size,
+        timeout=timeout,
+    )
+    parallel_state.initialize_model_parallel(
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        args.virtual_stages,
+        distributed_timeout_minutes=args.distributed_timeout_minutes,
+    )
+    if monitor is not None:
+        pipeline = parallel_state.get_pipeline_model_parallel_group()
+        monitor.place_in_pipeline(dist.get_process_group_ranks(pipeline))
+    seed_random_states(args.seed)
+
+
+def seed_random_states(seed: int) -> None:
+    """Seed dropout: different on pipeline and tensor-parallel ranks where Megatron wants it so."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tensor_parallel.model_parallel_cuda_manual_seed(
+            seed + 100 * parallel_state.get_pipeline_model_parallel_rank(), force_reset_rng=True
+        )
+
+
+def finalize() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,290 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from helixpipe.megatron_adapter.schedule import ELASTIC, chunk_iterators, make_schedule
+from helixpipe.reliability.exit_codes import PREEMPTED, DataError, NumericsError
+from helixpipe.reliability.monitor import Monitor
+from helixpipe.runtime.trace import NullClock, default_clock
+from megatron.pretrain.checkpoint.checkpoint import Progress, load_checkpoint
+from megatron.pretrain.checkpoint.saver import Saver, SaveStatus
+from megatron.pretrain.data.elastic_iterators import ElasticTraining, ElasticValidation
+from megatron.pretrain.data.gpt import Batch, build_iterators
+from megatron.pretrain.health.diagnosis import LayerSums
+from megatron.pretrain.health.guards import (
+    KeptBatches,
+    NotFinite,
+    explain,
+    spread_to_gradients,
+    watch_gradient_norm,
+)
+from megatron.pretrain.health.memory_report import MemoryWatch, explains_out_of_memory
+from megatron.pretrain.health.monitoring import monitored
+from megatron.pretrain.health.preemption import StopRequest
+from megatron.pretrain.health.rendezvous import agent_store, has_saved, note_saved
+from megatron.pretrain.health.replicas import check_replicas
+from megatron.pretrain.initialize import finalize, initialize, seed_random_states
+from megatron.pretrain.metrics import Planning, Reporter, gather_metrics, mean_loss
+from megatron.pretrain.model import TrainingState, build_training_state
+
+ForwardStep = Callable[..., Any]
+
+_STORE_TIMEOUT = timedelta(seconds=30)
+
+
+def pretrain(
+    args: argparse.Namespace, forward_step: ForwardStep, before_exit: Callable[[], None] = lambda: None
+) -> int:
+    """Train from the given arguments to ``--train-iters``, or until the scheduler asks to stop.
+
+    If another rank is lost, fails or hangs, this process ends with a line that names it.
+
+    Args:
+        args: from :func:`megatron.pretrain.settings.arguments.parse_arguments`.
+        forward_step: Megatron's ``forward_step_func(data_iterator, model)``.
+        before_exit: called before the process ends because of another rank.
+
+    Returns:
+        the job's exit code: 0, or 75 after a stop on request, saved if ``--save`` is given.
+
+    Raises:
+        ValueError: bad input found after the arguments were parsed.
+        OutOfMemory: memory ran out; a ValueError, too.
+        DataError: a checkpoint that cannot be loaded or saved.
+        NumericsError: a loss or gradient that is not finite; the weights are those before the iteration.
+        PeerLost: another rank has ended, and it is not known which.
+    """
+    with monitored(args, before_exit) as monitor:
+        initialize(args, monitor)
+        code = _train(args, forward_step, monitor)
+        monitor.enter("end")
+        finalize()
+    return code
+
+
+@explains_out_of_memory
+def _train(args: argparse.Namespace, forward_step: ForwardStep, monitor: Monitor) -> int:
+    args.measure = args.metrics_jsonl is not None or args.trace_dir is not None
+    clock = default_clock() if args.measure else NullClock()
+    schedule = make_schedule(args.pipeline_schedule, args.schedule_request, clock, monitor.progress)
+    monitor.enter("build model")
+    state = build_training_state(args)
+    monitor.enter("load")
+    progress = _resume(args, state)
+    reporter = Reporter(args, progress.iteration)
+    _announce(args, progress, reporter)
+    monitor.enter("build data")
+    run = _Run(args, forward_step, schedule, state, reporter, monitor)
+    if args.pipeline_schedule == ELASTIC:
+        validation = ElasticValidation(args, progress.iteration) if args.eval_iters else None
+        with closing(ElasticTraining(args, progress.consumed_samples, progress.data)) as batches:
+            run.planning = batches.planning
+            return _iterate(run, progress._replace(data=batches.identity), batches, validation)
+    iterators = build_iterators(args, progress.consumed_samples, progress.iteration)
+    return _iterate(run, progress._replace(data=None), *iterators)
+
+
+def _iterate(
+    run: _Run, progress: Progress, train_data: Iterator[Any] | None, valid_data: Iterator[Any] | None
+) -> int:
+    """Train to ``--train-iters`` or until asked to stop, with evaluations and checkpoints; the exit code."""
+    args, monitor, reporter = run.args, run.monitor, run.reporter
+    memory = MemoryWatch(args)
+    saver = Saver(args, reporter.say, lambda: note_saved(agent_store(_STORE_TIMEOUT)), monitor)
+    request = StopRequest()
+    request.listen()
+    data = None if train_data is None else KeptBatches(train_data)
+    while progress.iteration < args.train_iters:
+        consumed = progress.consumed_samples + args.global_batch_size
+        progress = progress._replace(iteration=progress.iteration + 1, consumed_samples=consumed)
+        try:
+            stops, statuses = run.train_iteration(
+                progress.iteration, data, lambda: (bool(request.signal_name), saver.status)
+            )
+        except NumericsError as error:
+            # The save that is still under way is of an iteration that was in order.
+            monitor.enter("save")
+            try:
+                saver.finish()
+            except DataError as failure:
+                raise NumericsError(f"{error}; {failure}") from None
+            raise
+        saver.poll([SaveStatus(status) for status in statuses])
+        memory.check()
+        is_last, must_stop = progress.iteration == args.train_iters, any(stops)
+        if args.eval_iters and (is_last or progress.iteration % args.eval_interval == 0) and not must_stop:
+            run.evaluate(progress.iteration, valid_data)
+        is_due = args.save_interval is not None and progress.iteration % args.save_interval == 0
+        if args.save and (is_last or must_stop or is_due):
+            monitor.enter("save")
+            saver.save(run.state, progress, is_last=is_last or must_stop)
+        if must_stop and not is_last:
+            return _leave(args, progress, request, reporter)
+    reporter.say(reporter.planning_summary())
+    reporter.say(memory.summary())
+    return 0
+
+
+def _resume(args: argparse.Namespace, state: TrainingState) -> Progress:
+    """Load from ``--load``, or from ``--save`` if torchrun has restarted a job that has saved there."""
+    if args.save is not None and args.load != args.save and has_saved(agent_store(_STORE_TIMEOUT)):
+        args.load = args.save
+    return load_checkpoint(args, state) if args.load is not None else Progress()
+
+
+def _leave(args: argparse.Namespace, progress: Progress, request: StopRequest, reporter: Reporter) -> int:
+    reason = request.signal_name or "a signal on another rank"
+    if args.save is None:
+        what = "nothing is saved, there is no --save"
+    else:
+        what = f"the same command with --load {args.save} goes on from there"
+    reporter.say(f"stopped by {reason} after iteration {progress.iteration}: {what}")
+    return PREEMPTED
+
+
+class _Run:
+    """One job's loop body, with what stays the same between iterations."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        forward_step: ForwardStep,
+        schedule: Any,
+        state: TrainingState,
+        reporter: Reporter,
+        monitor: Monitor,
+    ) -> None:
+        self.args = args
+        self.forward_step = forward_step
+        self.schedule = schedule
+        self.state = state
+        self.reporter = reporter
+        self.monitor = monitor
+        self.planning: Callable[[], Planning | None] = lambda: None  # of the present iteration's plan
+        self.sums = LayerSums(state.model, schedule.trace)
+        watch_gradient_norm(state.optimizer)
+
+    def train_iteration(
+        self, iteration: int, data: KeptBatches | None, stop_flags: Callable[[], Sequence[int]]
+    ) -> list[list[int]]:
+        """Forward, backward and optimizer step of one global batch.
+
+        Args:
+            iteration: number of the iteration, from 1.
+            data: this rank's micro batches, or None where it reads none.
+            stop_flags: what this rank has to tell the others at the iteration's end.
+
+        Returns:
+            for each of the stop_flags, what all ranks have told.
+        """
+        self.monitor.enter("step", iteration)
+        started = time.perf_counter()
+        learning_rate = self.state.optimizer.param_groups[0]["lr"]
+        if data is not None:
+            data.forget()
+        self.sums.forget()
+        losses = self._compute_gradients(iteration, data)
+        every = self.args.check_gradients_every
+        if every is not None and iteration % every == 0:
+            check_replicas(
+                self.state.model, iteration, with_gradients=not self.args.use_distributed_optimizer
+            )
+        self.monitor.reach("optimizer")
+        try:
+            _, grad_norm, _ = self.state.optimizer.step()
+        except NotFinite:
+            self.monitor.enter("diagnosis")
+            again = None if data is None else data.again()
+            raise explain(
+                self.args, self.state, self.schedule, iteration, losses, self.sums,
+                lambda: self._compute_gradients(iteration, again),
+            ) from None  # fmt: skip
+        self.state.scheduler.step(increment=self.args.global_batch_size)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        metrics, told = gather_metrics(
+            self.args,
+            iteration=iteration,
+            losses=losses,
+            grad_norm=grad_norm,
+            elapsed_ms=(time.perf_counter() - started) * 1e3,
+            learning_rate=learning_rate,
+            trace=self.schedule.trace,
+            stop_flags=stop_flags(),
+            planning=self.planning(),
+        )
+        self.reporter.report(metrics)
+        self.reporter.write_timeline(iteration, self.schedule.plan, self.schedule.trace)
+        return told
+
+    def _compute_gradients(
+        self, iteration: int, data: Iterator[Batch] | None
+    ) -> list[dict[str, torch.Tensor]]:
+        """Forward and backward of one global batch, the same each time for the same weights and data."""
+        if self.args.hidden_dropout:
+            # Seeding by iteration makes dropout the same after a resume, without saving random states.
+            seed_random_states(self.args.seed + 1_000_003 * iteration)
+        for chunk in self.state.model:
+            chunk.zero_grad_buffer()  # type: ignore[operator]
+        self.state.optimizer.zero_grad()
+        return self._run_schedule(spread_to_gradients(self.forward_step), data, forward_only=False)
+
+    def evaluate(self, iteration: int, data: Iterator[Any] | None) -> float:
+        """Mean loss over ``--eval-iters`` validation batches."""
+        self.monitor.enter("evaluate")
+        for chunk in self.state.model:
+            chunk.eval()
+        losses: list[dict[str, torch.Tensor]] = []
+        with torch.no_grad():
+            for _ in range(self.args.eval_iters):
+                losses += self._run_schedule(self.forward_step, data, forward_only=True)
+        for chunk in self.state.model:
+            chunk.train()
+        loss = mean_loss(losses)
+        perplexity = math.exp(min(20.0, loss))
+        self.reporter.say(
+            f" validation loss at iteration {iteration} | lm loss value: {loss:.6E} | "
+            f"lm loss PPL: {perplexity:.6E}"
+        )
+        return loss
+
+    def _run_schedule(
+        self, forward_step: ForwardStep, data: Iterator[Any] | None, *, forward_only: bool
+    ) -> list[dict[str, torch.Tensor]]:
+        chunks = self.state.model
+        return self.schedule(
+            forward_step_func=forward_step,
+            data_iterator=chunk_iterators(data, chunks),
+            model=chunks,
+            num_microbatches=self.args.num_microbatches,
+            seq_length=self.args.seq_length,
+            micro_batch_size=self.args.micro_batch_size,
+            forward_only=forward_only,
+        )
+
+
+def _announce(args: argparse.Namespace, progress: Progress, reporter: Reporter) -> None:
+    tp, pp, dp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.data_parallel_size
+    if args.choice is not None:
+        reporter.say(args.choice)
+    batch = f"{args.num_microbatches} micro batches of {args.micro_batch_size} x {args.seq_length} tokens"
+    if args.pipeline_schedule == ELASTIC:
+        batch = f"batches of {args.global_batch_size} documents of at most {args.max_seq_length} tokens"
+    reporter.say(
+        f"{args.pipeline_schedule}: {args.world_size} ranks = tensor {tp} x pipeline {pp} x data {dp}; "
+        f"{batch}; "
+        f"{args.dataset.num_tokens} tokens in {args.dataset.num_documents} documents, "
+        f"vocabulary {args.dataset.vocab_size}"
+    )
+    if progress.iteration:
+        reporter.say(f"going on from iteration {progress.iteration} of {args.load}")

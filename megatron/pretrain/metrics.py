@@ -1,0 +1,293 @@
+"""What an iteration tells: Megatron's line in the terminal, one JSON object in a file, the timeline."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from helixpipe.elastic.search.quick_plan import num_slices_of
+from helixpipe.elastic.service.background import PlannedBatch
+from helixpipe.megatron_adapter.schedule import ELASTIC, device
+from helixpipe.plan import Plan
+from helixpipe.plan.simulation.timeline import Timeline
+from helixpipe.reliability.loss_spikes import LossSpikes
+from helixpipe.runtime.trace import Trace
+
+
+class Planning(NamedTuple):
+    """How an iteration was planned; keys as in the metrics file, where only elastic schedules have them.
+
+    With several replicas the seconds are those of the replica where they are most, the rest is of the one
+    whose plan is predicted to take longest.
+
+    Attributes:
+        predicted_ms: from the first forward to the last backward.
+        num_chunks, num_pipelines: of the plan.
+        num_slices: K, of the most sliced sequence; 1 if none is cut.
+        planning_s: that planning took, wherever it ran.
+        planning_waited_s: that training waited for the plan.
+        planning_fallback: whether a plan was late or not found, and a quick one has taken its place.
+    """
+
+    predicted_ms: float
+    num_chunks: int
+    num_pipelines: int
+    num_slices: int
+    planning_s: float
+    planning_waited_s: float
+    planning_fallback: bool
+
+    @classmethod
+    def of(cls, planned: PlannedBatch) -> Planning:
+        """Of this rank's replica."""
+        recipe = planned.plan.recipe
+        return cls(
+            predicted_ms=planned.plan.prediction.time_ms,
+            num_chunks=len(recipe.chunks),
+            num_pipelines=len(recipe.pipelines),
+            num_slices=num_slices_of(recipe),
+            planning_s=planned.planning_s,
+            planning_waited_s=planned.waited_s,
+            planning_fallback=bool(planned.fallback),
+        )
+
+    @classmethod
+    def over_ranks(cls, rows: Sequence[Sequence[float]]) -> Planning:
+        """Combine one row of all these values per rank."""
+        predicted_ms, chunks, pipelines, slices, *_ = max(map(tuple, rows))
+        seconds, waited, fallback = (max(column) for column in list(zip(*rows, strict=True))[-3:])
+        return cls(predicted_ms, int(chunks), int(pipelines), int(slices), seconds, waited, fallback > 0)
+
+
+@dataclass(frozen=True)
+class IterationMetrics:
+    """The numbers of one iteration, the same on every rank; fields as in the metrics file.
+
+    ``planning`` has keys of its own there. ``pipeline_ms`` is measured from the first operation to the last
+    on the slowest rank, 0 where nothing is measured.
+    """
+
+    iteration: int
+    lm_loss: float
+    grad_norm: float | None
+    elapsed_ms: float
+    tokens_per_second: float
+    peak_memory_bytes: list[int]
+    bubble_ratio: float
+    schedule: str
+    learning_rate: float
+    pipeline_ms: float
+    planning: Planning | None = None
+
+    def to_json(self) -> str:
+        """One line of the metrics file."""
+        values = {name: value for name, value in vars(self).items() if name != "planning"}
+        return json.dumps(values | (self.planning._asdict() if self.planning else {}))
+
+
+def gather_metrics(
+    args: argparse.Namespace,
+    *,
+    iteration: int,
+    losses: list[dict[str, torch.Tensor]],
+    grad_norm: float | None,
+    elapsed_ms: float,
+    learning_rate: float,
+    trace: Trace,
+    stop_flags: Sequence[int] = (),
+    planning: Planning | None = None,
+) -> tuple[IterationMetrics, list[list[int]]]:
+    """Combine what each rank knows, in one collective; with the stop_flags of all ranks.
+
+    Args:
+        args: parsed arguments.
+        iteration: number of the iteration, from 1.
+        losses: one dictionary per micro batch where the loss is computed, empty elsewhere.
+        grad_norm: of the whole model, or None if it was not computed.
+        elapsed_ms: this rank's time for the iteration, optimizer included.
+        learning_rate: used in this iteration.
+        trace: what this rank ran.
+        stop_flags: whatever else this rank has to tell the others; of the same length everywhere.
+        planning: of this rank's replica, or None on all ranks.
+    """
+    loss_sum, tokens = sum_losses(losses)
+    mine = [loss_sum, tokens, elapsed_ms, trace.total_ms(), trace.busy_ms(), float(_peak_memory_bytes())]
+    mine += map(float, (*(planning or ()), *stop_flags))
+    table = torch.zeros(dist.get_world_size(), len(mine), dtype=torch.float64, device=device())
+    table[dist.get_rank()] = torch.tensor(mine, dtype=torch.float64)
+    dist.all_reduce(table)
+    loss_sums, token_counts, elapsed, total, busy, memory, *rest = table.T.tolist()
+    plans, told = rest[: len(planning or ())], rest[len(planning or ()) :]
+    elapsed_ms = max(elapsed)
+    # Documents differ in tokens: of an elastic batch those with loss are counted.
+    is_elastic = args.pipeline_schedule == ELASTIC
+    num_tokens = sum(token_counts) if is_elastic else args.global_batch_size * args.seq_length
+    span = max(total)
+    metrics = IterationMetrics(
+        iteration=iteration,
+        lm_loss=_mean_loss(loss_sums, token_counts),
+        grad_norm=grad_norm,
+        elapsed_ms=elapsed_ms,
+        tokens_per_second=num_tokens / elapsed_ms * 1e3,
+        peak_memory_bytes=[int(value) for value in memory],
+        bubble_ratio=1.0 - sum(busy) / (len(busy) * span) if span else 0.0,
+        schedule=args.pipeline_schedule,
+        learning_rate=learning_rate,
+        pipeline_ms=span,
+        planning=Planning.over_ranks(list(zip(*plans, strict=True))) if plans else None,
+    )
+    return metrics, [[int(value) for value in column] for column in told]
+
+
+def sum_losses(losses: list[dict[str, torch.Tensor]]) -> tuple[float, float]:
+    """Sum of token losses and number of tokens over micro batches, on one rank of each tensor group."""
+    if not losses or parallel_state.get_tensor_model_parallel_rank() != 0:
+        return 0.0, 0.0
+    loss_sum, tokens = torch.stack([entry["lm loss"].double() for entry in losses]).sum(dim=0).tolist()
+    return loss_sum, tokens
+
+
+def _mean_loss(loss_sums: list[float], token_counts: list[float]) -> float:
+    tokens = sum(token_counts)
+    return sum(loss_sums) / tokens if tokens else math.nan
+
+
+def mean_loss(losses: list[dict[str, torch.Tensor]]) -> float:
+    """Mean token loss over all ranks, on every rank."""
+    total = torch.tensor(sum_losses(losses), dtype=torch.float64, device=device())
+    dist.all_reduce(total)
+    loss_sum, tokens = total.tolist()
+    return _mean_loss([loss_sum], [tokens])
+
+
+def _peak_memory_bytes() -> int:
+    """Allocated by torch on a GPU; resident memory of the process on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Reporter:
+    """Writes metrics and timelines on rank 0.
+
+    Args:
+        args: parsed arguments: where to write, how often to print.
+        iteration: the last finished iteration; lines of later ones in an existing file are dropped.
+    """
+
+    def __init__(self, args: argparse.Namespace, iteration: int) -> None:
+        self.args = args
+        self._is_writer = args.rank == 0
+        self._file = None
+        self._spikes = LossSpikes()
+        self._plans: list[Planning] = []
+        if self._is_writer and args.metrics_jsonl is not None:
+            args.metrics_jsonl.parent.mkdir(parents=True, exist_ok=True)
+            _drop_later_lines(args.metrics_jsonl, iteration)
+            self._file = args.metrics_jsonl.open("a", encoding="utf-8")
+        if self._is_writer and args.trace_dir is not None:
+            args.trace_dir.mkdir(parents=True, exist_ok=True)
+
+    def report(self, metrics: IterationMetrics) -> None:
+        """Print the iteration's line and append to the metrics file."""
+        if not self._is_writer:
+            return
+        if metrics.planning is not None:
+            self._plans.append(metrics.planning)
+        if metrics.iteration % self.args.log_interval == 0:
+            print(iteration_line(metrics, self.args), flush=True)
+        spike = self._spikes.check(metrics.lm_loss)
+        if spike:
+            print(f"iteration {metrics.iteration}: {spike}", flush=True)
+        if self._file is not None:
+            self._file.write(metrics.to_json() + "\n")
+            self._file.flush()
+
+    def write_timeline(self, iteration: int, plan: Plan, trace: Trace) -> None:
+        """Write the measured timeline of the first pipeline; collective."""
+        if self.args.trace_dir is None:
+            return
+        group = parallel_state.get_pipeline_model_parallel_group()
+        ranks: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(ranks, (trace.spans(), trace.waits()), group=group)
+        if self._is_writer:
+            spans, waits = zip(*ranks, strict=True)
+            timeline = Timeline(
+                spans,
+                f"{plan.schedule}, measured in iteration {iteration}",
+                plan.segment_names,
+                waits=waits if trace.sees_waits else (),
+            )
+            path = self.args.trace_dir / f"iteration_{iteration:07d}.json"
+            path.write_text(timeline.to_json(), encoding="utf-8")
+            (self.args.trace_dir / "plan.json").write_text(plan.to_json(), encoding="utf-8")
+
+    def planning_summary(self) -> str:
+        """How long planning took, and how long training waited for it; empty if nothing was planned."""
+        if not self._plans:
+            return ""
+        first, *later = self._plans
+        took, waited = sum(plan.planning_s for plan in later), sum(plan.planning_waited_s for plan in later)
+        fallbacks = sum(plan.planning_fallback for plan in self._plans)
+        return (
+            f"planning took {first.planning_s:.2f} s for the first batch, waited for "
+            f"{first.planning_waited_s:.2f} s, and {took:.2f} s for the other {len(later)}, waited for "
+            f"{waited:.2f} s; quick plans instead of late ones: {fallbacks}"
+        )
+
+    def say(self, text: str) -> None:
+        """Print a line, once for the whole job; none if there is nothing to say."""
+        if self._is_writer and text:
+            print(text, flush=True)
+
+
+def iteration_line(metrics: IterationMetrics, args: argparse.Namespace) -> str:
+    """Megatron's line, with throughput and the measured bubble."""
+    norm = "n/a" if metrics.grad_norm is None else f"{metrics.grad_norm:.3f}"
+    width = len(str(args.train_iters))
+    parts = [
+        f" [{time.strftime('%Y-%m-%d %H:%M:%S')}] iteration {metrics.iteration:{width}d}/{args.train_iters}",
+        f"consumed samples: {metrics.iteration * args.global_batch_size}",
+        f"elapsed time per iteration (ms): {metrics.elapsed_ms:.1f}",
+        f"tokens per second: {metrics.tokens_per_second:.0f}",
+        f"learning rate: {metrics.learning_rate:.6E}",
+        f"global batch size: {args.global_batch_size}",
+        f"lm loss: {metrics.lm_loss:.6E}",
+        f"grad norm: {norm}",
+    ]
+    parts.append(f"peak memory (GiB): {max(metrics.peak_memory_bytes) / 2**30:.2f}")
+    if args.measure:
+        parts.append(f"bubble: {100 * metrics.bubble_ratio:.1f}%")
+    if metrics.planning is not None:
+        plan, measured = metrics.planning, f"{metrics.pipeline_ms:.1f}" if args.measure else "n/a"
+        parts.append(
+            f"pipelines: {plan.num_pipelines} | chunks: {plan.num_chunks} | slices: {plan.num_slices}"
+        )
+        parts.append(f"predicted (ms): {plan.predicted_ms:.1f} | measured (ms): {measured}")
+        parts.append(f"planning (s): {plan.planning_s:.2f} | waited (s): {plan.planning_waited_s:.2f}")
+    return " | ".join(parts)
+
+
+def _drop_later_lines(path: Path, iteration: int) -> None:
+    """A resumed run replaces the lines of the iterations that it repeats; a fresh run replaces all."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["iteration"] <= iteration:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue  # the last line of a killed run may be cut
+    path.write_text("".join(kept), encoding="utf-8")

@@ -1,0 +1,217 @@
+"""The model of this rank under the chosen schedule, its optimizer and its learning-rate schedule."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+
+from helixpipe.layers.elastic.model import build_elastic_gpt
+from helixpipe.layers.gpt import build_gpt
+from helixpipe.layers.initialization import deferred_initialization, initialize_weights
+from helixpipe.layers.recomputing_layer import MemorySaving
+from helixpipe.layers.segmented_gpt import SegmentedGPTModel
+from helixpipe.layers.spec import LOCAL, default_implementation
+from helixpipe.layers.stage import build_stage
+from helixpipe.megatron_adapter.schedule import ELASTIC, owned_segments
+from helixpipe.plan import build_plan
+from helixpipe.plan.schedules import V_SHAPED
+
+
+class TrainingState(NamedTuple):
+    """What training changes."""
+
+    model: list[torch.nn.Module]
+    optimizer: Any
+    scheduler: OptimizerParamScheduler
+
+
+def build_config(args: argparse.Namespace) -> TransformerConfig:
+    """Megatron's model configuration."""
+    # Fused kernels compile through torch.compile, which a CPU run does without.
+    fuse = torch.cuda.is_available()
+    # The fused accumulation is part of Megatron's whole backward pass.
+    fuse_accumulation = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    config = TransformerConfig(
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        ffn_hidden_size=args.ffn_hidden_size,
+        num_attention_heads=args.num_attention_heads,
+        num_query_groups=args.num_query_groups,
+        kv_channels=args.kv_channels,
+        normalization=args.normalization,
+        layernorm_epsilon=args.norm_epsilon,
+        gated_linear_unit=args.swiglu,
+        activation_func=torch.nn.functional.silu if args.swiglu else torch.nn.functional.gelu,
+        add_bias_linear=args.add_bias_linear,
+        add_qkv_bias=args.add_qkv_bias,
+        qk_layernorm=args.qk_layernorm,
+        hidden_dropout=args.hidden_dropout,
+        attention_dropout=args.attention_dropout,
+        init_method_std=args.init_method_std,
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=args.virtual_stages,
+        # As Megatron sets them. Batched messages between two ranks that are both next and previous to each
+        # other would arrive swapped, without an error.
+        overlap_p2p_comm=args.virtual_stages is not None,
+        batch_p2p_comm=args.virtual_stages is None,
+        sequence_parallel=args.sequence_parallel,
+        params_dtype=args.params_dtype,
+        pipeline_dtype=args.params_dtype,
+        bf16=args.bf16,
+        calculate_per_token_loss=args.calculate_per_token_loss,
+        recompute_granularity=args.recompute_granularity,
+        recompute_method=args.recompute_method,
+        recompute_num_layers=args.recompute_num_layers,
+        recompute_modules=args.recompute_modules,
+        use_cpu_initialization=True,
+        bias_dropout_fusion=fuse,
+        bias_activation_fusion=fuse and (args.swiglu or args.add_bias_linear),
+        gradient_accumulation_fusion=fuse_accumulation and not _splits_backward(args),
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    return config
+
+
+def build_training_state(args: argparse.Namespace) -> TrainingState:
+    """Model chunks, wrapped for mixed precision and data parallelism, with optimizer and scheduler."""
+    config = build_config(args)
+    with deferred_initialization(config):
+        models = _build_chunks(args, config)
+    chunks = [_wrap(args, config, model, index) for index, model in enumerate(models)]
+    if args.overlap_grad_reduce:
+        holds = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = holds[0] if len(holds) == 1 else holds
+    optimizer = get_megatron_optimizer(_optimizer_config(args), chunks)
+    config.grad_scale_func = optimizer.scale_loss
+    return TrainingState(chunks, optimizer, _build_scheduler(args, optimizer))
+
+
+def unwrap(module: torch.nn.Module) -> torch.nn.Module:
+    """The model inside its wrappers."""
+    while isinstance(module, (DistributedDataParallel, Float16Module)):
+        module = module.module
+    return module
+
+
+def _splits_backward(args: argparse.Namespace) -> bool:
+    if args.pipeline_schedule == ELASTIC:
+        return False
+    return build_plan(args.pipeline_schedule, args.schedule_request).splits_backward
+
+
+def _build_chunks(args: argparse.Namespace, config: TransformerConfig) -> list[torch.nn.Module]:
+    # Only Megatron's local linear layers can leave their weight gradient for later, or run in slices.
+    needs_local = _splits_backward(args) or args.memory_saving.mlp_chunk_size is not None
+    implementation = args.transformer_impl or (LOCAL if needs_local else default_implementation())
+    saving: MemorySaving = args.memory_saving
+    arguments: dict[str, Any] = {
+        "vocab_size": args.padded_vocab_size,
+        "max_sequence_length": args.max_position_embeddings,
+        "share_embeddings_and_output_weights": not args.untie_embeddings_and_output_weights,
+        "position_embedding_type": args.position_embedding_type,
+        "rotary_percent": args.rotary_percent,
+        "rotary_base": args.rotary_base,
+        "seq_len_interpolation_factor": args.rotary_seq_len_interpolation_factor,
+    }
+    if args.pipeline_schedule == ELASTIC:
+        ends = {
+            "pre_process": parallel_state.is_pipeline_first_stage(),
+            "post_process": parallel_state.is_pipeline_last_stage(),
+        }
+        return [build_elastic_gpt(config, implementation, saving, **ends, **arguments)]
+    if args.pipeline_schedule in ("helix", *V_SHAPED):
+        plan = build_plan(args.pipeline_schedule, args.schedule_request)
+        owned = owned_segments(plan, parallel_state.get_pipeline_model_parallel_rank())
+        if args.pipeline_schedule == "helix":
+            arguments["attention_range"] = str(plan.parameters["attention_range"])
+            arguments["lends_head"] = args.head_placement == "spread"
+            return [SegmentedGPTModel(config, implementation, owned, saving=saving, **arguments)]
+        return [
+            build_stage(config, implementation, stage, plan.num_segments, saving=saving, **arguments)
+            for stage in owned
+        ]
+    return [
+        build_gpt(
+            config,
+            implementation,
+            saving,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            vp_stage=vp_stage,
+            **arguments,
+        )
+        for vp_stage in (range(args.virtual_stages) if args.virtual_stages else [None])
+    ]
+
+
+def _wrap(
+    args: argparse.Namespace, config: TransformerConfig, model: torch.nn.Module, index: int
+) -> torch.nn.Module:
+    initialize_weights(model, config, args.seed)
+    model = model.cuda()
+    if args.bf16:
+        model = Float16Module(config, model)
+    return DistributedDataParallel(
+        config,
+        DistributedDataParallelConfig(
+            use_distributed_optimizer=args.use_distributed_optimizer,
+            overlap_grad_reduce=args.overlap_grad_reduce,
+            overlap_param_gather=args.overlap_param_gather,
+            grad_reduce_in_fp32=args.bf16,
+        ),
+        model,
+        disable_bucketing=index > 0,
+    )
+
+
+def _optimizer_config(args: argparse.Namespace) -> OptimizerConfig:
+    return OptimizerConfig(
+        optimizer=args.optimizer,
+        lr=args.lr,
+        min_lr=args.min_lr,
+        weight_decay=args.weight_decay,
+        clip_grad=args.clip_grad,
+        adam_beta1=args.adam_beta1,
+        adam_beta2=args.adam_beta2,
+        adam_eps=args.adam_eps,
+        sgd_momentum=args.sgd_momentum,
+        bf16=args.bf16,
+        params_dtype=args.params_dtype,
+        use_distributed_optimizer=args.use_distributed_optimizer,
+        overlap_param_gather=args.overlap_param_gather,
+    )
+
+
+def _build_scheduler(args: argparse.Namespace, optimizer: Any) -> OptimizerParamScheduler:
+    """Learning rate and weight decay by samples, so that they do not depend on the batch size."""
+    batch = args.global_batch_size
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=args.lr,
+        min_lr=args.min_lr,
+        lr_warmup_steps=args.lr_warmup_iters * batch,
+        lr_decay_steps=args.lr_decay_iters * batch,
+        lr_decay_style=args.lr_decay_style,
+        start_wd=args.weight_decay,
+        end_wd=args.weight_decay,
+        wd_incr_steps=args.train_iters * batch,
+        wd_incr_style="constant",
+        # A resumed run follows the arguments it is given.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )

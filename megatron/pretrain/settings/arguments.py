@@ -1,0 +1,231 @@
+"""Command-line arguments, with Megatron's names, and the checks that need no process group."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+
+from helixpipe.commands.parser import flag_of
+from helixpipe.data.prefix import DatasetInfo, check_token_ids, inspect_prefix
+from helixpipe.megatron_adapter.schedule import ELASTIC, make_schedule
+from helixpipe.plan import ScheduleRequest, build_plan
+from helixpipe.plan.schedules import V_SHAPED
+from helixpipe.runtime.trace import NullClock
+from megatron.pretrain.data.gpt import check_split
+from megatron.pretrain.settings.elastic import derive_elastic
+from megatron.pretrain.settings.parser import build_parser
+from megatron.pretrain.settings.range_choice import choose_range
+from megatron.pretrain.settings.recomputation import memory_saving
+from megatron.pretrain.settings.schedule_choice import AUTO, choose_schedule
+from megatron.pretrain.settings.sizes import derive_layout, derive_model, nearest
+
+
+def parse_arguments(
+    command_line: Sequence[str] | None = None, dataset: DatasetInfo | None = None
+) -> argparse.Namespace:
+    """Parse and check the arguments, and derive the sizes that follow from them.
+
+    The world size is taken from ``WORLD_SIZE``, as torchrun sets it. No process group is needed, and none
+    is built before everything here has been found to fit.
+
+    Args:
+        command_line: arguments without the program's name; ``sys.argv`` if None.
+        dataset: stands in for the files of ``--data-path``, for programs that make up their data.
+
+    Raises:
+        ValueError: one line that names the argument, its value and what to use instead.
+    """
+    args = build_parser().parse_args(command_line)
+    args.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    args.rank = int(os.environ.get("RANK", "0"))
+    derive_layout(args)
+    derive_model(args)
+    _check_training(args)
+    args.dataset, args.choice = dataset, None
+    if args.pipeline_schedule == AUTO:
+        args.dataset = dataset or _inspect_data(args)
+        args.padded_vocab_size = _pad_vocabulary(args)
+        args.choice = choose_schedule(args)
+    _check_schedule(args)
+    derive_elastic(args)
+    _check_recompute(args)
+    args.schedule_request = _schedule_request(args)
+    if args.attention_range == AUTO and args.pipeline_schedule == "helix":
+        args.dataset = args.dataset or _inspect_data(args)
+        args.padded_vocab_size = _pad_vocabulary(args)
+        args.attention_range, args.choice = choose_range(args, args.schedule_request)
+        args.schedule_request = replace(args.schedule_request, attention_range=args.attention_range)
+    # Refuses what cannot be executed, and every combination of sizes that the schedule cannot run.
+    make_schedule(args.pipeline_schedule, args.schedule_request, NullClock())
+    _check_split_backward(args)
+    args.dataset = args.dataset or _inspect_data(args)
+    args.padded_vocab_size = _pad_vocabulary(args)
+    args.memory_saving = memory_saving(args)
+    _make_output_folders(args)
+    return args
+
+
+def _check_training(args: argparse.Namespace) -> None:
+    for name in (
+        "lr", "min_lr", "weight_decay", "clip_grad", "lr_warmup_iters", "eval_iters", "num_workers", "seed",
+    ):  # fmt: skip
+        # Written so that NaN is refused, too.
+        if not getattr(args, name) >= 0:
+            raise ValueError(f"{flag_of(name)} must be 0 or more, not {getattr(args, name)}")
+    if args.hang_timeout_s is not None and not args.hang_timeout_s >= 0:
+        raise ValueError(f"--hang-timeout-s must be 0 or more, not {args.hang_timeout_s}; 0 means no limit")
+    if args.lr_decay_iters is None:
+        args.lr_decay_iters = args.train_iters
+    if args.lr_warmup_iters >= args.lr_decay_iters:
+        raise ValueError(
+            f"--lr-warmup-iters {args.lr_warmup_iters} must be smaller than --lr-decay-iters "
+            f"{args.lr_decay_iters}; use at most {args.lr_decay_iters - 1}"
+        )
+    if args.min_lr > args.lr:
+        raise ValueError(f"--min-lr {args.min_lr} is above --lr {args.lr}; use at most that")
+    for name in ("save_interval", "keep_checkpoints"):
+        if getattr(args, name) is not None and args.save is None:
+            raise ValueError(f"{flag_of(name)} {getattr(args, name)} needs --save DIR")
+    if args.check_gradients_every is not None and args.data_parallel_size == 1:
+        raise ValueError(
+            f"--check-gradients-every {args.check_gradients_every} compares data-parallel ranks, and there "
+            "is only one; leave it out"
+        )
+    for name, default in (("async_save", False), ("on_save_failure", "stop")):
+        if getattr(args, name) != default and args.save is None:
+            raise ValueError(f"{flag_of(name)} needs --save DIR")
+    if args.load_fallback and args.load is None:
+        raise ValueError("--load-fallback needs --load DIR")
+    if args.optimizer == "sgd" and (args.use_distributed_optimizer or args.save or args.load):
+        raise ValueError(
+            "--optimizer sgd has no form for checkpoints and shards; use adam, or leave out --save, --load "
+            "and --use-distributed-optimizer"
+        )
+
+
+def _check_schedule(args: argparse.Namespace) -> None:
+    if args.attention_range == AUTO and args.pipeline_schedule != "helix":
+        raise ValueError(f"--attention-range means nothing to {args.pipeline_schedule}; leave it out")
+    if args.hardware is not None and args.choice is None and args.attention_range != AUTO:
+        raise ValueError(
+            "--hardware is for --pipeline-schedule auto and --attention-range auto; leave it out"
+        )
+    if args.memory_limit_gib is not None and not args.memory_limit_gib > 0:
+        raise ValueError(f"--memory-limit-gib must be above 0, not {args.memory_limit_gib:g}")
+    if args.pipeline_schedule == "helix" and args.recompute_granularity is not None:
+        raise ValueError(
+            "helix recomputes by --recompute-without-attention; leave --recompute-granularity out or use 1f1b"
+        )
+    if args.pipeline_schedule in V_SHAPED and not args.untie_embeddings_and_output_weights:
+        raise ValueError(
+            f"{args.pipeline_schedule} has two stages per rank and needs separate weights for embedding and "
+            "head; add --untie-embeddings-and-output-weights"
+        )
+
+
+def _check_recompute(args: argparse.Namespace) -> None:
+    if args.recompute_granularity == "selective" and "mlp" in args.recompute_modules and args.add_bias_linear:
+        # Megatron's checkpoint takes the bias that its MLP returns for its own output, and recurses for ever.
+        raise ValueError("--recompute-modules mlp needs --disable-bias-linear")
+    if args.recompute_granularity == "full" and None in (args.recompute_method, args.recompute_num_layers):
+        raise ValueError("--recompute-granularity full needs --recompute-method and --recompute-num-layers")
+    if args.recompute_granularity != "full" and (args.recompute_method or args.recompute_num_layers):
+        raise ValueError("--recompute-method and --recompute-num-layers need --recompute-granularity full")
+
+
+def _schedule_request(args: argparse.Namespace) -> ScheduleRequest:
+    per_chunk = args.num_layers_per_virtual_pipeline_stage
+    args.virtual_stages = None
+    if per_chunk is not None:
+        if args.pipeline_schedule != "interleaved":
+            raise ValueError("--num-layers-per-virtual-pipeline-stage is for --pipeline-schedule interleaved")
+        step = args.pipeline_model_parallel_size * per_chunk
+        args.virtual_stages, rest = divmod(args.num_layers, step)
+        if rest:
+            raise ValueError(
+                f"--num-layers {args.num_layers} must be a multiple of --pipeline-model-parallel-size x "
+                f"--num-layers-per-virtual-pipeline-stage ({args.pipeline_model_parallel_size} x "
+                f"{per_chunk}); use {nearest(args.num_layers, step)}"
+            )
+    has_chunks = args.virtual_stages is not None and args.virtual_stages > 1
+    if args.pipeline_schedule == "interleaved" and not (has_chunks and args.pipeline_model_parallel_size > 1):
+        raise ValueError(
+            "interleaved needs two or more pipeline ranks and model chunks per rank; set "
+            "--num-layers-per-virtual-pipeline-stage below --num-layers / --pipeline-model-parallel-size"
+        )
+    is_open = args.attention_range == AUTO
+    return ScheduleRequest(
+        num_layers=args.num_layers,
+        num_ranks=args.pipeline_model_parallel_size,
+        num_microbatches=args.num_microbatches,
+        num_fold=args.num_fold,
+        virtual_stages=args.virtual_stages,
+        attention_range=None if is_open else args.attention_range,
+        head_placement=args.head_placement,
+    )
+
+
+def _check_split_backward(args: argparse.Namespace) -> None:
+    if args.pipeline_schedule == ELASTIC:
+        return
+    plan = build_plan(args.pipeline_schedule, args.schedule_request)
+    if plan.splits_backward and args.transformer_impl == "transformer_engine":
+        raise ValueError(
+            f"{args.pipeline_schedule} computes weight gradients apart, which --transformer-impl "
+            "transformer_engine cannot; use local, or another schedule"
+        )
+
+
+def _inspect_data(args: argparse.Namespace) -> DatasetInfo:
+    info = inspect_prefix(args.data_path)
+    check_token_ids(args.data_path, info)
+    parts = args.split.split(",")
+    # Megatron finds the numbers by their digits and points: 1e3 would be two of them.
+    is_plain = all(re.fullmatch(r" *([0-9]+\.?[0-9]*|\.[0-9]+) *", part) for part in parts)
+    if len(parts) != 3 or not is_plain or float(parts[0]) == 0:
+        raise ValueError(
+            f"--split {args.split!r} must be three weights for train, valid, test, like 969,30,1"
+        )
+    if args.pipeline_schedule != ELASTIC and info.has_prompts:
+        raise ValueError(
+            f"{args.data_path} has prompts, on which there must be no loss, but --pipeline-schedule "
+            f"{args.pipeline_schedule} joins documents and would learn them; use elastic, or prepare the "
+            "data without --prompt-key"
+        )
+    if args.pipeline_schedule != ELASTIC and info.num_tokens <= args.seq_length:
+        raise ValueError(
+            f"{args.data_path} holds {info.num_tokens} tokens, not even one sequence of --seq-length "
+            f"{args.seq_length}; prepare more text or use at most {info.num_tokens - 1}"
+        )
+    check_split(args.split, info, with_validation=args.eval_iters > 0)
+    return info
+
+
+def _make_output_folders(args: argparse.Namespace) -> None:
+    """Found out now, and not when the first checkpoint is due."""
+    metrics_folder = None if args.metrics_jsonl is None else args.metrics_jsonl.parent
+    for flag, folder in (
+        ("--save", args.save),
+        ("--trace-dir", args.trace_dir),
+        ("--metrics-jsonl", metrics_folder),
+    ):
+        if folder is None:
+            continue
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            # Tells of a read-only file system, too.
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise ValueError(
+                f"{flag}: cannot write to the folder {folder} ({error.strerror}); give another path"
+            ) from error
+
+
+def _pad_vocabulary(args: argparse.Namespace) -> int:
+    multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+    return -(-args.dataset.vocab_size // multiple) * multiple

@@ -1,0 +1,101 @@
+"""The job under ``--pipeline-schedule elastic``: its arguments, checked."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from helixpipe.elastic import ElasticJob, costs_from_json
+from helixpipe.megatron_adapter.schedule import ELASTIC
+
+_ONLY_ELASTIC = ("elastic_costs", "max_seq_length")
+
+
+def add_elastic_arguments(parser: argparse.ArgumentParser) -> None:
+    """The group of arguments."""
+    add = parser.add_argument_group("elastic").add_argument
+    add(
+        "--elastic-costs",
+        type=Path,
+        metavar="FILE",
+        help="what chunks cost, as python -m helixpipe elastic-costs writes it",
+    )
+    add(
+        "--max-seq-length",
+        type=int,
+        help="longest sample; documents are cut off there, and never joined (default: --seq-length)",
+    )
+
+
+def derive_elastic(args: argparse.Namespace) -> None:
+    """Check what belongs to the elastic schedule, and set ``args.elastic_job``; None for other schedules.
+
+    Raises:
+        ValueError: one line that names the argument and what to use instead.
+    """
+    args.elastic_job = None
+    if args.pipeline_schedule != ELASTIC:
+        for name in _ONLY_ELASTIC:
+            if getattr(args, name) is not None:
+                raise ValueError(f"{_flag(name)} is for --pipeline-schedule elastic; leave it out")
+        return
+    _refuse(args)
+    if args.elastic_costs is None or args.memory_limit_gib is None:
+        raise ValueError(
+            "--pipeline-schedule elastic needs --elastic-costs FILE, as python -m helixpipe elastic-costs "
+            "writes it, and --memory-limit-gib N, of one GPU"
+        )
+    if args.max_seq_length is None:
+        args.max_seq_length = args.seq_length
+    if args.position_embedding_type == "learned_absolute" and (
+        args.max_seq_length > args.max_position_embeddings
+    ):
+        raise ValueError(
+            f"--max-seq-length {args.max_seq_length} is longer than the model's --max-position-embeddings "
+            f"{args.max_position_embeddings}; shorten the one or raise the other"
+        )
+    # Chunks differ in tokens: nothing else gives every token the same weight.
+    args.calculate_per_token_loss = True
+    args.elastic_job = _job(args)
+
+
+def _job(args: argparse.Namespace) -> ElasticJob:
+    costs = costs_from_json(args.elastic_costs.read_text(encoding="utf-8"))
+    if costs.tensor_parallel != args.tensor_model_parallel_size:
+        raise ValueError(
+            f"--elastic-costs {args.elastic_costs} are for tensor-parallel size {costs.tensor_parallel}, the "
+            f"job has {args.tensor_model_parallel_size}; make them anew for this size"
+        )
+    return ElasticJob(
+        # Chunks are padded only where tensor-parallel ranks share the sequence.
+        costs=replace(costs, token_multiple=costs.tensor_parallel if args.sequence_parallel else 1),
+        num_stages=args.pipeline_model_parallel_size,
+        num_layers=args.num_layers,
+        memory_limit_bytes=int(args.memory_limit_gib * 2**30),
+    )
+
+
+def _refuse(args: argparse.Namespace) -> None:
+    unused = {
+        "--micro-batch-size": args.micro_batch_size != 1,
+        "--num-fold": args.num_fold is not None,
+        "--attention-range": args.attention_range is not None,
+        "--head-placement": args.head_placement is not None,
+        "--recompute-granularity": args.recompute_granularity is not None,
+        "--recompute-without-attention": bool(args.recompute_without_attention),
+        "--num-workers": args.num_workers != 0,
+        "--data-cache-path": args.data_cache_path is not None,
+        "--eod-mask-loss": args.eod_mask_loss,
+    }
+    for flag, is_used in unused.items():
+        if is_used:
+            advice = "give 1" if flag == "--micro-batch-size" else "leave it out"
+            raise ValueError(
+                f"the elastic schedule cannot honour {flag}: batches are whole documents, and plans decide "
+                f"how they are cut, packed and recomputed; {advice}"
+            )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

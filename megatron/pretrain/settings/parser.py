@@ -1,0 +1,182 @@
+"""The options of ``pretrain_gpt.py``, with Megatron's names where Megatron has them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from helixpipe.commands.parser import Parser
+from helixpipe.megatron_adapter.schedule import ELASTIC, EXECUTABLE
+from helixpipe.plan.schedules.request import ATTENTION_RANGES, HEAD_PLACEMENTS
+from megatron.pretrain.settings.elastic import add_elastic_arguments
+from megatron.pretrain.settings.recomputation import add_memory_arguments
+from megatron.pretrain.settings.schedule_choice import AUTO
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser alone."""
+    parser = Parser(prog="pretrain_gpt.py", description="Pre-train a GPT under a pipeline schedule.")
+    _add_schedule_arguments(parser)
+    _add_model_arguments(parser)
+    add_memory_arguments(parser)
+    add_elastic_arguments(parser)
+    _add_training_arguments(parser)
+    _add_data_arguments(parser)
+    _add_output_arguments(parser)
+    return parser
+
+
+def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("parallelism and schedule")
+    add = group.add_argument
+    add(
+        "--pipeline-schedule",
+        default="1f1b",
+        metavar="{" + ",".join((AUTO, *EXECUTABLE, ELASTIC)) + "}",
+        help="auto: the fastest that fits, as python -m helixpipe advise predicts",
+    )
+    add(
+        "--hardware", help="for auto: h20, h100, h200, a800, a file of rates or a profile (default: this GPU)"
+    )
+    add(
+        "--memory-limit-gib",
+        type=float,
+        help="of one GPU: elastic and auto stay below it, the others warn close to it (default: all that the "
+        "GPU has; auto: the hardware's less 4 GiB)",
+    )
+    add("--num-fold", type=int, help="helix: micro batches per slot (default 2)")
+    add(
+        "--attention-range",
+        metavar="{" + ",".join((*ATTENTION_RANGES, AUTO)) + "}",
+        help="helix: pieces that the attention rank runs: attention alone, norm1 to attention, norm1 to the "
+        "projection (default core; auto: the range with the shortest "
+        "predicted iteration on --hardware; on hardware that is not known, with the smallest messages)",
+    )
+    add(
+        "--head-placement",
+        metavar="{" + ",".join(HEAD_PLACEMENTS) + "}",
+        help="helix: ranks that run the head and the loss (default first, with the weights; spread: all)",
+    )
+    add("--tensor-model-parallel-size", type=int, default=1)
+    add("--pipeline-model-parallel-size", type=int, default=1)
+    add("--num-layers-per-virtual-pipeline-stage", type=int, help="interleaved: layers per model chunk")
+    add("--sequence-parallel", action="store_true")
+    add("--use-distributed-optimizer", action="store_true")
+    add("--overlap-grad-reduce", action="store_true")
+    add("--overlap-param-gather", action="store_true")
+    add("--recompute-granularity", choices=("selective", "full"), help="not for helix")
+    add("--recompute-method", choices=("uniform", "block"))
+    add("--recompute-num-layers", type=int)
+    add(
+        "--recompute-modules",
+        nargs="+",
+        choices=("core_attn", "mlp"),
+        default=["core_attn"],
+        help="for --recompute-granularity selective (default: core_attn)",
+    )
+    add("--distributed-timeout-minutes", type=int, default=10)
+    add(
+        "--hang-timeout-s",
+        type=float,
+        metavar="S",
+        help="longest wait or operation before the job ends as hung; 0: no limit (default: 3 x the median of "
+        "the phase, at least 5 s in a step and 60 s elsewhere; --distributed-timeout-minutes the first time)",
+    )
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    add("--transformer-impl", choices=("local", "transformer_engine"), help="default: what is installed")
+    add("--num-layers", type=int, required=True)
+    add("--hidden-size", type=int, required=True)
+    add("--ffn-hidden-size", type=int)
+    add("--num-attention-heads", type=int, required=True)
+    add("--kv-channels", type=int)
+    add("--group-query-attention", action="store_true")
+    add("--num-query-groups", type=int, default=1)
+    add("--seq-length", type=int, required=True)
+    add("--max-position-embeddings", type=int, help="default: the sequence length")
+    add("--position-embedding-type", choices=("learned_absolute", "rope", "none"), default="learned_absolute")
+    add("--rotary-base", type=int, default=10000)
+    add("--rotary-percent", type=float, default=1.0)
+    add("--rotary-seq-len-interpolation-factor", type=float)
+    add("--normalization", choices=("LayerNorm", "RMSNorm"), default="LayerNorm")
+    add("--norm-epsilon", type=float, default=1e-5)
+    add("--swiglu", action="store_true")
+    add("--qk-layernorm", action="store_true")
+    add("--disable-bias-linear", action="store_false", dest="add_bias_linear")
+    add("--add-qkv-bias", action="store_true")
+    add("--untie-embeddings-and-output-weights", action="store_true")
+    add("--make-vocab-size-divisible-by", type=int, default=128)
+    add("--attention-dropout", type=float, default=0.0, help="only 0: the flash kernels have none")
+    add("--hidden-dropout", type=float, default=0.0)
+    add("--init-method-std", type=float, default=0.02)
+
+
+def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("training")
+    add = group.add_argument
+    add("--micro-batch-size", type=int, required=True)
+    add("--global-batch-size", type=int, required=True)
+    add("--train-iters", type=int, required=True)
+    add("--optimizer", choices=("adam", "sgd"), default="adam")
+    add("--lr", type=float, required=True)
+    add("--min-lr", type=float, default=0.0)
+    add("--lr-decay-style", choices=("constant", "linear", "cosine", "inverse-square-root"), default="linear")
+    add("--lr-decay-iters", type=int, help="default: --train-iters")
+    add("--lr-warmup-iters", type=int, default=0)
+    add("--weight-decay", type=float, default=0.01)
+    add("--clip-grad", type=float, default=1.0)
+    add("--adam-beta1", type=float, default=0.9)
+    add("--adam-beta2", type=float, default=0.999)
+    add("--adam-eps", type=float, default=1e-8)
+    add("--sgd-momentum", type=float, default=0.9)
+    add("--bf16", action="store_true", help="bfloat16 weights, fp32 gradients and optimizer; default fp32")
+    add("--calculate-per-token-loss", action="store_true")
+    add("--seed", type=int, default=1234)
+    add(
+        "--check-gradients-every",
+        type=int,
+        metavar="N",
+        help="compare gradients and weights of data-parallel ranks every so many iterations",
+    )
+    add("--eval-interval", type=int, default=1000)
+    add("--eval-iters", type=int, default=0)
+
+
+def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add("--data-path", required=True, metavar="PREFIX", help="as tools/prepare_data.py wrote it")
+    add("--split", default="969,30,1", help="documents for training, validation, test")
+    add("--data-cache-path", type=Path, help="default: the folder cache beside the data")
+    add("--num-workers", type=int, default=0, help="processes that read ahead")
+    add("--eod-mask-loss", action="store_true", help="no loss at ends of documents")
+
+
+def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    add = group.add_argument
+    add("--log-interval", type=int, default=1)
+    add("--metrics-jsonl", type=Path, metavar="PATH", help="one JSON object per iteration")
+    add("--trace-dir", type=Path, metavar="DIR", help="the measured timeline of every iteration")
+    add(
+        "--failure-dir",
+        type=Path,
+        metavar="DIR",
+        help="stacks after a hang (default: DIR/failures of --save)",
+    )
+    add("--save", type=Path, metavar="DIR")
+    add("--save-interval", type=int, help="also save every so many iterations, not only at the end")
+    add("--keep-checkpoints", type=int, metavar="N", help="of --save: only the last N (default: all)")
+    add("--async-save", action="store_true", help="write checkpoints while training goes on")
+    add(
+        "--on-save-failure",
+        choices=("stop", "continue"),
+        default="stop",
+        help="a full disk: stop (default), or train on with the checkpoints before it; the last save must "
+        "succeed",
+    )
+    add("--load", type=Path, metavar="DIR", help="go on from the latest checkpoint there")
+    add("--load-fallback", action="store_true", help="from an older one if the latest is damaged")

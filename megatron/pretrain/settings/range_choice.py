@@ -1,0 +1,65 @@
+"""``--attention-range auto``: which pieces of a layer the attention rank of helix runs."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+import torch
+
+from helixpipe.plan import build_plan
+from helixpipe.plan.attention_range import AttentionSizes, cheapest_range
+from helixpipe.plan.cost_model import Pieces, Recompute, costs_of_plan, predict_pieces
+from helixpipe.plan.schedules.helix import DEFAULT_FOLD
+from helixpipe.plan.schedules.request import ATTENTION_RANGES, ScheduleRequest
+from helixpipe.plan.simulation.simulate import simulate
+from megatron.pretrain.settings.schedule_choice import check_profile, known_machine, workload_of
+
+
+def choose_range(args: argparse.Namespace, request: ScheduleRequest) -> tuple[str, str]:
+    """The range with the shortest predicted iteration; on hardware that is not known, with the fewest bytes.
+
+    Args:
+        args: parsed and checked, the padded vocabulary size known; helix is the schedule.
+        request: of the plan but for the range.
+
+    Returns:
+        The range, and a line that tells why.
+    """
+    machine = known_machine(args)
+    if machine is None:
+        found = cheapest_range(_sizes(args), args.num_fold or DEFAULT_FOLD)
+        return (
+            found,
+            f"attention range auto chose {found}: the smallest messages (--hardware would weigh time)",
+        )
+    workload = workload_of(args)
+    if isinstance(machine, Pieces):
+        check_profile(args, machine, workload)
+        pieces = machine
+    else:
+        pieces = predict_pieces(workload, machine)
+    keeps = args.recompute_without_attention in (None, True)
+    recompute = Recompute.WITHOUT_ATTENTION if keeps else Recompute.NONE
+    times = {}
+    for name in ATTENTION_RANGES:
+        plan = build_plan(args.pipeline_schedule, replace(request, attention_range=name))
+        times[name] = simulate(plan, costs_of_plan(pieces, plan, recompute)).iteration_ms
+    found = min(times, key=lambda name: times[name])
+    told = ", ".join(f"{name} {ms:.4g}" for name, ms in times.items())
+    return found, f"attention range auto chose {found}: predicted ms per iteration: {told}"
+
+
+def _sizes(args: argparse.Namespace) -> AttentionSizes:
+    tp, groups = args.tensor_model_parallel_size, args.num_query_groups
+    tokens = args.micro_batch_size * args.seq_length
+    return AttentionSizes(
+        tokens=tokens,
+        residual_tokens=tokens // tp if args.sequence_parallel else tokens,
+        hidden_size=args.hidden_size,
+        query_size=args.num_attention_heads // tp * args.kv_channels,
+        kv_size=max(groups // tp, 1) * args.kv_channels,
+        element_bytes=args.params_dtype.itemsize,
+        # As the model is wrapped: gradients are added up in fp32.
+        gradient_bytes=torch.float32.itemsize,
+    )

@@ -1,0 +1,400 @@
+"""Arguments of pretrain_gpt.py: defaults, derived sizes, and refusals that say what to write instead."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+import torch
+
+from helixpipe.data.prefix import DatasetInfo, inspect_prefix
+from helixpipe.data.prepare.corpus import PreparationOptions, prepare_dataset
+from helixpipe.layers.recomputing_layer import MemorySaving
+from helixpipe.megatron_adapter.schedule import make_schedule
+from helixpipe.runtime.trace import NullClock
+from megatron.pretrain.settings.arguments import parse_arguments
+
+MINIMAL = (
+    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --micro-batch-size 1 "
+    "--global-batch-size 8 --train-iters 10 --lr 1e-3 --data-path unused"
+)
+REQUIRED = re.findall(r"--\S+", MINIMAL)
+DATASET = DatasetInfo(
+    prefix="unused", vocab_size=300, eod=0, num_documents=100, num_tokens=10_000, longest_document=500
+)
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """``parse(arguments, world_size=…)`` without files of data."""
+
+    def parse(arguments="", world_size=1, rank=0, dataset=DATASET):
+        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+        monkeypatch.setenv("RANK", str(rank))
+        return parse_arguments(f"{MINIMAL} {arguments}".split(), dataset)
+
+    return parse
+
+
+def test_defaults(parse):
+    args = parse()
+    assert args.pipeline_schedule == "1f1b"
+    assert (args.world_size, args.rank, args.data_parallel_size) == (1, 0, 1)
+    assert args.num_microbatches == 8
+    assert args.virtual_stages is None
+    assert args.kv_channels == 16
+    assert args.num_query_groups == 4
+    assert args.ffn_hidden_size == 256
+    assert args.max_position_embeddings == 32
+    assert args.lr_decay_iters == 10
+    assert args.params_dtype is torch.float32
+    assert args.add_bias_linear
+    assert args.dataset is DATASET
+
+
+def test_layout_comes_from_the_environment(parse):
+    args = parse(
+        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --micro-batch-size 2",
+        world_size=8,
+        rank=5,
+    )
+    assert (args.world_size, args.rank) == (8, 5)
+    assert args.data_parallel_size == 2
+    assert args.num_microbatches == 2
+    assert args.schedule_request.num_ranks == 2
+    assert args.schedule_request.num_microbatches == 2
+
+
+def test_without_torchrun_there_is_one_rank(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+    args = parse_arguments(MINIMAL.split(), DATASET)
+    assert (args.world_size, args.rank) == (1, 0)
+
+
+def test_given_sizes_are_kept(parse):
+    args = parse(
+        "--kv-channels 8 --ffn-hidden-size 100 --max-position-embeddings 64 --lr-decay-iters 50 "
+        "--group-query-attention --num-query-groups 2 --bf16 --disable-bias-linear"
+    )
+    assert args.kv_channels == 8
+    assert args.ffn_hidden_size == 100
+    assert args.max_position_embeddings == 64
+    assert args.lr_decay_iters == 50
+    assert args.num_query_groups == 2
+    assert args.params_dtype is torch.bfloat16
+    assert not args.add_bias_linear
+
+
+def test_head_size_may_differ_from_the_share_of_the_hidden_size(parse):
+    assert parse("--hidden-size 66 --kv-channels 16").kv_channels == 16
+
+
+@pytest.mark.parametrize(("per_chunk", "stages"), [(1, 4), (2, 2)])
+def test_virtual_stages(parse, per_chunk, stages):
+    args = parse(
+        "--pipeline-schedule interleaved --num-layers 8 --pipeline-model-parallel-size 2 "
+        f"--num-layers-per-virtual-pipeline-stage {per_chunk}",
+        world_size=2,
+    )
+    assert args.virtual_stages == stages
+    assert args.schedule_request.virtual_stages == stages
+
+
+def test_helix_options_reach_the_schedule(parse):
+    args = parse(
+        "--pipeline-schedule helix --pipeline-model-parallel-size 4 --num-fold 1 --attention-range core",
+        world_size=4,
+    )
+    assert args.schedule_request.num_fold == 1
+    assert args.schedule_request.attention_range == "core"
+
+
+@pytest.mark.parametrize(("sequence", "found"), [(32, "core"), (4096, "block")])
+def test_the_range_with_the_smallest_messages_is_chosen(parse, sequence, found):
+    options = "--pipeline-schedule helix --pipeline-model-parallel-size 2 --attention-range auto"
+    args = parse(f"{options} --seq-length {sequence}", world_size=2)
+    assert args.attention_range == args.schedule_request.attention_range == found
+
+
+def test_the_heads_placement_reaches_the_schedule(parse):
+    options = "--pipeline-schedule helix --pipeline-model-parallel-size 2"
+    assert parse(options, world_size=2).schedule_request.head_placement is None
+    spread = parse(f"{options} --head-placement spread", world_size=2).schedule_request
+    assert spread.head_placement == "spread"
+    schedule = make_schedule("helix", spread, NullClock())
+    assert str(schedule) == "helix (num_fold=2, attention_range=core, head_placement=spread)"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "saving"),
+    [
+        ("", MemorySaving()),
+        ("--pipeline-schedule helix", MemorySaving(recompute_without_attention=True)),
+        ("--pipeline-schedule helix --no-recompute-without-attention", MemorySaving()),
+        (
+            "--pipeline-schedule helix --attention-range block --head-placement spread --loss-chunk-size 8",
+            MemorySaving(True, None, 8),
+        ),
+        ("--recompute-without-attention", MemorySaving(recompute_without_attention=True)),
+        ("--mlp-chunk-size 8 --loss-chunk-size 100", MemorySaving(False, 8, 100)),
+        # 384 words in two precisions and 64 channels; 256 in the MLP.
+        ("--seq-length 32768 --mlp-chunk-size auto", MemorySaving(False, 8192)),
+        ("--seq-length 32768 --loss-chunk-size auto", MemorySaving(False, None, 32768 * 64 // (3 * 384))),
+        ("--seq-length 32768 --swiglu --mlp-chunk-size auto", MemorySaving(False, 4096)),
+        ("--mlp-chunk-size auto", MemorySaving(False, 32)),
+        ("--recompute-granularity selective --mlp-chunk-size 8", MemorySaving(False, 8)),
+    ],
+)
+def test_what_is_done_to_save_memory(parse, arguments, saving):
+    assert parse(f"--max-position-embeddings 32768 {arguments}").memory_saving == saving
+
+
+def test_automatic_slices_are_of_one_gpus_share(parse):
+    line = f"{TP2} --seq-length 32768 --mlp-chunk-size auto"
+    # The MLP is cut over two GPUs, the hidden state only by sequence parallelism.
+    assert parse(line, world_size=2).memory_saving.mlp_chunk_size == 16384
+    assert parse(f"{line} --sequence-parallel", world_size=2).memory_saving.mlp_chunk_size == 8192
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "multiple", "tensor_size", "padded"),
+    [
+        (256, 128, 1, 256),
+        (257, 128, 1, 384),
+        (300, 128, 2, 512),
+        (50257, 128, 1, 50304),
+        (50257, 128, 8, 51200),
+        (300, 1, 1, 300),
+        (300, 1, 4, 300),
+        (301, 1, 4, 304),
+    ],
+)
+def test_vocabulary_is_padded(parse, vocabulary, multiple, tensor_size, padded):
+    args = parse(
+        f"--make-vocab-size-divisible-by {multiple} --tensor-model-parallel-size {tensor_size} "
+        "--hidden-size 64 --num-attention-heads 8",
+        world_size=tensor_size,
+        dataset=dataclasses.replace(DATASET, vocab_size=vocabulary),
+    )
+    assert args.padded_vocab_size == padded
+
+
+def test_output_folders_are_made_before_training(parse, tmp_path):
+    parse(f"--save {tmp_path}/a/b --trace-dir {tmp_path}/c --metrics-jsonl {tmp_path}/d/e.jsonl")
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == [
+        "a",
+        "a/b",
+        "c",
+        "d",
+    ]
+
+
+def test_output_folder_that_is_a_file(parse, tmp_path):
+    (tmp_path / "file").touch()
+    for flag in ("--save", "--trace-dir"):
+        with pytest.raises(ValueError, match=f"{flag}: cannot write to the folder .*/file .* give another"):
+            parse(f"{flag} {tmp_path}/file")
+
+
+@pytest.mark.parametrize("flag", REQUIRED)
+def test_missing_argument_is_named(monkeypatch, flag):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    words = MINIMAL.split()
+    place = words.index(flag)
+    with pytest.raises(ValueError, match=f"required: {flag}$"):
+        parse_arguments(words[:place] + words[place + 2 :], DATASET)
+
+
+POSITIVE = (
+    "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--num-layers", "--hidden-size",
+    "--num-attention-heads", "--num-query-groups", "--seq-length", "--micro-batch-size",
+    "--global-batch-size", "--train-iters", "--make-vocab-size-divisible-by", "--log-interval",
+    "--eval-interval", "--ffn-hidden-size", "--kv-channels", "--max-position-embeddings",
+    "--num-layers-per-virtual-pipeline-stage", "--recompute-num-layers", "--distributed-timeout-minutes",
+    "--save-interval",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "--lr", "--min-lr", "--weight-decay", "--clip-grad", "--lr-warmup-iters", "--eval-iters",
+    "--num-workers", "--seed",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [0, -4])
+@pytest.mark.parametrize("flag", POSITIVE)
+def test_sizes_are_positive(parse, flag, value):
+    with pytest.raises(ValueError, match=f"^{flag} must be at least 1, not {value}$"):
+        parse(f"{flag} {value}")
+
+
+@pytest.mark.parametrize("flag", NOT_NEGATIVE)
+def test_rates_and_counts_are_not_negative(parse, flag):
+    with pytest.raises(ValueError, match=f"^{flag} must be 0 or more, not -1"):
+        parse(f"{flag} -1")
+
+
+def test_nan_is_not_a_rate(parse):
+    with pytest.raises(ValueError, match="--lr must be 0 or more, not nan"):
+        parse("--lr nan")
+
+
+TP2 = "--tensor-model-parallel-size 2"
+PP2 = "--pipeline-model-parallel-size 2"
+REFUSED = [
+    # world size, arguments, what the message says: the flag, the wrong value, the remedy
+    (3, PP2, "world size 3 cannot be split", "pipeline-parallel size 2", "--nproc-per-node 2"),
+    (2, f"{TP2} {PP2}", "world size 2", "tensor-parallel size 2", "--nproc-per-node 4"),
+    (3, "", "--global-batch-size 8", "data-parallel size 3", "use 6 or 9"),
+    (1, "--micro-batch-size 16", "--global-batch-size 8", "--micro-batch-size 16", "use 16"),
+    (1, "--sequence-parallel", "--sequence-parallel", "--tensor-model-parallel-size of 2 or more"),
+    (2, f"{TP2} --sequence-parallel --seq-length 33", "--seq-length 33", "use 32 or 34"),
+    (1, "--overlap-param-gather", "--overlap-param-gather needs", "--overlap-grad-reduce"),
+    (1, "--hidden-size 66", "--hidden-size 66", "--num-attention-heads 4", "use 64 or 68"),
+    (2, f"{TP2} --num-attention-heads 1", "--num-attention-heads 1", "size 2", "use 2"),
+    (1, "--num-query-groups 2", "--num-query-groups needs --group-query-attention"),
+    (1, "--group-query-attention --num-query-groups 3", "--num-query-groups 3", "use 2 or 4"),
+    (1, "--group-query-attention --num-query-groups 9", "--num-query-groups 9", "use 4"),
+    (
+        4,
+        "--tensor-model-parallel-size 4 --hidden-size 96 --num-attention-heads 12 --group-query-attention "
+        "--num-query-groups 6",
+        "--num-query-groups 6 must be a multiple or a divisor of --tensor-model-parallel-size 4",
+    ),
+    (2, f"{TP2} --ffn-hidden-size 101", "--ffn-hidden-size 101", "use 100 or 102"),
+    (1, "--max-position-embeddings 16", "--seq-length 32", "--max-position-embeddings 16"),
+    (1, "--attention-dropout 0.1", "--attention-dropout 0.1", "use 0"),
+    (1, "--lr-warmup-iters 10", "--lr-warmup-iters 10", "smaller than --lr-decay-iters 10"),
+    (1, "--min-lr 0.5", "--min-lr 0.5 is above --lr 0.001"),
+    (1, "--save-interval 5", "--save-interval 5 needs --save DIR"),
+    (1, "--async-save", "--async-save needs --save DIR"),
+    (1, "--on-save-failure continue", "--on-save-failure needs --save DIR"),
+    (1, "--check-gradients-every 0", "--check-gradients-every", "1"),
+    (
+        1,
+        "--check-gradients-every 5",
+        "--check-gradients-every 5 compares data-parallel ranks",
+        "leave it out",
+    ),
+    (1, "--optimizer sgd --save somewhere", "--optimizer sgd", "use adam"),
+    (1, "--optimizer sgd --load somewhere", "--optimizer sgd", "use adam"),
+    (1, "--optimizer sgd --use-distributed-optimizer", "--optimizer sgd", "use adam"),
+    (1, "--optimizer lion", "--optimizer", "lion", "adam", "sgd"),
+    (1, "--pipeline-schedule helix --recompute-granularity selective", "helix", "use 1f1b"),
+    (
+        1,
+        "--recompute-without-attention --recompute-granularity selective",
+        "--recompute-without-attention and --recompute-granularity selective",
+        "leave one out",
+    ),
+    (1, "--mlp-chunk-size 0", "--mlp-chunk-size", "'0'", "give 1 or more, or auto"),
+    (1, "--loss-chunk-size half", "--loss-chunk-size", "'half'", "give 1 or more, or auto"),
+    (
+        1,
+        "--mlp-chunk-size 8 --transformer-impl transformer_engine",
+        "--mlp-chunk-size",
+        "use --transformer-impl local",
+    ),
+    (
+        1,
+        "--mlp-chunk-size 8 --disable-bias-linear --recompute-granularity selective --recompute-modules mlp",
+        "--mlp-chunk-size",
+        "leave mlp out of --recompute-modules",
+    ),
+    (1, "--recompute-granularity full", "needs --recompute-method and --recompute-num-layers"),
+    (1, "--recompute-num-layers 1", "need --recompute-granularity full"),
+    (
+        1,
+        "--recompute-granularity selective --recompute-modules mlp",
+        "--recompute-modules mlp needs --disable-bias-linear",
+    ),
+    (1, "--recompute-modules attention", "--recompute-modules", "attention", "core_attn", "mlp"),
+    (1, "--num-layers-per-virtual-pipeline-stage 1", "is for --pipeline-schedule interleaved"),
+    (1, "--pipeline-schedule interleaved", "interleaved needs two or more pipeline ranks"),
+    (
+        2,
+        f"{PP2} --pipeline-schedule interleaved --num-layers-per-virtual-pipeline-stage 2",
+        "interleaved needs",
+        "below --num-layers / --pipeline-model-parallel-size",
+    ),
+    (
+        2,
+        f"{PP2} --pipeline-schedule interleaved --num-layers 5 --num-layers-per-virtual-pipeline-stage 1",
+        "--num-layers 5",
+        "(2 x 1)",
+        "use 4 or 6",
+    ),
+    (2, f"{PP2} --num-layers 5", "number of layers (5)", "use 4 or 6"),
+    (2, f"{PP2} --pipeline-schedule helix --num-layers 3", "number of layers (3)", "use 2 or 4"),
+    (2, f"{PP2} --pipeline-schedule helix --num-fold 3", "micro batches (8)", "use 6 or 12"),
+    (2, f"{PP2} --pipeline-schedule helix --num-fold 0", "fold must be at least 1, not 0"),
+    (2, f"{PP2} --num-fold 2", "--num-fold means nothing to 1f1b", "it is for helix"),
+    (1, "--attention-range core", "--attention-range means nothing to 1f1b"),
+    (1, "--attention-range auto", "--attention-range means nothing to 1f1b"),
+    (1, "--pipeline-schedule helix --attention-range all", "'all'", "core, qkv, block"),
+    (1, "--pipeline-schedule helix --head-placement last", "'last'", "first, spread"),
+    (1, "--head-placement spread", "--head-placement means nothing to 1f1b", "it is for helix"),
+    (1, "--pipeline-schedule hellix", "'hellix'", "did you mean helix?"),
+    (1, "--pipeline-schedule seq1f1b", "seq1f1b", "not executed", "1f1b, interleaved, gpipe"),
+    (1, "--num-layers nine", "--num-layers", "'nine'"),
+    (1, "--lr fast", "--lr", "'fast'"),
+    (1, "--hidden-sizes 64", "--hidden-sizes"),
+    (1, "--hidden 64", "--hidden 64"),
+]
+
+
+@pytest.mark.parametrize(("world_size", "arguments", "words"), [(w, a, p) for w, a, *p in REFUSED])
+def test_refusals_name_flag_value_and_remedy(parse, world_size, arguments, words):
+    with pytest.raises(ValueError, match=r".") as error:
+        parse(arguments, world_size=world_size)
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+# Data, from real files
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory):
+    """Ten documents of 11 tokens."""
+    folder = tmp_path_factory.mktemp("data")
+    source = folder / "in.jsonl"
+    source.write_text("".join(f'{{"text": "document {number}"}}\n' for number in range(10)))
+    prepare_dataset(PreparationOptions([str(source)], str(folder / "set"), tokenizer="byte"))
+    return folder / "set"
+
+
+def test_dataset_is_inspected(parse, prefix):
+    args = parse(f"--data-path {prefix}", dataset=None)
+    assert args.dataset == inspect_prefix(prefix)
+    assert args.dataset.num_tokens == 110
+    assert args.padded_vocab_size == 384
+
+
+@pytest.mark.parametrize("split", ["969,30,1", "1,0,0", "0.9,0.1,0", "80, 10, 10", ".5,.5,0.", "100,0,0"])
+def test_splits(prefix, monkeypatch, split):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    args = parse_arguments([*MINIMAL.split(), "--data-path", str(prefix), "--split", split])
+    assert args.split == split
+
+
+@pytest.mark.parametrize(
+    "split", ["", "1", "90,10", "1,1,1,1", "a,b,c", "-1,1,1", "0,1,1", "1e3,1,1", "nan,1,1", "1,,1", "1;1;1"]
+)
+def test_split_that_is_not_three_weights(monkeypatch, prefix, split):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(ValueError, match=f"--split {re.escape(repr(split))} must be three weights"):
+        parse_arguments([*MINIMAL.split(), "--data-path", str(prefix), f"--split={split}"])
+
+
+def test_sequence_longer_than_all_text(parse, prefix):
+    with pytest.raises(ValueError, match=r"holds 110 tokens, .* --seq-length 110; prepare more text"):
+        parse(f"--data-path {prefix} --seq-length 110", dataset=None)
+    parse(f"--data-path {prefix} --seq-length 109", dataset=None)
+
+
+def test_missing_data(parse, tmp_path):
+    with pytest.raises(ValueError, match="no such file: check the prefix"):
+        parse(f"--data-path {tmp_path}/none", dataset=None)

@@ -1,0 +1,146 @@
+"""--pipeline-schedule auto: the planner's choice in the place of the user's."""
+
+import json
+import re
+from dataclasses import asdict, replace
+
+import pytest
+
+from helixpipe.data.prefix import DatasetInfo
+from helixpipe.megatron_adapter.schedule import EXECUTABLE
+from helixpipe.plan.advise.candidates import RUNNABLE
+from helixpipe.plan.cost_model import HARDWARE, Workload, predict_pieces
+from helixpipe.plan.cost_model.model import model_from_arguments
+from megatron.pretrain.settings.arguments import parse_arguments
+
+LINE = (
+    "--pipeline-schedule auto --pipeline-model-parallel-size 4 --num-layers 8 --hidden-size 512 "
+    "--num-attention-heads 8 --micro-batch-size 1 --global-batch-size 16 --train-iters 1 --lr 1e-3 "
+    "--data-path random --bf16 --untie-embeddings-and-output-weights"
+)
+DATASET = DatasetInfo("random", 1000, 0, 1, 10**6, 10**6)
+
+
+@pytest.fixture(autouse=True)
+def four_ranks(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
+
+
+def parsed(extra):
+    return parse_arguments(f"{LINE} {extra}".split(), DATASET)
+
+
+def test_what_runs_is_known_to_the_planner():
+    assert set(RUNNABLE) == set(EXECUTABLE)
+
+
+def test_a_schedule_is_chosen_and_announced():
+    args = parsed("--hardware h20 --seq-length 32768")
+    assert args.pipeline_schedule in EXECUTABLE
+    assert args.choice.startswith(f"auto chose {args.pipeline_schedule}")
+    assert args.schedule_request.num_microbatches == 16
+    assert parsed("--hardware h20 --seq-length 32768").choice == args.choice, "every rank chooses alike"
+
+
+def test_given_options_narrow_the_choice():
+    assert parsed("--hardware h20 --seq-length 4096 --num-fold 1").schedule_request.num_fold == 1
+    chosen = parsed("--hardware h20 --seq-length 4096 --num-layers-per-virtual-pipeline-stage 1")
+    assert (chosen.pipeline_schedule, chosen.virtual_stages) == ("interleaved", 2)
+    chosen = parsed("--hardware h20 --seq-length 4096 --attention-range auto --num-fold 2")
+    assert chosen.attention_range in ("core", "qkv", "block")
+    chosen = parsed("--hardware h20 --seq-length 4096 --head-placement spread")
+    assert (chosen.pipeline_schedule, chosen.head_placement) == ("helix", "spread")
+    again = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    chosen = parsed(f"--hardware h20 --seq-length 4096 {again}")
+    assert chosen.pipeline_schedule != "helix"
+
+
+def test_recomputation_is_as_given_or_where_memory_needs_it():
+    long = "--hardware h20 --seq-length 131072"
+    assert not parsed(long).memory_saving.recompute_without_attention
+    assert parsed(f"{long} --memory-limit-gib 16").memory_saving.recompute_without_attention
+    assert parsed(f"{long} --recompute-without-attention").memory_saving.recompute_without_attention
+    never = f"{long} --memory-limit-gib 16 --no-recompute-without-attention"
+    assert not parsed(never).memory_saving.recompute_without_attention
+    assert parsed(never).choice != parsed(f"{long} --memory-limit-gib 16").choice
+
+
+def test_chunks_of_the_loss_are_known_to_the_planner():
+    tight = "--hardware h20 --seq-length 131072 --memory-limit-gib 16"
+    assert parsed(f"{tight} --loss-chunk-size auto").choice != parsed(tight).choice
+
+
+def test_memory_decides():
+    roomy = parsed("--hardware h20 --seq-length 131072")
+    tight = parsed("--hardware h20 --seq-length 131072 --memory-limit-gib 20")
+    assert roomy.choice != tight.choice
+    with pytest.raises(ValueError, match=r"nothing can be executed within memory .*GiB over the limit"):
+        parsed("--hardware h20 --seq-length 131072 --memory-limit-gib 1")
+
+
+def profile_for(seq_length, **changes):
+    args = parsed(f"--hardware h20 --seq-length {seq_length}")
+    model = replace(model_from_arguments("here", vars(args)), **changes)
+    workload = Workload(model=model, seq_length=seq_length)
+    return predict_pieces(workload, HARDWARE["h20"]).to_json()
+
+
+def test_a_profile_of_the_same_layers_is_accepted(tmp_path):
+    path = tmp_path / "profile.json"
+    path.write_text(profile_for(8192, num_layers=1))
+    args = parsed(f"--hardware {path} --seq-length 8192 --memory-limit-gib 80")
+    assert args.choice.startswith("auto chose")
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (
+            "--hardware {} --seq-length 4096 --memory-limit-gib 80",
+            "was measured with seq length 8192, this job",
+        ),
+        (
+            "--hardware {} --seq-length 8192 --hidden-size 256 --memory-limit-gib 80",
+            "hidden size 512, this job",
+        ),
+        ("--hardware {} --seq-length 8192", "a profile does not know how much memory there is"),
+        ("--hardware h21 --seq-length 8192", "unknown hardware 'h21'"),
+        ("--seq-length 8192", "auto needs --hardware: h20, h100, h200, a800"),
+    ],
+)
+def test_wrong_hardware(tmp_path, extra, message):
+    path = tmp_path / "profile.json"
+    path.write_text(profile_for(8192))
+    with pytest.raises(ValueError, match=r".") as caught:
+        parsed(extra.format(path))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_hardware_is_for_auto_only():
+    line = LINE.replace("auto", "1f1b")
+    with pytest.raises(ValueError, match="--hardware is for --pipeline-schedule auto"):
+        parse_arguments(f"{line} --hardware h20 --seq-length 4096".split(), DATASET)
+
+
+@pytest.mark.parametrize(("links", "found"), [(1.0, "core"), (0.01, "block")], ids=["fast", "slow"])
+def test_the_range_follows_the_links(tmp_path, links, found):
+    """Lent weights save messages, and cost time of their own where messages are hidden anyway."""
+    h20, path = HARDWARE["h20"], tmp_path / "machine.json"
+    machine = replace(h20, nvlink_gb_per_s=links * h20.nvlink_gb_per_s, nic_gb_per_s=links * h20.nic_gb_per_s)
+    path.write_text(json.dumps(asdict(machine)))
+    line = f"{LINE.replace('auto', 'helix')} --attention-range auto --seq-length 8192 --hardware {path}"
+    args = parse_arguments(line.split(), DATASET)
+    assert args.attention_range == args.schedule_request.attention_range == found
+    told = re.findall(r"(core|qkv|block) ([\d.]+)", args.choice.partition(": ")[2])
+    assert [name for name, _ in told] == ["core", "qkv", "block"]
+    assert min(told, key=lambda pair: float(pair[1]))[0] == found
+
+
+def test_a_range_for_a_profile_of_other_sizes_is_refused(tmp_path):
+    path = tmp_path / "profile.json"
+    path.write_text(profile_for(8192))
+    line = f"{LINE.replace('auto', 'helix')} --attention-range auto --seq-length 4096 --hardware {path}"
+    with pytest.raises(ValueError, match="was measured with seq length 8192, this job has 4096"):
+        parse_arguments(line.split(), DATASET)

@@ -1,0 +1,321 @@
+"""Checkpoint folders: interrupted at every step, damaged in every way, and never run as code."""
+
+import json
+import os
+import pickle
+import resource
+import shutil
+from argparse import Namespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedTensor
+from ranks import run_on_ranks
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from helixpipe.reliability.exit_codes import DataError
+from megatron.pretrain.checkpoint import files as checkpoint_files
+from megatron.pretrain.checkpoint.checkpoint import Progress, check_tensors, load_checkpoint
+from megatron.pretrain.checkpoint.files import (
+    MANIFEST,
+    TRACKER,
+    check_file,
+    digest,
+    folder_of,
+    manifest_of,
+    publish,
+    share,
+    start_saving,
+    tracked,
+    usable,
+)
+from megatron.pretrain.checkpoint.safe_pickle import find_unsafe_content, no_code_from_disk
+
+FILES = {"__0_0.distcp": b"weights" * 1000, ".metadata": b"table", "common.pt": b""}
+
+
+def save(root, iteration, keep=None, files=FILES):
+    folder = start_saving(root, iteration)
+    for name, content in files.items():
+        (folder / name).write_bytes(content + str(iteration).encode())
+    return publish(root, iteration, {name: digest(folder / name, to_disk=True) for name in files}, keep)
+
+
+def problems(folder):
+    files = manifest_of(folder)
+    return [text for text in (check_file(folder, name, found) for name, found in files.items()) if text]
+
+
+def test_what_is_saved_is_found_whole(tmp_path):
+    assert tracked(tmp_path) is None
+    folder = save(tmp_path, 10)
+    assert folder == tracked(tmp_path) == tmp_path / "iter_0000010"
+    assert problems(folder) == []
+    assert (tmp_path / TRACKER).read_text() == "10\n"
+
+
+def test_the_last_ones_are_kept(tmp_path):
+    for iteration in (2, 4, 6, 8):
+        save(tmp_path, iteration, keep=2)
+    assert [path.name for path in usable(tmp_path)] == ["iter_0000006", "iter_0000008"]
+
+
+def test_saving_an_iteration_again_replaces_it(tmp_path):
+    save(tmp_path, 2)
+    save(tmp_path, 4)
+    save(tmp_path, 4, files={"other": b"x"})
+    assert set(manifest_of(tracked(tmp_path))) == {"other"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000002", "iter_0000004", TRACKER]
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches SIGKILL."""
+
+
+def killed_at(monkeypatch, step):
+    """Make the ``step``-th call into the file system the last one."""
+    calls = iter(range(10**6))
+
+    def counting(function):
+        def call(*args, **kwargs):
+            if next(calls) == step:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(os, "fsync", counting(os.fsync))
+    for name in ("rename", "replace", "mkdir"):
+        monkeypatch.setattr(checkpoint_files.Path, name, counting(getattr(checkpoint_files.Path, name)))
+    monkeypatch.setattr(checkpoint_files.shutil, "rmtree", counting(shutil.rmtree))
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["a new iteration", "an iteration that exists"])
+def test_a_save_killed_at_any_step_leaves_a_whole_one(tmp_path, again):
+    """Whatever the tracker names afterwards is there and undamaged; the next save cleans up."""
+    steps = 0
+    for step in range(100):
+        root = tmp_path / str(step)
+        for iteration in (2, 4, 6) if again else (2, 4):
+            save(root, iteration)
+        with pytest.MonkeyPatch.context() as patch:
+            killed_at(patch, step)
+            try:
+                save(root, 6, keep=2)
+            except Killed:
+                steps += 1
+            else:
+                break
+        assert tracked(root) in [folder_of(root, iteration) for iteration in (2, 4, 6)]
+        assert problems(tracked(root)) == []
+        save(root, 8)
+        assert not list(root.glob("*.saving"))
+    assert steps > 8
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_flipped_bit_is_noticed(tmp_path, name):
+    folder = save(tmp_path, 1)
+    content = bytearray((folder / name).read_bytes())
+    for position in {0, len(content) // 2, len(content) - 1}:
+        flipped = bytearray(content)
+        flipped[position] ^= 4
+        (folder / name).write_bytes(flipped)
+        (problem,) = problems(folder)
+        assert problem.startswith(f"{folder / name} has another checksum")
+
+
+def test_files_that_are_cut_swapped_or_linked(tmp_path):
+    old, folder = save(tmp_path, 1), save(tmp_path, 2)
+    target = folder / "__0_0.distcp"
+    whole = target.read_bytes()
+    target.write_bytes(whole[:-1])
+    assert f"has {len(whole) - 1} bytes instead of {len(whole)}" in problems(folder)[0]
+    shutil.copy(old / "__0_0.distcp", target)
+    assert "or from another save" in problems(folder)[0]
+    target.unlink()
+    target.symlink_to(old / "__0_0.distcp")
+    assert "is not a plain file" in problems(folder)[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "common.pt").unlink(), "common.pt is missing"),
+        (lambda folder: (folder / "stray").touch(), "stray does not belong there"),
+        (lambda folder: (folder / MANIFEST).write_text("{"), "is damaged or of another checkpoint"),
+        (lambda folder: (folder / MANIFEST).write_text("[]"), "is damaged or of another checkpoint"),
+        (
+            lambda folder: (folder / MANIFEST).write_text(
+                (folder / MANIFEST).read_text().replace("1,", "2,", 1)
+            ),
+            "is damaged or of another checkpoint",
+        ),
+        (
+            lambda folder: (folder / MANIFEST).write_text(
+                (folder / MANIFEST).read_text().replace("common.pt", "../common.pt")
+            ),
+            "names '../common.pt', which is not a file of this folder",
+        ),
+    ],
+)
+def test_manifests_that_do_not_fit(tmp_path, change, message):
+    folder = save(tmp_path, 1)
+    change(folder)
+    with pytest.raises(ValueError, match=r".") as caught:
+        manifest_of(folder)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_ranks_share_the_files():
+    names = [f"file{i}" for i in range(7)]
+    shares = [share(names, rank, 3) for rank in range(3)]
+    assert sorted(name for mine in shares for name in mine) == names
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+class Bomb:
+    """A pickle that would write a file when it is read."""
+
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return (os.system, (f"touch {self.canary}",))
+
+
+@pytest.mark.parametrize("name", [".metadata", "common.pt"])
+def test_code_in_a_checkpoint_is_not_run(tmp_path, name):
+    canary = tmp_path / "canary"
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / ".metadata").write_bytes(pickle.dumps({"size": torch.Size([2])}))
+    torch.save({"iteration": 1}, folder / "common.pt")
+    assert find_unsafe_content(folder) == ""
+    if name == ".metadata":
+        (folder / name).write_bytes(pickle.dumps(Bomb(canary)))
+    else:
+        torch.save({"iteration": Bomb(canary)}, folder / name)
+    assert find_unsafe_content(folder).startswith(
+        f"{folder / name} holds more than plain data; do not use it ("
+    )
+    read = {
+        ".metadata": lambda: filesystem.FileSystemReader(folder).read_metadata(),
+        "common.pt": lambda: torch.load(folder / name, weights_only=False),
+    }
+    with no_code_from_disk(), pytest.raises(pickle.UnpicklingError):
+        read[name]()
+    assert not canary.exists()
+
+
+def test_outside_torch_reads_as_ever(tmp_path):
+    with no_code_from_disk():
+        pass
+    assert filesystem.pickle is pickle
+    torch.save({"path": tmp_path}, tmp_path / "x.pt")
+    assert torch.load(tmp_path / "x.pt", weights_only=False) == {"path": tmp_path}
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80", b"no pickle", pickle.dumps(3)[:-1]])
+def test_damaged_pickles_end_in_words(tmp_path, content):
+    (tmp_path / ".metadata").write_bytes(content)
+    torch.save({}, tmp_path / "common.pt")
+    assert "do not use it" in find_unsafe_content(tmp_path)
+
+
+def sealed(folder):
+    """Give a folder that was tampered with a manifest that fits it again."""
+    names = [path.name for path in folder.iterdir() if path.name != MANIFEST]
+    content = json.loads((folder / MANIFEST).read_text())
+    content["files"] = {name: digest(folder / name)._asdict() for name in names}
+    (folder / MANIFEST).write_text(json.dumps(content))
+    assert problems(folder) == []
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../x", "a/b", "..", ".", ""])
+def test_names_in_a_manifest_stay_in_the_folder(tmp_path, name):
+    folder = save(tmp_path, 1)
+    content = json.loads((folder / MANIFEST).read_text())
+    content["files"][name] = content["files"].pop("common.pt")
+    (folder / MANIFEST).write_text(json.dumps(content))
+    with pytest.raises(DataError, match="which is not a file of this folder"):
+        manifest_of(folder)
+
+
+def table(**tensors):
+    """A table of contents, as torch.distributed.checkpoint pickles it."""
+    return Metadata(
+        {
+            key: TensorStorageMetadata(
+                TensorProperties(dtype=dtype), torch.Size(size), [ChunkStorageMetadata(torch.Size([0]), size)]
+            )
+            for key, (dtype, size) in tensors.items()
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ({"weight": (torch.float32, torch.Size([8]))}, ""),
+        (
+            {"weight": (torch.bfloat16, torch.Size([8]))},
+            "holds weight as torch.bfloat16 of shape (8,), this job needs torch.float32 of shape (8,)",
+        ),
+        ({"weight": (torch.float32, torch.Size([10**9]))}, "of shape (1000000000,), this job needs"),
+        ({"other": (torch.float32, torch.Size([8]))}, "holds no tensor weight"),
+    ],
+    ids=["right", "type", "a billion elements", "missing"],
+)
+def test_a_table_of_contents_must_fit_the_model(tmp_path, saved, message):
+    """Even under a manifest that fits: torch would convert types, and allocate what the table says."""
+    folder = save(tmp_path, 1)
+    (folder / ".metadata").write_bytes(pickle.dumps(table(**saved)))
+    sealed(folder)
+    assert find_unsafe_content(folder).startswith(f"{folder / 'common.pt'} holds")
+    torch.save({}, folder / "common.pt")
+    assert find_unsafe_content(folder) == ""
+    wanted = {"part": ShardedTensor.from_rank_offsets("weight", torch.zeros(8))}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if message:
+        with pytest.raises(DataError) as caught:
+            check_tensors(folder, wanted)
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+    else:
+        check_tensors(folder, wanted)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
+
+
+def test_a_folder_without_checkpoints_is_a_start_only_where_it_is_saved_to(tmp_path):
+    (tmp_path / "iter_0000002.saving").mkdir()
+    assert load_checkpoint(Namespace(load=tmp_path, save=tmp_path), state=None) == Progress(0, 0)
+    with pytest.raises(DataError, match="holds no checkpoint; to start anew leave it out"):
+        load_checkpoint(Namespace(load=tmp_path, save=tmp_path / "other"), state=None)
+    with pytest.raises(DataError, match="holds no checkpoint"):
+        load_checkpoint(Namespace(load=tmp_path / "mistyped", save=None), state=None)
+
+
+def ranks_with_other_trackers(root):
+    """What a rank says that sees another tracker than the others, as on a file system that lags."""
+    own = root / ("first" if dist.get_rank() == 0 else "second")
+    with pytest.raises(DataError) as caught:
+        load_checkpoint(Namespace(load=own, save=own), state=None)
+    return str(caught.value)
+
+
+def test_ranks_that_see_different_trackers_stop(tmp_path):
+    for iteration in (2, 4):
+        save(tmp_path / "first", iteration)
+    save(tmp_path / "second", 2)
+    for text in run_on_ranks(2, ranks_with_other_trackers, tmp_path):
+        assert "ranks see different checkpoints" in text
+        assert "rank 0: iter_0000004; rank 1: iter_0000002; it must be a shared folder" in text

@@ -1,0 +1,84 @@
+"""Arguments of the elastic schedule."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from helixpipe.data.prefix import DatasetInfo
+from helixpipe.elastic import costs_to_json, ideal_costs
+from helixpipe.megatron_adapter.elastic_forward_backward import ElasticForwardBackward
+from helixpipe.megatron_adapter.schedule import make_schedule
+from helixpipe.runtime.trace import NullClock
+from megatron.pretrain.settings.arguments import parse_arguments
+
+LINE = (
+    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --micro-batch-size 1 "
+    "--global-batch-size 8 --train-iters 10 --lr 1e-3 --data-path unused --pipeline-model-parallel-size 2"
+)
+ELASTIC = f"{LINE} --pipeline-schedule elastic --memory-limit-gib 2"
+DATASET = DatasetInfo("unused", 300, 0, 100, 10_000, 500)
+
+
+@pytest.fixture
+def parse(monkeypatch, tmp_path):
+    """``parse(words)``, where {costs} stands for a file of costs."""
+    path = tmp_path / "costs.json"
+    path.write_text(costs_to_json(ideal_costs()), encoding="utf-8")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    return lambda words: parse_arguments(words.format(costs=path).split(), DATASET)
+
+
+def test_the_job_is_derived(parse):
+    args = parse(f"{ELASTIC} --elastic-costs {{costs}}")
+    assert args.max_seq_length == 32
+    assert args.calculate_per_token_loss
+    job = args.elastic_job
+    assert (job.num_stages, job.num_layers, job.memory_limit_bytes) == (2, 4, 2 << 30)
+    schedule = make_schedule("elastic", args.schedule_request, NullClock())
+    assert isinstance(schedule, ElasticForwardBackward)
+    assert job.costs.token_multiple == 1
+    longer = parse(f"{ELASTIC} --elastic-costs {{costs}} --max-seq-length 90 --position-embedding-type rope")
+    assert longer.max_seq_length == 90
+
+
+def test_sequence_parallelism_pads_chunks(parse, tmp_path):
+    path = tmp_path / "tensor.json"
+    path.write_text(costs_to_json(replace(ideal_costs(), tensor_parallel=2)), encoding="utf-8")
+    words = f"{ELASTIC} --elastic-costs {path} --tensor-model-parallel-size 2"
+    assert parse(words).elastic_job.costs.token_multiple == 1
+    assert parse(f"{words} --sequence-parallel").elastic_job.costs.token_multiple == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (f"{LINE} --elastic-costs {{costs}}", "--elastic-costs is for --pipeline-schedule elastic; leave it"),
+        (f"{LINE} --max-seq-length 8", "--max-seq-length is for --pipeline-schedule elastic; leave it out"),
+        (ELASTIC, "elastic needs --elastic-costs FILE, as python -m helixpipe elastic-costs writes it"),
+        (f"{ELASTIC} --max-seq-length 0", "--max-seq-length must be at least 1"),
+        (
+            f"{ELASTIC} --elastic-costs {{costs}} --max-seq-length 90",
+            "--max-seq-length 90 is longer than the model's --max-position-embeddings 32",
+        ),
+        (
+            f"{ELASTIC} --elastic-costs {{costs}} --tensor-model-parallel-size 2",
+            "are for tensor-parallel size 1, the job has 2; make them anew",
+        ),
+        (f"{ELASTIC} --elastic-costs {{costs}} --num-layers 5", "number of layers .* multiple"),
+        (f"{ELASTIC} --micro-batch-size 2", "cannot honour --micro-batch-size: .*; give 1"),
+        (f"{ELASTIC} --num-fold 2", "cannot honour --num-fold: .*; leave it out"),
+        (f"{ELASTIC} --eod-mask-loss", "cannot honour --eod-mask-loss"),
+        (f"{ELASTIC} --recompute-without-attention", "cannot honour --recompute-without-attention"),
+        (
+            f"{ELASTIC} --recompute-granularity selective",
+            "cannot honour --recompute-granularity: .* plans decide how they are cut, packed and recomputed",
+        ),
+    ],
+    ids=lambda value: value[-40:],
+)
+def test_what_does_not_fit_is_refused(parse, words, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        parse(words)
+    assert "\n" not in str(caught.value)
