@@ -4,12 +4,14 @@ PYTHON ?= python3
 VENV   ?= .venv
 # Which torch to install. On a GPU machine name the build for its CUDA version, or an installed one's version.
 TORCH  ?= torch==2.13.0
+# The versions of everything else; empty takes the newest.
+CONSTRAINTS ?= tests/constraints.txt
 
 RUN    := runs/quickstart
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.installed
 
-.PHONY: quickstart test test-all lint kernels benchmark layer-benchmark elastic elastic-benchmark overlap tables pictures clean
+.PHONY: quickstart test test-all lint kernels benchmark layer-benchmark elastic elastic-benchmark overlap tables pictures docs clean
 
 # A few minutes on 2 cores: a corpus, a training run under helix on four ranks, a picture of what it ran.
 quickstart: $(READY)
@@ -68,11 +70,15 @@ tables: $(READY)
 pictures: $(READY)
 	PYTHON=$(abspath $(PY)) bash tools/draw_pictures.sh
 
-$(READY): setup.py pyproject.toml
+# The site of the documentation, into site/; a page that links nowhere is an error.
+docs: $(READY)
+	$(PY) -m mkdocs build --strict --quiet
+
+$(READY): setup.py pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet "$(TORCH)"
-	$(PY) -m pip install --quiet --editable ".[test,dev]"
+	$(PY) -m pip install --quiet $(addprefix --constraint ,$(CONSTRAINTS)) --editable ".[test,dev,docs]"
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) runs build/kernels helixpipe/kernels/*.so
+	rm -rf $(VENV) runs site build/kernels helixpipe/kernels/*.so

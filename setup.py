@@ -1,4 +1,4 @@
-"""Build of HelixPipe, with its CUDA kernels where nvcc is. Tool settings are in pyproject.toml."""
+"""Builds the CUDA kernels where nvcc is. Everything else about the package is in pyproject.toml."""
 
 import importlib.util
 import os
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from setuptools import Extension, find_namespace_packages, setup
+from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
@@ -43,38 +43,4 @@ def extensions() -> list[Extension]:
     return []
 
 
-setup(
-    name="helixpipe",
-    version="0.1.0",
-    description="Pipeline parallelism for long-context training, over megatron-core",
-    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
-    long_description_content_type="text/markdown",
-    license="Apache-2.0",
-    python_requires=">=3.10",
-    # `megatron` is a namespace package shared with megatron-core: it must have no __init__.py here,
-    # and only our part of it may be named.
-    packages=find_namespace_packages(include=["helixpipe*", "megatron.pretrain*"]),
-    package_data={"helixpipe.report": ["assets/*"]},
-    ext_modules=extensions(),
-    cmdclass={"build_ext": BuildKernels},
-    install_requires=[
-        "torch>=2.6",
-        # From 0.17 on the wheel ships a megatron.pretrain of its own and needs Python 3.12.
-        "megatron-core>=0.16.1,<0.17",
-        "numpy",
-        "pybind11",
-        "psutil",  # megatron.core.dist_checkpointing uses it without requiring it
-        "tokenizers>=0.20",
-        "matplotlib>=3.7",
-        "tqdm",
-        "rich>=13",
-        "scipy>=1.11",  # HiGHS, for the checkpointing of elastic plans
-    ],
-    extras_require={
-        "gpu": ["transformer-engine[pytorch]>=2.0", "flash-attn>=2.6"],
-        "test": ["pytest>=8", "pytest-timeout", "pytest-xdist>=3.6", "hypothesis>=6"],
-        # Linters are pinned: a new release must not turn a green tree red.
-        "dev": ["ruff==0.17.5", "mypy==2.4.1"],
-    },
-    entry_points={"console_scripts": ["helixpipe=helixpipe.__main__:main"]},
-)
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels})

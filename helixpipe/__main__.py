@@ -5,37 +5,60 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 
 from helixpipe.commands import elastic, lengths, measurement, planning, prediction
 from helixpipe.commands.parser import Parser, UsageError
 from helixpipe.reliability.exit_codes import BAD_USAGE
 
+# What the base install leaves out.
+_OF_TRAINING = ("torch", "megatron", "tokenizers", "psutil")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 if it succeeded, 2 with one line on stderr if the input was wrong."""
+    """Run one command; 0 if it succeeded, 2 with one line on stderr if the input was wrong.
+
+    Without a command it prints the help, as ``--help`` does.
+    """
     program = "helixpipe"
+    parser = _parser()
     try:
-        args = _parser().parse_args(arguments)
+        args = parser.parse_args(arguments)
+        if args.command is None:
+            parser.print_help()
+            return 0
         program = f"helixpipe {args.command}"
         args.run(args)
     except UsageError as error:
         return _fail(error.program, error)
     except (ValueError, OSError) as error:
         return _fail(program, error)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _OF_TRAINING:
+            raise
+        return _fail(program, f"needs {error.name}; pip install 'helixpipe[train]' brings it")
     return 0
 
 
-def _fail(program: str, error: Exception) -> int:
+def _fail(program: str, error: Exception | str) -> int:
     print(f"{program}: error: {error}", file=sys.stderr)
     return BAD_USAGE
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="helixpipe", description="Plan and look at pipeline schedules.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for module in (planning, prediction, measurement, lengths, elastic):
         module.add_parsers(commands.add_parser)
     return parser
+
+
+def _version() -> str:
+    try:
+        return version("helixpipe")
+    except PackageNotFoundError:  # a checkout on the path
+        return "(not installed)"
 
 
 if __name__ == "__main__":
