@@ -39,8 +39,9 @@ def hold_gradient_reduction(
 
     A segment's weights are complete after its last B, or its last B and its last W: both are let through,
     since norms get their gradient from the one and linear layers from the other. A weight that is used by two
-    segments defeats Megatron's count per parameter, and one on loan is complete only when its gradient has
-    come back: then everything is reduced after the iteration.
+    segments defeats Megatron's count per parameter, one on loan is complete only when its gradient has come
+    back, and where only some micro batches have W a B may follow the last W: then everything is reduced after
+    the iteration.
     """
     hold = get_model_config(chunks[0]).no_sync_func
     if hold is None:
@@ -48,7 +49,8 @@ def hold_gradient_reduction(
     holds = hold if isinstance(hold, list) else [hold]
     assert len(holds) == len(chunks)
     final: dict[tuple[int, Kind], Operation] = {}
-    if not segments.has_shared_weights:
+    is_mixed = 0 < len(plan.split_micro_batches) < plan.num_microbatches
+    if not segments.has_shared_weights and not is_mixed:
         final = {(op.segment, op.kind): op for op in plan.orders[rank] if op.kind in (Kind.B, Kind.W)}
 
     def context(operation: Operation) -> AbstractContextManager[object]:

@@ -11,7 +11,7 @@ class Loan(NamedTuple):
     """``owner``'s weights of ``segment`` are used by ``borrower`` for these micro batches.
 
     The weights travel once, before the first forward, and the sum of their gradients returns once, after
-    the last backward. Both messages carry the borrowing segment and the loan's first micro batch.
+    the last B or W. Both messages carry the borrowing segment and the loan's first micro batch.
     """
 
     segment: int

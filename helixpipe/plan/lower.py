@@ -17,7 +17,7 @@ def lower(plan: Plan) -> Plan:
 
     Weights on loan leave as the forward starts that feeds the loan's first micro batch: they travel while it
     computes, and slot by slot, so that they never stand before another slot's activations. Their gradients
-    leave as the loan's last backward ends.
+    leave as the loan's last B or W ends.
 
     The sender places both ends at the same instant of a nominal execution of all ranks. The orders of
     messages between two ranks can therefore never disagree, and executing the instants one by one
@@ -91,7 +91,7 @@ class _Lowering:
         for start in (Operation(loan.segment - 1, Kind.F, first), *loan.operations(Kind.F)):
             self.lending.setdefault(start, []).append(loan)
         if self.plan.has_backward:
-            last = loan.operations(self.plan.last_kind)
+            last = self.plan.completing(loan)
             self.returning.update(dict.fromkeys(last, loan))
             self.left[loan] = last
 

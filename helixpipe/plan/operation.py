@@ -10,8 +10,8 @@ from typing import NamedTuple
 class Kind(str, Enum):
     """The kinds of operation.
 
-    ``B`` is the backward pass for the input gradient, or the whole backward pass in a plan without ``W``;
-    ``W`` is the weight gradient alone. Messages carry activations (``_F``), their gradients (``_B``),
+    ``B`` is the backward pass for the input gradient, or the whole backward pass of a micro batch without
+    ``W``; ``W`` is the weight gradient alone. Messages carry activations (``_F``), their gradients (``_B``),
     weights on loan (``_P``, parameters) and the gradients of those (``_G``).
     """
 

@@ -96,14 +96,25 @@ class Plan:
         return any(op.kind in (Kind.B, Kind.W) for order in self.orders for op in order)
 
     @cached_property
-    def splits_backward(self) -> bool:
-        """True if weight gradients are operations of their own."""
-        return any(op.kind is Kind.W for order in self.orders for op in order)
+    def split_micro_batches(self) -> frozenset[int]:
+        """The micro batches whose weight gradients are operations of their own: W in every segment.
+
+        B of any other micro batch is its whole backward pass.
+        """
+        return frozenset(op.micro_batch for order in self.orders for op in order if op.kind is Kind.W)
 
     @property
-    def last_kind(self) -> Kind:
-        """What completes a segment's weight gradients for a micro batch."""
-        return Kind.W if self.splits_backward else Kind.B
+    def splits_backward(self) -> bool:
+        """True if weight gradients of at least one micro batch are operations of their own."""
+        return bool(self.split_micro_batches)
+
+    def last_kind(self, micro_batch: int) -> Kind:
+        """What completes a segment's weight gradients for one micro batch."""
+        return Kind.W if micro_batch in self.split_micro_batches else Kind.B
+
+    def completing(self, loan: Loan) -> set[Operation]:
+        """The operations after which the gradients of a loan's weights are complete."""
+        return {Operation(loan.segment, self.last_kind(i), i) for i in loan.micro_batches}
 
     def compute_only(self) -> Plan:
         """The same plan without its messages."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from itertools import pairwise
+from itertools import pairwise, product
 
 from helixpipe.plan.deadlock import find_deadlock
 from helixpipe.plan.operation import Kind, Operation, input_of, message_of, output_edge
@@ -29,7 +29,8 @@ def validate(plan: Plan) -> None:
     """Raise :class:`PlanError` for the first rule that the plan breaks.
 
     The rules: shapes that agree; every micro batch computed exactly once per segment and direction, on the
-    rank that the placement names, in a possible order; slices of a sequence on one rank, forward in order and
+    rank that the placement names, in a possible order; weight gradients apart in all segments of a micro
+    batch or in none; slices of a sequence on one rank, forward in order and
     backward in reverse; one matching send and receive per edge between
     ranks, in the same order at both ends; no deadlock, neither with buffered sends nor when every send
     waits for its receive. Weights on loan arrive once before they are used, and
@@ -112,7 +113,7 @@ def _check_loans(plan: Plan) -> None:
 
 
 def _check_compute(plan: Plan) -> None:
-    kinds = [Kind.F] + [Kind.B] * plan.has_backward + [Kind.W] * plan.splits_backward
+    kinds = _kinds(plan)
     seen: dict[Operation, tuple[int, int]] = {}
     for rank, index, op in _operations(plan):
         if not op.kind.is_compute:
@@ -123,17 +124,25 @@ def _check_compute(plan: Plan) -> None:
         home = plan.rank_of(op.segment, op.micro_batch)
         if rank != home:
             raise PlanError(f"{op} belongs to rank {home}:\n{_grid(plan, rank, index)}")
-        earlier = kinds[: kinds.index(op.kind)]
-        for kind in earlier:
+        needed = kinds[op.micro_batch]
+        for kind in needed[: needed.index(op.kind)]:
             if op._replace(kind=kind) not in seen:
                 raise PlanError(f"{op} stands before its {kind.value}:\n{_grid(plan, rank, index)}")
-    for kind in kinds:
-        for segment in range(plan.num_segments):
-            for micro_batch in range(plan.num_microbatches):
-                op = Operation(segment, kind, micro_batch)
-                if op not in seen:
-                    home = plan.rank_of(segment, micro_batch)
-                    raise PlanError(f"{op} is missing from rank {home}")
+    for micro_batch, needed in enumerate(kinds):
+        for segment, kind in product(range(plan.num_segments), needed):
+            op = Operation(segment, kind, micro_batch)
+            if op not in seen:
+                home = plan.rank_of(segment, micro_batch)
+                raise PlanError(f"{op} is missing from rank {home}")
+
+
+def _kinds(plan: Plan) -> list[list[Kind]]:
+    """The computations that each micro batch needs in every segment, in their order."""
+    both = [Kind.F] + [Kind.B] * plan.has_backward
+    return [
+        [*both, Kind.W] if micro_batch in plan.split_micro_batches else both
+        for micro_batch in range(plan.num_microbatches)
+    ]
 
 
 def _check_slices(plan: Plan) -> None:
@@ -220,7 +229,7 @@ def _check_places_of_loans(plan: Plan) -> None:
         for index, op in enumerate(order):
             if op in needed and needed[op].weights_received not in done:
                 raise PlanError(f"{op} stands before its weights:\n{_grid(plan, rank, index)}")
-            if op in returned and not returned[op].operations(plan.last_kind) <= done:
+            if op in returned and not plan.completing(returned[op]) <= done:
                 raise PlanError(f"{op} stands before its gradients are complete:\n{_grid(plan, rank, index)}")
             done.add(op)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from helixpipe.plan.operation import Kind, Operation, input_of
 from helixpipe.plan.plan import Plan
@@ -18,11 +18,13 @@ from helixpipe.plan.simulation.timeline import Span, Timeline
 class OperationError(NamedTuple):
     """Operations of one kind on segments of one name, in milliseconds.
 
+    Where only some micro batches of a plan have W, the whole backward of the others has the kind ``B+W``.
+
     The mean is what adds up to the iteration; a median below it tells of a few that took much longer.
     """
 
     name: str
-    kind: Kind
+    kind: str
     times: int
     predicted_ms: float
     measured_ms: float
@@ -102,13 +104,13 @@ def compare(plan: Plan, measured: Sequence[Timeline], costs: Costs | None) -> Co
     errors = [
         OperationError(
             name,
-            kind,
+            "B+W" if is_whole and plan.splits_backward else kind.value,
             len(samples) // len(measured),
-            known.duration_ms(kind, name, splits_backward=plan.splits_backward),
+            known.duration_ms(kind, name, splits_backward=not is_whole),
             statistics.fmean(samples),
             statistics.median(samples),
         )
-        for (name, kind), samples in durations.items()
+        for (name, kind, is_whole), samples in durations.items()
     ]
     middle = sorted(measured, key=lambda timeline: timeline.makespan_ms)[len(measured) // 2]
     waits = middle.waits or _gaps(plan, middle)
@@ -139,23 +141,32 @@ def _check(plan: Plan, timeline: Timeline) -> None:
             )
 
 
-def _durations(plan: Plan, measured: Iterable[Timeline]) -> dict[tuple[str, Kind], list[float]]:
-    samples: dict[tuple[str, Kind], list[float]] = defaultdict(list)
+# Segment, kind, and whether it is a B that is the whole backward pass.
+_Group: TypeAlias = tuple[str, Kind, bool]
+
+
+def _durations(plan: Plan, measured: Iterable[Timeline]) -> dict[_Group, list[float]]:
+    samples: dict[_Group, list[float]] = defaultdict(list)
     for timeline in measured:
         for spans in timeline.spans:
             for op, start, end in spans:
-                samples[plan.cost_name(op.segment, op.micro_batch), op.kind].append(end - start)
+                is_whole = op.kind is Kind.B and op.micro_batch not in plan.split_micro_batches
+                samples[plan.cost_name(op.segment, op.micro_batch), op.kind, is_whole].append(end - start)
     order = {name: number for number, name in enumerate(plan.cost_names)}
     return dict(sorted(samples.items(), key=lambda item: (order[item[0][0]], item[0][1].value != "F")))
 
 
-def _measured_costs(plan: Plan, durations: dict[tuple[str, Kind], list[float]]) -> Costs:
-    def mean(name: str, kind: Kind) -> float:
-        return statistics.fmean(durations.get((name, kind), [0.0]))
+def _measured_costs(plan: Plan, durations: Mapping[_Group, list[float]]) -> Costs:
+    """Means; where some micro batches have W, B and W are theirs."""
+
+    def mean(name: str, kind: Kind, is_whole: bool = False) -> float:
+        return statistics.fmean(durations.get((name, kind, is_whole), [0.0]))
 
     return Costs(
         {
-            name: SegmentCost(mean(name, Kind.F), mean(name, Kind.B), mean(name, Kind.W))
+            name: SegmentCost(
+                mean(name, Kind.F), mean(name, Kind.B, not plan.splits_backward), mean(name, Kind.W)
+            )
             for name in plan.cost_names
         },
         {},
@@ -241,7 +252,7 @@ def verdict(found: Comparison) -> list[str]:
     worst = max(found.errors, key=lambda row: abs(row.measured_ms - row.predicted_ms) * row.times)
     if abs(worst.error) > 0.05:
         lines.append(
-            f"The prediction that cost most: {worst.kind.value} of {worst.name}, {worst.error:+.0%} over "
+            f"The prediction that cost most: {worst.kind} of {worst.name}, {worst.error:+.0%} over "
             f"{worst.times} operations."
         )
     if found.waits:

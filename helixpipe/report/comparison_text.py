@@ -38,7 +38,7 @@ def _errors(found: Comparison) -> Table:
     for row in found.errors:
         table.add_row(
             row.name,
-            row.kind.value,
+            row.kind,
             str(row.times),
             f"{row.predicted_ms:.2f}",
             f"{row.measured_ms:.2f}",

@@ -149,7 +149,6 @@ class Executor:
         self._headers = HeaderCheck(int(plan.fingerprint[:15], 16), len(self._receives), device)
         self._posted_before = _posting_horizon(self._order, receive_ahead)
         self._backward_context = backward_context or (lambda operation: nullcontext())
-        self._splits_backward = plan.splits_backward
         self._results: dict[Operation, _Result] = {}
         self._incoming: dict[Operation, _Incoming] = {}
         self._outgoing: deque[_Outgoing] = deque()
@@ -239,7 +238,8 @@ class Executor:
         grads = self._take_input(operation).tensors or (torch.ones((), device=self.device),)
         key = (operation.segment, operation.micro_batch)
         saved = self.store.take(key)
-        split = self.segments.weight_gradients.collect(key) if self._splits_backward else nullcontext()
+        splits = operation.micro_batch in self.plan.split_micro_batches
+        split = self.segments.weight_gradients.collect(key) if splits else nullcontext()
         with self.trace.compute(operation), self._backward_context(operation), split:
             needed = [(e, g) for e, g in zip(saved.outputs, grads, strict=True) if e is not None]
             if needed:

@@ -265,7 +265,7 @@ def test_long_orders_are_shown_around_the_place():
         (by_hand([(0,)], "0F0 0SEND_F0@0"), "impossible peer"),
         (by_hand([(0,)], "0B0 0F0"), "0B0 stands before its F:\n  rank 0: 0B0 <-- here 0F0"),
         (by_hand([(0,)], "0F0 0W0 0B0"), "0W0 stands before its B"),
-        (by_hand([(0, 0)], "0F0 0B0 0W0 0F1 0B1"), "0W1 is missing from rank 0"),
+        (by_hand([(0,), (0,)], "0F0 1F0 1B0 0B0 1W0"), "0W0 is missing from rank 0"),
         (by_hand([(0, 0)], "0F0 0F1 0B0"), "0B1 is missing from rank 0"),
         (by_hand([(0,)], ""), "0F0 is missing from rank 0"),
         (by_hand([(0,), (1,)], "0F0 1F0", ""), "1F0 belongs to rank 1"),

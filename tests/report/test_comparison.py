@@ -4,9 +4,10 @@ import json
 from dataclasses import replace
 
 import pytest
+from split_plans import with_weight_gradients
 
 from helixpipe.__main__ import main
-from helixpipe.plan import Kind, ScheduleRequest, build_plan
+from helixpipe.plan import ScheduleRequest, build_plan
 from helixpipe.plan.simulation.costs import Costs, SegmentCost, uniform_costs
 from helixpipe.plan.simulation.simulate import simulate
 from helixpipe.report.comparison import compare, verdict
@@ -32,11 +33,23 @@ def test_a_slower_operation_is_named():
     slower = Costs({**COSTS.segments, "stage1": SegmentCost(10, 30)}, COSTS.p2p_ms)
     found = compare(PLAN, [measured(slower)], COSTS)
     errors = {(row.name, row.kind): row.error for row in found.errors}
-    assert errors["stage1", Kind.B] == pytest.approx(0.5)
-    assert [errors["stage0", Kind.F], errors["stage1", Kind.F], errors["stage0", Kind.B]] == [0, 0, 0]
+    assert errors["stage1", "B"] == pytest.approx(0.5)
+    assert [errors["stage0", "F"], errors["stage1", "F"], errors["stage0", "B"]] == [0, 0, 0]
     assert all(row.times == 4 for row in found.errors)
     words = " ".join(verdict(found))
     assert "B of stage1, +50% over 4 operations" in words
+
+
+def test_whole_backwards_are_told_from_those_that_leave_w():
+    plan = with_weight_gradients(PLAN, delay=1, only=(2, 3))
+    costs = Costs(dict.fromkeys(plan.cost_names, SegmentCost(10, 8, 12)), {"*": 1})
+    for known in (costs, None):
+        found = compare(plan, [measured(costs, plan)], known)
+        rows = {(row.name, row.kind): (row.times, row.predicted_ms, row.measured_ms) for row in found.errors}
+        assert rows["stage0", "B+W"] == (2, 20, 20)
+        assert rows["stage0", "B"] == (2, 8, 8)
+        assert rows["stage0", "W"] == (2, 12, 12)
+        assert all(row.error == 0 for row in found.errors)
 
 
 def test_slow_messages_are_named():

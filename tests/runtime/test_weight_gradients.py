@@ -23,13 +23,21 @@ PLANS = [
     with_weight_gradients(plan_of("gpipe", 3, 3, 4), delay=4),
     with_weight_gradients(plan_of("interleaved", 2, 4, 4, virtual_stages=2), delay=1),
     with_weight_gradients(HELIX, delay=2),
+    with_weight_gradients(plan_of("1f1b", 2, 2, 4), delay=1, only=(2, 3)),
     *(plan_of(name, 3, 6, 6) for name in ("zb-h1", "zb-v", "v-half", "v-min", "dualpipe-v")),
 ]
 NAMES = [f"{p.schedule}-p{p.num_ranks}-m{p.num_microbatches}-{number}" for number, p in enumerate(PLANS)]
 every_plan = pytest.mark.parametrize("plan", PLANS, ids=NAMES)
 
 
-@every_plan
+# A whole B may come between another micro batch's B and W, and add to the gradient before it.
+PARTLY_SPLIT = [
+    with_weight_gradients(HELIX, delay=2, only=(2, 3)),
+    with_weight_gradients(plan_of("1f1b", 2, 2, 4), delay=1, only=(0, 3)),
+]
+
+
+@pytest.mark.parametrize("plan", PLANS + PARTLY_SPLIT, ids=[*NAMES, "helix-partly", "1f1b-partly"])
 @pytest.mark.parametrize("kind", [SplitToySegments, ToySegments], ids=["deferred", "all at B"])
 def test_gradients_are_those_of_one_graph(plan, kind):
     """Segments that leave nothing for W are right, too: their W is empty."""
@@ -64,8 +72,8 @@ def test_splitting_changes_no_bit_where_micro_batches_are_added_in_the_same_orde
         assert torch.equal(found, expected)
 
 
-@every_plan
-def test_weights_change_at_w_and_at_no_other_operation(plan):
+@pytest.mark.parametrize("plan", PLANS + PARTLY_SPLIT, ids=[*NAMES, "helix-partly", "1f1b-partly"])
+def test_weights_change_at_the_last_operation_and_at_no_other(plan):
     ranks = Ranks(plan, partial(SplitToySegments, plan.num_segments))
     for executor in ranks.executors:
         watch(executor)
@@ -73,7 +81,10 @@ def test_weights_change_at_w_and_at_no_other_operation(plan):
 
 
 def watch(executor):
-    """Compare the weights' gradients before and after each compute operation."""
+    """Compare the weights' gradients before and after each compute operation.
+
+    They change at W, and at B of a micro batch without W.
+    """
     segments = executor.segments
 
     def checked(run, operation):
@@ -81,7 +92,8 @@ def watch(executor):
         run(operation)
         for number, (weight, old) in enumerate(zip(segments.weights, before, strict=True)):
             same = weight.grad is old if old is None else torch.equal(weight.grad, old)
-            assert same != (operation.kind is Kind.W and number == operation.segment), operation
+            completes = operation.kind is executor.plan.last_kind(operation.micro_batch)
+            assert same != (completes and number == operation.segment), operation
 
     for kind in (Kind.F, Kind.B, Kind.W):
         executor._dispatch[kind] = partial(checked, executor._dispatch[kind])

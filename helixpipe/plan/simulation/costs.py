@@ -26,8 +26,8 @@ class SegmentCost:
         weight: W, the weight gradient. ``backward + weight`` is the whole backward pass.
         recompute: the part of the backward pass that repeats forward work; contained in it.
         bytes: what the forward keeps until its backward.
-        weight_bytes: in plans with W: what is held between B and W, which may be more where B recomputes.
-            As much as ``bytes`` if None.
+        weight_bytes: of micro batches with W: what is held between B and W, which may be more where B
+            recomputes. As much as ``bytes`` if None.
         workspace_bytes: what an operation needs while it runs, beside what it keeps.
         gradient_bytes: of a slice of a sequence, gradients of its keys and values, to which the backwards of
             later slices add: held from the backward of the sequence's last slice until its own.
@@ -96,7 +96,7 @@ class Costs:
     loan_bytes: Mapping[str, LoanBytes] = field(default_factory=dict)
 
     def duration_ms(self, kind: Kind, name: str, *, splits_backward: bool) -> float:
-        """Milliseconds of one compute operation; B is the whole backward unless the plan has W."""
+        """Milliseconds of one compute operation; B is the whole backward unless its micro batch has W."""
         cost = self.segments[name]
         if kind is Kind.F:
             return cost.forward

@@ -20,7 +20,7 @@ class Held(NamedTuple):
 def held_bytes(plan: Plan, costs: Costs, rank: int) -> list[Held]:
     """What ``rank`` holds at each of its compute operations, in execution order.
 
-    What a forward keeps lives from the start of F to the end of B; in a plan with weight-gradient operations
+    What a forward keeps lives from the start of F to the end of B; where the micro batch has W,
     ``weight_bytes`` live on to the end of W. A workspace lives as long as its operation. Gradients for
     earlier slices are there from the first backward of their sequence on. An evaluation plan keeps nothing.
     The rank's static bytes are always there.
@@ -61,6 +61,6 @@ def peak_activations(plan: Plan) -> list[int]:
 def _released(op: Operation, cost: SegmentCost, plan: Plan) -> int:
     if op.kind is Kind.F:
         return 0 if plan.has_backward else cost.bytes
-    if not plan.splits_backward:
+    if op.micro_batch not in plan.split_micro_batches:
         return cost.bytes
     return cost.held_for_weight if op.kind is Kind.W else cost.bytes - cost.held_for_weight

@@ -127,9 +127,10 @@ class _Clock:
         }  # backwards until the gradients can be returned
         self.returned_ms = [0.0] * plan.num_ranks  # when the last gradients have come back
         self._duration_ms = {
-            (kind, name): costs.duration_ms(kind, name, splits_backward=plan.splits_backward)
+            (kind, name, splits): costs.duration_ms(kind, name, splits_backward=splits)
             for kind in {op.kind for order in self.orders for op in order}
             for name in plan.cost_names
+            for splits in (False, True)
         }
 
     def run(self) -> None:
@@ -176,7 +177,9 @@ class _Clock:
             elif loan is not None and start_ms > free_ms:
                 self.waits[rank].append(Span(loan.weights_received, free_ms, start_ms))
             start_ms += self._receive_ms.pop(needed, 0.0)
-        end_ms = start_ms + self._duration_ms[op.kind, self.plan.cost_name(op.segment, op.micro_batch)]
+        name = self.plan.cost_name(op.segment, op.micro_batch)
+        splits = op.micro_batch in self.plan.split_micro_batches
+        end_ms = start_ms + self._duration_ms[op.kind, name, splits]
         spans.append(Span(op, start_ms, end_ms))
         self.free_ms[rank] = end_ms
         for lent in self.lending.get(op, ()):
@@ -190,9 +193,9 @@ class _Clock:
         return self.links.send(self._loan_bytes(loan).weights, loan.owner, loan.borrower, ready_ms)
 
     def _give_back(self, op: Operation, end_ms: float) -> None:
-        """After the last backward of a loan, return the gradients of its weights to their owner."""
-        loan = self.loans.get((op.segment, op.micro_batch)) if op.kind is self.plan.last_kind else None
-        if loan is None or loan not in self.returning:
+        """After the last B or W of a loan, return the gradients of its weights to their owner."""
+        loan = self.loans.get((op.segment, op.micro_batch))
+        if loan not in self.returning or op.kind is not self.plan.last_kind(op.micro_batch):
             return
         self.returning[loan] -= 1
         if self.returning[loan] == 0 and self.links is not None:
