@@ -62,9 +62,9 @@ runs/elastic/stdlib.idx: | $(READY)
 	$(PY) tools/prepare_data.py --input $$($(PY) -c "import sysconfig; print(sysconfig.get_path('stdlib'))") --pattern "*.py" \
 	    --exclude site-packages --vocab-size 1024 --output-prefix $(basename $@)
 
-# The README's tables, from the closed forms and the cost model.
+# The tables of docs/choosing.md, from the closed forms and the cost model.
 tables: $(READY)
-	$(PY) tools/readme_tables.py
+	$(PY) tools/tables.py
 
 # The pictures in docs/, made anew.
 pictures: $(READY)

@@ -9,7 +9,7 @@
 #
 #   sbatch examples/pretrain_llama_7b_slurm.sh /data/corpus /checkpoints/7b [more pretrain_gpt.py arguments]
 #
-# Every rank keeps two-fold x 32 layers of activations (see the README's table): about 36 GB at 32k tokens.
+# Every rank keeps two-fold x 32 layers of activations (see docs/choosing.md): about 36 GB at 32k tokens.
 set -euo pipefail
 
 DATA_PREFIX=${1:?usage: sbatch $0 DATA_PREFIX CHECKPOINT_DIR [ARGUMENTS...]}

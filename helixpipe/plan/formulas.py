@@ -1,7 +1,7 @@
 """Closed forms of every schedule: bubble, activations and messages, each as a function and as its text.
 
-The README's table is :func:`markdown_table`, and the tests hold each function to the simulator, so the text
-a reader sees stands beside the very expression that was checked.
+The table of docs/choosing.md is :func:`markdown_table`, and the tests hold each function to the simulator,
+so the text a reader sees stands beside the very expression that was checked.
 """
 
 from __future__ import annotations

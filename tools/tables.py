@@ -1,6 +1,6 @@
-"""Write the README's tables anew: the closed forms of the schedules, and their predicted efficiency.
+"""Write the tables of docs/choosing.md anew: closed forms of the schedules, predicted efficiency.
 
-    python tools/readme_tables.py [--check]
+    python tools/tables.py [--check]
 
 Each table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``.
 """
@@ -117,23 +117,23 @@ def updated(text: str) -> str:
         start, end = f"<!-- table: {name} -->", "<!-- end -->"
         before, found, rest = text.partition(start)
         if not found:
-            raise ValueError(f"README.md has no place for the table {name}; add {start} and {end}")
+            raise ValueError(f"docs/choosing.md has no place for the table {name}; add {start} and {end}")
         _, _, after = rest.partition(end)
         text = f"{before}{start}\n{make().rstrip()}\n{end}{after}"
     return text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Rewrite README.md, or with ``--check`` only say whether it is up to date."""
+    """Rewrite the page, or with ``--check`` only say whether it is up to date."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--check", action="store_true", help="change nothing; 1 if the tables are old")
     options = parser.parse_args(arguments)
-    readme = ROOT / "README.md"
-    old = readme.read_text(encoding="utf-8")
+    page = ROOT / "docs" / "choosing.md"
+    old = page.read_text(encoding="utf-8")
     new = updated(old)
     if options.check:
         return int(old != new)
-    readme.write_text(new, encoding="utf-8")
+    page.write_text(new, encoding="utf-8")
     return 0
 
 
