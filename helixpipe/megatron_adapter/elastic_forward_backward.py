@@ -18,7 +18,7 @@ from helixpipe.megatron_adapter.segments.elastic import ElasticSegments
 from helixpipe.megatron_adapter.segments.stages import check_supported
 from helixpipe.plan import Plan
 from helixpipe.reliability.record import Progress
-from helixpipe.runtime.communicator import Communicator
+from helixpipe.runtime.connections import Connections
 from helixpipe.runtime.executor import Executor
 from helixpipe.runtime.out_of_memory import naming_operation
 from helixpipe.runtime.trace import Clock, Trace, default_clock
@@ -49,7 +49,7 @@ class ElasticForwardBackward:
         self._progress = progress
         self.trace = Trace(clock or default_clock())
         self.plan: Plan | None = None
-        self._communicator: Communicator | None = None
+        self._connections: Connections | None = None
 
     def __str__(self) -> str:
         return NAME
@@ -95,18 +95,22 @@ class ElasticForwardBackward:
             {"plan and tokens": batch.fingerprint[:16], "dtype": str(dtype), "forward only": forward_only},
             parallel_state.get_model_parallel_group(),
         )
-        if self._communicator is None:
-            self._communicator = make_communicator(parallel_state.get_pipeline_model_parallel_group())
+        device = next(chunk.parameters()).device
+        if self._connections is None:
+            group = parallel_state.get_pipeline_model_parallel_group()
+            self._connections = Connections(make_communicator(group), device)
+        self._connections.open_for(plan)
+        communicator = self._connections.communicator
         executor = Executor(
             plan,
             segments,
-            self._communicator,
-            device=next(chunk.parameters()).device,
+            communicator,
+            device=device,
             trace=self.trace,
             progress=self._progress,
-            backward_context=hold_gradient_reduction([chunk], segments, plan, self._communicator.rank),
+            backward_context=hold_gradient_reduction([chunk], segments, plan, communicator.rank),
         )
-        with naming_operation(plan, self._communicator.rank, self.trace):
+        with naming_operation(plan, communicator.rank, self.trace):
             executor.run()
         segments.finish()
         if not forward_only:

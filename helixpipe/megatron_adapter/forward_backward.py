@@ -19,7 +19,7 @@ from helixpipe.megatron_adapter.segments.contract import IterationSize, ModelSeg
 from helixpipe.megatron_adapter.segments.stages import StageSegments
 from helixpipe.plan import Plan, ScheduleRequest, build_plan
 from helixpipe.reliability.record import Progress
-from helixpipe.runtime.communicator import Communicator
+from helixpipe.runtime.connections import Connections
 from helixpipe.runtime.executor import Executor
 from helixpipe.runtime.out_of_memory import naming_operation
 from helixpipe.runtime.trace import Clock, Trace, default_clock
@@ -59,7 +59,7 @@ class PlannedForwardBackward:
         self.trace = Trace(clock or default_clock())
         self.plan: Plan | None = None
         self._executors: dict[IterationSize, tuple[Executor, ModelSegments]] = {}
-        self._communicator: Communicator | None = None
+        self._connections: Connections | None = None
 
     def __str__(self) -> str:
         options = ", ".join(f"{name}={value}" for name, value in self.options.items())
@@ -143,16 +143,19 @@ class PlannedForwardBackward:
         segments = self.make_segments(chunks, plan, size, dtype, dist.get_rank(group))
         sizes = [segments.layout(edge, 0).num_elements for edge in range(plan.num_segments - 1)]
         agree_on_plan(plan, (*size, sum(sizes)), dtype, group)
-        if self._communicator is None:
-            self._communicator = make_communicator(group)
+        device = next(chunks[0].parameters()).device
+        if self._connections is None:
+            self._connections = Connections(make_communicator(group), device)
+        self._connections.open_for(plan)
+        communicator = self._connections.communicator
         executor = Executor(
             plan,
             segments,
-            self._communicator,
-            device=next(chunks[0].parameters()).device,
+            communicator,
+            device=device,
             trace=self.trace,
             progress=self._progress,
-            backward_context=hold_gradient_reduction(chunks, segments, plan, self._communicator.rank),
+            backward_context=hold_gradient_reduction(chunks, segments, plan, communicator.rank),
         )
         return executor, segments
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ import torch.distributed as dist
 from helixpipe.plan import Plan
 from helixpipe.runtime.communicator import Communicator, TorchCommunicator
 from helixpipe.runtime.staging import HostStagedCommunicator
+
+# NCCL needs two to four to fill a network card, which is what a message between pipeline ranks has.
+MAX_BLOCKS_OF_A_MESSAGE = 4
 
 
 def agree_on_plan(plan: Plan, size: tuple[Any, ...], dtype: torch.dtype, group: dist.ProcessGroup) -> None:
@@ -42,11 +46,66 @@ def agree(mine: Mapping[str, Any], group: dist.ProcessGroup) -> None:
         )
 
 
-def make_communicator(group: dist.ProcessGroup) -> Communicator:
-    """Messages between the pipeline ranks of ``group``."""
-    if dist.get_backend(group) == "nccl":
-        ranks = dist.get_process_group_ranks(group)
-        reverse = dist.new_group(ranks, backend="nccl", use_local_synchronization=True)
-        return TorchCommunicator(group, reverse)
+def make_communicator(group: dist.ProcessGroup, *, has_two_ways: bool | None = None) -> Communicator:
+    """Messages between the pipeline ranks of ``group``. Every rank of the job must call it, in any pipeline.
+
+    Over NCCL they travel in two groups of their own, one for messages to higher ranks and one for messages to
+    lower ranks, so that collectives of the pipeline group never stand between them.
+
+    Args:
+        group: this rank's pipeline-parallel group.
+        has_two_ways: True makes the two groups whatever the transport is; None makes them for NCCL.
+    """
+    backend = dist.get_backend(group)
+    if backend == "nccl" if has_two_ways is None else has_two_ways:
+        options = message_options(getattr(dist, "ProcessGroupNCCL", None)) if backend == "nccl" else None
+        return TorchCommunicator(*(_new_group_per_pipeline(group, backend, options) for _ in range(2)))
     communicator = TorchCommunicator(group)
     return HostStagedCommunicator(communicator) if torch.cuda.is_available() else communicator
+
+
+def message_options(backend_class: Any) -> Any:
+    """Options of a process group for messages, as far as this torch has them; None where it has none.
+
+    Messages run on a high-priority stream: one that is ready must not queue behind blocks of a long kernel.
+    A receive that waits occupies one streaming multiprocessor for each of its blocks, so there are few.
+
+    Args:
+        backend_class: ``torch.distributed.ProcessGroupNCCL``, or None where torch was built without it.
+    """
+    if backend_class is None or not hasattr(backend_class, "Options"):
+        return None
+    options = backend_class.Options()
+    if hasattr(options, "is_high_priority_stream"):
+        options.is_high_priority_stream = True
+    if hasattr(options, "config") and hasattr(options.config, "max_ctas"):
+        options.config.max_ctas = MAX_BLOCKS_OF_A_MESSAGE
+    return options
+
+
+def _new_group_per_pipeline(group: dist.ProcessGroup, backend: str, options: Any) -> dist.ProcessGroup:
+    """Make a group of the ranks of every pipeline, on all ranks in one order; the one that this rank is in.
+
+    ``use_local_synchronization`` would spare ranks the groups of others, but names a group by how many its
+    process has: Megatron's embedding groups make that differ within a pipeline, and its ranks never meet.
+    """
+    everyone: list[Any] = [None] * dist.get_world_size()
+    mine = tuple(dist.get_process_group_ranks(group))
+    dist.all_gather_object(everyone, mine)
+    made = {
+        ranks: dist.new_group(
+            list(ranks),
+            timeout=_timeout_of(group),
+            backend=backend,
+            pg_options=options,
+            group_desc="PIPELINE_MESSAGES",
+        )
+        for ranks in sorted(set(everyone))
+    }
+    return made[mine]
+
+
+def _timeout_of(group: dist.ProcessGroup) -> timedelta:
+    device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+    timeout: timedelta = group._get_backend(device).options._timeout
+    return timeout
