@@ -321,7 +321,9 @@ class Executor:
 
     def _post(self, operation: Operation) -> None:
         assert operation.peer is not None
-        buffer = self._layout(operation).empty(self.device)
+        layout = self._layout(operation)
+        buffer = layout.empty(self.device)
+        self._headers.clear(layout, buffer)
         handle = self.communicator.receive(buffer, operation.peer, self._tag(operation))
         self._incoming[operation] = _Incoming(handle, buffer)
 

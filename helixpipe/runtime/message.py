@@ -1,4 +1,8 @@
-"""Messages: the tensors of an edge, packed into one contiguous buffer behind room for a header."""
+"""Messages: the tensors of an edge, packed into one contiguous buffer with a header behind them.
+
+The first tensor begins where the buffer begins: Transformer Engine takes queries, keys and values from one
+storage only if they fill it from its start, one after the other.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +39,12 @@ class MessageLayout:
         return sum(shape.numel() for shape in self.shapes)
 
     @property
+    def _header_start(self) -> int:
+        """The header's first element: its numbers need an address that is a multiple of their size."""
+        per_word = torch.int64.itemsize // self.dtype.itemsize
+        return -(-self.num_elements // per_word) * per_word
+
+    @property
     def _header_elements(self) -> int:
         return HEADER_WORDS * torch.int64.itemsize // self.dtype.itemsize
 
@@ -53,23 +63,23 @@ class MessageLayout:
             )
         buffer = self.empty(tensors[0].device)
         # As they are: queries, keys and values are often views of one projection.
-        kernels.pack(buffer[self._header_elements :], [tensor.detach() for tensor in tensors])
+        kernels.pack(buffer[: self.num_elements], [tensor.detach() for tensor in tensors])
         return buffer
 
     def empty(self, device: torch.device) -> Tensor:
         """A buffer to receive into."""
-        return torch.empty(self._header_elements + self.num_elements, dtype=self.dtype, device=device)
+        return torch.empty(self._header_start + self._header_elements, dtype=self.dtype, device=device)
 
     def header(self, buffer: Tensor) -> Tensor:
         """The header's numbers as a view of the buffer, [HEADER_WORDS]."""
-        return buffer[: self._header_elements].view(torch.int64)
+        return buffer[self._header_start :].view(torch.int64)
 
     def drop_rest(self, buffer: Tensor) -> None:
         """Give back the memory of the tensors that are not kept; the others stay where autograd has them."""
-        kept = self._header_elements + sum(shape.numel() for shape in self.shapes[: self.num_kept])
+        kept = sum(shape.numel() for shape in self.shapes[: self.num_kept])
         buffer.untyped_storage().resize_(kept * self.dtype.itemsize)
 
     def unpack(self, buffer: Tensor) -> tuple[Tensor, ...]:
         """The tensors as views of the buffer."""
-        parts = buffer[self._header_elements :].split([shape.numel() for shape in self.shapes])
+        parts = buffer[: self.num_elements].split([shape.numel() for shape in self.shapes])
         return tuple(part.view(shape) for part, shape in zip(parts, self.shapes, strict=True))

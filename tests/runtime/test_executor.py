@@ -26,7 +26,6 @@ from helixpipe.plan import Kind, ScheduleRequest, build_plan
 from helixpipe.plan.simulation.memory import peak_activations
 from helixpipe.runtime.communicator import InMemoryFabric
 from helixpipe.runtime.executor import Executor, _posting_horizon
-from helixpipe.runtime.message import HEADER_WORDS
 
 
 def plan_of(schedule, p, layers, m, **options):
@@ -337,7 +336,7 @@ def test_of_a_message_only_what_the_backward_pass_needs_is_kept(plan):
     assert len(looks) > plan.num_microbatches
     for operation, found in looks.items():
         layout = ToySegments(plan.num_segments).layout(operation.segment - 1, operation.micro_batch)
-        kept = 8 * (HEADER_WORDS + layout.shapes[0].numel())
+        kept = 8 * layout.shapes[0].numel()
         # Both inputs are views of the message.
         assert found == [kept, kept], operation
 
