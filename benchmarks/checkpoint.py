@@ -20,6 +20,8 @@ from unittest import mock
 
 import torch
 
+from helixpipe.commands.parser import ScriptParser
+from helixpipe.commands.ranges import REPEATS, Whole
 from megatron.pretrain.checkpoint import shards
 from megatron.pretrain.checkpoint.files import digest
 from megatron.pretrain.checkpoint.shards import HashingFile
@@ -49,13 +51,20 @@ def save_ms(path: Path, tensors: list[torch.Tensor], make_hash: Callable[[], obj
     return (time.perf_counter() - start) * 1e3
 
 
+def build_parser() -> ScriptParser:
+    """The options."""
+    parser = ScriptParser(
+        prog="benchmark_checkpoint", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--mebibytes", type=Whole(most=2**20), default=256)
+    parser.add_argument("--repetitions", type=REPEATS, default=5)
+    parser.add_argument("--folder", type=Path)
+    return parser
+
+
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--mebibytes", type=int, default=256)
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--folder", type=Path)
-    args = parser.parse_args()
+    args = build_parser().parse_args()
     tensors = [torch.randn(args.mebibytes * 2**18 // _TENSORS) for _ in range(_TENSORS)]
     times: dict[str, list[float]] = {"without": [], "with": []}
     hashes: dict[str, Callable[[], object]] = {"without": _NoHash, "with": hashlib.sha256}

@@ -15,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from helixpipe.commands.parser import ScriptParser  # noqa: E402
 from helixpipe.elastic import ElasticJob, ideal_costs, plan_batch, predict_baselines  # noqa: E402
 from helixpipe.elastic.chunk_schedule import order_chunks  # noqa: E402
 from helixpipe.elastic.sample import short_tailed_lengths, skewed_lengths  # noqa: E402
@@ -32,8 +33,14 @@ SIZES = ((4, 330, 32), (4, 1750, 16), (8, 330, 32), (8, 1750, 16))
 SOLVER_LIMITS = (1.0, 0.5, 0.3)
 
 
+def build_parser() -> ScriptParser:
+    """There are no options; it refuses what is given all the same."""
+    return ScriptParser(prog="benchmark_elastic", description=__doc__)
+
+
 def main() -> None:
     """Print both tables."""
+    build_parser().parse_args()
     _gains("skewed", skewed_lengths(), LIMITS)
     _gains("short-tailed", short_tailed_lengths(), SHORT_LIMITS)
     _solver()

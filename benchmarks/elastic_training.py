@@ -28,6 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
+from helixpipe.commands.parser import ScriptParser  # noqa: E402
+from helixpipe.commands.ranges import GIBIBYTES, LAYERS, REPEATS, SEED, Whole  # noqa: E402
 from helixpipe.data.samples import ShuffledOrder  # noqa: E402
 from helixpipe.elastic import ChunkCosts, ElasticJob, ElasticPlan, costs_to_json, plan_batch  # noqa: E402
 from helixpipe.elastic.baselines import packed_plan  # noqa: E402
@@ -76,7 +78,7 @@ class Batch(NamedTuple):
 
 def main() -> int:
     """Run the benchmark; 2 with one line on stderr if something does not fit."""
-    options = _options()
+    options = build_parser().parse_args()
     try:
         initialize(_training_arguments(options, "--pipeline-schedule 1f1b"))
         costs = _measured_costs(options)
@@ -99,20 +101,23 @@ def main() -> int:
     return 0
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Compare elastic pipelines with packing on one model.")
+def build_parser() -> ScriptParser:
+    """The options."""
+    parser = ScriptParser(
+        prog="benchmark_elastic_training", description="Compare elastic pipelines with packing on one model."
+    )
     parser.add_argument("--data-path", required=True, help="prefix that tools/prepare_data.py has written")
-    parser.add_argument("--num-layers", type=int, default=4)
-    parser.add_argument("--hidden-size", type=int, default=128)
-    parser.add_argument("--num-attention-heads", type=int, default=4)
-    parser.add_argument("--max-seq-length", type=int, default=32768)
-    parser.add_argument("--global-batch-size", type=int, default=16)
-    parser.add_argument("--memory-limit-gib", type=float, default=8.0)
-    parser.add_argument("--repeats", type=int, default=3, help="rounds of measuring what chunks cost")
-    parser.add_argument("--profile-length", type=int, default=8192, help="longest chunk that is measured")
-    parser.add_argument("--batches", type=int, default=3, help="measured, after one that is not")
-    parser.add_argument("--seed", type=int, default=1)
-    return parser.parse_args()
+    parser.add_argument("--num-layers", type=LAYERS, default=4)
+    parser.add_argument("--hidden-size", type=Whole(), default=128)
+    parser.add_argument("--num-attention-heads", type=Whole(), default=4)
+    parser.add_argument("--max-seq-length", type=Whole(), default=32768)
+    parser.add_argument("--global-batch-size", type=Whole(), default=16)
+    parser.add_argument("--memory-limit-gib", type=GIBIBYTES, default=8.0)
+    parser.add_argument("--repeats", type=REPEATS, default=3, help="rounds of measuring what chunks cost")
+    parser.add_argument("--profile-length", type=Whole(), default=8192, help="longest chunk that is measured")
+    parser.add_argument("--batches", type=REPEATS, default=3, help="measured, after one that is not")
+    parser.add_argument("--seed", type=SEED, default=1)
+    return parser
 
 
 def _training_arguments(options: argparse.Namespace, schedule: str) -> argparse.Namespace:

@@ -29,6 +29,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from helixpipe.commands.parser import ScriptParser
+from helixpipe.commands.ranges import REPEATS, Whole
 from helixpipe.plan import Operation, Plan, ScheduleRequest, build_plan
 from helixpipe.runtime.communicator import TorchCommunicator
 from helixpipe.runtime.executor import Executor
@@ -84,7 +86,7 @@ class TimedExecutor(Executor):
 
 def main() -> int:
     """Print medians by kind and schedule, then the growth of memory."""
-    options = _options()
+    options = build_parser().parse_args()
     print(f"{options.ranks} ranks, {options.iterations} iterations; microseconds of processor time, median")
     with tempfile.TemporaryDirectory() as folder:
         context = multiprocessing.get_context("fork")
@@ -99,12 +101,13 @@ def main() -> int:
     return int(any(process.exitcode for process in ranks))
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measure the executor's own time.")
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--iterations", type=int, default=200, help="timed, per schedule")
-    parser.add_argument("--memory-iterations", type=int, default=10_000)
-    return parser.parse_args()
+def build_parser() -> ScriptParser:
+    """The options."""
+    parser = ScriptParser(prog="benchmark_executor", description="Measure the executor's own time.")
+    parser.add_argument("--ranks", type=Whole(most=256), default=2)
+    parser.add_argument("--iterations", type=REPEATS, default=200, help="timed, per schedule")
+    parser.add_argument("--memory-iterations", type=Whole(least=10), default=10_000)
+    return parser
 
 
 def _rank_main(rank: int, options: argparse.Namespace, store: str) -> None:

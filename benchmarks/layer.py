@@ -31,6 +31,8 @@ from layer_benchmark.model import measure_model  # noqa: E402
 from layer_benchmark.shapes import METHODS, SHAPES  # noqa: E402
 from layer_benchmark.worker import RAN_OUT, Workers, serve  # noqa: E402
 
+from helixpipe.commands.parser import ScriptParser  # noqa: E402
+from helixpipe.commands.ranges import REPEATS, Real, Whole  # noqa: E402
 from helixpipe.kernels.extension import load  # noqa: E402
 
 PARTS = ("kernels", "longest", "layers")
@@ -63,25 +65,37 @@ def main() -> int:
     return int(run.workers.failed)
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def build_parser() -> ScriptParser:
+    """The options."""
+    parser = ScriptParser(
+        prog="benchmark_layer", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     add = parser.add_argument
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     add("--shapes", nargs="+", choices=SHAPES, default=["7b", "8k-gqa"])
-    add("--seq-lengths", nargs="+", type=int, default=[32768, 65536, 131072])
+    add("--seq-lengths", nargs="+", type=Whole(least=4), default=[32768, 65536, 131072])
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     add("--device", choices=("cuda", "cpu"), default="cuda")
     add(
         "--repeats",
-        type=int,
+        type=REPEATS,
         default=10,
         help="samples of each time (default 10; fewer where steps are long)",
     )
-    add("--minutes", type=float, default=8.5, help="what has not begun by then is left out")
+    add(
+        "--minutes",
+        type=Real(above=0.0, most=1e5),
+        default=8.5,
+        help="what has not begun by then is left out",
+    )
     add("--quick", action="store_true", help="a smoke test: short sequences, 3 samples")
     add("--output", type=Path, help="a CSV file to append to, like benchmarks/results.csv")
     add("--worker", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser
+
+
+def _options() -> argparse.Namespace:
+    options = build_parser().parse_args()
     if options.quick:
         options.seq_lengths, options.repeats = [2048], 3
     return options

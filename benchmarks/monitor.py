@@ -9,7 +9,6 @@ report to a hub.
 
 from __future__ import annotations
 
-import argparse
 import mmap
 import sys
 import tempfile
@@ -22,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import psutil
 import torch
 
+from helixpipe.commands.parser import ScriptParser
+from helixpipe.commands.ranges import Real
 from helixpipe.plan import Plan, ScheduleRequest, build_plan
 from helixpipe.reliability.deadlines import Deadlines
 from helixpipe.reliability.monitor import Monitor
@@ -37,7 +38,7 @@ _OTHERS = 3  # sentinels beside the hub's
 
 def main() -> int:
     """Print one line per cost, then the share of an iteration."""
-    options = _options()
+    options = build_parser().parse_args()
     plan = build_plan("helix", QUICKSTART)
     order = max(plan.orders, key=len)
     receives = sum(op.kind.is_receive for op in order)
@@ -58,11 +59,16 @@ def main() -> int:
     return 0
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measure what watching a job costs.")
-    parser.add_argument("--iteration-ms", type=float, required=True, help="of the quickstart on this machine")
-    parser.add_argument("--seconds", type=float, default=10.0, help="to watch the sentinels for")
-    return parser.parse_args()
+def build_parser() -> ScriptParser:
+    """The options."""
+    parser = ScriptParser(prog="benchmark_monitor", description="Measure what watching a job costs.")
+    parser.add_argument(
+        "--iteration-ms", type=Real(above=0.0), required=True, help="of the quickstart on this machine"
+    )
+    parser.add_argument(
+        "--seconds", type=Real(above=0.0, most=86400.0), default=10.0, help="to watch the sentinels for"
+    )
+    return parser
 
 
 def _per_call_us(call: Callable[[], object]) -> float:

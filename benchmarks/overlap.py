@@ -31,6 +31,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from helixpipe.commands.parser import ScriptParser
+from helixpipe.commands.ranges import LAYERS, REPEATS, Real, Whole
 from helixpipe.plan import Plan, ScheduleRequest, build_plan
 from helixpipe.plan.simulation.costs import ANY_EDGE, Costs, SegmentCost
 from helixpipe.plan.simulation.simulate import simulate
@@ -184,19 +186,28 @@ def main() -> int:
     return _run_on_processes(options, cases)
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Compare executed with simulated time.")
+def build_parser() -> ScriptParser:
+    """The options."""
+    parser = ScriptParser(prog="benchmark_overlap", description="Compare executed with simulated time.")
     parser.add_argument("--schedules", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--ranks", type=int, default=8)
-    parser.add_argument("--num-layers", type=int, help="default: one per rank")
-    parser.add_argument("--num-microbatches", type=int, help="default: 2 per rank")
-    parser.add_argument("--unit-ms", type=float, default=20.0)
+    parser.add_argument("--ranks", type=Whole(most=256), default=8)
+    parser.add_argument("--num-layers", type=LAYERS, help="default: one per rank")
+    parser.add_argument("--num-microbatches", type=Whole(), help="default: 2 per rank")
+    parser.add_argument("--unit-ms", type=Real(above=0.0, most=1e6), default=20.0)
     parser.add_argument(
-        "--message-units", type=float, nargs="+", default=[0.0, 2.0], help="time of a message, each is run"
+        "--message-units",
+        type=Real(least=0.0, most=1e6),
+        nargs="+",
+        default=[0.0, 2.0],
+        help="time of a message, each is run",
     )
-    parser.add_argument("--message-kib", type=int, default=64)
-    parser.add_argument("--iterations", type=int, default=5, help="measured, after one that is not")
-    options = parser.parse_args()
+    parser.add_argument("--message-kib", type=Whole(most=2**20), default=64)
+    parser.add_argument("--iterations", type=REPEATS, default=5, help="measured, after one that is not")
+    return parser
+
+
+def _options() -> argparse.Namespace:
+    options = build_parser().parse_args()
     options.num_layers = options.num_layers or options.ranks
     options.num_microbatches = options.num_microbatches or 2 * options.ranks
     return options

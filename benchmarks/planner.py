@@ -14,6 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from helixpipe.commands.parser import ScriptParser  # noqa: E402
 from helixpipe.plan import ScheduleRequest, build_plan  # noqa: E402
 from helixpipe.plan.cost_model import (  # noqa: E402
     HARDWARE,
@@ -31,8 +32,14 @@ from helixpipe.plan.simulation.simulate import simulate  # noqa: E402
 SIZES = ((16, 80, 64), (16, 80, 256), (40, 80, 240), (64, 128, 256))
 
 
+def build_parser() -> ScriptParser:
+    """There are no options; it refuses what is given all the same."""
+    return ScriptParser(prog="benchmark_planner", description=__doc__)
+
+
 def main() -> None:
     """Print one line per schedule and size."""
+    build_parser().parse_args()
     print(
         f"{'schedule':12} {'ranks':>5} {'layers':>6} {'m':>4} {'operations':>10} {'plan s':>7} "
         f"{'simulate s':>10} {'us/operation':>12}"

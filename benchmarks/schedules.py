@@ -30,6 +30,8 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 
+from helixpipe.commands.parser import ScriptParser  # noqa: E402
+from helixpipe.commands.ranges import LAYERS, RANKS, REPEATS, Whole  # noqa: E402
 from helixpipe.data.prefix import DatasetInfo  # noqa: E402
 from helixpipe.megatron_adapter.schedule import chunk_iterators, device, make_schedule, needs_data  # noqa: E402
 from helixpipe.plan.cost_model import Recompute, Workload, costs_of_plan  # noqa: E402
@@ -87,26 +89,38 @@ def main() -> int:
     return 0
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Compare pipeline schedules on one model.")
+def build_parser() -> ScriptParser:
+    """The options."""
+    parser = ScriptParser(prog="benchmark_schedules", description="Compare pipeline schedules on one model.")
     parser.add_argument("--schedules", nargs="+", default=["1f1b", "interleaved", "helix"])
-    parser.add_argument("--num-layers", type=int, default=8)
-    parser.add_argument("--hidden-size", type=int, default=256)
-    parser.add_argument("--num-attention-heads", type=int, default=4)
-    parser.add_argument("--seq-length", type=int, default=4096)
-    parser.add_argument("--vocab-size", type=int, default=1024)
-    parser.add_argument("--num-microbatches", type=int, help="default: 2 per pipeline rank, a two-fold round")
-    parser.add_argument("--num-fold", type=int, default=2)
-    parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
+    parser.add_argument("--num-layers", type=LAYERS, default=8)
+    parser.add_argument("--hidden-size", type=Whole(), default=256)
+    parser.add_argument("--num-attention-heads", type=Whole(), default=4)
+    parser.add_argument("--seq-length", type=Whole(), default=4096)
+    parser.add_argument("--vocab-size", type=Whole(), default=1024)
+    parser.add_argument(
+        "--num-microbatches", type=Whole(), help="default: 2 per pipeline rank, a two-fold round"
+    )
+    parser.add_argument("--num-fold", type=Whole(), default=2)
+    parser.add_argument("--tensor-model-parallel-size", type=RANKS, default=1)
     parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--iterations", type=int, default=5, help="measured, per schedule")
-    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--iterations", type=REPEATS, default=5, help="measured, per schedule")
+    parser.add_argument("--warmup", type=Whole(least=0, most=10**6), default=1)
     parser.add_argument("--csv", type=Path, help="append one line per schedule")
     parser.add_argument(
         "--predict", action="store_true", help="profile first, and print what the planner predicts from it"
     )
-    options = parser.parse_args()
+    return parser
+
+
+def _options() -> argparse.Namespace:
+    options = build_parser().parse_args()
     options.ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if options.ranks % options.tensor_model_parallel_size:
+        raise ValueError(
+            f"--tensor-model-parallel-size {options.tensor_model_parallel_size} must divide the "
+            f"{options.ranks} ranks; start a multiple of it with torchrun --nproc-per-node"
+        )
     options.pipeline_ranks = options.ranks // options.tensor_model_parallel_size
     if options.num_microbatches is None:
         options.num_microbatches = 2 * options.pipeline_ranks
@@ -242,7 +256,7 @@ def _report(
             f"{contender.name:12} {milliseconds:9.1f} {rate:9.0f} {100 * bubble:6.1f}% {ratio:>10}  "
             + " ".join(f"{value:.0f}" for value in busy)
         )
-        percentiles = [f"{q:.1f}" for q in statistics.quantiles([s.elapsed_ms for s in rows], n=5)[::3]]
+        percentiles = [f"{q:.1f}" for q in _fifths([s.elapsed_ms for s in rows])]
         lines.append(
             [contender.name, f"{milliseconds:.1f}", *percentiles, f"{bubble:.4f}", ratio, f"{rate:.0f}"]
         )
@@ -252,6 +266,14 @@ def _report(
     print(f"largest difference between the schedules' losses in one iteration: {max(spread):.1e}")
     if options.csv:
         _append_csv(options, lines, device_name)
+
+
+def _fifths(values: list[float]) -> tuple[float, float]:
+    """The 20th and the 80th percentile; of one value, it."""
+    if len(values) == 1:
+        return values[0], values[0]
+    cuts = statistics.quantiles(values, n=5)
+    return cuts[0], cuts[3]
 
 
 def _append_csv(options: argparse.Namespace, lines: list[list[str]], device_name: str) -> None:

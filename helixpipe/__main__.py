@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Without a command it prints the help, as ``--help`` does.
     """
     program = "helixpipe"
-    parser = _parser()
+    parser = build_parser()
     try:
         args = parser.parse_args(arguments)
         if args.command is None:
@@ -45,7 +45,8 @@ def _fail(program: str, error: Exception | str) -> int:
     return BAD_USAGE
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
     parser = Parser(prog="helixpipe", description="Plan and look at pipeline schedules.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")

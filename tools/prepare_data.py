@@ -6,7 +6,6 @@ writes data/src.bin, data/src.idx and data/src.tokenizer.json. With --prompt-key
 a prompt and a response, and training has no loss on the prompt.
 """
 
-import argparse
 import os
 import signal
 import sys
@@ -16,6 +15,8 @@ from typing import NoReturn
 # Works from a checkout that is not installed, too.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from helixpipe.commands.parser import ScriptParser
+from helixpipe.commands.ranges import Whole
 from helixpipe.data.prefix import END_OF_DOCUMENT
 from helixpipe.data.prepare.corpus import (
     DEFAULT_VOCAB_SIZE,
@@ -23,6 +24,7 @@ from helixpipe.data.prepare.corpus import (
     PreparationSummary,
     prepare_dataset,
 )
+from helixpipe.data.prepare.tokenizer_training import SMALLEST_BPE_VOCABULARY
 
 _PROGRAM = "prepare_data"
 _TEXT_KEY = "text"
@@ -33,11 +35,6 @@ class _Stopped(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{_PROGRAM}: error: {message} (see --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,11 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _build_parser() -> _Parser:
-    parser = _Parser(
+def build_parser() -> ScriptParser:
+    """The options."""
+    parser = ScriptParser(
         prog=_PROGRAM,
         description="Turn text into a Megatron dataset: PREFIX.bin, PREFIX.idx and PREFIX.tokenizer.json.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add(
@@ -106,20 +103,20 @@ def _build_parser() -> _Parser:
     add("--tokenizer-file", metavar="FILE", help="use this tokenizer.json instead")
     add(
         "--vocab-size",
-        type=int,
+        type=Whole(least=SMALLEST_BPE_VOCABULARY, most=2**24),
         metavar="N",
         help=f"vocabulary of the BPE, {END_OF_DOCUMENT} included (default: {DEFAULT_VOCAB_SIZE})",
     )
     add(
         "--workers",
-        type=int,
+        type=Whole(most=1024),
         default=_default_workers(),
         metavar="N",
         help="encoding processes (default: %(default)s)",
     )
     add(
         "--min-document-tokens",
-        type=int,
+        type=Whole(),
         default=1,
         metavar="N",
         help=f"leave out documents of fewer tokens, {END_OF_DOCUMENT} not counted (default: %(default)s)",
@@ -129,7 +126,7 @@ def _build_parser() -> _Parser:
 
 
 def _parse(argv: Sequence[str] | None) -> PreparationOptions:
-    parser = _build_parser()
+    parser = build_parser()
     given = parser.parse_args(argv)
     if given.tokenizer_file and (given.tokenizer or given.vocab_size):
         parser.error("--tokenizer-file goes without --tokenizer and --vocab-size")

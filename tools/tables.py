@@ -7,7 +7,6 @@ Each table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from helixpipe.commands.parser import ScriptParser  # noqa: E402
 from helixpipe.plan import Plan, ScheduleRequest  # noqa: E402
 from helixpipe.plan.advise.advice import efficiency  # noqa: E402
 from helixpipe.plan.cost_model import (  # noqa: E402
@@ -123,11 +123,16 @@ def updated(text: str) -> str:
     return text
 
 
+def build_parser() -> ScriptParser:
+    """The options."""
+    parser = ScriptParser(prog="tables", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--check", action="store_true", help="change nothing; 1 if the tables are old")
+    return parser
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Rewrite the page, or with ``--check`` only say whether it is up to date."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--check", action="store_true", help="change nothing; 1 if the tables are old")
-    options = parser.parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     page = ROOT / "docs" / "choosing.md"
     old = page.read_text(encoding="utf-8")
     new = updated(old)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from helixpipe.commands.job import add_workload_arguments, read_workload
 from helixpipe.commands.planning import read_text
+from helixpipe.commands.ranges import GIBIBYTES, LAYERS, RANKS, REPEATS, Real, Whole
 from helixpipe.plan.cost_model import Hardware, Workload, read_model
 
 if TYPE_CHECKING:
@@ -27,13 +28,13 @@ def add_parsers(add: Callable[..., Any]) -> None:
     _add_elastic(add("elastic", help="plan a batch of sequences of different lengths"))
     costs = add("elastic-costs", help="predict what chunks cost, or fit it to measurements, for elastic")
     add_workload_arguments(costs)
-    costs.add_argument("--pipeline-model-parallel-size", type=int, required=True, help="stages p")
+    costs.add_argument("--pipeline-model-parallel-size", type=RANKS, required=True, help="stages p")
     costs.add_argument(
         "--measurements",
         type=Path,
         help="records of chunks that ran: a list of {context, lengths, forward_ms, backward_ms, bytes}",
     )
-    costs.add_argument("--measured-layers", type=int, help="that each record ran through")
+    costs.add_argument("--measured-layers", type=LAYERS, help="that each record ran through")
     costs.add_argument("--output", type=Path, required=True, help="costs.json")
     costs.set_defaults(run=_costs)
     _add_profile(
@@ -44,12 +45,12 @@ def add_parsers(add: Callable[..., Any]) -> None:
 def _add_profile(profile: argparse.ArgumentParser) -> None:
     add = profile.add_argument
     add("--model", required=True, help="name or file, as for advise")
-    add("--max-seq-length", type=int, required=True, metavar="N", help="tokens of the longest sequence")
-    add("--pipeline-model-parallel-size", type=int, required=True, help="stages p")
-    add("--tensor-model-parallel-size", type=int, default=1)
+    add("--max-seq-length", type=Whole(), required=True, metavar="N", help="tokens of the longest sequence")
+    add("--pipeline-model-parallel-size", type=RANKS, required=True, help="stages p")
+    add("--tensor-model-parallel-size", type=RANKS, default=1)
     add("--no-sequence-parallel", action="store_true")
     add("--fp32", action="store_true", help="instead of bf16")
-    add("--repeats", type=int, default=5, help="rounds over all chunks (default 5)")
+    add("--repeats", type=REPEATS, default=5, help="rounds over all chunks (default 5)")
     add("--output", type=Path, required=True, help="costs.json")
     add("--records", type=Path, help="also write what was measured, as elastic-costs takes it")
     profile.set_defaults(run=_profile)
@@ -59,15 +60,23 @@ def _add_elastic(elastic: argparse.ArgumentParser) -> None:
     add = elastic.add_argument
     add("--lengths", type=Path, required=True, help="lengths.json: a list of tokens per sequence")
     add("--costs", type=Path, required=True, help="costs.json, as elastic-costs writes it")
-    add("--pipeline-model-parallel-size", type=int, required=True, help="stages p")
-    add("--num-layers", type=int, required=True, help="transformer layers L")
-    add("--memory-limit-gib", type=float, required=True, help="of one GPU, states included")
-    add("--token-capacity", type=int, help="tokens that a chunk may hold (default: what memory allows)")
-    add("--num-slices", type=int, help="of the longest sequence (default: the fastest found)")
+    add("--pipeline-model-parallel-size", type=RANKS, required=True, help="stages p")
+    add("--num-layers", type=LAYERS, required=True, help="transformer layers L")
+    add("--memory-limit-gib", type=GIBIBYTES, required=True, help="of one GPU, states included")
+    add("--token-capacity", type=Whole(), help="tokens that a chunk may hold (default: what memory allows)")
+    add("--num-slices", type=Whole(), help="of the longest sequence (default: the fastest found)")
     add(
-        "--mip-gap", type=float, default=0.02, help="by which checkpointing may miss the least (default 0.02)"
+        "--mip-gap",
+        type=Real(least=0.0, below=1.0),
+        default=0.02,
+        help="by which checkpointing may miss the least (default 0.02)",
     )
-    add("--time-limit", type=float, default=6.0, help="seconds for checkpointing (default 6)")
+    add(
+        "--time-limit",
+        type=Real(above=0.0, most=86400.0),
+        default=6.0,
+        help="seconds for checkpointing (default 6)",
+    )
     add("--output", type=Path, required=True, help="plan.json: plan and recipe")
     add("--plan-costs", type=Path, help="also write the plan's costs, for simulate and draw")
     elastic.set_defaults(run=_elastic)
@@ -82,8 +91,6 @@ def _elastic(args: argparse.Namespace) -> None:
     from helixpipe.elastic.search.planner import SLICE_COUNTS, plan_batch
     from helixpipe.report.elastic import print_elastic_plan
 
-    if not 0 < args.memory_limit_gib < float("inf"):
-        raise ValueError(f"--memory-limit-gib must be above 0, not {args.memory_limit_gib:g}")
     lengths = _read_lengths(args.lengths)
     job = ElasticJob(
         costs=costs_from_json(read_text(args.costs)),
@@ -135,8 +142,8 @@ def _costs(args: argparse.Namespace) -> None:
         )
     costs = predict_chunk_costs(workload, machine, args.pipeline_model_parallel_size)
     if args.measurements is not None:
-        if args.measured_layers is None or args.measured_layers < 1:
-            raise ValueError("--measurements needs --measured-layers of at least 1")
+        if args.measured_layers is None:
+            raise ValueError("--measurements needs --measured-layers")
         fit = fit_costs(measurements_from_json(read_text(args.measurements)), costs, args.measured_layers)
         costs = fit.costs
         _print_errors(fit)
@@ -155,9 +162,6 @@ def _profile(args: argparse.Namespace) -> None:
     from helixpipe.elastic.costs.fit import fit_costs, measurements_to_json
     from helixpipe.elastic.costs.preset import profiled_chunk_costs
 
-    for name in ("max_seq_length", "pipeline_model_parallel_size", "repeats"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     workload = Workload(
         model=read_model(args.model),
         seq_length=min(args.max_seq_length, _PIECES_LENGTH),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from helixpipe.commands.ranges import RANKS, Whole
 from helixpipe.plan.advise import read_machine
 from helixpipe.plan.cost_model import HARDWARE, MODELS, Hardware, Pieces, Workload, read_model
 
@@ -22,10 +23,10 @@ def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="HARDWARE",
         help=f"{', '.join(HARDWARE)}; a JSON file of rates; or a profile, which knows the model, too",
     )
-    add("--seq-length", type=int, help="tokens of a sequence")
-    add("--micro-batch-size", type=int, help="sequences in a micro batch (default 1)")
-    add("--tensor-model-parallel-size", type=int, help="GPUs that share a layer (default 1)")
-    add("--data-parallel-size", type=int, help="replicas (default 1)")
+    add("--seq-length", type=Whole(), help="tokens of a sequence")
+    add("--micro-batch-size", type=Whole(), help="sequences in a micro batch (default 1)")
+    add("--tensor-model-parallel-size", type=RANKS, help="GPUs that share a layer (default 1)")
+    add("--data-parallel-size", type=RANKS, help="replicas (default 1)")
     add("--use-distributed-optimizer", action="store_true")
     add("--no-sequence-parallel", action="store_true", help="norms and residuals whole on each GPU")
     add(

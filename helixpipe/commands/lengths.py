@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from helixpipe.commands.ranges import SEED, Whole
+
 _DEFAULT_SEED = 1234  # of pretrain_gpt.py
 
 
@@ -16,17 +18,17 @@ def add_parsers(add: Callable[..., Any]) -> None:
     lengths = add("lengths", help="tell how long the samples of a dataset are, and write them for elastic")
     lengths.add_argument("prefix", metavar="PREFIX", help="of PREFIX.bin and PREFIX.idx, as --data-path")
     lengths.add_argument(
-        "--max-seq-length", type=int, metavar="N", help="tokens after which samples are cut off"
+        "--max-seq-length", type=Whole(), metavar="N", help="tokens after which samples are cut off"
     )
     lengths.add_argument("--output", type=Path, help="lengths.json: a list of tokens per sample")
     lengths.add_argument(
         "--global-batch-size",
-        type=int,
+        type=Whole(),
         metavar="N",
         help="take a random batch of N samples, as training draws it, instead of the whole dataset",
     )
     lengths.add_argument(
-        "--seed", type=int, help=f"of the random batch, as for pretrain_gpt.py (default {_DEFAULT_SEED})"
+        "--seed", type=SEED, help=f"of the random batch, as for pretrain_gpt.py (default {_DEFAULT_SEED})"
     )
     lengths.set_defaults(run=_lengths)
 
@@ -39,8 +41,6 @@ def _lengths(args: argparse.Namespace) -> None:
 
     if args.seed is not None and args.global_batch_size is None:
         raise ValueError("--seed chooses a random batch; give --global-batch-size, too")
-    if args.global_batch_size is not None and args.global_batch_size < 1:
-        raise ValueError(f"--global-batch-size must be at least 1, not {args.global_batch_size}")
     for suffix in (".bin", ".idx"):
         if args.prefix.endswith(suffix):
             meant = args.prefix.removesuffix(suffix)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from helixpipe.commands.planning import read_plan, read_text
+from helixpipe.commands.ranges import RANKS, REPEATS, Whole
 from helixpipe.plan.cost_model import Workload, read_model
 from helixpipe.plan.simulation.costs import parse_costs
 from helixpipe.plan.simulation.timeline import Timeline
@@ -19,12 +20,12 @@ def add_parsers(add: Callable[..., Any]) -> None:
     """Add the commands' parsers."""
     profile = add("profile", help="measure a layer's pieces here; under torchrun also the links")
     profile.add_argument("--model", required=True, help="name or file, as for advise")
-    profile.add_argument("--seq-length", type=int, required=True)
-    profile.add_argument("--micro-batch-size", type=int, default=1)
-    profile.add_argument("--tensor-model-parallel-size", type=int, default=1)
+    profile.add_argument("--seq-length", type=Whole(), required=True)
+    profile.add_argument("--micro-batch-size", type=Whole(), default=1)
+    profile.add_argument("--tensor-model-parallel-size", type=RANKS, default=1)
     profile.add_argument("--no-sequence-parallel", action="store_true")
     profile.add_argument("--fp32", action="store_true", help="instead of bf16")
-    profile.add_argument("--repeats", type=int, default=5, help="rounds per piece")
+    profile.add_argument("--repeats", type=REPEATS, default=5, help="rounds per piece")
     profile.add_argument("--output", type=Path, required=True, help="profile.json")
     profile.set_defaults(run=_profile)
 
@@ -46,8 +47,6 @@ def _profile(args: argparse.Namespace) -> None:
         sequence_parallel=not args.no_sequence_parallel,
         element_bytes=4 if args.fp32 else 2,
     )
-    if args.repeats < 1:
-        raise ValueError(f"--repeats must be at least 1, not {args.repeats}")
     # megatron.core warns at import about every optional package that is not installed.
     warnings.filterwarnings("ignore", module="megatron.core")
     # torch and Megatron take seconds to import: only this command pays for them.

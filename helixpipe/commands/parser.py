@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Sequence
 from typing import NoReturn
+
+from helixpipe.reliability.exit_codes import BAD_USAGE
 
 _UNKNOWN = "unrecognized arguments: "
 
@@ -31,6 +34,16 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: object) -> None:
         super().__init__(**{"allow_abbrev": False, **options})  # type: ignore[arg-type]
 
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As argparse does, which however takes ``--flag=--`` for a flag with an empty list."""
+        words = sys.argv[1:] if args is None else list(args)
+        for word in words:
+            if word.startswith("--") and word.endswith("=--"):
+                self.error(f"argument {word.removesuffix('=--')}: '--' is no value")
+        return super().parse_known_args(words, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Raise :class:`UsageError`."""
         raise UsageError(f"{message}{self._suggestion(message)}", self.prog)
@@ -52,14 +65,14 @@ class Parser(argparse.ArgumentParser):
         return flags
 
 
+class ScriptParser(Parser):
+    """Of a program that leaves errors of its command line to its parser: one line, and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with one line on stderr."""
+        self.exit(BAD_USAGE, f"{self.prog}: error: {message}{self._suggestion(message)}\n")
+
+
 def flag_of(name: str) -> str:
     """The flag of an argument."""
     return "--" + name.replace("_", "-")
-
-
-def require_positive(args: argparse.Namespace, names: Iterable[str]) -> None:
-    """``ValueError`` for the first of these arguments that is given and below 1."""
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{flag_of(name)} must be at least 1, not {value}")

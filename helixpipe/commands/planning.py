@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from helixpipe.commands.parser import require_positive
+from helixpipe.commands.ranges import LAYERS, RANKS, Real, Whole
 from helixpipe.plan import Plan, ScheduleRequest, build_plan, validate
 from helixpipe.plan.schedules import SCHEDULES
 from helixpipe.plan.schedules.request import ATTENTION_RANGES, HEAD_PLACEMENTS
@@ -33,12 +33,12 @@ def add_parsers(add: Callable[..., Any]) -> None:
 
 def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--schedule", required=True, metavar="{" + ",".join(SCHEDULES) + "}")
-    plan.add_argument("--num-layers", type=int, required=True, help="transformer layers L")
-    plan.add_argument("--pipeline-model-parallel-size", type=int, required=True, help="ranks p")
-    plan.add_argument("--num-microbatches", type=int, required=True, help="micro batches m per iteration")
-    plan.add_argument("--num-fold", type=int, help="helix: micro batches per slot (default 2)")
-    plan.add_argument("--virtual-stages", type=int, help="interleaved: chunks per rank (default 2)")
-    plan.add_argument("--num-slices", type=int, help="seq1f1b: slices per sequence (default 4)")
+    plan.add_argument("--num-layers", type=LAYERS, required=True, help="transformer layers L")
+    plan.add_argument("--pipeline-model-parallel-size", type=RANKS, required=True, help="ranks p")
+    plan.add_argument("--num-microbatches", type=Whole(), required=True, help="micro batches m per iteration")
+    plan.add_argument("--num-fold", type=Whole(), help="helix: micro batches per slot (default 2)")
+    plan.add_argument("--virtual-stages", type=Whole(), help="interleaved: chunks per rank (default 2)")
+    plan.add_argument("--num-slices", type=Whole(), help="seq1f1b: slices per sequence (default 4)")
     plan.add_argument(
         "--attention-range",
         metavar="{" + ",".join(ATTENTION_RANGES) + "}",
@@ -72,20 +72,16 @@ def _add_draw(draw: argparse.ArgumentParser) -> None:
     )
     draw.add_argument("--title", help="heading of the picture")
     draw.add_argument(
-        "--until", type=float, metavar="MS", help="end of the picture's time axis, to compare pictures"
+        "--until",
+        type=Real(above=0.0),
+        metavar="MS",
+        help="end of the picture's time axis, to compare pictures",
     )
     draw.add_argument("--memory", action="store_true", help="add memory over time to the picture")
     draw.set_defaults(run=_draw)
 
 
 def _plan(args: argparse.Namespace) -> None:
-    require_positive(
-        args,
-        (
-            "num_layers", "pipeline_model_parallel_size", "num_microbatches", "num_fold", "virtual_stages",
-            "num_slices",
-        ),
-    )  # fmt: skip
     request = ScheduleRequest(
         num_layers=args.num_layers,
         num_ranks=args.pipeline_model_parallel_size,

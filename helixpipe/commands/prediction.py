@@ -9,6 +9,7 @@ from typing import Any
 
 from helixpipe.commands.job import add_workload_arguments, read_workload
 from helixpipe.commands.planning import read_plan
+from helixpipe.commands.ranges import GIBIBYTES, RANKS, Whole
 from helixpipe.plan.advise import Advice, Job, advise, make_job
 from helixpipe.plan.advise.job import RESERVED_GIB
 from helixpipe.plan.cost_model import Hardware, Recompute, costs_of_plan, predict_pieces
@@ -30,11 +31,11 @@ def add_parsers(add: Callable[..., Any]) -> None:
 
     advice = add("advise", help="rank every schedule that fits into memory")
     add_workload_arguments(advice)
-    advice.add_argument("--pipeline-model-parallel-size", type=int, required=True, help="ranks p")
-    advice.add_argument("--num-microbatches", type=int, required=True, help="per replica and iteration")
+    advice.add_argument("--pipeline-model-parallel-size", type=RANKS, required=True, help="ranks p")
+    advice.add_argument("--num-microbatches", type=Whole(), required=True, help="per replica and iteration")
     advice.add_argument(
         "--memory-limit-gib",
-        type=float,
+        type=GIBIBYTES,
         help=f"of one GPU (default: the hardware's less {RESERVED_GIB:g} GiB)",
     )
     advice.add_argument(

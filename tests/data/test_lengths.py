@@ -89,10 +89,10 @@ def test_a_batch_is_the_one_that_training_draws(dataset, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["{}", "--max-seq-length", "0"], "--max-seq-length must be at least 1"),
+        (["{}", "--max-seq-length", "0"], "--max-seq-length: must be at least 1"),
         (["{}", "--seed", "1"], "give --global-batch-size"),
-        (["{}", "--global-batch-size", "0"], "--global-batch-size must be at least 1"),
-        (["{}", "--global-batch-size", "1", "--seed", "-1"], "--seed must be from 0"),
+        (["{}", "--global-batch-size", "0"], "--global-batch-size: must be at least 1"),
+        (["{}", "--global-batch-size", "1", "--seed", "-1"], "--seed: must be at least 0"),
         (["{}.idx"], "give the prefix without the suffix"),
         (["{}x"], "cannot be read"),
     ],

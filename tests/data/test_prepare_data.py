@@ -458,7 +458,7 @@ def test_wrong_input_is_one_line(tmp_path, capsys, case, tokenizer):
             "--vocab-size",
         ),
         (
-            ["--input", "a", "--output-prefix", "s", "--tokenizer-file", "t", "--vocab-size", "9"],
+            ["--input", "a", "--output-prefix", "s", "--tokenizer-file", "t", "--vocab-size", "999"],
             "--tokenizer-file",
         ),
     ],

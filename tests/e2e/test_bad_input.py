@@ -139,7 +139,7 @@ def refusal(pretrain_gpt, corpus, monkeypatch, capsys):
         (1, "--split 1,99,0", ["--split 1,99,0 leaves none of", "for training; give it at least", "%"]),
         (1, "--eval-iters 1 --split 1,0,0", ["--split 1,0,0 leaves none of", "for validation"]),
         (4, "--num-layers 30", ["layers (30)", "pipeline-parallel size (4)", "use 28 or 32"]),
-        (1, "--num-layers 9999999", ["layers (9999999)", "at most 1048576", "use at most 262144 layers"]),
+        (1, "--num-layers 9999999", ["--num-layers", "at most 16384, not 9999999"]),
         (1, "--save /proc/nowhere", ["--save", "/proc/nowhere", "give another path"]),
         (1, "--trace-dir /proc/nowhere", ["--trace-dir", "/proc/nowhere", "give another path"]),
         (1, "--metrics-jsonl /proc/nowhere/m", ["--metrics-jsonl", "/proc/nowhere", "another path"]),

@@ -1,12 +1,12 @@
 """The commands elastic and elastic-costs: tables, files, and one clear line for wrong input."""
 
-import argparse
 import json
 
 import pytest
 
 from helixpipe.__main__ import main
 from helixpipe.commands import elastic
+from helixpipe.commands.parser import Parser
 from helixpipe.elastic import ElasticPlan, costs_from_json, costs_to_json, ideal_costs
 from helixpipe.elastic.sample import skewed_lengths
 
@@ -15,7 +15,7 @@ MODEL = ["--model", "llama-7b", "--hardware", "a800", "--tensor-model-parallel-s
 
 
 def run(*arguments):
-    parser = argparse.ArgumentParser()
+    parser = Parser(prog="helixpipe")
     elastic.add_parsers(parser.add_subparsers(required=True).add_parser)
     args = parser.parse_args([str(argument) for argument in arguments])
     args.run(args)
@@ -61,11 +61,11 @@ def test_a_number_of_slices_can_be_asked_for(files, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--memory-limit-gib", "0"], "--memory-limit-gib must be above 0"),
-        (["--memory-limit-gib", "nan"], "--memory-limit-gib must be above 0"),
+        (["--memory-limit-gib", "0"], "--memory-limit-gib: .*must be above 0"),
+        (["--memory-limit-gib", "nan"], "--memory-limit-gib: .*must be above 0"),
         (["--memory-limit-gib", "1"], "no plan fits"),
         (["--memory-limit-gib", "9", "--num-layers", "15"], "must be a multiple"),
-        (["--memory-limit-gib", "9", "--num-slices", "0"], "none below 1"),
+        (["--memory-limit-gib", "9", "--num-slices", "0"], "--num-slices: must be at least 1"),
     ],
 )
 def test_wrong_arguments(files, arguments, words):

@@ -91,16 +91,19 @@ def test_costs_are_for_the_plan(capsys, tmp_path):
         (["--model", "llama-7b", "--hardware", "h20", *SIZES], "--seq-length is missing"),
         (["--model", "llama", *MODEL[2:], *SIZES], "unknown model 'llama'"),
         ([*MODEL[:2], "--hardware", "h2", *MODEL[4:], *SIZES], "unknown hardware 'h2'; did you mean h20?"),
-        ([*MODEL, *SIZES, "--memory-limit-gib", "0"], "--memory-limit-gib must be above 0, not 0"),
+        (
+            [*MODEL, *SIZES, "--memory-limit-gib", "0"],
+            "--memory-limit-gib: must be above 0 and at most",
+        ),
         (
             [*MODEL, *SIZES[:2], "--num-microbatches", "0"],
-            "number of micro batches must be at least 1, not 0",
+            "--num-microbatches: must be at least 1, not 0",
         ),
         (
             [*MODEL, *SIZES, "--tensor-model-parallel-size", "3"],
             "cannot be split over tensor-parallel size 3",
         ),
-        ([*MODEL, *SIZES, "--micro-batch-size", "0"], "micro batch size must be at least 1, not 0"),
+        ([*MODEL, *SIZES, "--micro-batch-size", "0"], "--micro-batch-size: must be at least 1, not 0"),
     ],
 )
 def test_wrong_input_of_advise(capsys, arguments, message):

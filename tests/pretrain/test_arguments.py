@@ -224,18 +224,18 @@ NOT_NEGATIVE = (
 @pytest.mark.parametrize("value", [0, -4])
 @pytest.mark.parametrize("flag", POSITIVE)
 def test_sizes_are_positive(parse, flag, value):
-    with pytest.raises(ValueError, match=f"^{flag} must be at least 1, not {value}$"):
+    with pytest.raises(ValueError, match=f"^argument {flag}: must be at least 1, not {value}$"):
         parse(f"{flag} {value}")
 
 
 @pytest.mark.parametrize("flag", NOT_NEGATIVE)
 def test_rates_and_counts_are_not_negative(parse, flag):
-    with pytest.raises(ValueError, match=f"^{flag} must be 0 or more, not -1"):
+    with pytest.raises(ValueError, match=f"^argument {flag}: must be at least 0, not -1"):
         parse(f"{flag} -1")
 
 
 def test_nan_is_not_a_rate(parse):
-    with pytest.raises(ValueError, match="--lr must be 0 or more, not nan"):
+    with pytest.raises(ValueError, match="--lr: 'nan' is not a finite number; it must be at least 0"):
         parse("--lr nan")
 
 
@@ -287,8 +287,8 @@ REFUSED = [
         "--recompute-without-attention and --recompute-granularity selective",
         "leave one out",
     ),
-    (1, "--mlp-chunk-size 0", "--mlp-chunk-size", "'0'", "give 1 or more, or auto"),
-    (1, "--loss-chunk-size half", "--loss-chunk-size", "'half'", "give 1 or more, or auto"),
+    (1, "--mlp-chunk-size 0", "--mlp-chunk-size: must be at least 1, not 0"),
+    (1, "--loss-chunk-size half", "--loss-chunk-size", "'half'", "give 1 to 2147483647, or auto"),
     (
         1,
         "--mlp-chunk-size 8 --transformer-impl transformer_engine",
@@ -327,7 +327,7 @@ REFUSED = [
     (2, f"{PP2} --num-layers 5", "number of layers (5)", "use 4 or 6"),
     (2, f"{PP2} --pipeline-schedule helix --num-layers 3", "number of layers (3)", "use 2 or 4"),
     (2, f"{PP2} --pipeline-schedule helix --num-fold 3", "micro batches (8)", "use 6 or 12"),
-    (2, f"{PP2} --pipeline-schedule helix --num-fold 0", "fold must be at least 1, not 0"),
+    (2, f"{PP2} --pipeline-schedule helix --num-fold 0", "--num-fold: must be at least 1, not 0"),
     (2, f"{PP2} --num-fold 2", "--num-fold means nothing to 1f1b", "it is for helix"),
     (1, "--attention-range core", "--attention-range means nothing to 1f1b"),
     (1, "--attention-range auto", "--attention-range means nothing to 1f1b"),
@@ -385,7 +385,7 @@ def test_splits(prefix, monkeypatch, split):
 )
 def test_split_that_is_not_three_weights(monkeypatch, prefix, split):
     monkeypatch.setenv("WORLD_SIZE", "1")
-    with pytest.raises(ValueError, match=f"--split {re.escape(repr(split))} must be three weights"):
+    with pytest.raises(ValueError, match=f"--split: {re.escape(repr(split))} must be three weights"):
         parse_arguments([*MINIMAL.split(), "--data-path", str(prefix), f"--split={split}"])
 
 

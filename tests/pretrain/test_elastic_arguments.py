@@ -57,7 +57,7 @@ def test_sequence_parallelism_pads_chunks(parse, tmp_path):
         (f"{LINE} --elastic-costs {{costs}}", "--elastic-costs is for --pipeline-schedule elastic; leave it"),
         (f"{LINE} --max-seq-length 8", "--max-seq-length is for --pipeline-schedule elastic; leave it out"),
         (ELASTIC, "elastic needs --elastic-costs FILE, as python -m helixpipe elastic-costs writes it"),
-        (f"{ELASTIC} --max-seq-length 0", "--max-seq-length must be at least 1"),
+        (f"{ELASTIC} --max-seq-length 0", "--max-seq-length: must be at least 1"),
         (
             f"{ELASTIC} --elastic-costs {{costs}} --max-seq-length 90",
             "--max-seq-length 90 is longer than the model's --max-position-embeddings 32",

@@ -104,9 +104,9 @@ def test_the_command_writes_costs_and_records(tmp_path, capsys, monkeypatch):
 
 def test_wrong_sizes_are_one_line(tmp_path, capsys):
     for option, words in (
-        (["--max-seq-length", "0"], "--max-seq-length must be at least 1, not 0"),
+        (["--max-seq-length", "0"], "--max-seq-length: must be at least 1, not 0"),
         (["--max-seq-length", "100"], "--max-seq-length must be at least 256, not 100"),
-        (["--max-seq-length", "512", "--repeats", "0"], "--repeats must be at least 1, not 0"),
+        (["--max-seq-length", "512", "--repeats", "0"], "--repeats: must be at least 1, not 0"),
     ):
         sizes = ["--pipeline-model-parallel-size", "2", "--output", str(tmp_path / "costs.json")]
         assert main(["elastic-profile", "--model", "gpt-7b", *sizes, *option]) == 2

@@ -93,4 +93,4 @@ def test_from_a_model_file_to_a_prediction(tmp_path):
 def test_wrong_sizes_are_refused_before_torch_is_loaded(tmp_path):
     done = command("profile", "--model", "gpt-7b", "--seq-length", 0, "--output", tmp_path / "p.json")
     assert done.returncode == 2
-    assert done.stderr == "helixpipe profile: error: the seq length must be at least 1, not 0\n"
+    assert done.stderr == "helixpipe profile: error: argument --seq-length: must be at least 1, not 0\n"

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from helixpipe.commands.ranges import Whole
 from helixpipe.elastic import ElasticJob, costs_from_json
 from helixpipe.megatron_adapter.schedule import ELASTIC
 
@@ -23,7 +24,7 @@ def add_elastic_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--max-seq-length",
-        type=int,
+        type=Whole(),
         help="longest sample; documents are cut off there, and never joined (default: --seq-length)",
     )
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 from helixpipe.commands.parser import Parser
+from helixpipe.commands.ranges import GIBIBYTES, LAYERS, RANKS, SEED, Real, Whole
 from helixpipe.megatron_adapter.schedule import ELASTIC, EXECUTABLE
 from helixpipe.plan.schedules.request import ATTENTION_RANGES, HEAD_PLACEMENTS
 from megatron.pretrain.settings.elastic import add_elastic_arguments
 from megatron.pretrain.settings.recomputation import add_memory_arguments
 from megatron.pretrain.settings.schedule_choice import AUTO
+from megatron.pretrain.settings.sizes import ROTARY_BASE
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,11 +43,11 @@ def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--memory-limit-gib",
-        type=float,
+        type=GIBIBYTES,
         help="of one GPU: elastic and auto stay below it, the others warn close to it (default: all that the "
         "GPU has; auto: the hardware's less 4 GiB)",
     )
-    add("--num-fold", type=int, help="helix: micro batches per slot (default 2)")
+    add("--num-fold", type=Whole(), help="helix: micro batches per slot (default 2)")
     add(
         "--attention-range",
         metavar="{" + ",".join((*ATTENTION_RANGES, AUTO)) + "}",
@@ -57,16 +60,16 @@ def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="{" + ",".join(HEAD_PLACEMENTS) + "}",
         help="helix: ranks that run the head and the loss (default first, with the weights; spread: all)",
     )
-    add("--tensor-model-parallel-size", type=int, default=1)
-    add("--pipeline-model-parallel-size", type=int, default=1)
-    add("--num-layers-per-virtual-pipeline-stage", type=int, help="interleaved: layers per model chunk")
+    add("--tensor-model-parallel-size", type=RANKS, default=1)
+    add("--pipeline-model-parallel-size", type=RANKS, default=1)
+    add("--num-layers-per-virtual-pipeline-stage", type=LAYERS, help="interleaved: layers per model chunk")
     add("--sequence-parallel", action="store_true")
     add("--use-distributed-optimizer", action="store_true")
     add("--overlap-grad-reduce", action="store_true")
     add("--overlap-param-gather", action="store_true")
     add("--recompute-granularity", choices=("selective", "full"), help="not for helix")
     add("--recompute-method", choices=("uniform", "block"))
-    add("--recompute-num-layers", type=int)
+    add("--recompute-num-layers", type=LAYERS)
     add(
         "--recompute-modules",
         nargs="+",
@@ -74,10 +77,10 @@ def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
         default=["core_attn"],
         help="for --recompute-granularity selective (default: core_attn)",
     )
-    add("--distributed-timeout-minutes", type=int, default=10)
+    add("--distributed-timeout-minutes", type=Whole(most=366 * 24 * 60), default=10)
     add(
         "--hang-timeout-s",
-        type=float,
+        type=Real(least=0.0, most=1e7),
         metavar="S",
         help="longest wait or operation before the job ends as hung; 0: no limit (default: 3 x the median of "
         "the phase, at least 5 s in a step and 60 s elsewhere; --distributed-timeout-minutes the first time)",
@@ -88,77 +91,82 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     add = group.add_argument
     add("--transformer-impl", choices=("local", "transformer_engine"), help="default: what is installed")
-    add("--num-layers", type=int, required=True)
-    add("--hidden-size", type=int, required=True)
-    add("--ffn-hidden-size", type=int)
-    add("--num-attention-heads", type=int, required=True)
-    add("--kv-channels", type=int)
+    add("--num-layers", type=LAYERS, required=True)
+    add("--hidden-size", type=Whole(), required=True)
+    add("--ffn-hidden-size", type=Whole())
+    add("--num-attention-heads", type=Whole(), required=True)
+    add("--kv-channels", type=Whole())
     add("--group-query-attention", action="store_true")
-    add("--num-query-groups", type=int, default=1)
-    add("--seq-length", type=int, required=True)
-    add("--max-position-embeddings", type=int, help="default: the sequence length")
+    add("--num-query-groups", type=Whole(), default=1)
+    add("--seq-length", type=Whole(), required=True)
+    add("--max-position-embeddings", type=Whole(), help="default: the sequence length")
     add("--position-embedding-type", choices=("learned_absolute", "rope", "none"), default="learned_absolute")
-    add("--rotary-base", type=int, default=10000)
-    add("--rotary-percent", type=float, default=1.0)
-    add("--rotary-seq-len-interpolation-factor", type=float)
+    add("--rotary-base", type=Whole(least=2), default=ROTARY_BASE)
+    add("--rotary-percent", type=Real(above=0.0, most=1.0), default=1.0)
+    add("--rotary-seq-len-interpolation-factor", type=Real(least=1.0))
     add("--normalization", choices=("LayerNorm", "RMSNorm"), default="LayerNorm")
-    add("--norm-epsilon", type=float, default=1e-5)
+    add("--norm-epsilon", type=Real(above=0.0, below=1.0), default=1e-5)
     add("--swiglu", action="store_true")
     add("--qk-layernorm", action="store_true")
     add("--disable-bias-linear", action="store_false", dest="add_bias_linear")
     add("--add-qkv-bias", action="store_true")
     add("--untie-embeddings-and-output-weights", action="store_true")
-    add("--make-vocab-size-divisible-by", type=int, default=128)
-    add("--attention-dropout", type=float, default=0.0, help="only 0: the flash kernels have none")
-    add("--hidden-dropout", type=float, default=0.0)
-    add("--init-method-std", type=float, default=0.02)
+    add("--make-vocab-size-divisible-by", type=Whole(), default=128)
+    add(
+        "--attention-dropout",
+        type=Real(least=0.0, below=1.0),
+        default=0.0,
+        help="only 0: the flash kernels have none",
+    )
+    add("--hidden-dropout", type=Real(least=0.0, below=1.0), default=0.0)
+    add("--init-method-std", type=Real(above=0.0), default=0.02)
 
 
 def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
     add = group.add_argument
-    add("--micro-batch-size", type=int, required=True)
-    add("--global-batch-size", type=int, required=True)
-    add("--train-iters", type=int, required=True)
+    add("--micro-batch-size", type=Whole(), required=True)
+    add("--global-batch-size", type=Whole(), required=True)
+    add("--train-iters", type=Whole(), required=True)
     add("--optimizer", choices=("adam", "sgd"), default="adam")
-    add("--lr", type=float, required=True)
-    add("--min-lr", type=float, default=0.0)
+    add("--lr", type=Real(least=0.0), required=True)
+    add("--min-lr", type=Real(least=0.0), default=0.0)
     add("--lr-decay-style", choices=("constant", "linear", "cosine", "inverse-square-root"), default="linear")
-    add("--lr-decay-iters", type=int, help="default: --train-iters")
-    add("--lr-warmup-iters", type=int, default=0)
-    add("--weight-decay", type=float, default=0.01)
-    add("--clip-grad", type=float, default=1.0)
-    add("--adam-beta1", type=float, default=0.9)
-    add("--adam-beta2", type=float, default=0.999)
-    add("--adam-eps", type=float, default=1e-8)
-    add("--sgd-momentum", type=float, default=0.9)
+    add("--lr-decay-iters", type=Whole(), help="default: --train-iters")
+    add("--lr-warmup-iters", type=Whole(least=0), default=0)
+    add("--weight-decay", type=Real(least=0.0), default=0.01)
+    add("--clip-grad", type=Real(least=0.0), default=1.0, help="largest norm of the gradient; 0: no limit")
+    add("--adam-beta1", type=Real(least=0.0, below=1.0), default=0.9)
+    add("--adam-beta2", type=Real(least=0.0, below=1.0), default=0.999)
+    add("--adam-eps", type=Real(above=0.0), default=1e-8)
+    add("--sgd-momentum", type=Real(least=0.0, below=1.0), default=0.9)
     add("--bf16", action="store_true", help="bfloat16 weights, fp32 gradients and optimizer; default fp32")
     add("--calculate-per-token-loss", action="store_true")
-    add("--seed", type=int, default=1234)
+    add("--seed", type=SEED, default=1234)
     add(
         "--check-gradients-every",
-        type=int,
+        type=Whole(),
         metavar="N",
         help="compare gradients and weights of data-parallel ranks every so many iterations",
     )
-    add("--eval-interval", type=int, default=1000)
-    add("--eval-iters", type=int, default=0)
+    add("--eval-interval", type=Whole(), default=1000)
+    add("--eval-iters", type=Whole(least=0), default=0)
 
 
 def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     add = group.add_argument
     add("--data-path", required=True, metavar="PREFIX", help="as tools/prepare_data.py wrote it")
-    add("--split", default="969,30,1", help="documents for training, validation, test")
+    add("--split", type=_split, default="969,30,1", help="documents for training, validation, test")
     add("--data-cache-path", type=Path, help="default: the folder cache beside the data")
-    add("--num-workers", type=int, default=0, help="processes that read ahead")
+    add("--num-workers", type=Whole(least=0, most=1024), default=0, help="processes that read ahead")
     add("--eod-mask-loss", action="store_true", help="no loss at ends of documents")
 
 
 def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     add = group.add_argument
-    add("--log-interval", type=int, default=1)
+    add("--log-interval", type=Whole(), default=1)
     add("--metrics-jsonl", type=Path, metavar="PATH", help="one JSON object per iteration")
     add("--trace-dir", type=Path, metavar="DIR", help="the measured timeline of every iteration")
     add(
@@ -168,8 +176,8 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
         help="stacks after a hang (default: DIR/failures of --save)",
     )
     add("--save", type=Path, metavar="DIR")
-    add("--save-interval", type=int, help="also save every so many iterations, not only at the end")
-    add("--keep-checkpoints", type=int, metavar="N", help="of --save: only the last N (default: all)")
+    add("--save-interval", type=Whole(), help="also save every so many iterations, not only at the end")
+    add("--keep-checkpoints", type=Whole(), metavar="N", help="of --save: only the last N (default: all)")
     add("--async-save", action="store_true", help="write checkpoints while training goes on")
     add(
         "--on-save-failure",
@@ -180,3 +188,14 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--load", type=Path, metavar="DIR", help="go on from the latest checkpoint there")
     add("--load-fallback", action="store_true", help="from an older one if the latest is damaged")
+
+
+def _split(text: str) -> str:
+    """Weights as Megatron reads them, by their digits and points: 1e3 would be two of them."""
+    parts = text.split(",")
+    is_plain = all(re.fullmatch(r" *([0-9]+\.?[0-9]*|\.[0-9]+) *", part, re.ASCII) for part in parts)
+    if len(parts) != 3 or not is_plain or not float(parts[0]) > 0 or len(text) > 64:
+        raise argparse.ArgumentTypeError(
+            f"{text[:64]!r} must be three weights for train, valid, test, like 969,30,1"
+        )
+    return text

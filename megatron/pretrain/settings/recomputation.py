@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from helixpipe.commands.ranges import Whole
 from helixpipe.layers.recomputing_layer import MemorySaving
 from helixpipe.layers.slices import automatic_size
 
@@ -24,13 +25,13 @@ def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--mlp-chunk-size",
-        type=_size,
+        type=Whole(word=AUTO_SIZE),
         metavar="{N,auto}",
         help="tokens of the sequence for which norm2 and the MLP run at a time (default: all)",
     )
     add(
         "--loss-chunk-size",
-        type=_size,
+        type=Whole(word=AUTO_SIZE),
         metavar="{N,auto}",
         help="tokens of the sequence whose logits exist at a time (default: all)",
     )
@@ -60,14 +61,6 @@ def memory_saving(args: argparse.Namespace) -> MemorySaving:
                 "--mlp-chunk-size recomputes the MLP by itself; leave mlp out of --recompute-modules"
             )
     return MemorySaving(again, _mlp_chunk_size(args), _loss_chunk_size(args))
-
-
-def _size(text: str) -> int | str:
-    if text == AUTO_SIZE:
-        return text
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens; give 1 or more, or {AUTO_SIZE}")
-    return int(text)
 
 
 def _mlp_chunk_size(args: argparse.Namespace) -> int | None:

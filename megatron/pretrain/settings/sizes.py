@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 import torch
 
-from helixpipe.commands.parser import require_positive
+ROTARY_BASE = 10000  # Megatron's default
 
 
 def derive_layout(args: argparse.Namespace) -> None:
@@ -15,17 +16,6 @@ def derive_layout(args: argparse.Namespace) -> None:
     Raises:
         ValueError: sizes that do not fit together; the message says which would.
     """
-    require_positive(
-        args,
-        (
-            "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers", "hidden_size",
-            "num_attention_heads", "num_query_groups", "seq_length", "micro_batch_size", "global_batch_size",
-            "train_iters", "make_vocab_size_divisible_by", "log_interval", "eval_interval",
-            "ffn_hidden_size", "kv_channels", "max_position_embeddings",
-            "num_layers_per_virtual_pipeline_stage", "recompute_num_layers", "distributed_timeout_minutes",
-            "save_interval", "keep_checkpoints", "num_fold", "check_gradients_every", "max_seq_length",
-        ),
-    )  # fmt: skip
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     if args.world_size % (tp * pp):
         raise ValueError(
@@ -105,7 +95,31 @@ def derive_model(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--attention-dropout {args.attention_dropout} is not supported by the flash kernels; use 0"
         )
+    _check_rotary(args)
     args.params_dtype = torch.bfloat16 if args.bf16 else torch.float32
+
+
+def _check_rotary(args: argparse.Namespace) -> None:
+    """Rotary embeddings turn pairs of channels, as many as the percentage leaves of a head, rounded down."""
+    if args.position_embedding_type != "rope":
+        for flag, is_given in (
+            ("--rotary-percent", args.rotary_percent != 1.0),
+            ("--rotary-base", args.rotary_base != ROTARY_BASE),
+            ("--rotary-seq-len-interpolation-factor", args.rotary_seq_len_interpolation_factor is not None),
+        ):
+            if is_given:
+                raise ValueError(f"{flag} needs --position-embedding-type rope; add it, or leave {flag} out")
+        return
+    if args.kv_channels < 2:
+        raise ValueError("--kv-channels 1 has no pair of channels for --position-embedding-type rope; use 2")
+    channels = int(args.kv_channels * args.rotary_percent)
+    if channels < 2 or channels % 2:
+        # Rounded up, so that rounding the channels down finds the even number again.
+        share = math.ceil(1e6 * max(channels - channels % 2, 2) / args.kv_channels) / 1e6
+        raise ValueError(
+            f"--rotary-percent {args.rotary_percent:g} of --kv-channels {args.kv_channels} leaves {channels} "
+            f"channels to rotate, which must be an even number above 0; use {share:g}"
+        )
 
 
 def nearest(value: int, factor: int) -> str:
