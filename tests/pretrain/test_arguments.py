@@ -163,12 +163,12 @@ def test_automatic_slices_are_of_one_gpus_share(parse):
     [
         (256, 128, 1, 256),
         (257, 128, 1, 384),
-        (300, 128, 2, 512),
+        (257, 128, 2, 384),
+        (300, 128, 2, 384),
         (50257, 128, 1, 50304),
-        (50257, 128, 8, 51200),
+        (50257, 128, 8, 50304),
         (300, 1, 1, 300),
         (300, 1, 4, 300),
-        (301, 1, 4, 304),
     ],
 )
 def test_vocabulary_is_padded(parse, vocabulary, multiple, tensor_size, padded):
@@ -179,6 +179,29 @@ def test_vocabulary_is_padded(parse, vocabulary, multiple, tensor_size, padded):
         dataset=dataclasses.replace(DATASET, vocab_size=vocabulary),
     )
     assert args.padded_vocab_size == padded
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 127, 257, 301, 50257])
+@pytest.mark.parametrize("multiple", [1, 3, 64, 128])
+def test_padding_does_not_depend_on_the_layout(parse, vocabulary, multiple):
+    """Every tensor-parallel size either has the same rows, or is refused with a multiple that serves."""
+
+    def padded(tensor_size, multiple):
+        return parse(
+            f"--make-vocab-size-divisible-by {multiple} --tensor-model-parallel-size {tensor_size} "
+            "--hidden-size 48 --num-attention-heads 24",
+            world_size=tensor_size,
+            dataset=dataclasses.replace(DATASET, vocab_size=vocabulary),
+        ).padded_vocab_size
+
+    alone = padded(1, multiple)
+    for tensor_size in (2, 3, 4, 6, 8, 12):
+        if alone % tensor_size == 0:
+            assert padded(tensor_size, multiple) == alone
+            continue
+        with pytest.raises(ValueError, match=r"does not divide; use \d+$") as refused:
+            padded(tensor_size, multiple)
+        assert padded(tensor_size, int(str(refused.value).rpartition(" ")[2])) % tensor_size == 0
 
 
 def test_output_folders_are_made_before_training(parse, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -209,5 +210,17 @@ def _make_output_folders(args: argparse.Namespace) -> None:
 
 
 def _pad_vocabulary(args: argparse.Namespace) -> int:
-    multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
-    return -(-args.dataset.vocab_size // multiple) * multiple
+    """Rows of the embedding: the same for every layout, unlike Megatron's.
+
+    Padding takes part in the softmax, so it would change the loss, and what fits a checkpoint.
+    """
+    size, multiple, tp = (
+        args.dataset.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size,
+    )  # fmt: skip
+    padded = -(-size // multiple) * multiple
+    if padded % tp:
+        raise ValueError(
+            f"--make-vocab-size-divisible-by {multiple} pads the vocabulary of {size} to {padded}, which "
+            f"--tensor-model-parallel-size {tp} does not divide; use {math.lcm(multiple, tp)}"
+        )
+    return int(padded)
