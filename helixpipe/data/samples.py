@@ -100,9 +100,10 @@ class ShuffledOrder:
     Args:
         num_samples: of the dataset.
         seed: 0 to 2^32 - 1.
+        shuffles_first: False for samples that are shuffled already: the first epoch takes them as they come.
     """
 
-    def __init__(self, num_samples: int, seed: int) -> None:
+    def __init__(self, num_samples: int, seed: int, *, shuffles_first: bool = True) -> None:
         if not 0 <= seed < 2**32:
             raise ValueError(f"--seed must be from 0 to {2**32 - 1}, not {seed}")
         assert num_samples > 0
@@ -110,6 +111,7 @@ class ShuffledOrder:
         self.seed = seed
         self._epoch = -1
         self._permutation = np.zeros(0, dtype=np.int64)
+        self._shuffles_first = shuffles_first
 
     def samples(self, position: int, count: int) -> Integers:
         """[count] numbers of the samples at ``position`` and after it."""
@@ -126,6 +128,10 @@ class ShuffledOrder:
             # NumPy keeps this old generator's numbers the same in all its releases, which it does not promise
             # for the new ones: a job may be resumed after an upgrade.
             chance = np.random.RandomState([self.seed, epoch])
-            self._permutation = chance.permutation(self.num_samples).astype(np.int64)
+            self._permutation = (
+                chance.permutation(self.num_samples).astype(np.int64)
+                if epoch or self._shuffles_first
+                else np.arange(self.num_samples, dtype=np.int64)
+            )
             self._epoch = epoch
         return self._permutation

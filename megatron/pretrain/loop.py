@@ -16,7 +16,7 @@ from helixpipe.megatron_adapter.schedule import ELASTIC, chunk_iterators, make_s
 from helixpipe.reliability.exit_codes import PREEMPTED, DataError, NumericsError
 from helixpipe.reliability.monitor import Monitor
 from helixpipe.runtime.trace import NullClock, default_clock
-from megatron.pretrain.checkpoint.checkpoint import Progress, load_checkpoint
+from megatron.pretrain.checkpoint.checkpoint import Loaded, Progress, load_checkpoint
 from megatron.pretrain.checkpoint.saver import Saver, SaveStatus
 from megatron.pretrain.data.elastic_iterators import ElasticTraining, ElasticValidation
 from megatron.pretrain.data.gpt import Batch, build_iterators
@@ -80,18 +80,19 @@ def _train(args: argparse.Namespace, forward_step: ForwardStep, monitor: Monitor
     monitor.enter("build model")
     state = build_training_state(args)
     monitor.enter("load")
-    progress = _resume(args, state)
+    loaded = _resume(args, state)
+    progress = loaded.progress
     reporter = Reporter(args, progress.iteration)
-    _announce(args, progress, reporter)
+    _announce(args, loaded, reporter)
     monitor.enter("build data")
     run = _Run(args, forward_step, schedule, state, reporter, monitor)
     if args.pipeline_schedule == ELASTIC:
-        validation = ElasticValidation(args, progress.iteration) if args.eval_iters else None
-        with closing(ElasticTraining(args, progress.consumed_samples, progress.data)) as batches:
+        validation = ElasticValidation(args, progress.evaluated_samples) if args.eval_iters else None
+        with closing(ElasticTraining(args, progress.position)) as batches:
             run.planning = batches.planning
-            return _iterate(run, progress._replace(data=batches.identity), batches, validation)
-    iterators = build_iterators(args, progress.consumed_samples, progress.iteration)
-    return _iterate(run, progress._replace(data=None), *iterators)
+            return _iterate(run, progress, batches, validation)
+    iterators = build_iterators(args, progress.position, progress.evaluated_samples)
+    return _iterate(run, progress, *iterators)
 
 
 def _iterate(
@@ -105,11 +106,10 @@ def _iterate(
     request.listen()
     data = None if train_data is None else KeptBatches(train_data)
     while progress.iteration < args.train_iters:
-        consumed = progress.consumed_samples + args.global_batch_size
-        progress = progress._replace(iteration=progress.iteration + 1, consumed_samples=consumed)
+        progress = _after_batch(progress, args)
         try:
             stops, statuses = run.train_iteration(
-                progress.iteration, data, lambda: (bool(request.signal_name), saver.status)
+                progress, data, lambda: (bool(request.signal_name), saver.status)
             )
         except NumericsError as error:
             # The save that is still under way is of an iteration that was in order.
@@ -124,6 +124,10 @@ def _iterate(
         is_last, must_stop = progress.iteration == args.train_iters, any(stops)
         if args.eval_iters and (is_last or progress.iteration % args.eval_interval == 0) and not must_stop:
             run.evaluate(progress.iteration, valid_data)
+            if progress.iteration % args.eval_interval == 0:
+                # The evaluation at the end is one more, which a longer job does not have.
+                evaluated = progress.evaluated_samples + args.eval_iters * args.global_batch_size
+                progress = progress._replace(evaluated_samples=evaluated)
         is_due = args.save_interval is not None and progress.iteration % args.save_interval == 0
         if args.save and (is_last or must_stop or is_due):
             monitor.enter("save")
@@ -135,11 +139,19 @@ def _iterate(
     return 0
 
 
-def _resume(args: argparse.Namespace, state: TrainingState) -> Progress:
+def _after_batch(progress: Progress, args: argparse.Namespace) -> Progress:
+    return progress._replace(
+        iteration=progress.iteration + 1,
+        consumed_samples=progress.consumed_samples + args.global_batch_size,
+        position=progress.position + args.global_batch_size,
+    )
+
+
+def _resume(args: argparse.Namespace, state: TrainingState) -> Loaded:
     """Load from ``--load``, or from ``--save`` if torchrun has restarted a job that has saved there."""
     if args.save is not None and args.load != args.save and has_saved(agent_store(_STORE_TIMEOUT)):
         args.load = args.save
-    return load_checkpoint(args, state) if args.load is not None else Progress()
+    return load_checkpoint(args, state) if args.load is not None else Loaded()
 
 
 def _leave(args: argparse.Namespace, progress: Progress, request: StopRequest, reporter: Reporter) -> int:
@@ -175,18 +187,19 @@ class _Run:
         watch_gradient_norm(state.optimizer)
 
     def train_iteration(
-        self, iteration: int, data: KeptBatches | None, stop_flags: Callable[[], Sequence[int]]
+        self, progress: Progress, data: KeptBatches | None, stop_flags: Callable[[], Sequence[int]]
     ) -> list[list[int]]:
         """Forward, backward and optimizer step of one global batch.
 
         Args:
-            iteration: number of the iteration, from 1.
+            progress: at the end of the iteration.
             data: this rank's micro batches, or None where it reads none.
             stop_flags: what this rank has to tell the others at the iteration's end.
 
         Returns:
             for each of the stop_flags, what all ranks have told.
         """
+        iteration = progress.iteration
         self.monitor.enter("step", iteration)
         started = time.perf_counter()
         learning_rate = self.state.optimizer.param_groups[0]["lr"]
@@ -215,6 +228,7 @@ class _Run:
         metrics, told = gather_metrics(
             self.args,
             iteration=iteration,
+            consumed_samples=progress.consumed_samples,
             losses=losses,
             grad_norm=grad_norm,
             elapsed_ms=(time.perf_counter() - started) * 1e3,
@@ -273,7 +287,7 @@ class _Run:
         )
 
 
-def _announce(args: argparse.Namespace, progress: Progress, reporter: Reporter) -> None:
+def _announce(args: argparse.Namespace, loaded: Loaded, reporter: Reporter) -> None:
     tp, pp, dp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.data_parallel_size
     if args.choice is not None:
         reporter.say(args.choice)
@@ -286,5 +300,13 @@ def _announce(args: argparse.Namespace, progress: Progress, reporter: Reporter) 
         f"{args.dataset.num_tokens} tokens in {args.dataset.num_documents} documents, "
         f"vocabulary {args.dataset.vocab_size}"
     )
-    if progress.iteration:
-        reporter.say(f"going on from iteration {progress.iteration} of {args.load}")
+    iteration = loaded.progress.iteration
+    if loaded.folder is None:
+        return
+    reporter.say(f"going on from iteration {iteration} of {args.load}")
+    if loaded.changes:
+        reporter.say(f"changed since then: {', '.join(change.text for change in loaded.changes)}")
+    if loaded.progress.position < loaded.progress.consumed_samples:
+        reporter.say(f"at sample {loaded.progress.position} of another order than that of the first samples")
+    if iteration >= args.train_iters:
+        reporter.say(f"nothing to train: --train-iters {args.train_iters} is reached; give more to go on")

@@ -79,6 +79,7 @@ class IterationMetrics:
     """
 
     iteration: int
+    consumed_samples: int
     lm_loss: float
     grad_norm: float | None
     elapsed_ms: float
@@ -100,6 +101,7 @@ def gather_metrics(
     args: argparse.Namespace,
     *,
     iteration: int,
+    consumed_samples: int,
     losses: list[dict[str, torch.Tensor]],
     grad_norm: float | None,
     elapsed_ms: float,
@@ -113,6 +115,7 @@ def gather_metrics(
     Args:
         args: parsed arguments.
         iteration: number of the iteration, from 1.
+        consumed_samples: of the job, this iteration's included.
         losses: one dictionary per micro batch where the loss is computed, empty elsewhere.
         grad_norm: of the whole model, or None if it was not computed.
         elapsed_ms: this rank's time for the iteration, optimizer included.
@@ -136,6 +139,7 @@ def gather_metrics(
     span = max(total)
     metrics = IterationMetrics(
         iteration=iteration,
+        consumed_samples=consumed_samples,
         lm_loss=_mean_loss(loss_sums, token_counts),
         grad_norm=grad_norm,
         elapsed_ms=elapsed_ms,
@@ -258,7 +262,7 @@ def iteration_line(metrics: IterationMetrics, args: argparse.Namespace) -> str:
     width = len(str(args.train_iters))
     parts = [
         f" [{time.strftime('%Y-%m-%d %H:%M:%S')}] iteration {metrics.iteration:{width}d}/{args.train_iters}",
-        f"consumed samples: {metrics.iteration * args.global_batch_size}",
+        f"consumed samples: {metrics.consumed_samples}",
         f"elapsed time per iteration (ms): {metrics.elapsed_ms:.1f}",
         f"tokens per second: {metrics.tokens_per_second:.0f}",
         f"learning rate: {metrics.learning_rate:.6E}",

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from helixpipe.reliability.exit_codes import DataError
 from megatron.pretrain.checkpoint import files as checkpoint_files
-from megatron.pretrain.checkpoint.checkpoint import Progress, check_tensors, load_checkpoint
+from megatron.pretrain.checkpoint.checkpoint import Loaded, check_tensors, load_checkpoint
 from megatron.pretrain.checkpoint.files import (
     MANIFEST,
     TRACKER,
@@ -297,7 +297,7 @@ def test_a_table_of_contents_must_fit_the_model(tmp_path, saved, message):
 
 def test_a_folder_without_checkpoints_is_a_start_only_where_it_is_saved_to(tmp_path):
     (tmp_path / "iter_0000002.saving").mkdir()
-    assert load_checkpoint(Namespace(load=tmp_path, save=tmp_path), state=None) == Progress(0, 0)
+    assert load_checkpoint(Namespace(load=tmp_path, save=tmp_path), state=None) == Loaded()
     with pytest.raises(DataError, match="holds no checkpoint; to start anew leave it out"):
         load_checkpoint(Namespace(load=tmp_path, save=tmp_path / "other"), state=None)
     with pytest.raises(DataError, match="holds no checkpoint"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import random
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -82,7 +83,7 @@ def packed_batches(common, stand_on, layout, consumed):
         for replica in range(replicas):
             stand_on(stage, stages, replica, replicas)
             args = parse_arguments(f"{common} {options}".split())
-            data, _ = build_iterators(args, consumed, consumed // BATCH)
+            data, _ = build_iterators(args, consumed)
             if data is None:
                 continue
             for batch in batches:
@@ -114,6 +115,27 @@ def test_packed_batches_are_the_same_under_any_layout(common, stand_on, position
         # Tokens on the first stage, labels on the one with the loss.
         assert len(found) == (2 if layout[0] in ("1f1b", "interleaved") else 1), layout
         assert all(batches == wanted for batches in found.values()), layout
+
+
+def test_a_longer_job_sees_the_same_samples_and_each_once_per_epoch(common, stand_on):
+    """Whatever --train-iters is, and wherever the job was resumed."""
+    stand_on(0, 1, 0, 1)
+
+    def take(iterations, position, count):
+        options = f"--train-iters {iterations} --num-layers 4 --split 1,0,0 --seq-length 256"
+        data, _ = build_iterators(parse_arguments(f"{common} {options}".split()), position)
+        return [digest(*(batch[name] for name in sorted(batch))) for batch in islice(data, count)]
+
+    few = take(3, 0, 1000)
+    epoch = len(set(few))
+    first = few[:epoch]
+    assert 50 < epoch < 400
+    assert len(set(first)) == epoch
+    # Every epoch has all samples, in another order.
+    assert sorted(few[epoch : 2 * epoch]) == sorted(first)
+    assert few[epoch : 2 * epoch] != first
+    for iterations, position in ((3, 17), (7, epoch - 3), (10_000, 0), (10_000, epoch + 5)):
+        assert take(iterations, position, epoch) == few[position : position + epoch]
 
 
 class Unplanned:
@@ -167,7 +189,7 @@ def test_megatrons_index_cache_is_no_way_in_for_code(common, stand_on, tmp_path)
     """It asks numpy to read pickles."""
     stand_on(0, 1, 0, 1)
     args = parse_arguments(f"{common} --data-cache-path {tmp_path / 'cache'}".split())
-    assert build_iterators(args, 0, 0)[0] is not None
+    assert build_iterators(args, 0)[0] is not None
     caches = sorted((tmp_path / "cache").glob("*.npy"))
     assert len(caches) == 3
     canary = tmp_path / "canary"
@@ -176,12 +198,12 @@ def test_megatrons_index_cache_is_no_way_in_for_code(common, stand_on, tmp_path)
         for content in (pickle.dumps(Bomb(canary)), whole[:-8], b""):
             cache.write_bytes(content)
             with pytest.raises(DataError) as caught:
-                build_iterators(args, 0, 0)
+                build_iterators(args, 0)
             assert str(caught.value).startswith(f"{cache} is not an index that was cached here (")
             assert "\n" not in str(caught.value)
         cache.write_bytes(whole)
     assert not canary.exists()
-    build_iterators(args, 0, 0)
+    build_iterators(args, 0)
     # The bomb is a live one.
     cache.write_bytes(pickle.dumps(Bomb(canary)))
     np.load(cache, allow_pickle=True, mmap_mode="r")

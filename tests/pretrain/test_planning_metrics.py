@@ -26,6 +26,7 @@ ARGS = Namespace(
 def metrics(iteration, planning):
     return IterationMetrics(
         iteration=iteration,
+        consumed_samples=12 * iteration,
         lm_loss=1.5,
         grad_norm=0.1,
         elapsed_ms=20.0,

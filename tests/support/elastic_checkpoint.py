@@ -11,7 +11,6 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from helixpipe.data.samples import ShuffledOrder
 from helixpipe.megatron_adapter import cpu_backend
 from megatron.pretrain.checkpoint.checkpoint import load_checkpoint
-from megatron.pretrain.data.elastic_iterators import ElasticTraining
 from megatron.pretrain.initialize import seed_random_states
 from megatron.pretrain.model import build_training_state, unwrap
 from megatron.pretrain.settings.arguments import parse_arguments
@@ -47,14 +46,13 @@ def megatrons_mean_loss(
 
 
 def refusals(jobs: list[list[str]]) -> list[str]:
-    """What each job, which loads a checkpoint, says of its data; empty if it goes on."""
+    """What each job, which loads a checkpoint, says of the settings; empty if it goes on."""
     _begin()
     found = []
     for words in jobs:
         args = parse_arguments(words)
-        progress = load_checkpoint(args, build_training_state(args))
         try:
-            ElasticTraining(args, progress.consumed_samples, progress.data).close()
+            load_checkpoint(args, build_training_state(args))
         except ValueError as error:
             found.append(f"{type(error).__name__}: {error}")
         else:

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from helixpipe.reliability.exit_codes import DataError
+from megatron.pretrain.checkpoint.comparison import Change, compare_settings, settings_of
 from megatron.pretrain.checkpoint.files import (
     check_file,
     manifest_of,
@@ -33,39 +34,46 @@ from megatron.pretrain.checkpoint.safe_pickle import find_unsafe_content, no_cod
 from megatron.pretrain.checkpoint.shards import describe
 from megatron.pretrain.model import TrainingState, unwrap
 
-# What a checkpoint must share with the job that loads it.
-_ARCHITECTURE = (
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
-    "normalization", "swiglu", "position_embedding_type", "untie_embeddings_and_output_weights",
-    "add_bias_linear", "add_qkv_bias", "qk_layernorm",
-    # Not of the model, but the optimizer's state has another form.
-    "use_distributed_optimizer", "bf16",
-)  # fmt: skip
-
 
 class Progress(NamedTuple):
     """How far training has come.
 
     Attributes:
         iteration: the last finished one.
-        consumed_samples: over all replicas.
-        data: what tells the data apart that they were from, where a schedule has an order of its own: see
-            :attr:`megatron.pretrain.settings.elastic.ElasticTraining.identity`.
+        consumed_samples: trained on, over all replicas.
+        position: in the order of samples; less than ``consumed_samples`` after a change of the data or of
+            their order, which begins anew.
+        evaluated_samples: position in the validation samples.
     """
 
     iteration: int = 0
     consumed_samples: int = 0
-    data: dict[str, Any] | None = None
+    position: int = 0
+    evaluated_samples: int = 0
 
 
-def load_checkpoint(args: argparse.Namespace, state: TrainingState) -> Progress:
+class Loaded(NamedTuple):
+    """What a job goes on from.
+
+    Attributes:
+        progress: of the job that saved it.
+        folder: the checkpoint; None if there was none yet.
+        changes: of the settings, on purpose.
+    """
+
+    progress: Progress = Progress()
+    folder: Path | None = None
+    changes: tuple[Change, ...] = ()
+
+
+def load_checkpoint(args: argparse.Namespace, state: TrainingState) -> Loaded:
     """Restore the newest checkpoint under ``--load``; no progress if there is none yet.
 
     Only a folder that is also the one of ``--save`` may hold none: it is the first start of the job.
 
     Raises:
-        DataError: an unreadable tracker, a checkpoint that is missing or damaged, or a model of another
-            architecture; on every rank, before training uses a weight.
+        DataError: an unreadable tracker, a checkpoint that is missing or damaged, or one of a job with other
+            settings; on every rank, before training uses a weight.
     """
     folder = _verified_checkpoint(args)
     if folder is None:
@@ -74,7 +82,7 @@ def load_checkpoint(args: argparse.Namespace, state: TrainingState) -> Progress:
                 f"--load {args.load} holds no checkpoint; to start anew leave it out, or name it in "
                 "--save, too"
             )
-        return Progress()
+        return Loaded()
     with no_code_from_disk():
         return _load_from(folder, args, state)
 
@@ -140,8 +148,9 @@ def _gathered(mine: dict[Any, Any]) -> dict[Any, Any]:
     return {name: value for part in everyone for name, value in part.items()}
 
 
-def _load_from(folder: Path, args: argparse.Namespace, state: TrainingState) -> Progress:
-    _check_architecture(args, folder)
+def _load_from(folder: Path, args: argparse.Namespace, state: TrainingState) -> Loaded:
+    saved = dist_checkpointing.load_common_state_dict(str(folder))
+    changes = compare_settings(saved["settings"], args, str(folder))
     torch_adam = _distributed_torch_adam(state.optimizer)
     if torch_adam is not None:
         _start_steps(torch_adam)
@@ -158,7 +167,10 @@ def _load_from(folder: Path, args: argparse.Namespace, state: TrainingState) -> 
     else:
         state.optimizer.load_state_dict(loaded["optimizer"])
     state.scheduler.load_state_dict(loaded["opt_param_scheduler"])
-    return Progress(loaded["iteration"], loaded["consumed_samples"], loaded.get("data"))
+    progress = Progress(loaded["iteration"], **loaded["samples"])
+    if any(change.reorders for change in changes):
+        progress = progress._replace(position=0, evaluated_samples=0)
+    return Loaded(progress, folder, tuple(changes))
 
 
 def sharded_state(
@@ -175,9 +187,8 @@ def sharded_state(
         "optimizer": optimizer,
         "opt_param_scheduler": state.scheduler.state_dict(),
         "iteration": progress.iteration,
-        "consumed_samples": progress.consumed_samples,
-        "data": progress.data,
-        "architecture": {name: getattr(args, name) for name in _architecture(args)},
+        "samples": {name: value for name, value in progress._asdict().items() if name != "iteration"},
+        "settings": settings_of(args),
     }
 
 
@@ -225,20 +236,6 @@ def content_metadata() -> dict[str, Any]:
     # The one form of the distributed optimizer's state that any other layout can read.
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     return {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": group}
-
-
-def _architecture(args: argparse.Namespace) -> list[str]:
-    # Rotary embeddings have no weights: the longest sequence may change.
-    is_learned = args.position_embedding_type == "learned_absolute"
-    return [*_ARCHITECTURE, "max_position_embeddings"] if is_learned else list(_ARCHITECTURE)
-
-
-def _check_architecture(args: argparse.Namespace, folder: Path) -> None:
-    saved = dist_checkpointing.load_common_state_dict(str(folder)).get("architecture", {})
-    for name, value in saved.items():
-        if getattr(args, name) != value:
-            flag = "--" + name.replace("_", "-")
-            raise DataError(f"{folder} was trained with {flag} {value}, this job has {getattr(args, name)}")
 
 
 def _distributed_torch_adam(optimizer: Any) -> DistributedOptimizer | None:

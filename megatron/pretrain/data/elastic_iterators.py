@@ -17,7 +17,6 @@ from helixpipe.megatron_adapter.elastic_batch import ElasticBatch
 from megatron.pretrain.data.elastic_batches import (
     ElasticBatches,
     EvaluationBatches,
-    Identity,
     identity_of,
     make_shared_planner,
 )
@@ -33,29 +32,20 @@ class ElasticTraining(Iterator[ElasticBatch]):
 
     Args:
         args: parsed arguments.
-        consumed_samples: sequences already trained on, over all replicas.
-        data: :attr:`identity` of the data that they were from; None for a new job, or one that another
-            schedule has begun.
-
-    Attributes:
-        identity: what tells the data apart that a position is in, for checkpoints.
+        position: in the order of sequences: how many were trained on, over all replicas.
 
     Raises:
         ValueError: a split without documents, or fewer sequences in a batch than replicas.
-        DataError: a checkpoint that was made with other data or settings of it.
     """
 
-    def __init__(
-        self, args: argparse.Namespace, consumed_samples: int = 0, data: Identity | None = None
-    ) -> None:
+    def __init__(self, args: argparse.Namespace, position: int = 0) -> None:
         dataset = VariableLengthDataset(args.dataset, args.max_seq_length, _documents(args, _TRAINING))
-        self.identity = identity_of(dataset, args.seed)
         self._planned: PlannedBatch | None = None
         self._batches = ElasticBatches(
             dataset,
             make_shared_planner(args.elastic_job),
             global_batch_size=args.global_batch_size,
-            state={"consumed_samples": consumed_samples, **(data or self.identity)},
+            state={"consumed_samples": position, **identity_of(dataset, args.seed)},
             **_share(args),
         )
 
@@ -80,20 +70,19 @@ class ElasticValidation(Iterator[ElasticBatch]):
 
     Args:
         args: parsed arguments, with ``--eval-iters``.
-        iteration: the last finished one; tells how much of the data was seen.
+        evaluated: how many validation samples were seen.
 
     Raises:
         ValueError: no document in the split has a token to learn.
     """
 
-    def __init__(self, args: argparse.Namespace, iteration: int) -> None:
+    def __init__(self, args: argparse.Namespace, evaluated: int) -> None:
         dataset = VariableLengthDataset(args.dataset, args.max_seq_length, _documents(args, _VALIDATION))
-        evaluated = iteration // args.eval_interval * args.eval_iters
         self._batches = EvaluationBatches(
             dataset,
             args.elastic_job,
             global_batch_size=args.global_batch_size,
-            consumed_samples=evaluated * args.global_batch_size,
+            consumed_samples=evaluated,
             **_share(args),
         )
 

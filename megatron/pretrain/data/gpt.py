@@ -20,10 +20,15 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch.utils.data import DataLoader
 
 from helixpipe.data.prefix import DatasetInfo, dataset_paths
+from helixpipe.data.samples import ShuffledOrder
 from helixpipe.megatron_adapter.schedule import needs_data
 from megatron.pretrain.checkpoint.safe_pickle import plain_arrays_from_disk
 
 Batch = dict[str, torch.Tensor]
+
+# Megatron draws whole epochs until it has so many samples. Asked for those of the whole job, it would order
+# all epochs together, so that a longer job saw other samples from the start.
+_ONE_EPOCH = [1, 1, 1]
 
 
 class PrefixTokenizer:
@@ -51,37 +56,32 @@ class PrefixTokenizer:
 
 
 def build_iterators(
-    args: argparse.Namespace, consumed_samples: int, iteration: int
+    args: argparse.Namespace, position: int, evaluated: int = 0
 ) -> tuple[Iterator[Batch] | None, Iterator[Batch] | None]:
     """Endless iterators over this data-parallel rank's training and validation micro batches.
+
+    Every sample comes once per epoch, in an order that does not depend on how long the job is.
 
     None where this rank's share of the schedule reads no data. Collective: every rank must call it. The split
     must have passed :func:`check_split`.
 
     Args:
         args: parsed arguments.
-        consumed_samples: training sequences already seen, over all data-parallel ranks.
-        iteration: the last finished one; tells how much of the validation data was seen.
+        position: in the order of training samples: how many were seen, over all data-parallel ranks.
+        evaluated: how many validation samples were seen.
 
     Raises:
         DataError: a damaged index cache.
     """
-    evaluations = args.train_iters // args.eval_interval + 1
     reads_data = needs_data(args.pipeline_schedule, args.head_placement)
-    samples = [args.train_iters * args.global_batch_size, 0, 0]
-    if args.eval_iters:
-        samples[1] = evaluations * args.eval_iters * args.global_batch_size
     with plain_arrays_from_disk():
         train, valid, _ = BlendedMegatronDatasetBuilder(
-            GPTDataset, samples, lambda: reads_data, _dataset_config(args)
+            GPTDataset, _ONE_EPOCH, lambda: reads_data, _dataset_config(args)
         ).build()
     if not reads_data:
         return None, None
-    train_batches = _batches(args, train, consumed_samples)
-    if not args.eval_iters:
-        return train_batches, None
-    validated = iteration // args.eval_interval * args.eval_iters * args.global_batch_size
-    return train_batches, _batches(args, valid, validated)
+    train_batches = _batches(args, train, position)
+    return train_batches, _batches(args, valid, evaluated) if args.eval_iters else None
 
 
 def _dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
@@ -122,10 +122,10 @@ def _documents_in(bounds: tuple[float, float], info: DatasetInfo) -> int:
     return last - first
 
 
-def _batches(args: argparse.Namespace, dataset: GPTDataset, consumed_samples: int) -> Iterator[Batch]:
+def _batches(args: argparse.Namespace, dataset: GPTDataset, position: int) -> Iterator[Batch]:
     loader: DataLoader[Any] = DataLoader(
         dataset,
-        batch_sampler=_sampler(args, len(dataset), consumed_samples),
+        batch_sampler=_sampler(args, len(dataset), position),
         num_workers=args.num_workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=args.num_workers > 0,
@@ -139,14 +139,16 @@ def _leave_process_group(worker: int) -> None:
     os.setpgid(0, 0)
 
 
-def _sampler(args: argparse.Namespace, length: int, consumed_samples: int) -> Iterator[list[int]]:
-    """Sample numbers of this data-parallel rank, micro batch by micro batch, wrapping at the end.
+def _sampler(args: argparse.Namespace, length: int, position: int) -> Iterator[list[int]]:
+    """Sample numbers of this data-parallel rank, micro batch by micro batch, epoch after epoch.
 
     Consecutive micro batches of a global batch interleave over data-parallel ranks, so a job that
     goes on with another data-parallel size sees the same global batches.
     """
     size, rank = args.micro_batch_size, parallel_state.get_data_parallel_rank()
-    position = consumed_samples + rank * size
+    # Megatron has shuffled the first epoch.
+    order = ShuffledOrder(length, args.seed, shuffles_first=False)
+    position += rank * size
     while True:
-        yield [(position + offset) % length for offset in range(size)]
+        yield order.samples(position, size).tolist()
         position += size * parallel_state.get_data_parallel_world_size()

@@ -15,6 +15,7 @@ from helixpipe.megatron_adapter.schedule import ELASTIC, make_schedule
 from helixpipe.plan import ScheduleRequest, build_plan
 from helixpipe.plan.schedules import V_SHAPED
 from helixpipe.runtime.trace import NullClock
+from megatron.pretrain.checkpoint.comparison import changeable
 from megatron.pretrain.data.gpt import check_split
 from megatron.pretrain.settings.elastic import derive_elastic
 from megatron.pretrain.settings.parser import build_parser
@@ -92,11 +93,24 @@ def _check_training(args: argparse.Namespace) -> None:
             raise ValueError(f"{flag_of(name)} needs --save DIR")
     if args.load_fallback and args.load is None:
         raise ValueError("--load-fallback needs --load DIR")
+    if args.allow_changed:
+        _check_allowed(args)
     if args.optimizer == "sgd" and (args.use_distributed_optimizer or args.save or args.load):
         raise ValueError(
             "--optimizer sgd has no form for checkpoints and shards; use adam, or leave out --save, --load "
             "and --use-distributed-optimizer"
         )
+
+
+def _check_allowed(args: argparse.Namespace) -> None:
+    if args.load is None:
+        raise ValueError("--allow-changed needs --load DIR")
+    for name in args.allow_changed:
+        if name not in changeable():
+            raise ValueError(
+                f"--allow-changed {name}: that cannot change, or may change anyhow; choose from "
+                f"{', '.join(changeable())}"
+            )
 
 
 def _check_schedule(args: argparse.Namespace) -> None:

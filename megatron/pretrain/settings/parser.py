@@ -188,6 +188,13 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--load", type=Path, metavar="DIR", help="go on from the latest checkpoint there")
     add("--load-fallback", action="store_true", help="from an older one if the latest is damaged")
+    add(
+        "--allow-changed",
+        nargs="+",
+        default=[],
+        metavar="OPTION",
+        help="options, without dashes, that may differ from those of the checkpoint, like lr or data-path",
+    )
 
 
 def _split(text: str) -> str:

@@ -1,0 +1,150 @@
+"""What a job and the checkpoint that it goes on from must have in common.
+
+Every option is compared unless the table below says that it changes nothing that is learned, so that an
+option added later is compared from its first day. What differs is refused, unless ``--allow-changed`` names
+it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from helixpipe.commands.parser import flag_of
+from helixpipe.data.fingerprint import fingerprint
+from helixpipe.megatron_adapter.schedule import ELASTIC
+from helixpipe.reliability.exit_codes import DataError
+from megatron.pretrain.settings.parser import build_parser
+
+# The same losses within rounding, or none at all.
+CHANGES_NOTHING = frozenset((
+    # Who computes what, when and from which memory.
+    "pipeline_schedule", "hardware", "memory_limit_gib", "num_fold", "attention_range", "head_placement",
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage",
+    "sequence_parallel", "overlap_grad_reduce", "overlap_param_gather", "recompute_granularity",
+    "recompute_method", "recompute_num_layers", "recompute_modules", "recompute_without_attention",
+    "mlp_chunk_size", "loss_chunk_size", "transformer_impl", "elastic_costs", "num_workers",
+    # What watches the job.
+    "distributed_timeout_minutes", "hang_timeout_s", "check_gradients_every", "eval_interval", "eval_iters",
+    # Where files are; what is in the data is compared by itself.
+    "data_path", "data_cache_path", "log_interval", "metrics_jsonl", "trace_dir", "failure_dir", "save",
+    "save_interval", "keep_checkpoints", "async_save", "on_save_failure", "load", "load_fallback",
+    "allow_changed",
+    # What is compared under another name: --num-query-groups, and the padded size of the vocabulary.
+    "group_query_attention", "make_vocab_size_divisible_by",
+))  # fmt: skip
+
+# What the form of weights and of optimizer states depends on: no option makes one fit the other.
+_FIXED = frozenset((
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+    "normalization", "swiglu", "position_embedding_type", "untie_embeddings_and_output_weights",
+    "add_bias_linear", "add_qkv_bias", "qk_layernorm", "padded_vocab_size", "use_distributed_optimizer",
+    "bf16", "optimizer",
+))  # fmt: skip
+
+# With another one of these, the position that was reached is one in another order of samples.
+_ORDERS_SAMPLES = frozenset(("seed", "seq_length", "max_seq_length", "split", "data", "samples"))
+
+# What is not an option by itself, by the option that changes it.
+_OPTION_OF = {"data": "data_path", "samples": "pipeline_schedule"}
+
+# Compared only where both jobs depend on them.
+_CONDITIONAL = frozenset(("max_position_embeddings", "micro_batch_size"))
+
+
+class Change(NamedTuple):
+    """A setting that differs from the checkpoint's, on purpose.
+
+    Attributes:
+        text: for the log.
+        reorders: whether samples come in another order, in which this job begins anew.
+    """
+
+    text: str
+    reorders: bool
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What a checkpoint says of the job that saved it: plain values by name."""
+    names = {action.dest for action in build_parser()._actions} - {"help"} - CHANGES_NOTHING
+    found = {name: getattr(args, name) for name in sorted(names)}
+    if args.position_embedding_type != "learned_absolute":
+        # Nothing is learned for a position: the longest sequence may change.
+        del found["max_position_embeddings"]
+    if not args.eod_mask_loss or args.calculate_per_token_loss:
+        # All micro batches weigh the same.
+        del found["micro_batch_size"]
+    found["padded_vocab_size"] = args.padded_vocab_size
+    found["samples"] = "documents" if args.pipeline_schedule == ELASTIC else "packed"
+    found["data"] = fingerprint(args.dataset)[:16]
+    return found
+
+
+def changeable() -> list[str]:
+    """What ``--allow-changed`` takes, as options without dashes."""
+    names = {action.dest for action in build_parser()._actions} - CHANGES_NOTHING - _FIXED
+    names = names - {"help", "train_iters"} | set(_OPTION_OF.values())
+    return sorted(name.replace("_", "-") for name in names)
+
+
+def compare_settings(saved: Mapping[str, Any], args: argparse.Namespace, source: str) -> list[Change]:
+    """What this job changes on purpose.
+
+    Args:
+        saved: :func:`settings_of` the job that saved the checkpoint.
+        args: parsed arguments of this job.
+        source: the checkpoint, for messages.
+
+    Raises:
+        DataError: one line with all settings that differ otherwise, and what to do.
+    """
+    here = settings_of(args)
+    default = build_parser().get_default
+    allowed = {name.replace("-", "_") for name in args.allow_changed}
+    changes, refused = [], []
+    for name in dict.fromkeys((*here, *saved)):
+        if name in _CONDITIONAL and not (name in here and name in saved):
+            continue
+        # An option that is newer than the checkpoint was at its default.
+        then, now = (side.get(name, default(name)) for side in (saved, here))
+        if then == now or (name == "lr_decay_iters" and _follows(saved) and _follows(here)):
+            continue
+        option = _OPTION_OF.get(name, name)
+        if name == "train_iters" or (option in allowed and name not in _FIXED):
+            changes.append(Change(f"{_shown(name, now)} (was {_value(name, then)})", name in _ORDERS_SAMPLES))
+        else:
+            refused.append((name, f"{_shown(name, then)}, this job has {_value(name, now)}"))
+    if refused:
+        texts = "; ".join(text for _, text in refused)
+        raise DataError(f"{source} was trained with {texts}; {_remedy([name for name, _ in refused])}")
+    return changes
+
+
+def _follows(settings: Mapping[str, Any]) -> bool:
+    """Whether learning rates decay over the whole job, as they do without ``--lr-decay-iters``."""
+    return bool(settings["lr_decay_iters"] == settings["train_iters"])
+
+
+def _remedy(names: list[str]) -> str:
+    if "padded_vocab_size" in names:
+        return "give --make-vocab-size-divisible-by as that job had it"
+    if _FIXED.intersection(names):
+        return "give the same, or use another checkpoint"
+    options = dict.fromkeys(_OPTION_OF.get(name, name).replace("_", "-") for name in names)
+    return f"give the same, or change it on purpose with --allow-changed {' '.join(options)}"
+
+
+def _shown(name: str, value: Any) -> str:
+    """A setting as it was given."""
+    words = {
+        "data": "the data of hash",
+        "samples": "samples that are",
+        "padded_vocab_size": "a vocabulary padded to",
+        "add_bias_linear": "--disable-bias-linear",
+    }
+    return f"{words.get(name, flag_of(name))} {_value(name, value)}"
+
+
+def _value(name: str, value: Any) -> str:
+    return str(not value if name == "add_bias_linear" else value)
