@@ -13,7 +13,7 @@ READY  := $(VENV)/.installed
 
 .PHONY: quickstart test test-all lint kernels benchmark layer-benchmark elastic elastic-benchmark overlap tables pictures docs clean
 
-# A few minutes on 2 cores: a corpus, a training run under helix on four ranks, a picture of what it ran.
+# Two minutes on 2 cores: a corpus, 1F1B and helix on the same batches, a picture of what both ran.
 quickstart: $(READY)
 	PYTHON=$(abspath $(PY)) RUN=$(RUN) bash examples/quickstart.sh
 

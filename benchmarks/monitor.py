@@ -2,7 +2,7 @@
 
     python benchmarks/monitor.py --iteration-ms 2000
 
-Counts the turns and messages of the quickstart's plan, times each, and sets the sum against an iteration.
+Counts the turns and messages of a helix job's plan, times each, and sets the sum against an iteration.
 Sentinels are processes of their own: their processor time is measured over some seconds of four of them that
 report to a hub.
 """
@@ -30,8 +30,8 @@ from helixpipe.reliability.record import RECORD_BYTES, SharedProgress
 from helixpipe.runtime.header import HeaderCheck
 from helixpipe.runtime.message import MessageLayout
 
-# As in examples/quickstart.sh.
-QUICKSTART = ScheduleRequest(num_layers=8, num_ranks=4, num_microbatches=8)
+# A helix job of four ranks.
+REQUEST = ScheduleRequest(num_layers=8, num_ranks=4, num_microbatches=8)
 _ROUNDS = 20_000
 _OTHERS = 3  # sentinels beside the hub's
 
@@ -39,7 +39,7 @@ _OTHERS = 3  # sentinels beside the hub's
 def main() -> int:
     """Print one line per cost, then the share of an iteration."""
     options = build_parser().parse_args()
-    plan = build_plan("helix", QUICKSTART)
+    plan = build_plan("helix", REQUEST)
     order = max(plan.orders, key=len)
     receives = sum(op.kind.is_receive for op in order)
     sends = sum(op.kind.is_send for op in order)
@@ -63,7 +63,7 @@ def build_parser() -> ScriptParser:
     """The options."""
     parser = ScriptParser(prog="benchmark_monitor", description="Measure what watching a job costs.")
     parser.add_argument(
-        "--iteration-ms", type=Real(above=0.0), required=True, help="of the quickstart on this machine"
+        "--iteration-ms", type=Real(above=0.0), required=True, help="of the job that is watched"
     )
     parser.add_argument(
         "--seconds", type=Real(above=0.0, most=86400.0), default=10.0, help="to watch the sentinels for"
@@ -87,7 +87,7 @@ def _turn_us(plan: Plan) -> float:
 def _header_us() -> tuple[float, float]:
     check = HeaderCheck(1, 0, torch.device("cpu"))
     layout = MessageLayout((torch.Size((16, 16)),), torch.float32)
-    message = build_plan("helix", QUICKSTART).orders[0][0]
+    message = build_plan("helix", REQUEST).orders[0][0]
     buffer = layout.empty(torch.device("cpu"))
     return (
         _per_call_us(lambda: check.write(5, layout, buffer)),

@@ -1,42 +1,56 @@
 #!/usr/bin/env bash
-# Build a small corpus from the Python standard library's own sources, train a GPT on it under the helix
-# schedule on four gloo ranks, and draw the schedule that the last iteration really ran.
+# Train a small GPT on real text twice, under 1F1B and under helix, with the same weights and batches. Losses are
+# printed side by side as they come; at the end stand both executed schedules in one picture and on one page.
+# Two ranks on two CPU cores, about two minutes.
 #
 #   PYTHON  the interpreter to use (default: python3)
 #   RUN     where everything goes (default: runs/quickstart)
-#   ITERS   iterations (default: 40)
+#   ITERS   iterations (default: 12)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
 RUN=${RUN:-runs/quickstart}
-ITERS=${ITERS:-40}
+ITERS=${ITERS:-12}
 CORPUS=$RUN/stdlib
+export OMP_NUM_THREADS=1
 
 if [ ! -e "$CORPUS.idx" ]; then
-    echo "== Corpus: the Python standard library"
+    echo "== Corpus: the Python standard library's sources"
     "$PYTHON" tools/prepare_data.py \
         --input "$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" \
         --pattern '*.py' --exclude site-packages test tests idlelib \
-        --vocab-size 4096 --output-prefix "$CORPUS"
+        --vocab-size 1024 --output-prefix "$CORPUS"
 fi
 
-echo "== Training: helix, 4 pipeline ranks, two-fold, $ITERS iterations"
-# Eight layers and sequences of 1024 tokens; 8 micro batches are one round of 4 slots x fold 2.
-OMP_NUM_THREADS=1 "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 4 pretrain_gpt.py \
-    --pipeline-schedule helix --num-fold 2 --pipeline-model-parallel-size 4 \
-    --num-layers 8 --hidden-size 256 --num-attention-heads 8 --seq-length 1024 \
-    --swiglu --ffn-hidden-size 704 --normalization RMSNorm --position-embedding-type rope \
-    --disable-bias-linear --untie-embeddings-and-output-weights \
-    --micro-batch-size 1 --global-batch-size 8 --train-iters "$ITERS" \
-    --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-iters 4 \
-    --data-path "$CORPUS" --metrics-jsonl "$RUN/metrics.jsonl" --trace-dir "$RUN/trace"
+train() { # schedule, [schedule to compare with]
+    rm -rf "${RUN:?}/$1"
+    mkdir -p "$RUN/$1"
+    echo "== Training under $1: 2 pipeline ranks, 4 micro batches of 4096 tokens, $ITERS iterations"
+    "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 pretrain_gpt.py \
+        --pipeline-schedule "$1" --pipeline-model-parallel-size 2 \
+        --num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 4096 \
+        --swiglu --ffn-hidden-size 352 --normalization RMSNorm --position-embedding-type rope \
+        --disable-bias-linear --untie-embeddings-and-output-weights \
+        --micro-batch-size 1 --global-batch-size 4 --train-iters "$ITERS" \
+        --lr 6e-3 --min-lr 6e-4 --lr-decay-style cosine --lr-warmup-iters 2 \
+        --data-path "$CORPUS" --metrics-jsonl "$RUN/$1/metrics.jsonl" --trace-dir "$RUN/$1/trace" |
+        "$PYTHON" examples/side_by_side.py follow "$RUN" "$@"
+}
+train 1f1b
+train helix 1f1b
 
-LAST=$(ls "$RUN"/trace/iteration_*.json | tail -n 1)
-echo "== The schedule that the last iteration executed"
-if [ "$(nproc)" -lt 4 ]; then
-    echo "Four ranks share $(nproc) cores here: a rank is also idle while another one has its core."
-fi
-"$PYTHON" -m helixpipe draw --timeline "$LAST"
-"$PYTHON" -m helixpipe draw --timeline "$LAST" --output "$RUN/schedule.png"
-echo "Losses: $RUN/metrics.jsonl · timelines: $RUN/trace · picture: $RUN/schedule.png"
+last() { # schedule
+    printf '%s/trace/iteration_%07d.json' "$RUN/$1" "$ITERS"
+}
+"$PYTHON" examples/side_by_side.py summary "$RUN" 1f1b helix
+"$PYTHON" -m helixpipe draw --timeline "$(last 1f1b)" "$(last helix)" --output "$RUN/schedules.png"
+"$PYTHON" -m helixpipe draw --timeline "$(last 1f1b)" "$(last helix)" --output "$RUN/schedules.html"
+cat <<EOT
+
+Next:
+  your own text      python tools/prepare_data.py --input FOLDER --output-prefix data/corpus
+  your own job       helixpipe advise --model llama-7b --hardware h20 --seq-length 131072 \\
+                         --tensor-model-parallel-size 8 --pipeline-model-parallel-size 8 --num-microbatches 16
+  how it works       docs/concepts.md
+EOT

@@ -58,9 +58,9 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
 
 def _add_draw(draw: argparse.ArgumentParser) -> None:
     source = draw.add_mutually_exclusive_group(required=True)
-    source.add_argument("--plan", type=Path, nargs="+", help="plan.json, several for a page")
+    source.add_argument("--plan", type=Path, nargs="+", help="plan.json, or several")
     source.add_argument(
-        "--timeline", type=Path, nargs="+", help="timeline.json as training writes it, several for a page"
+        "--timeline", type=Path, nargs="+", help="timeline.json as training writes it, or several"
     )
     draw.add_argument(
         "--costs", type=Path, nargs="+", help="with --plan: a costs.json for each (default: F=1, B=2, W=1)"
@@ -116,7 +116,7 @@ def _draw(args: argparse.Namespace) -> None:
     # Matplotlib takes a second to import: only this command pays for it.
     from helixpipe.report.page import write_page
     from helixpipe.report.perfetto import write_perfetto
-    from helixpipe.report.picture import draw_timeline
+    from helixpipe.report.picture import draw_timeline, draw_timelines
     from helixpipe.report.text import text_grid
 
     entries = _labelled_timelines(args)
@@ -132,11 +132,13 @@ def _draw(args: argparse.Namespace) -> None:
         write_page(entries, args.output, title=args.title or "Schedules")
     elif suffix == ".json":
         write_perfetto(timelines, args.output)
-    elif len(timelines) > 1:
-        raise ValueError("several timelines go on a page: give --output page.html, or trace.json")
     elif suffix is None:
-        print(text_grid(timelines[0]))
+        print("\n\n".join(text_grid(timeline) for timeline in timelines))
         return
+    elif len(timelines) > 1:
+        if args.title is not None or args.memory:
+            raise ValueError("--title and --memory are for a picture of one timeline, or for page.html")
+        draw_timelines(timelines, args.output, until_ms=args.until)
     else:
         draw_timeline(timelines[0], args.output, title=args.title, until_ms=args.until, memory=args.memory)
     print(f"Wrote {args.output}")

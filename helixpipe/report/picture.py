@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -54,32 +55,95 @@ def draw_timeline(
         ValueError: another suffix, an empty timeline, an axis that ends before it starts, memory of a
             timeline that does not know it, or a limit without memory.
     """
-    path = Path(path)
-    if path.suffix.lower() not in _SUFFIXES:
-        raise ValueError(f"cannot draw {path}: the name must end in {' or '.join(_SUFFIXES)}")
-    if timeline.makespan_ms == 0:
-        raise ValueError("nothing to draw: the timeline is empty")
-    if until_ms is not None and not 0 < until_ms < float("inf"):
-        raise ValueError(f"the time axis must end after 0 ms, not at {until_ms:g}")
     if memory and not timeline.memory:
         raise ValueError("cannot draw memory: the timeline does not say how much was held")
     if memory_limit_bytes is not None and not (memory and memory_limit_bytes > 0):
         raise ValueError("a memory limit must be above 0 bytes and goes with a picture of memory")
+    _draw(
+        [(timeline, title)], Path(path), until_ms, _MEMORY + _BETWEEN if memory else 0.0, memory_limit_bytes
+    )
+
+
+def draw_timelines(
+    timelines: Sequence[Timeline],
+    path: str | Path,
+    *,
+    titles: Sequence[str] = (),
+    until_ms: float | None = None,
+) -> None:
+    """Draw timelines one above the other, on one time axis.
+
+    Args:
+        timelines: the first is on top. Each begins at time zero of the picture.
+        path: a .png or .svg file.
+        titles: a heading for each; their sources if empty.
+        until_ms: end of the time axis; the latest end if None.
+
+    Raises:
+        ValueError: another suffix, an empty timeline or none, or an axis that ends before it starts.
+    """
+    headings: Sequence[str | None] = titles or [None] * len(timelines)
+    _draw(list(zip(timelines, headings, strict=True)), Path(path), until_ms)
+
+
+def _draw(
+    shown: Sequence[tuple[Timeline, str | None]],
+    path: Path,
+    until_ms: float | None,
+    extra: float = 0.0,
+    memory_limit_bytes: int | None = None,
+) -> None:
+    """Stack the pictures of timelines into one figure, and write it."""
+    if path.suffix.lower() not in _SUFFIXES:
+        raise ValueError(f"cannot draw {path}: the name must end in {' or '.join(_SUFFIXES)}")
+    if not shown or any(timeline.makespan_ms == 0 for timeline, _ in shown):
+        raise ValueError("nothing to draw: the timeline is empty")
+    if until_ms is not None and not 0 < until_ms < float("inf"):
+        raise ValueError(f"the time axis must end after 0 ms, not at {until_ms:g}")
+    end_ms = until_ms or max(timeline.makespan_ms for timeline, _ in shown)
+    pictures = [_Picture(timeline, title, end_ms, extra) for timeline, title in shown]
+    height = sum(picture.height for picture in pictures)
     # Without a salt of its own, matplotlib gives the ids in an SVG file random names.
     with matplotlib.rc_context({"svg.hashsalt": "helixpipe", "font.family": "DejaVu Sans"}):
-        picture = _Picture(timeline, until_ms or timeline.makespan_ms, _MEMORY + _BETWEEN if memory else 0.0)
-        figure = picture.figure(title)
-        if memory:
-            picture.add_memory(figure, memory_limit_bytes)
+        figure = Figure(figsize=(_WIDTH, height), facecolor="white")
+        top = height
+        for picture in pictures:
+            top -= picture.height
+            picture.draw(_Canvas(figure, height, top), memory_limit_bytes)
         metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
         figure.savefig(path, dpi=_DPI, metadata=metadata)
 
 
-class _Picture:
-    """Sizes of one picture in inches, and what is drawn at them."""
+class _Canvas(NamedTuple):
+    """A figure, in which inches are counted from the bottom of one picture."""
 
-    def __init__(self, timeline: Timeline, until_ms: float, extra: float) -> None:
+    figure: Figure
+    height: float  # of the figure
+    bottom: float  # of the picture in it
+
+    def y(self, inches: float) -> float:
+        """As a fraction of the figure."""
+        return (self.bottom + inches) / self.height
+
+    def panel(self, bottom: float, height: float) -> Axes:
+        """Axes over the whole width."""
+        width = (_WIDTH - _LEFT - _RIGHT) / _WIDTH
+        return self.figure.add_axes((_LEFT / _WIDTH, self.y(bottom), width, height / self.height))
+
+
+class _Picture:
+    """One timeline: sizes in inches, and what is drawn at them.
+
+    Args:
+        timeline: what is drawn.
+        title: its heading; its source if None.
+        until_ms: end of its time axis.
+        extra: inches below the rows, for the memory.
+    """
+
+    def __init__(self, timeline: Timeline, title: str | None, until_ms: float, extra: float) -> None:
         self.timeline = timeline
+        self.title = title
         self.until_ms = until_ms
         self.start_ms = timeline.start_ms
         ranks = len(timeline.spans)
@@ -89,24 +153,16 @@ class _Picture:
         self.inches_per_ms = (_WIDTH - _LEFT - _RIGHT) / until_ms
         self.font_size = min(8.5, 0.62 * _BAR * self.row * _POINTS)
 
-    def figure(self, title: str | None) -> Figure:
-        figure = Figure(figsize=(_WIDTH, self.height), facecolor="white")
-        axes = self._panel(figure, _BELOW + self.extra, self.height - _ABOVE - _BELOW - self.extra)
+    def draw(self, canvas: _Canvas, memory_limit_bytes: int | None) -> None:
+        axes = canvas.panel(_BELOW + self.extra, self.height - _ABOVE - _BELOW - self.extra)
         self._axes(axes)
         self._bars(axes)
-        self._heading(figure, title)
-        self._legend(figure)
-        return figure
-
-    def add_memory(self, figure: Figure, limit_bytes: int | None) -> None:
-        axes = self._panel(figure, _BELOW, _MEMORY)
-        self._time_axis(axes)
-        draw_memory(axes, self.timeline, limit_bytes)
-
-    def _panel(self, figure: Figure, bottom: float, height: float) -> Axes:
-        """Axes over the whole width, at inches from below."""
-        width = (_WIDTH - _LEFT - _RIGHT) / _WIDTH
-        return figure.add_axes((_LEFT / _WIDTH, bottom / self.height, width, height / self.height))
+        self._heading(canvas)
+        self._legend(canvas)
+        if self.extra:
+            axes = canvas.panel(_BELOW, _MEMORY)
+            self._time_axis(axes)
+            draw_memory(axes, self.timeline, memory_limit_bytes)
 
     def _axes(self, axes: Axes) -> None:
         ranks = len(self.timeline.spans)
@@ -178,27 +234,36 @@ class _Picture:
                 va="center_baseline",
             )
 
-    def _heading(self, figure: Figure, title: str | None) -> None:
-        timeline = self.timeline
-        left, top = _LEFT / _WIDTH, 1 - 0.1 / self.height
+    def _heading(self, canvas: _Canvas) -> None:
+        timeline, title = self.timeline, self.title
+        left = _LEFT / _WIDTH
         facts = f"makespan {timeline.makespan_ms:.5g} ms · bubble {timeline.bubble_ratio:.1%}"
         if title:
             facts = f"{timeline.source} · {facts}"
         # Titles come from users: a dollar sign in them does not start a formula.
         plain: dict[str, Any] = {"ha": "left", "va": "top", "parse_math": False}
-        figure.text(left, top, title or timeline.source, size=11, weight="bold", color=INK, **plain)
-        figure.text(left, top - 0.25 / self.height, facts, size=9, color=FAINT, **plain)
+        text = canvas.figure.text
+        text(
+            left,
+            canvas.y(self.height - 0.1),
+            title or timeline.source,
+            size=11,
+            weight="bold",
+            color=INK,
+            **plain,
+        )
+        text(left, canvas.y(self.height - 0.35), facts, size=9, color=FAINT, **plain)
 
-    def _legend(self, figure: Figure) -> None:
+    def _legend(self, canvas: _Canvas) -> None:
         spans = (span for rank in self.timeline.spans for span in rank)
         occurring = {role_of(span.operation, self.timeline) for span in spans}
         handles = [Patch(facecolor=STYLES[role].fill, label=role.value) for role in Role if role in occurring]
         handles.append(Patch(facecolor=IDLE, label="idle"))
         # Beside the axis label, where a heading of any length leaves it alone.
-        figure.legend(
+        canvas.figure.legend(
             handles=handles,
             loc="lower left",
-            bbox_to_anchor=(_LEFT / _WIDTH, 0.13 / self.height),
+            bbox_to_anchor=(_LEFT / _WIDTH, canvas.y(0.13)),
             ncols=len(handles),
             frameon=False,
             fontsize=8,

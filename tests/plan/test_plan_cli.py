@@ -259,8 +259,8 @@ def test_wrong_draw_arguments(tmp_path, plan_file, costs_file, capsys):
     picture = ["--output", tmp_path / "plan.png"]
     assert "--until: must be above 0" in fails(capsys, "draw", "--plan", plan_file, *picture, "--until", "-1")
     two = ["draw", "--plan", plan_file, plan_file]
-    assert "several timelines go on a page" in fails(capsys, *two, *picture)
-    assert "several timelines go on a page" in fails(capsys, *two)
+    assert "are for a picture of one timeline" in fails(capsys, *two, *picture, "--memory")
+    assert "are for a picture of one timeline" in fails(capsys, *two, *picture, "--title", "both")
     assert "2 plans but 1 costs; give one for each plan" in fails(capsys, *two, "--costs", costs_file)
     page = ["--output", tmp_path / "page.html"]
     assert "--until and --memory are for pictures" in fails(capsys, *two, *page, "--memory")

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helixpipe.plan import Operation, ScheduleRequest, build_plan
+from helixpipe.plan import Kind, Operation, ScheduleRequest, build_plan
 from helixpipe.plan.simulation.costs import Costs, SegmentCost, uniform_costs
 from helixpipe.plan.simulation.simulate import simulate
 from helixpipe.plan.simulation.timeline import Span, Timeline
-from helixpipe.report.picture import draw_timeline
+from helixpipe.report.picture import draw_timeline, draw_timelines
 from helixpipe.report.text import text_grid
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -179,6 +179,29 @@ def test_pictures_with_one_end_have_one_scale(tmp_path):
         left, _, right, _ = bars(path)["idle"][0]
         widths.append((right - left) / timeline.makespan_ms)
     assert widths[0] == pytest.approx(widths[1], rel=1e-4)
+
+
+def test_timelines_stand_one_above_the_other_on_one_axis(tmp_path):
+    """The shorter one ends where its time says on the axis of the longer one."""
+    short, long = (
+        Timeline(((Span(Operation(0, Kind.F, 0), 0.0, end),),), source=f"ends at {end}")
+        for end in (5.0, 10.0)
+    )
+    path = tmp_path / "both.svg"
+    draw_timelines([short, long], path)
+    text = path.read_text()
+    assert text.index("ends at 5.0") < text.index("ends at 10.0")
+    first, second = (
+        max(float(x) for x in re.findall(r"[ML] ([\d.]+) ", group))
+        for group in re.findall(r'<g id="forward">.*?</g>', text, re.DOTALL)[:2]
+    )
+    left = min(
+        float(x)
+        for x in re.findall(r"[ML] ([\d.]+) ", re.findall(r'<g id="forward">.*?</g>', text, re.DOTALL)[0])
+    )
+    assert (first - left) * 2 == pytest.approx(second - left, rel=0.01)
+    with pytest.raises(ValueError, match="nothing to draw"):
+        draw_timelines([], path)
 
 
 def test_svg_is_deterministic(tmp_path):
