@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from helixpipe.__main__ import _parser
+from helixpipe.__main__ import build_parser as planning_parser
 from helixpipe.__main__ import main as helixpipe
 from megatron.pretrain.settings.parser import build_parser
 
@@ -62,12 +62,12 @@ def check_command(words):
     if words[0] == "srun":
         words = words[1:]
     if words[0] == "helixpipe":
-        _parser().parse_args(words[1:])
+        planning_parser().parse_args(words[1:])
     elif words[0] == "torchrun":
         start = next(i for i, word in enumerate(words) if word in ("pretrain_gpt.py", "-m"))
         if words[start] == "-m":
             assert words[start + 1] == "helixpipe"
-            _parser().parse_args(words[start + 2 :])
+            planning_parser().parse_args(words[start + 2 :])
         else:
             check_training(words[start + 1 :])
     elif words[0] == "make":
