@@ -25,7 +25,7 @@ from helixpipe.plan.cost_model import (  # noqa: E402
     costs_of_plan,
     predict_pieces,
 )
-from helixpipe.plan.schedules import SCHEDULES  # noqa: E402
+from helixpipe.plan.schedules import planned_ahead  # noqa: E402
 from helixpipe.plan.simulation.simulate import simulate  # noqa: E402
 
 # (ranks, layers, micro batches): 80 layers need a number of ranks that divides them.
@@ -47,7 +47,7 @@ def main() -> None:
     for ranks, layers, m in SIZES:
         shape = ModelShape(**{**MODELS["llama-70b"].__dict__, "num_layers": layers})
         pieces = predict_pieces(Workload(model=shape, seq_length=131072, tensor_parallel=8), HARDWARE["h100"])
-        for schedule in SCHEDULES:
+        for schedule in planned_ahead():
             request = ScheduleRequest(num_layers=layers, num_ranks=ranks, num_microbatches=m)
             started = time.perf_counter()
             try:

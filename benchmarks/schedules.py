@@ -33,7 +33,7 @@ from megatron.core import parallel_state  # noqa: E402
 from helixpipe.commands.parser import ScriptParser  # noqa: E402
 from helixpipe.commands.ranges import LAYERS, RANKS, REPEATS, Whole  # noqa: E402
 from helixpipe.data.prefix import DatasetInfo  # noqa: E402
-from helixpipe.megatron_adapter.schedule import chunk_iterators, device, make_schedule, needs_data  # noqa: E402
+from helixpipe.megatron_adapter.schedule import chunk_iterators, device, make_forward_backward, needs_data  # noqa: E402
 from helixpipe.plan.cost_model import Recompute, Workload, costs_of_plan  # noqa: E402
 from helixpipe.plan.cost_model.model import model_from_arguments  # noqa: E402
 from helixpipe.plan.simulation.simulate import simulate  # noqa: E402
@@ -136,8 +136,8 @@ def _contenders(options: argparse.Namespace) -> list[Contender]:
         if not dist.is_initialized():
             initialize(args)
         # Megatron keeps the number of virtual stages in a global; each contender sets its own.
-        parallel_state.set_virtual_pipeline_model_parallel_world_size(args.virtual_stages)
-        schedule = make_schedule(name, args.schedule_request, default_clock())
+        parallel_state.set_virtual_pipeline_model_parallel_world_size(args.schedule.virtual_stages)
+        schedule = make_forward_backward(args.schedule.execution, args.schedule.plan, default_clock())
         contenders.append(Contender(name, args, schedule, build_training_state(args)))
     return contenders
 
@@ -199,9 +199,9 @@ def _random_batches(args: argparse.Namespace, seed: int) -> Iterator[dict[str, t
 
 
 def _iteration(contender: Contender, round_number: int) -> Sample:
-    name, args, schedule, state = contender
-    parallel_state.set_virtual_pipeline_model_parallel_world_size(args.virtual_stages)
-    data = _random_batches(args, round_number) if needs_data(name, args.head_placement) else None
+    _, args, schedule, state = contender
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(args.schedule.virtual_stages)
+    data = _random_batches(args, round_number) if needs_data(args.schedule.plan) else None
     for chunk in state.model:
         chunk.zero_grad_buffer()  # type: ignore[operator]
     state.optimizer.zero_grad()

@@ -10,7 +10,7 @@ from typing import Any
 
 from helixpipe.commands.ranges import LAYERS, RANKS, Real, Whole
 from helixpipe.plan import Plan, ScheduleRequest, build_plan, validate
-from helixpipe.plan.schedules import SCHEDULES
+from helixpipe.plan.schedules import planned_ahead
 from helixpipe.plan.schedules.request import ATTENTION_RANGES, HEAD_PLACEMENTS
 from helixpipe.plan.simulation.costs import Costs, parse_costs, uniform_costs
 from helixpipe.plan.simulation.simulate import simulate
@@ -32,7 +32,7 @@ def add_parsers(add: Callable[..., Any]) -> None:
 
 
 def _add_plan(plan: argparse.ArgumentParser) -> None:
-    plan.add_argument("--schedule", required=True, metavar="{" + ",".join(SCHEDULES) + "}")
+    plan.add_argument("--schedule", required=True, metavar="{" + ",".join(planned_ahead()) + "}")
     plan.add_argument("--num-layers", type=LAYERS, required=True, help="transformer layers L")
     plan.add_argument("--pipeline-model-parallel-size", type=RANKS, required=True, help="ranks p")
     plan.add_argument("--num-microbatches", type=Whole(), required=True, help="micro batches m per iteration")

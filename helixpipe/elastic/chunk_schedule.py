@@ -8,12 +8,11 @@ from itertools import groupby, pairwise
 from helixpipe.elastic.chunks import Chunk
 from helixpipe.elastic.costs.chunk_costs import ChunkCosts
 from helixpipe.elastic.recipe import Recipe
-from helixpipe.plan.lower import lower
+from helixpipe.plan.build import complete
 from helixpipe.plan.operation import Kind, Operation
 from helixpipe.plan.plan import Plan
 from helixpipe.plan.schedules.one_f_one_b import one_forward_one_backward
 from helixpipe.plan.simulation.costs import ANY_EDGE, Costs, RankCost, SegmentCost
-from helixpipe.plan.validate import validate
 
 SCHEDULE = "elastic"
 
@@ -90,9 +89,7 @@ def elastic_plan(recipe: Recipe, num_layers: int) -> Plan:
 
 def ready_plan(recipe: Recipe, num_layers: int) -> Plan:
     """The plan of a recipe with its messages, validated."""
-    plan = lower(elastic_plan(recipe, num_layers))
-    validate(plan)
-    return plan
+    return complete(elastic_plan(recipe, num_layers))
 
 
 def costs_of_recipe(recipe: Recipe, num_layers: int, costs: ChunkCosts) -> Costs:

@@ -12,16 +12,13 @@ from megatron.core.utils import get_model_config
 
 from helixpipe.megatron_adapter.elastic_batch import ElasticBatch
 from helixpipe.megatron_adapter.forward_step import IterationInput
-from helixpipe.megatron_adapter.gradient_reduction import finalize, hold_gradient_reduction
-from helixpipe.megatron_adapter.pipeline_group import agree, make_communicator
+from helixpipe.megatron_adapter.pipeline_group import agree
+from helixpipe.megatron_adapter.planned_iteration import PlannedIterations, refuse_arguments
 from helixpipe.megatron_adapter.segments.elastic import ElasticSegments
 from helixpipe.megatron_adapter.segments.stages import check_supported
 from helixpipe.plan import Plan
 from helixpipe.reliability.record import Progress
-from helixpipe.runtime.connections import Connections
-from helixpipe.runtime.executor import Executor
-from helixpipe.runtime.out_of_memory import naming_operation
-from helixpipe.runtime.trace import Clock, Trace, default_clock
+from helixpipe.runtime.trace import Clock, Trace
 
 NAME = "elastic"
 
@@ -41,15 +38,17 @@ class ElasticForwardBackward:
         progress: told of every operation and wait as it begins.
 
     Attributes:
-        trace: what the last iteration ran on this rank.
-        plan: the plan of the last iteration.
+        plan: the plan of the last iteration; None before the first.
     """
 
     def __init__(self, *, clock: Clock | None = None, progress: Progress | None = None) -> None:
-        self._progress = progress
-        self.trace = Trace(clock or default_clock())
         self.plan: Plan | None = None
-        self._connections: Connections | None = None
+        self._iterations = PlannedIterations(clock, progress)
+
+    @property
+    def trace(self) -> Trace:
+        """What the last iteration ran on this rank."""
+        return self._iterations.trace
 
     def __str__(self) -> str:
         return NAME
@@ -72,7 +71,9 @@ class ElasticForwardBackward:
         Raises:
             ValueError: a batch or an option that this schedule cannot honour, on every rank of a replica.
         """
-        _refuse(sizes)
+        refuse_arguments(
+            NAME, {name: value is not None for name, value in sizes.items() if name not in _SIZES}
+        )
         (chunk,) = model if isinstance(model, list) else [model]
         (iterator,) = data_iterator if isinstance(data_iterator, list) else [data_iterator]
         config = get_model_config(chunk)
@@ -95,38 +96,14 @@ class ElasticForwardBackward:
             {"plan and tokens": batch.fingerprint[:16], "dtype": str(dtype), "forward only": forward_only},
             parallel_state.get_model_parallel_group(),
         )
-        device = next(chunk.parameters()).device
-        if self._connections is None:
-            group = parallel_state.get_pipeline_model_parallel_group()
-            self._connections = Connections(make_communicator(group), device)
-        self._connections.open_for(plan)
-        communicator = self._connections.communicator
-        executor = Executor(
-            plan,
-            segments,
-            communicator,
-            device=device,
-            trace=self.trace,
-            progress=self._progress,
-            backward_context=hold_gradient_reduction([chunk], segments, plan, communicator.rank),
+        executor = self._iterations.executor(plan, segments, [chunk])
+        return self._iterations.run(
+            executor, segments, [chunk], forward_only=forward_only, force_all_reduce=force_all_reduce
         )
-        with naming_operation(plan, communicator.rank, self.trace):
-            executor.run()
-        segments.finish()
-        if not forward_only:
-            finalize([chunk], segments, bool(force_all_reduce))
-        executor.check_messages()
-        return segments.result.loss_data
 
 
 # Megatron's arguments that a batch's plan replaces.
 _SIZES = ("num_microbatches", "seq_length", "micro_batch_size", "decoder_seq_length", "first_val_step")
-
-
-def _refuse(arguments: dict[str, object]) -> None:
-    for name, value in arguments.items():
-        if name not in _SIZES and value is not None:
-            raise ValueError(f"the elastic schedule does not support {name}")
 
 
 def _check_config(config: TransformerConfig) -> None:

@@ -12,17 +12,17 @@ from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
 from helixpipe.layers.segmented_gpt import SegmentedGPTModel
 from helixpipe.layers.weight_gradient import defer_weight_gradients
-from helixpipe.megatron_adapter.forward_step import GPTSegments, IterationInput
-from helixpipe.megatron_adapter.gradient_reduction import finalize, hold_gradient_reduction
-from helixpipe.megatron_adapter.pipeline_group import agree_on_plan, make_communicator
+from helixpipe.megatron_adapter.forward_step import IterationInput
+from helixpipe.megatron_adapter.pipeline_group import agree_on_plan
+from helixpipe.megatron_adapter.plan_source import GivenPlan, PlanOnDemand, PlanSource
+from helixpipe.megatron_adapter.planned_iteration import PlannedIterations, refuse_arguments
 from helixpipe.megatron_adapter.segments.contract import IterationSize, ModelSegments
+from helixpipe.megatron_adapter.segments.helix import GPTSegments
 from helixpipe.megatron_adapter.segments.stages import StageSegments
-from helixpipe.plan import Plan, ScheduleRequest, build_plan
+from helixpipe.plan import Plan
 from helixpipe.reliability.record import Progress
-from helixpipe.runtime.connections import Connections
 from helixpipe.runtime.executor import Executor
-from helixpipe.runtime.out_of_memory import naming_operation
-from helixpipe.runtime.trace import Clock, Trace, default_clock
+from helixpipe.runtime.trace import Clock, Trace
 from helixpipe.runtime.weight_gradients import DeferredWeightGradients
 
 
@@ -32,38 +32,39 @@ class PlannedForwardBackward:
     The list of loss dictionaries is returned where the last segment is, and is empty on the other ranks.
 
     Args:
-        name: of the schedule.
-        options: arguments of the schedule beside the sizes, as :class:`ScheduleRequest` names them.
-        chunks_per_rank: model chunks on each rank.
+        plans: the plan to execute, or where to get one for the sizes of a call.
         clock: times the trace; chosen by the device if None.
         progress: told of every operation and wait as it begins.
 
     Attributes:
-        trace: what the last iteration ran on this rank.
-        plan: the plan of the last iteration.
+        plan: the plan of the last iteration; None before the first, if it is made on demand.
     """
 
     def __init__(
-        self,
-        name: str,
-        options: dict[str, Any] | None = None,
-        *,
-        chunks_per_rank: int = 1,
-        clock: Clock | None = None,
-        progress: Progress | None = None,
+        self, plans: Plan | PlanSource, *, clock: Clock | None = None, progress: Progress | None = None
     ) -> None:
-        self.name = name
-        self._progress = progress
-        self.options = options or {}
-        self.chunks_per_rank = chunks_per_rank
-        self.trace = Trace(clock or default_clock())
-        self.plan: Plan | None = None
+        self._source: PlanSource = GivenPlan(plans) if isinstance(plans, Plan) else plans
+        self.plan: Plan | None = plans if isinstance(plans, Plan) else None
+        self._iterations = PlannedIterations(clock, progress)
         self._executors: dict[IterationSize, tuple[Executor, ModelSegments]] = {}
-        self._connections: Connections | None = None
 
     def __str__(self) -> str:
-        options = ", ".join(f"{name}={value}" for name, value in self.options.items())
-        return f"{self.name} ({options})" if options else self.name
+        return str(self._source)
+
+    @property
+    def name(self) -> str:
+        """Of the schedule."""
+        return self._source.schedule
+
+    @property
+    def chunks_per_rank(self) -> int:
+        """Model chunks on each rank."""
+        return self._source.chunks_per_rank
+
+    @property
+    def trace(self) -> Trace:
+        """What the last iteration ran on this rank."""
+        return self._iterations.trace
 
     def __call__(
         self,
@@ -88,15 +89,15 @@ class PlannedForwardBackward:
         Raises:
             ValueError: an argument that this schedule cannot honour.
         """
-        refused = {
-            "decoder_seq_length": decoder_seq_length not in (None, seq_length),
-            "adjust_tensor_shapes_fn": adjust_tensor_shapes_fn is not None,
-            "p2p_communicator": p2p_communicator is not None,
-            "pg_collection": pg_collection is not None,
-        }
-        for name, is_set in refused.items():
-            if is_set:
-                raise ValueError(f"the {self.name} schedule does not support {name}")
+        refuse_arguments(
+            self.name,
+            {
+                "decoder_seq_length": decoder_seq_length not in (None, seq_length),
+                "adjust_tensor_shapes_fn": adjust_tensor_shapes_fn is not None,
+                "p2p_communicator": p2p_communicator is not None,
+                "pg_collection": pg_collection is not None,
+            },
+        )
         chunks = self._per_chunk(model, "model chunk")
         size = IterationSize(num_microbatches, seq_length, micro_batch_size, forward_only)
         if size not in self._executors:
@@ -112,12 +113,9 @@ class PlannedForwardBackward:
                 differentiate=not forward_only,
             )
         )
-        with naming_operation(executor.plan, executor.communicator.rank, self.trace):
-            executor.run()
-        if not forward_only:
-            finalize(chunks, segments, bool(force_all_reduce))
-        executor.check_messages()
-        return segments.result.loss_data
+        return self._iterations.run(
+            executor, segments, chunks, forward_only=forward_only, force_all_reduce=force_all_reduce
+        )
 
     def make_segments(
         self, chunks: list[torch.nn.Module], plan: Plan, size: IterationSize, dtype: torch.dtype, rank: int
@@ -127,14 +125,10 @@ class PlannedForwardBackward:
 
     def _build(self, chunks: list[torch.nn.Module], size: IterationSize) -> tuple[Executor, ModelSegments]:
         config = get_model_config(chunks[0])
-        plan = build_plan(
-            self.name,
-            ScheduleRequest(
-                num_layers=config.num_layers,
-                num_ranks=parallel_state.get_pipeline_model_parallel_world_size(),
-                num_microbatches=size.num_microbatches,
-                **self.options,
-            ),
+        plan = self._source.plan_for(
+            num_layers=config.num_layers,
+            num_ranks=parallel_state.get_pipeline_model_parallel_world_size(),
+            num_microbatches=size.num_microbatches,
         )
         if size.forward_only:
             plan = plan.forward_only()
@@ -143,21 +137,7 @@ class PlannedForwardBackward:
         segments = self.make_segments(chunks, plan, size, dtype, dist.get_rank(group))
         sizes = [segments.layout(edge, 0).num_elements for edge in range(plan.num_segments - 1)]
         agree_on_plan(plan, (*size, sum(sizes)), dtype, group)
-        device = next(chunks[0].parameters()).device
-        if self._connections is None:
-            self._connections = Connections(make_communicator(group), device)
-        self._connections.open_for(plan)
-        communicator = self._connections.communicator
-        executor = Executor(
-            plan,
-            segments,
-            communicator,
-            device=device,
-            trace=self.trace,
-            progress=self._progress,
-            backward_context=hold_gradient_reduction(chunks, segments, plan, communicator.rank),
-        )
-        return executor, segments
+        return self._iterations.executor(plan, segments, chunks), segments
 
     def _per_chunk(self, value: Any, what: str) -> list[Any]:
         """One value per model chunk: a list as it is, or the only one."""
@@ -169,31 +149,16 @@ class PlannedForwardBackward:
         return values
 
 
-class HelixForwardBackward(PlannedForwardBackward):
-    """The helix schedule: a model cut at its attention, with the loss on pipeline rank 0 or on all.
+class SegmentForwardBackward(PlannedForwardBackward):
+    """A schedule whose segments are cut at attention, like helix; see :class:`SegmentedGPTModel`.
 
-    Args:
-        num_fold: micro batches per slot.
-        attention_range: pieces that the attention rank runs, the range that the model was built for.
-        head_placement: where the head and the loss are: on the ``first`` rank, or ``spread`` over all, each
-            of which then reads the data and returns the losses of its own micro batches.
-        clock: times the trace; chosen by the device if None.
-        progress: told of every operation and wait as it begins.
+    With a spread head every rank reads data and returns the losses of its own micro batches.
     """
 
-    def __init__(
-        self,
-        *,
-        num_fold: int = 2,
-        attention_range: str = "core",
-        head_placement: str = "first",
-        clock: Clock | None = None,
-        progress: Progress | None = None,
-    ) -> None:
-        options = {"num_fold": num_fold, "attention_range": attention_range}
-        if head_placement != "first":
-            options["head_placement"] = head_placement
-        super().__init__("helix", options, clock=clock, progress=progress)
+    @property
+    def chunks_per_rank(self) -> int:
+        """All segments of a rank are in one model."""
+        return 1
 
     def make_segments(
         self, chunks: list[torch.nn.Module], plan: Plan, size: IterationSize, dtype: torch.dtype, rank: int
@@ -213,6 +178,32 @@ class HelixForwardBackward(PlannedForwardBackward):
         )
 
 
+class HelixForwardBackward(SegmentForwardBackward):
+    """The helix schedule for programs that tell their sizes only when they call, like Megatron-LM's.
+
+    Args:
+        num_fold: micro batches per slot.
+        attention_range: pieces that the attention rank runs, the range that the model was built for.
+        head_placement: where the head and the loss are: on the ``first`` rank, or ``spread`` over all.
+        clock: times the trace; chosen by the device if None.
+        progress: told of every operation and wait as it begins.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_fold: int = 2,
+        attention_range: str = "core",
+        head_placement: str = "first",
+        clock: Clock | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        options: dict[str, int | str] = {"num_fold": num_fold, "attention_range": attention_range}
+        if head_placement != "first":
+            options["head_placement"] = head_placement
+        super().__init__(PlanOnDemand("helix", options), clock=clock, progress=progress)
+
+
 class StageForwardBackward(PlannedForwardBackward):
     """A schedule whose segments are stages: Megatron's own GPTModel chunks, run in the plan's order.
 
@@ -221,14 +212,9 @@ class StageForwardBackward(PlannedForwardBackward):
     """
 
     def __init__(
-        self,
-        name: str,
-        *,
-        chunks_per_rank: int = 1,
-        clock: Clock | None = None,
-        progress: Progress | None = None,
+        self, plans: Plan | PlanSource, *, clock: Clock | None = None, progress: Progress | None = None
     ) -> None:
-        super().__init__(name, chunks_per_rank=chunks_per_rank, clock=clock, progress=progress)
+        super().__init__(plans, clock=clock, progress=progress)
         self._weight_gradients = DeferredWeightGradients()
         self._defers = False
 

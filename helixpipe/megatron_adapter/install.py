@@ -9,8 +9,7 @@ from typing import Any
 from megatron.core import pipeline_parallel
 from megatron.core.pipeline_parallel import schedules
 
-from helixpipe.megatron_adapter.elastic_forward_backward import ElasticForwardBackward
-from helixpipe.megatron_adapter.forward_backward import PlannedForwardBackward
+from helixpipe.megatron_adapter.schedule import ForwardBackward
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +17,7 @@ _ORIGINAL = schedules.get_forward_backward_func
 _PLACES = (schedules, pipeline_parallel)
 
 
-def install(forward_backward: PlannedForwardBackward | ElasticForwardBackward) -> None:
+def install(forward_backward: ForwardBackward) -> None:
     """Make Megatron's ``get_forward_backward_func`` return ``forward_backward``, until :func:`uninstall`.
 
     Code that imported the function by name before this call keeps Megatron's own.

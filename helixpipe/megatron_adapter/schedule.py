@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
 from megatron.core import parallel_state
@@ -12,24 +12,33 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
 from helixpipe.megatron_adapter.elastic_forward_backward import ElasticForwardBackward
-from helixpipe.megatron_adapter.forward_backward import (
-    HelixForwardBackward,
-    PlannedForwardBackward,
-    StageForwardBackward,
-)
+from helixpipe.megatron_adapter.forward_backward import SegmentForwardBackward, StageForwardBackward
 from helixpipe.megatron_adapter.tracing import TracingTimers
-from helixpipe.plan import Plan, ScheduleRequest, build_plan
-from helixpipe.plan.schedules import V_SHAPED
+from helixpipe.plan import Plan
+from helixpipe.plan.execution import Execution
 from helixpipe.reliability.record import NoProgress, Progress
 from helixpipe.runtime.out_of_memory import naming_operation
 from helixpipe.runtime.trace import Clock, Trace
 
-# By Megatron's own functions; the others are executed from their plans.
-MEGATRON_SCHEDULES = ("1f1b", "interleaved")
-# Both ends of the model are on rank 0, which has two stages, like every rank.
-# By a plan for each batch.
-ELASTIC = "elastic"
-EXECUTABLE = (*MEGATRON_SCHEDULES, "gpipe", "zb-h1", *V_SHAPED, "helix")
+
+class ForwardBackward(Protocol):
+    """Megatron's ``forward_backward_func``, which knows its plan and tells what it ran.
+
+    Attributes:
+        trace: what the last iteration ran on this rank.
+        plan: of the last iteration; before the first that of every iteration, or None if there is none yet.
+    """
+
+    @property
+    def trace(self) -> Trace:
+        """See above."""
+
+    @property
+    def plan(self) -> Plan | None:
+        """See above."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """Run one iteration; Megatron's arguments and return value."""
 
 
 class MegatronForwardBackward:
@@ -41,8 +50,8 @@ class MegatronForwardBackward:
         progress: told of every operation as it begins and ends.
     """
 
-    def __init__(self, plan: Plan, clock: Clock, progress: Progress | None = None) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, *, clock: Clock, progress: Progress | None = None) -> None:
+        self.plan: Plan | None = plan
         self._progress = progress or NoProgress()
         # Megatron's timers also run while sends are waited for, and not around every receive.
         self.trace = Trace(clock, sees_waits=False)
@@ -50,12 +59,12 @@ class MegatronForwardBackward:
 
     def __call__(self, *, forward_only: bool = False, **arguments: Any) -> list[Any]:
         """Run one iteration; Megatron's arguments and return value."""
-        self.plan = self._plans[forward_only]
+        plan = self.plan = self._plans[forward_only]
         rank = parallel_state.get_pipeline_model_parallel_rank()
         config = get_model_config(arguments["model"][0])
-        config.timers = TracingTimers(self.plan, rank, self.trace, self._progress)
+        config.timers = TracingTimers(plan, rank, self.trace, self._progress)
         try:
-            with naming_operation(self.plan, rank, self.trace):
+            with naming_operation(plan, rank, self.trace):
                 return _original_function()(forward_only=forward_only, **arguments)
         finally:
             config.timers = None
@@ -71,60 +80,33 @@ def _original_function() -> Any:
     return schedules.forward_backward_pipelining_with_interleaving
 
 
-def make_schedule(
-    name: str, request: ScheduleRequest, clock: Clock, progress: Progress | None = None
-) -> MegatronForwardBackward | PlannedForwardBackward | ElasticForwardBackward:
-    """The ``forward_backward_func`` of a schedule.
+_FROM_PLAN: Mapping[Execution, Callable[..., ForwardBackward]] = {
+    Execution.MEGATRON: MegatronForwardBackward,
+    Execution.STAGES: StageForwardBackward,
+    Execution.SEGMENTS: SegmentForwardBackward,
+}
+
+
+def make_forward_backward(
+    execution: Execution, plan: Plan | None, clock: Clock, progress: Progress | None = None
+) -> ForwardBackward:
+    """The ``forward_backward_func`` that carries out a plan.
 
     Args:
-        name: one of ``EXECUTABLE``, or ``elastic``.
-        request: its sizes and options.
+        execution: how, see :func:`helixpipe.plan.fit.check_executable`.
+        plan: of every iteration; None where each batch has its own.
         clock: times the trace.
         progress: told of every operation as it begins.
-
-    Raises:
-        ValueError: a schedule that is unknown or can only be planned, or sizes that do not fit it.
     """
-    if name == ELASTIC:
+    if plan is None:
+        assert execution is Execution.CHUNKS
         return ElasticForwardBackward(clock=clock, progress=progress)
-    plan = build_plan(name, request)
-    if name not in EXECUTABLE:
-        known = ", ".join((*EXECUTABLE, ELASTIC))
-        raise ValueError(f"{name} can be planned but not executed; choose one of {known}")
-    if name == "helix":
-        return HelixForwardBackward(
-            num_fold=int(plan.parameters["num_fold"]),
-            attention_range=str(plan.parameters["attention_range"]),
-            head_placement=str(plan.parameters.get("head_placement", "first")),
-            clock=clock,
-            progress=progress,
-        )
-    if name in MEGATRON_SCHEDULES:
-        return MegatronForwardBackward(plan, clock, progress)
-    chunks = plan.num_segments // plan.num_ranks
-    return StageForwardBackward(name, chunks_per_rank=chunks, clock=clock, progress=progress)
+    return _FROM_PLAN[execution](plan, clock=clock, progress=progress)
 
 
-def owned_segments(plan: Plan, rank: int) -> list[int]:
-    """The segments whose weights are on ``rank``: stages, or the even segments of helix.
-
-    A spread head belongs to the rank of its first slot.
-    """
-    step = 2 if plan.schedule == "helix" else 1
-    return [segment for segment in range(0, plan.num_segments, step) if plan.rank_of(segment, 0) == rank]
-
-
-def loss_rank(name: str) -> int:
-    """The pipeline rank on which a schedule computes the loss."""
-    return 0 if name in ("helix", *V_SHAPED) else parallel_state.get_pipeline_model_parallel_world_size() - 1
-
-
-def needs_data(name: str, head_placement: str | None = None) -> bool:
-    """True if this rank's share of a schedule reads the data set (tokens or labels)."""
-    if head_placement == "spread":
-        return True
-    rank = parallel_state.get_pipeline_model_parallel_rank()
-    return rank in (0, loss_rank(name))
+def needs_data(plan: Plan) -> bool:
+    """True if this rank's share of a plan reads the data set (tokens or labels)."""
+    return parallel_state.get_pipeline_model_parallel_rank() in plan.data_ranks
 
 
 def chunk_iterators(data: Iterator[Any] | None, model: list[torch.nn.Module]) -> Any:

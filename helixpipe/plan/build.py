@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from functools import lru_cache
 
 from helixpipe.plan.lower import lower
 from helixpipe.plan.plan import Plan
-from helixpipe.plan.schedules import SCHEDULES, ScheduleRequest
+from helixpipe.plan.schedules import SCHEDULES, Schedule, ScheduleRequest
 from helixpipe.plan.validate import validate
 
 OPTION_FLAGS = {
@@ -19,7 +18,6 @@ OPTION_FLAGS = {
 }
 
 
-@lru_cache(maxsize=16)
 def build_plan(schedule: str, request: ScheduleRequest, *, compute_only: bool = False) -> Plan:
     """Place, order, lower and validate.
 
@@ -32,17 +30,29 @@ def build_plan(schedule: str, request: ScheduleRequest, *, compute_only: bool = 
         ValueError: unknown schedule, an argument that the schedule does not have, or sizes that do not fit;
             the message says what to change.
     """
-    if schedule not in SCHEDULES:
-        close = difflib.get_close_matches(schedule, SCHEDULES, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise ValueError(f"unknown schedule {schedule!r}; {hint}known: {', '.join(SCHEDULES)}")
-    entry = SCHEDULES[schedule]
+    entry = find_schedule(schedule)
     for option, flag in OPTION_FLAGS.items():
         if getattr(request, option) is not None and option not in entry.options:
             users = ", ".join(name for name, other in SCHEDULES.items() if option in other.options)
-            raise ValueError(f"{flag} means nothing to {schedule}; leave it out (it is for {users})")
+            raise ValueError(f"{flag} does not apply to {schedule}; remove it (it is for {users})")
     plan = entry.plan(request)
-    if not compute_only:
-        plan = lower(plan)
-    validate(plan)
-    return plan
+    if compute_only:
+        validate(plan)
+        return plan
+    return complete(plan)
+
+
+def complete(plan: Plan) -> Plan:
+    """A compute-only plan with its messages, validated; :class:`PlanError` if it must not run."""
+    lowered = lower(plan)
+    validate(lowered)
+    return lowered
+
+
+def find_schedule(name: str) -> Schedule:
+    """The registry entry of a schedule; ``ValueError`` that lists the known ones if there is none."""
+    if name not in SCHEDULES:
+        close = difflib.get_close_matches(name, SCHEDULES, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ValueError(f"unknown schedule {name!r}; {hint}known: {', '.join(SCHEDULES)}")
+    return SCHEDULES[name]

@@ -62,6 +62,22 @@ class Plan:
         """The rank that runs ``segment`` of ``micro_batch``."""
         return self.placement[segment][micro_batch]
 
+    def owner_of(self, segment: int) -> int:
+        """The rank that has the weights of ``segment``, from which others may borrow them."""
+        return next(
+            (loan.owner for loan in self.loans if loan.segment == segment), self.placement[segment][0]
+        )
+
+    @cached_property
+    def loss_ranks(self) -> frozenset[int]:
+        """The ranks that compute losses."""
+        return frozenset(self.placement[-1])
+
+    @cached_property
+    def data_ranks(self) -> frozenset[int]:
+        """The ranks that read data: tokens for the first segment, labels for the last."""
+        return self.loss_ranks | frozenset(self.placement[0])
+
     def receive_of(self, result: Operation) -> Operation:
         """The receive that brings ``result``, a forward or backward on another rank, to its neighbour."""
         _, receive, edge = message_of(result)

@@ -58,7 +58,7 @@ def initialize(args: argparse.Namespace, monitor: Monitor | None = None) -> None
     parallel_state.initialize_model_parallel(
         args.tensor_model_parallel_size,
         args.pipeline_model_parallel_size,
-        args.virtual_stages,
+        args.schedule.virtual_stages,
         distributed_timeout_minutes=args.distributed_timeout_minutes,
     )
     if monitor is not None:

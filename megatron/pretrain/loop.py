@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from helixpipe.megatron_adapter.schedule import ELASTIC, chunk_iterators, make_schedule
+from helixpipe.megatron_adapter.schedule import ForwardBackward, chunk_iterators, make_forward_backward
 from helixpipe.reliability.exit_codes import PREEMPTED, DataError, NumericsError
 from helixpipe.reliability.monitor import Monitor
 from helixpipe.runtime.trace import NullClock, default_clock
@@ -36,6 +36,7 @@ from megatron.pretrain.health.replicas import check_replicas
 from megatron.pretrain.initialize import finalize, initialize, seed_random_states
 from megatron.pretrain.metrics import Planning, Reporter, gather_metrics, mean_loss
 from megatron.pretrain.model import TrainingState, build_training_state
+from megatron.pretrain.settings.schedule import ScheduleSettings
 
 ForwardStep = Callable[..., Any]
 
@@ -76,7 +77,8 @@ def pretrain(
 def _train(args: argparse.Namespace, forward_step: ForwardStep, monitor: Monitor) -> int:
     args.measure = args.metrics_jsonl is not None or args.trace_dir is not None
     clock = default_clock() if args.measure else NullClock()
-    schedule = make_schedule(args.pipeline_schedule, args.schedule_request, clock, monitor.progress)
+    schedule: ScheduleSettings = args.schedule
+    forward_backward = make_forward_backward(schedule.execution, schedule.plan, clock, monitor.progress)
     monitor.enter("build model")
     state = build_training_state(args)
     monitor.enter("load")
@@ -85,8 +87,8 @@ def _train(args: argparse.Namespace, forward_step: ForwardStep, monitor: Monitor
     reporter = Reporter(args, progress.iteration)
     _announce(args, loaded, reporter)
     monitor.enter("build data")
-    run = _Run(args, forward_step, schedule, state, reporter, monitor)
-    if args.pipeline_schedule == ELASTIC:
+    run = _Run(args, forward_step, forward_backward, state, reporter, monitor)
+    if not schedule.execution.joins_documents:
         validation = ElasticValidation(args, progress.evaluated_samples) if args.eval_iters else None
         with closing(ElasticTraining(args, progress.position)) as batches:
             run.planning = batches.planning
@@ -171,19 +173,19 @@ class _Run:
         self,
         args: argparse.Namespace,
         forward_step: ForwardStep,
-        schedule: Any,
+        forward_backward: ForwardBackward,
         state: TrainingState,
         reporter: Reporter,
         monitor: Monitor,
     ) -> None:
         self.args = args
         self.forward_step = forward_step
-        self.schedule = schedule
+        self.forward_backward = forward_backward
         self.state = state
         self.reporter = reporter
         self.monitor = monitor
         self.planning: Callable[[], Planning | None] = lambda: None  # of the present iteration's plan
-        self.sums = LayerSums(state.model, schedule.trace)
+        self.sums = LayerSums(state.model, forward_backward.trace)
         watch_gradient_norm(state.optimizer)
 
     def train_iteration(
@@ -219,7 +221,7 @@ class _Run:
             self.monitor.enter("diagnosis")
             again = None if data is None else data.again()
             raise explain(
-                self.args, self.state, self.schedule, iteration, losses, self.sums,
+                self.args, self.state, self.forward_backward, iteration, losses, self.sums,
                 lambda: self._compute_gradients(iteration, again),
             ) from None  # fmt: skip
         self.state.scheduler.step(increment=self.args.global_batch_size)
@@ -233,12 +235,12 @@ class _Run:
             grad_norm=grad_norm,
             elapsed_ms=(time.perf_counter() - started) * 1e3,
             learning_rate=learning_rate,
-            trace=self.schedule.trace,
+            trace=self.forward_backward.trace,
             stop_flags=stop_flags(),
             planning=self.planning(),
         )
         self.reporter.report(metrics)
-        self.reporter.write_timeline(iteration, self.schedule.plan, self.schedule.trace)
+        self.reporter.write_timeline(iteration, self.forward_backward.plan, self.forward_backward.trace)
         return told
 
     def _compute_gradients(
@@ -251,7 +253,7 @@ class _Run:
         for chunk in self.state.model:
             chunk.zero_grad_buffer()  # type: ignore[operator]
         self.state.optimizer.zero_grad()
-        return self._run_schedule(spread_to_gradients(self.forward_step), data, forward_only=False)
+        return self._run_plan(spread_to_gradients(self.forward_step), data, forward_only=False)
 
     def evaluate(self, iteration: int, data: Iterator[Any] | None) -> float:
         """Mean loss over ``--eval-iters`` validation batches."""
@@ -261,7 +263,7 @@ class _Run:
         losses: list[dict[str, torch.Tensor]] = []
         with torch.no_grad():
             for _ in range(self.args.eval_iters):
-                losses += self._run_schedule(self.forward_step, data, forward_only=True)
+                losses += self._run_plan(self.forward_step, data, forward_only=True)
         for chunk in self.state.model:
             chunk.train()
         loss = mean_loss(losses)
@@ -272,11 +274,11 @@ class _Run:
         )
         return loss
 
-    def _run_schedule(
+    def _run_plan(
         self, forward_step: ForwardStep, data: Iterator[Any] | None, *, forward_only: bool
     ) -> list[dict[str, torch.Tensor]]:
         chunks = self.state.model
-        return self.schedule(
+        return self.forward_backward(
             forward_step_func=forward_step,
             data_iterator=chunk_iterators(data, chunks),
             model=chunks,
@@ -289,10 +291,9 @@ class _Run:
 
 def _announce(args: argparse.Namespace, loaded: Loaded, reporter: Reporter) -> None:
     tp, pp, dp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.data_parallel_size
-    if args.choice is not None:
-        reporter.say(args.choice)
+    reporter.say(args.schedule.reason)
     batch = f"{args.num_microbatches} micro batches of {args.micro_batch_size} x {args.seq_length} tokens"
-    if args.pipeline_schedule == ELASTIC:
+    if not args.schedule.execution.joins_documents:
         batch = f"batches of {args.global_batch_size} documents of at most {args.max_seq_length} tokens"
     reporter.say(
         f"{args.pipeline_schedule}: {args.world_size} ranks = tensor {tp} x pipeline {pp} x data {dp}; "

@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 
 from helixpipe.elastic.search.quick_plan import num_slices_of
 from helixpipe.elastic.service.background import PlannedBatch
-from helixpipe.megatron_adapter.schedule import ELASTIC, device
+from helixpipe.megatron_adapter.schedule import device
 from helixpipe.plan import Plan
 from helixpipe.plan.simulation.timeline import Timeline
 from helixpipe.reliability.loss_spikes import LossSpikes
@@ -134,8 +134,8 @@ def gather_metrics(
     plans, told = rest[: len(planning or ())], rest[len(planning or ()) :]
     elapsed_ms = max(elapsed)
     # Documents differ in tokens: of an elastic batch those with loss are counted.
-    is_elastic = args.pipeline_schedule == ELASTIC
-    num_tokens = sum(token_counts) if is_elastic else args.global_batch_size * args.seq_length
+    joined = args.schedule.execution.joins_documents
+    num_tokens = args.global_batch_size * args.seq_length if joined else sum(token_counts)
     span = max(total)
     metrics = IterationMetrics(
         iteration=iteration,
@@ -202,6 +202,9 @@ class Reporter:
             self._file = args.metrics_jsonl.open("a", encoding="utf-8")
         if self._is_writer and args.trace_dir is not None:
             args.trace_dir.mkdir(parents=True, exist_ok=True)
+            if args.schedule.plan is not None:
+                plan_text = args.schedule.plan.to_json()
+                (args.trace_dir / "plan.json").write_text(plan_text, encoding="utf-8")
 
     def report(self, metrics: IterationMetrics) -> None:
         """Print the iteration's line and append to the metrics file."""
@@ -218,8 +221,9 @@ class Reporter:
             self._file.write(metrics.to_json() + "\n")
             self._file.flush()
 
-    def write_timeline(self, iteration: int, plan: Plan, trace: Trace) -> None:
-        """Write the measured timeline of the first pipeline; collective."""
+    def write_timeline(self, iteration: int, plan: Plan | None, trace: Trace) -> None:
+        """Write the measured timeline of the first pipeline, and a batch's own plan; collective."""
+        assert plan is not None, "an iteration has run"
         if self.args.trace_dir is None:
             return
         group = parallel_state.get_pipeline_model_parallel_group()
@@ -235,7 +239,8 @@ class Reporter:
             )
             path = self.args.trace_dir / f"iteration_{iteration:07d}.json"
             path.write_text(timeline.to_json(), encoding="utf-8")
-            (self.args.trace_dir / "plan.json").write_text(plan.to_json(), encoding="utf-8")
+            if self.args.schedule.plan is None:
+                path.with_name(f"plan_{iteration:07d}.json").write_text(plan.to_json(), encoding="utf-8")
 
     def planning_summary(self) -> str:
         """How long planning took, and how long training waited for it; empty if nothing was planned."""

@@ -7,7 +7,6 @@ import importlib.util
 from typing import Any, NamedTuple
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -18,16 +17,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
-from helixpipe.layers.elastic.model import build_elastic_gpt
-from helixpipe.layers.gpt import build_gpt
 from helixpipe.layers.initialization import deferred_initialization, initialize_weights
 from helixpipe.layers.recomputing_layer import MemorySaving
-from helixpipe.layers.segmented_gpt import SegmentedGPTModel
 from helixpipe.layers.spec import LOCAL, default_implementation
-from helixpipe.layers.stage import build_stage
-from helixpipe.megatron_adapter.schedule import ELASTIC, owned_segments
-from helixpipe.plan import build_plan
-from helixpipe.plan.schedules import V_SHAPED
+from helixpipe.megatron_adapter.model_chunks import build_model_chunks
+from megatron.pretrain.settings.schedule import ScheduleSettings
 
 
 class TrainingState(NamedTuple):
@@ -63,11 +57,11 @@ def build_config(args: argparse.Namespace) -> TransformerConfig:
         init_method_std=args.init_method_std,
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=args.virtual_stages,
+        virtual_pipeline_model_parallel_size=args.schedule.virtual_stages,
         # As Megatron sets them. Batched messages between two ranks that are both next and previous to each
         # other would arrive swapped, without an error.
-        overlap_p2p_comm=args.virtual_stages is not None,
-        batch_p2p_comm=args.virtual_stages is None,
+        overlap_p2p_comm=args.schedule.virtual_stages is not None,
+        batch_p2p_comm=args.schedule.virtual_stages is None,
         sequence_parallel=args.sequence_parallel,
         params_dtype=args.params_dtype,
         pipeline_dtype=args.params_dtype,
@@ -80,7 +74,7 @@ def build_config(args: argparse.Namespace) -> TransformerConfig:
         use_cpu_initialization=True,
         bias_dropout_fusion=fuse,
         bias_activation_fusion=fuse and (args.swiglu or args.add_bias_linear),
-        gradient_accumulation_fusion=fuse_accumulation and not _splits_backward(args),
+        gradient_accumulation_fusion=fuse_accumulation and not args.schedule.splits_backward,
     )
     config.finalize_model_grads_func = finalize_model_grads
     return config
@@ -107,15 +101,9 @@ def unwrap(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
-def _splits_backward(args: argparse.Namespace) -> bool:
-    if args.pipeline_schedule == ELASTIC:
-        return False
-    return build_plan(args.pipeline_schedule, args.schedule_request).splits_backward
-
-
 def _build_chunks(args: argparse.Namespace, config: TransformerConfig) -> list[torch.nn.Module]:
     # Only Megatron's local linear layers can leave their weight gradient for later, or run in slices.
-    needs_local = _splits_backward(args) or args.memory_saving.mlp_chunk_size is not None
+    needs_local = args.schedule.splits_backward or args.memory_saving.mlp_chunk_size is not None
     implementation = args.transformer_impl or (LOCAL if needs_local else default_implementation())
     saving: MemorySaving = args.memory_saving
     arguments: dict[str, Any] = {
@@ -127,35 +115,8 @@ def _build_chunks(args: argparse.Namespace, config: TransformerConfig) -> list[t
         "rotary_base": args.rotary_base,
         "seq_len_interpolation_factor": args.rotary_seq_len_interpolation_factor,
     }
-    if args.pipeline_schedule == ELASTIC:
-        ends = {
-            "pre_process": parallel_state.is_pipeline_first_stage(),
-            "post_process": parallel_state.is_pipeline_last_stage(),
-        }
-        return [build_elastic_gpt(config, implementation, saving, **ends, **arguments)]
-    if args.pipeline_schedule in ("helix", *V_SHAPED):
-        plan = build_plan(args.pipeline_schedule, args.schedule_request)
-        owned = owned_segments(plan, parallel_state.get_pipeline_model_parallel_rank())
-        if args.pipeline_schedule == "helix":
-            arguments["attention_range"] = str(plan.parameters["attention_range"])
-            arguments["lends_head"] = args.head_placement == "spread"
-            return [SegmentedGPTModel(config, implementation, owned, saving=saving, **arguments)]
-        return [
-            build_stage(config, implementation, stage, plan.num_segments, saving=saving, **arguments)
-            for stage in owned
-        ]
-    return [
-        build_gpt(
-            config,
-            implementation,
-            saving,
-            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
-            vp_stage=vp_stage,
-            **arguments,
-        )
-        for vp_stage in (range(args.virtual_stages) if args.virtual_stages else [None])
-    ]
+    schedule: ScheduleSettings = args.schedule
+    return build_model_chunks(schedule.execution, schedule.plan, config, implementation, saving, **arguments)
 
 
 def _wrap(

@@ -9,11 +9,11 @@ from megatron.core.models.gpt import GPTModel
 from models import Case, make_config
 
 from helixpipe.megatron_adapter.forward_step import (
-    GPTSegments,
     IterationInput,
     PendingOutput,
     StandInModel,
 )
+from helixpipe.megatron_adapter.segments.helix import GPTSegments
 
 LENGTH, BATCH = 6, 2
 USED = {"self", "input_ids", "position_ids", "attention_mask", "labels", "loss_mask"}

@@ -1,5 +1,6 @@
 """Schedules of stages: which are executed how, what they refuse, and where their data comes from."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,22 +11,22 @@ from stages import gpt_stage
 
 from helixpipe.data.prefix import DatasetInfo
 from helixpipe.megatron_adapter.forward_backward import (
-    HelixForwardBackward,
     PlannedForwardBackward,
+    SegmentForwardBackward,
     StageForwardBackward,
 )
 from helixpipe.megatron_adapter.forward_step import IterationInput
+from helixpipe.megatron_adapter.plan_source import PlanOnDemand
 from helixpipe.megatron_adapter.schedule import (
-    EXECUTABLE,
-    MEGATRON_SCHEDULES,
     MegatronForwardBackward,
     chunk_iterators,
-    make_schedule,
-    owned_segments,
+    make_forward_backward,
 )
 from helixpipe.megatron_adapter.segments.stages import StageSegments
 from helixpipe.plan import ScheduleRequest, build_plan
-from helixpipe.plan.schedules import V_SHAPED
+from helixpipe.plan.execution import Execution
+from helixpipe.plan.fit import stages_follow_ranks
+from helixpipe.plan.schedules import SCHEDULES
 from helixpipe.runtime.trace import HostClock, NullClock
 from helixpipe.runtime.weight_gradients import DeferredWeightGradients
 from megatron.pretrain.settings.arguments import parse_arguments
@@ -38,30 +39,37 @@ def request_for(name, ranks=2):
     return ScheduleRequest(num_layers=8, num_ranks=ranks, num_microbatches=4, virtual_stages=virtual_stages)
 
 
-@pytest.mark.parametrize("name", EXECUTABLE)
+def made(name):
+    return make_forward_backward(SCHEDULES[name].execution, build_plan(name, request_for(name)), NullClock())
+
+
+CLASSES = {
+    Execution.MEGATRON: MegatronForwardBackward,
+    Execution.STAGES: StageForwardBackward,
+    Execution.SEGMENTS: SegmentForwardBackward,
+}
+EXECUTED = [name for name, entry in SCHEDULES.items() if entry.execution in CLASSES]
+
+
+@pytest.mark.parametrize("name", EXECUTED)
 def test_every_executable_schedule_is_made_in_its_way(name):
-    schedule = make_schedule(name, request_for(name), NullClock())
-    if name in MEGATRON_SCHEDULES:
-        assert isinstance(schedule, MegatronForwardBackward)
-        assert not schedule.trace.sees_waits
-        return
-    assert isinstance(schedule, HelixForwardBackward if name == "helix" else StageForwardBackward)
-    assert schedule.trace.sees_waits
-    assert schedule.name == name
-    assert schedule.chunks_per_rank == (2 if name in V_SHAPED else 1)
+    forward_backward, entry = made(name), SCHEDULES[name]
+    assert isinstance(forward_backward, CLASSES[entry.execution])
+    assert forward_backward.plan == build_plan(name, request_for(name))
+    assert forward_backward.trace.sees_waits == (entry.execution is not Execution.MEGATRON)
+    if entry.execution is not Execution.MEGATRON:
+        assert forward_backward.name == name
+        assert forward_backward.chunks_per_rank == (2 if entry.needs_untied_weights else 1)
 
 
-def test_a_schedule_that_is_only_planned_is_refused():
-    with pytest.raises(ValueError, match="seq1f1b can be planned but not executed; choose one of 1f1b,"):
-        make_schedule("seq1f1b", request_for("seq1f1b"), NullClock())
-
-
-def test_the_segments_of_a_rank_are_its_stages():
-    assert owned_segments(build_plan("zb-h1", request_for("zb-h1")), 1) == [1]
-    assert [owned_segments(build_plan("zb-v", request_for("zb-v")), rank) for rank in (0, 1)] == [
-        [0, 3],
-        [1, 2],
-    ]
+@pytest.mark.parametrize("name", EXECUTED)
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_what_an_entry_needs_is_what_its_plans_need(name, ranks):
+    """Both ends of a model on one rank as two chunks cannot share a weight."""
+    entry = SCHEDULES[name]
+    request = replace(request_for(name, ranks), num_microbatches=8)
+    follows = stages_follow_ranks(build_plan(name, request))
+    assert (entry.execution is Execution.STAGES and not follows) == entry.needs_untied_weights
 
 
 def chunk(*, pre_process=False, post_process=False):
@@ -95,7 +103,7 @@ def test_a_chunk_between_the_ends_gets_no_data():
     ],
 )
 def test_model_chunks_are_counted(schedule, chunks, words):
-    forward_backward = make_schedule(schedule, request_for(schedule), NullClock())
+    forward_backward = made(schedule)
     with pytest.raises(ValueError, match=words):
         forward_backward(
             forward_step_func=None,
@@ -109,7 +117,9 @@ def test_model_chunks_are_counted(schedule, chunks, words):
 
 def test_a_schedule_without_segments_of_its_own_is_abstract():
     with pytest.raises(NotImplementedError):
-        PlannedForwardBackward("gpipe", clock=HostClock()).make_segments([], None, None, None, 0)
+        PlannedForwardBackward(PlanOnDemand("gpipe"), clock=HostClock()).make_segments(
+            [], None, None, None, 0
+        )
 
 
 REFUSED = {

@@ -68,7 +68,7 @@ def test_a_job_trains_and_writes_what_others_write(two_stages):
     assert [row["schedule"] for row in rows] == ["elastic"] * 4
     assert rows[-1]["lm_loss"] < rows[0]["lm_loss"] - 0.1
     assert all(row["tokens_per_second"] > 0 and 0 <= row["bubble_ratio"] < 1 for row in rows)
-    plan = Plan.from_json((folder / "trace" / "plan.json").read_text(encoding="utf-8"))
+    plan = Plan.from_json((folder / "trace" / "plan_0000004.json").read_text(encoding="utf-8"))
     assert plan.schedule == "elastic"
     assert plan.slices, "the longest documents are cut"
 

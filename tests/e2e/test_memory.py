@@ -11,9 +11,11 @@ from conftest import MODEL, ROOT, free_port, run
 
 from helixpipe.layers.recomputing_layer import MemorySaving
 from helixpipe.plan import Kind, Operation, ScheduleRequest, build_plan
+from helixpipe.plan.execution import Execution
 from helixpipe.runtime.out_of_memory import OutOfMemory, amount_asked, describe, naming_operation
 from helixpipe.runtime.trace import NullClock, Trace
 from megatron.pretrain.health.memory_report import explains_out_of_memory, what_to_change
+from megatron.pretrain.settings.schedule import ScheduleSettings
 
 CUDA_SAYS = (
     "CUDA out of memory. Tried to allocate 20.50 GiB. GPU 0 has a total capacity of 139.80 GiB of which "
@@ -111,25 +113,41 @@ def test_outside_of_the_schedule_it_is_weights_and_states():
         run(Namespace())
 
 
+SIZES = {"num_layers": 2, "num_ranks": 2, "num_microbatches": 4}
+
+
+def helix(**options):
+    plan = build_plan("helix", ScheduleRequest(**SIZES, **options))
+    return ScheduleSettings("helix", Execution.SEGMENTS, plan)
+
+
+ONE_F_ONE_B = ScheduleSettings("1f1b", Execution.MEGATRON, build_plan("1f1b", ScheduleRequest(**SIZES)))
+ELASTIC = ScheduleSettings("elastic", Execution.CHUNKS, None)
+
+
 @pytest.mark.parametrize(
     ("changes", "advised", "not_advised"),
     [
         ({}, ["--mlp-chunk-size auto", "--loss-chunk-size auto", "--num-fold 1"], ["--micro-batch-size"]),
         ({"memory_saving": MemorySaving(True, 64, 1)}, ["--mlp-chunk-size 32"], ["--loss-chunk-size"]),
         ({"memory_saving": MemorySaving(True)}, ["--attention-range block"], ["--recompute"]),
-        ({"attention_range": "block"}, ["--recompute-without-attention"], ["block"]),
-        ({"attention_range": "qkv"}, ["--attention-range block"], []),
+        ({"schedule": helix(attention_range="block")}, ["--recompute-without-attention"], ["block"]),
+        ({"schedule": helix(attention_range="qkv")}, ["--attention-range block"], []),
         ({"transformer_impl": "transformer_engine"}, ["--loss-chunk-size auto"], ["--mlp-chunk-size"]),
-        ({"head_placement": "spread"}, ["--mlp-chunk-size auto", "--loss-chunk-size auto"], []),
-        ({"pipeline_schedule": "elastic"}, ["a lower --memory-limit-gib"], ["--recompute", "--num-fold"]),
-        ({"schedule_request": Namespace(num_fold=1)}, [], ["--num-fold"]),
+        (
+            {"schedule": helix(head_placement="spread")},
+            ["--mlp-chunk-size auto", "--loss-chunk-size auto"],
+            [],
+        ),
+        ({"schedule": ELASTIC}, ["a lower --memory-limit-gib"], ["--recompute", "--num-fold"]),
+        ({"schedule": helix(num_fold=1)}, [], ["--num-fold"]),
         ({"micro_batch_size": 4}, ["--micro-batch-size 1"], []),
         (
-            {"pipeline_schedule": "1f1b", "memory_saving": MemorySaving(True)},
+            {"schedule": ONE_F_ONE_B, "memory_saving": MemorySaving(True)},
             ["--recompute-granularity full", "--no-recompute-without-attention"],
             ["--num-fold", "--attention-range"],
         ),
-        ({"pipeline_schedule": "1f1b", "recompute_granularity": "full"}, ["ranks"], ["--recompute"]),
+        ({"schedule": ONE_F_ONE_B, "recompute_granularity": "full"}, ["ranks"], ["--recompute"]),
     ],
     ids=str,
 )
@@ -137,11 +155,8 @@ def test_only_what_is_not_done_yet_is_advised(changes, advised, not_advised):
     usual = {
         "memory_saving": MemorySaving(),
         "transformer_impl": None,
-        "head_placement": None,
         "recompute_granularity": None,
-        "attention_range": "core",
-        "pipeline_schedule": "helix",
-        "schedule_request": Namespace(num_fold=None),
+        "schedule": helix(),
         "micro_batch_size": 1,
     }
     text = what_to_change(Namespace(**(usual | changes)))

@@ -17,7 +17,7 @@ from equivalence_worker import compare_one_iteration, compare_training
 from models import Case
 from ranks import run_on_ranks
 
-from helixpipe.plan.schedules import V_SHAPED
+from helixpipe.plan.schedules import SCHEDULES
 
 ON_GPU = torch.cuda.is_available()
 # Each gradient tensor: norm of the difference over its norm. Attention on GPUs adds in any order.
@@ -119,7 +119,8 @@ def stage_cases_of(layout: Case) -> list[Case]:
         replace(layout, schedule="gpipe"),
         replace(layout, schedule="gpipe", style="llama", overlap=True),
     ]
-    for number, schedule in enumerate(V_SHAPED):
+    v_shaped = [name for name, entry in SCHEDULES.items() if entry.needs_untied_weights]
+    for number, schedule in enumerate(v_shaped):
         v = replace(layout, schedule=schedule, num_layers=8, tied=False, overlap=number % 2 == 0)
         cases += [v, replace(v, style="llama", dtype=torch.float64)]
     if layout.tp > 1:

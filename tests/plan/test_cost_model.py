@@ -20,7 +20,7 @@ from helixpipe.plan.cost_model import (
 from helixpipe.plan.cost_model.analytic import pipeline_network
 from helixpipe.plan.cost_model.segments import rank_parameters
 from helixpipe.plan.cost_model.work import LAYER_PIECES, PIECES
-from helixpipe.plan.schedules import SCHEDULES
+from helixpipe.plan.schedules import planned_ahead
 from helixpipe.plan.simulation.memory import peak_bytes
 
 GPT = MODELS["gpt-7b"]
@@ -194,7 +194,7 @@ SCHEDULE_OPTIONS = {
 
 
 @pytest.mark.parametrize("recompute", list(Recompute))
-@pytest.mark.parametrize("schedule", list(SCHEDULES))
+@pytest.mark.parametrize("schedule", planned_ahead())
 def test_no_work_is_lost(schedule, recompute):
     """Over all segments of a micro batch, every piece of every layer is there once, whatever the schedule."""
     found = replace(pieces(seq_length=65536), overhead_ms=0.0)
@@ -321,7 +321,7 @@ def test_messages_have_the_size_of_their_tensors():
     assert costs_of_plan(pieces(), planned("1f1b"), Recompute.NONE).message_bytes == {"*": unit}
 
 
-@pytest.mark.parametrize("schedule", list(SCHEDULES))
+@pytest.mark.parametrize("schedule", planned_ahead())
 @pytest.mark.parametrize("name", ["gpt-7b", "llama-7b"])
 def test_every_weight_is_on_one_rank(schedule, name):
     found = pieces(MODELS[name])

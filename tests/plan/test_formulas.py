@@ -4,8 +4,9 @@ from itertools import product
 
 import pytest
 
-from helixpipe.plan import SCHEDULES, Kind, ScheduleRequest, build_plan
+from helixpipe.plan import Kind, ScheduleRequest, build_plan
 from helixpipe.plan.formulas import FORMS, Case, markdown_table
+from helixpipe.plan.schedules import planned_ahead
 from helixpipe.plan.simulation.costs import Costs, SegmentCost, uniform_costs
 from helixpipe.plan.simulation.memory import peak_bytes
 from helixpipe.plan.simulation.simulate import simulate
@@ -78,7 +79,7 @@ def parts(schedule, case):
     return case.K if schedule == "seq1f1b" else 1
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", planned_ahead())
 def test_bubbles(schedule):
     seen = 0
     for case in cases(schedule):
@@ -91,7 +92,7 @@ def test_bubbles(schedule):
     assert seen >= 4
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", planned_ahead())
 def test_activations(schedule):
     for case in shapes(schedule):
         plan = plan_of(schedule, case)
@@ -113,7 +114,7 @@ def units_sent(schedule, case, plan):
 @pytest.mark.parametrize("g", [1, 0.25])
 @pytest.mark.parametrize(
     ("schedule", "attention_range"),
-    [*((schedule, "core") for schedule in SCHEDULES), ("helix", "qkv"), ("helix", "block")],
+    [*((schedule, "core") for schedule in planned_ahead()), ("helix", "qkv"), ("helix", "block")],
 )
 def test_messages(schedule, attention_range, g):
     for case in shapes(schedule):
@@ -140,9 +141,9 @@ def test_when_the_bubble_of_v_half_and_v_min_grows(p):
 
 
 def test_every_schedule_has_a_row():
-    assert list(FORMS) == list(SCHEDULES)
+    assert list(FORMS) == planned_ahead()
     rows = markdown_table().split("\n\n")[0].splitlines()
-    assert len(rows) == 2 + len(SCHEDULES)
+    assert len(rows) == 2 + len(planned_ahead())
     assert {row.count("|") for row in rows} == {6}
     assert "| 1F1B | (p−1)·(L/p)·t | (p−r)·(L/p)·A | p−1 | m ≥ p |" in rows
 

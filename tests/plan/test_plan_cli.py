@@ -79,7 +79,7 @@ def test_errors_of_a_process(tmp_path):
     assert done.stdout == ""
     assert done.stderr == (
         "helixpipe plan: error: unknown schedule '1f2b'; did you mean 1f1b? "
-        "known: gpipe, 1f1b, interleaved, zb-h1, zb-v, v-half, v-min, dualpipe-v, seq1f1b, helix\n"
+        "known: gpipe, 1f1b, interleaved, zb-h1, zb-v, v-half, v-min, dualpipe-v, seq1f1b, helix, elastic\n"
     )
     assert not (tmp_path / "plan.json").exists()
 
@@ -165,9 +165,9 @@ def test_draw_a_measured_timeline(tmp_path, capsys):
             "(5) must be a multiple of the pipeline-parallel size",
         ),
         (["--schedule", "helix", "--num-microbatches", "6"], "use 4 or 8"),
-        (["--schedule", "1f1b", "--num-fold", "2"], "--num-fold means nothing to 1f1b"),
-        (["--schedule", "helix", "--virtual-stages", "2"], "--virtual-stages means nothing to helix"),
-        (["--schedule", "gpipe", "--attention-range", "core"], "--attention-range means nothing to gpipe"),
+        (["--schedule", "1f1b", "--num-fold", "2"], "--num-fold does not apply to 1f1b"),
+        (["--schedule", "helix", "--virtual-stages", "2"], "--virtual-stages does not apply to helix"),
+        (["--schedule", "gpipe", "--attention-range", "core"], "--attention-range does not apply to gpipe"),
         (["--schedule", "helix", "--attention-range", "mlp"], "unknown attention range 'mlp'"),
         (["--schedule", "helix", "--num-fold", "0"], "--num-fold: must be at least 1"),
         (["--schedule", "1f1b", "--pipeline-model-parallel-size", "0"], "must be at least 1, not 0"),

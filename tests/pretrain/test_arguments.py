@@ -11,7 +11,7 @@ import torch
 from helixpipe.data.prefix import DatasetInfo, inspect_prefix
 from helixpipe.data.prepare.corpus import PreparationOptions, prepare_dataset
 from helixpipe.layers.recomputing_layer import MemorySaving
-from helixpipe.megatron_adapter.schedule import make_schedule
+from helixpipe.megatron_adapter.schedule import make_forward_backward
 from helixpipe.runtime.trace import NullClock
 from megatron.pretrain.settings.arguments import parse_arguments
 
@@ -42,7 +42,7 @@ def test_defaults(parse):
     assert args.pipeline_schedule == "1f1b"
     assert (args.world_size, args.rank, args.data_parallel_size) == (1, 0, 1)
     assert args.num_microbatches == 8
-    assert args.virtual_stages is None
+    assert args.schedule.virtual_stages is None
     assert args.kv_channels == 16
     assert args.num_query_groups == 4
     assert args.ffn_hidden_size == 256
@@ -62,8 +62,8 @@ def test_layout_comes_from_the_environment(parse):
     assert (args.world_size, args.rank) == (8, 5)
     assert args.data_parallel_size == 2
     assert args.num_microbatches == 2
-    assert args.schedule_request.num_ranks == 2
-    assert args.schedule_request.num_microbatches == 2
+    assert args.schedule.plan.num_ranks == 2
+    assert args.schedule.plan.num_microbatches == 2
 
 
 def test_without_torchrun_there_is_one_rank(monkeypatch):
@@ -98,8 +98,8 @@ def test_virtual_stages(parse, per_chunk, stages):
         f"--num-layers-per-virtual-pipeline-stage {per_chunk}",
         world_size=2,
     )
-    assert args.virtual_stages == stages
-    assert args.schedule_request.virtual_stages == stages
+    assert args.schedule.virtual_stages == stages
+    assert args.schedule.plan.parameters["virtual_stages"] == stages
 
 
 def test_helix_options_reach_the_schedule(parse):
@@ -107,24 +107,23 @@ def test_helix_options_reach_the_schedule(parse):
         "--pipeline-schedule helix --pipeline-model-parallel-size 4 --num-fold 1 --attention-range core",
         world_size=4,
     )
-    assert args.schedule_request.num_fold == 1
-    assert args.schedule_request.attention_range == "core"
+    assert args.schedule.plan.parameters == {"num_layers": 4, "num_fold": 1, "attention_range": "core"}
 
 
 @pytest.mark.parametrize(("sequence", "found"), [(32, "core"), (4096, "block")])
 def test_the_range_with_the_smallest_messages_is_chosen(parse, sequence, found):
     options = "--pipeline-schedule helix --pipeline-model-parallel-size 2 --attention-range auto"
     args = parse(f"{options} --seq-length {sequence}", world_size=2)
-    assert args.attention_range == args.schedule_request.attention_range == found
+    assert args.attention_range == args.schedule.plan.parameters["attention_range"] == found
 
 
 def test_the_heads_placement_reaches_the_schedule(parse):
     options = "--pipeline-schedule helix --pipeline-model-parallel-size 2"
-    assert parse(options, world_size=2).schedule_request.head_placement is None
-    spread = parse(f"{options} --head-placement spread", world_size=2).schedule_request
-    assert spread.head_placement == "spread"
-    schedule = make_schedule("helix", spread, NullClock())
-    assert str(schedule) == "helix (num_fold=2, attention_range=core, head_placement=spread)"
+    assert "head_placement" not in parse(options, world_size=2).schedule.plan.parameters
+    spread = parse(f"{options} --head-placement spread", world_size=2).schedule
+    assert spread.plan.parameters["head_placement"] == "spread"
+    schedule = make_forward_backward(spread.execution, spread.plan, NullClock())
+    assert str(schedule) == "helix (num_layers=4, num_fold=2, attention_range=core, head_placement=spread)"
 
 
 @pytest.mark.parametrize(
@@ -332,7 +331,7 @@ REFUSED = [
         "--recompute-modules mlp needs --disable-bias-linear",
     ),
     (1, "--recompute-modules attention", "--recompute-modules", "attention", "core_attn", "mlp"),
-    (1, "--num-layers-per-virtual-pipeline-stage 1", "is for --pipeline-schedule interleaved"),
+    (1, "--num-layers-per-virtual-pipeline-stage 1", "does not apply to 1f1b", "it is for interleaved"),
     (1, "--pipeline-schedule interleaved", "interleaved needs two or more pipeline ranks"),
     (
         2,
@@ -351,14 +350,14 @@ REFUSED = [
     (2, f"{PP2} --pipeline-schedule helix --num-layers 3", "number of layers (3)", "use 2 or 4"),
     (2, f"{PP2} --pipeline-schedule helix --num-fold 3", "micro batches (8)", "use 6 or 12"),
     (2, f"{PP2} --pipeline-schedule helix --num-fold 0", "--num-fold: must be at least 1, not 0"),
-    (2, f"{PP2} --num-fold 2", "--num-fold means nothing to 1f1b", "it is for helix"),
-    (1, "--attention-range core", "--attention-range means nothing to 1f1b"),
-    (1, "--attention-range auto", "--attention-range means nothing to 1f1b"),
+    (2, f"{PP2} --num-fold 2", "--num-fold does not apply to 1f1b", "it is for helix"),
+    (1, "--attention-range core", "--attention-range does not apply to 1f1b"),
+    (1, "--attention-range auto", "--attention-range does not apply to 1f1b"),
     (1, "--pipeline-schedule helix --attention-range all", "'all'", "core, qkv, block"),
     (1, "--pipeline-schedule helix --head-placement last", "'last'", "first, spread"),
-    (1, "--head-placement spread", "--head-placement means nothing to 1f1b", "it is for helix"),
+    (1, "--head-placement spread", "--head-placement does not apply to 1f1b", "it is for helix"),
     (1, "--pipeline-schedule hellix", "'hellix'", "did you mean helix?"),
-    (1, "--pipeline-schedule seq1f1b", "seq1f1b", "not executed", "1f1b, interleaved, gpipe"),
+    (1, "--pipeline-schedule seq1f1b", "seq1f1b", "not executed", "gpipe, 1f1b, interleaved"),
     (1, "--num-layers nine", "--num-layers", "'nine'"),
     (1, "--lr fast", "--lr", "'fast'"),
     (1, "--hidden-sizes 64", "--hidden-sizes"),

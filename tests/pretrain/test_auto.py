@@ -7,11 +7,10 @@ from dataclasses import asdict, replace
 import pytest
 
 from helixpipe.data.prefix import DatasetInfo
-from helixpipe.megatron_adapter.schedule import EXECUTABLE
-from helixpipe.plan.advise.candidates import RUNNABLE
 from helixpipe.plan.cost_model import HARDWARE, Workload, predict_pieces
 from helixpipe.plan.cost_model.model import model_from_arguments
 from megatron.pretrain.settings.arguments import parse_arguments
+from megatron.pretrain.settings.schedule import executable_schedules
 
 LINE = (
     "--pipeline-schedule auto --pipeline-model-parallel-size 4 --num-layers 8 --hidden-size 512 "
@@ -31,22 +30,20 @@ def parsed(extra):
     return parse_arguments(f"{LINE} {extra}".split(), DATASET)
 
 
-def test_what_runs_is_known_to_the_planner():
-    assert set(RUNNABLE) == set(EXECUTABLE)
-
-
 def test_a_schedule_is_chosen_and_announced():
     args = parsed("--hardware h20 --seq-length 32768")
-    assert args.pipeline_schedule in EXECUTABLE
-    assert args.choice.startswith(f"auto chose {args.pipeline_schedule}")
-    assert args.schedule_request.num_microbatches == 16
-    assert parsed("--hardware h20 --seq-length 32768").choice == args.choice, "every rank chooses alike"
+    assert args.pipeline_schedule in executable_schedules()
+    assert args.schedule.reason.startswith(f"auto chose {args.pipeline_schedule}")
+    assert args.schedule.plan.num_microbatches == 16
+    assert parsed("--hardware h20 --seq-length 32768").schedule.reason == args.schedule.reason, (
+        "every rank chooses alike"
+    )
 
 
 def test_given_options_narrow_the_choice():
-    assert parsed("--hardware h20 --seq-length 4096 --num-fold 1").schedule_request.num_fold == 1
+    assert parsed("--hardware h20 --seq-length 4096 --num-fold 1").schedule.plan.parameters["num_fold"] == 1
     chosen = parsed("--hardware h20 --seq-length 4096 --num-layers-per-virtual-pipeline-stage 1")
-    assert (chosen.pipeline_schedule, chosen.virtual_stages) == ("interleaved", 2)
+    assert (chosen.pipeline_schedule, chosen.schedule.virtual_stages) == ("interleaved", 2)
     chosen = parsed("--hardware h20 --seq-length 4096 --attention-range auto --num-fold 2")
     assert chosen.attention_range in ("core", "qkv", "block")
     chosen = parsed("--hardware h20 --seq-length 4096 --head-placement spread")
@@ -63,18 +60,18 @@ def test_recomputation_is_as_given_or_where_memory_needs_it():
     assert parsed(f"{long} --recompute-without-attention").memory_saving.recompute_without_attention
     never = f"{long} --memory-limit-gib 16 --no-recompute-without-attention"
     assert not parsed(never).memory_saving.recompute_without_attention
-    assert parsed(never).choice != parsed(f"{long} --memory-limit-gib 16").choice
+    assert parsed(never).schedule.reason != parsed(f"{long} --memory-limit-gib 16").schedule.reason
 
 
 def test_chunks_of_the_loss_are_known_to_the_planner():
     tight = "--hardware h20 --seq-length 131072 --memory-limit-gib 16"
-    assert parsed(f"{tight} --loss-chunk-size auto").choice != parsed(tight).choice
+    assert parsed(f"{tight} --loss-chunk-size auto").schedule.reason != parsed(tight).schedule.reason
 
 
 def test_memory_decides():
     roomy = parsed("--hardware h20 --seq-length 131072")
     tight = parsed("--hardware h20 --seq-length 131072 --memory-limit-gib 20")
-    assert roomy.choice != tight.choice
+    assert roomy.schedule.reason != tight.schedule.reason
     with pytest.raises(ValueError, match=r"nothing can be executed within memory .*GiB over the limit"):
         parsed("--hardware h20 --seq-length 131072 --memory-limit-gib 1")
 
@@ -90,7 +87,7 @@ def test_a_profile_of_the_same_layers_is_accepted(tmp_path):
     path = tmp_path / "profile.json"
     path.write_text(profile_for(8192, num_layers=1))
     args = parsed(f"--hardware {path} --seq-length 8192 --memory-limit-gib 80")
-    assert args.choice.startswith("auto chose")
+    assert args.schedule.reason.startswith("auto chose")
 
 
 @pytest.mark.parametrize(
@@ -132,8 +129,8 @@ def test_the_range_follows_the_links(tmp_path, links, found):
     path.write_text(json.dumps(asdict(machine)))
     line = f"{LINE.replace('auto', 'helix')} --attention-range auto --seq-length 8192 --hardware {path}"
     args = parse_arguments(line.split(), DATASET)
-    assert args.attention_range == args.schedule_request.attention_range == found
-    told = re.findall(r"(core|qkv|block) ([\d.]+)", args.choice.partition(": ")[2])
+    assert args.attention_range == args.schedule.plan.parameters["attention_range"] == found
+    told = re.findall(r"(core|qkv|block) ([\d.]+)", args.schedule.reason.partition(": ")[2])
     assert [name for name, _ in told] == ["core", "qkv", "block"]
     assert min(told, key=lambda pair: float(pair[1]))[0] == found
 

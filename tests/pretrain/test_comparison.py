@@ -11,6 +11,7 @@ from training_worker import Fault, run_cases, small_model
 
 from helixpipe.data.fingerprint import fingerprint
 from helixpipe.data.prefix import inspect_prefix
+from helixpipe.plan.execution import Execution
 from helixpipe.reliability.exit_codes import DataError
 from megatron.pretrain.checkpoint.comparison import (
     CHANGES_NOTHING,
@@ -20,6 +21,7 @@ from megatron.pretrain.checkpoint.comparison import (
 )
 from megatron.pretrain.settings.arguments import parse_arguments
 from megatron.pretrain.settings.parser import build_parser
+from megatron.pretrain.settings.schedule import ScheduleSettings
 
 OPTIONS = {action.dest: action for action in build_parser()._actions if action.dest != "help"}
 
@@ -131,7 +133,9 @@ def test_micro_batches_matter_only_where_they_weigh_differently(parse):
 
 def test_documents_are_other_samples_than_packed_text(parse):
     args = parse()
-    elastic = argparse.Namespace(**{**vars(args), "pipeline_schedule": "elastic"})
+    elastic = argparse.Namespace(
+        **{**vars(args), "schedule": ScheduleSettings("elastic", Execution.CHUNKS, None)}
+    )
     with pytest.raises(
         DataError, match=r"packed, this job has documents; .* --allow-changed pipeline-schedule$"
     ):

@@ -9,7 +9,7 @@ import pytest
 from helixpipe.data.prefix import DatasetInfo
 from helixpipe.elastic import costs_to_json, ideal_costs
 from helixpipe.megatron_adapter.elastic_forward_backward import ElasticForwardBackward
-from helixpipe.megatron_adapter.schedule import make_schedule
+from helixpipe.megatron_adapter.schedule import make_forward_backward
 from helixpipe.runtime.trace import NullClock
 from megatron.pretrain.settings.arguments import parse_arguments
 
@@ -36,7 +36,7 @@ def test_the_job_is_derived(parse):
     assert args.calculate_per_token_loss
     job = args.elastic_job
     assert (job.num_stages, job.num_layers, job.memory_limit_bytes) == (2, 4, 2 << 30)
-    schedule = make_schedule("elastic", args.schedule_request, NullClock())
+    schedule = make_forward_backward(args.schedule.execution, args.schedule.plan, NullClock())
     assert isinstance(schedule, ElasticForwardBackward)
     assert job.costs.token_multiple == 1
     longer = parse(f"{ELASTIC} --elastic-costs {{costs}} --max-seq-length 90 --position-embedding-type rope")

@@ -40,7 +40,8 @@ from helixpipe.megatron_adapter.forward_backward import (  # noqa: E402
     PlannedForwardBackward,
     StageForwardBackward,
 )
-from helixpipe.plan.schedules import V_SHAPED  # noqa: E402
+from helixpipe.megatron_adapter.plan_source import PlanOnDemand  # noqa: E402
+from helixpipe.plan.schedules import SCHEDULES  # noqa: E402
 from helixpipe.runtime.trace import HostClock  # noqa: E402
 
 VOCABULARY = 96
@@ -88,7 +89,7 @@ class Case:
 
     @property
     def chunks_per_rank(self) -> int:
-        return 2 if self.schedule in V_SHAPED else 1
+        return 2 if SCHEDULES[self.schedule].needs_untied_weights else 1
 
     @property
     def world_size(self) -> int:
@@ -378,7 +379,8 @@ def planned_schedule(case: Case) -> PlannedForwardBackward:
             head_placement=case.head_placement,
             clock=HostClock(),
         )
-    return StageForwardBackward(case.schedule, chunks_per_rank=case.chunks_per_rank, clock=HostClock())
+    plans = PlanOnDemand(case.schedule, chunks_per_rank=case.chunks_per_rank)
+    return StageForwardBackward(plans, clock=HostClock())
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

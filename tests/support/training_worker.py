@@ -304,7 +304,7 @@ def _run(arguments: list[str], fault: Fault) -> dict[str, Any]:
     args = parse_arguments(arguments)
     fault.args, fault.monitor, fault.seen = args, _Unwatched(), []
     seed_random_states(args.seed)
-    parallel_state.set_virtual_pipeline_model_parallel_world_size(args.virtual_stages)
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(args.schedule.virtual_stages)
     before: dict[int, list[torch.Tensor]] = {}
     seen: dict[str, Any] = {}
     lines: list[str] = []
@@ -315,7 +315,7 @@ def _run(arguments: list[str], fault: Fault) -> dict[str, Any]:
         fault.on_build(seen["state"], seen["schedule"])
         return seen["state"]
 
-    def make_schedule(*options: Any) -> Any:
+    def make_forward_backward(*options: Any) -> Any:
         seen["schedule"] = original(*options)
         return seen["schedule"]
 
@@ -328,10 +328,10 @@ def _run(arguments: list[str], fault: Fault) -> dict[str, Any]:
         fault.on_gradients(seen["state"])
         return losses
 
-    original: Callable[..., Any] = loop.make_schedule
+    original: Callable[..., Any] = loop.make_forward_backward
     with (
         mock.patch.object(loop, "build_training_state", build_and_spoil),
-        mock.patch.object(loop, "make_schedule", make_schedule),
+        mock.patch.object(loop, "make_forward_backward", make_forward_backward),
         mock.patch.object(loop._Run, "_compute_gradients", compute_and_spoil),
         mock.patch.object(shards, "Path", Path),
         mock.patch.object(os, "fsync", real_fsync),

@@ -33,3 +33,6 @@ class ModelSegments(Segments, Protocol):
 
     def chunk_of(self, segment: int) -> int:
         """The position of the model chunk that holds a segment's weights."""
+
+    def finish(self) -> None:
+        """Check at the end of an iteration that nothing is left of it."""

@@ -10,7 +10,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import get_model_config
 
 from helixpipe.megatron_adapter.forward_step import IterationInput, IterationResult
-from helixpipe.plan import Kind, Plan
+from helixpipe.plan import Plan
 from helixpipe.runtime.executor import Tensors
 from helixpipe.runtime.lending import WeightLending
 from helixpipe.runtime.message import MessageLayout
@@ -50,7 +50,7 @@ class StageSegments:
         self.result = IterationResult()
         self.weight_gradients = weight_gradients
         self._chunks = chunks
-        own = [segment for segment in range(plan.num_segments) if plan.rank_of(segment, 0) == rank]
+        own = [segment for segment in range(plan.num_segments) if plan.owner_of(segment) == rank]
         assert len(own) == len(chunks)
         self._index = {segment: index for index, segment in enumerate(own)}
         self._last = plan.num_segments - 1
@@ -60,7 +60,6 @@ class StageSegments:
         shape = torch.Size((length, micro_batch_size, self.config.hidden_size))
         self._layout = MessageLayout((shape,), dtype)
         self._input: IterationInput | None = None
-        _check_order(plan, rank)
 
     def begin(self, iteration: IterationInput) -> None:
         """Take over an iteration's input."""
@@ -99,14 +98,8 @@ class StageSegments:
         self.result.add_tokens(num_tokens, output)
         return (self._input.loss_to_differentiate(output, self.config),)
 
-
-def _check_order(plan: Plan, rank: int) -> None:
-    """Data iterators give micro batches one after the other, to each stage from an iterator of its own."""
-    forwards: dict[int, list[int]] = {}
-    for operation in plan.orders[rank]:
-        if operation.kind is Kind.F:
-            forwards.setdefault(operation.segment, []).append(operation.micro_batch)
-    assert all(found == list(range(plan.num_microbatches)) for found in forwards.values())
+    def finish(self) -> None:
+        """Nothing is kept over iterations."""
 
 
 def check_supported(config: TransformerConfig, schedule: str) -> None:

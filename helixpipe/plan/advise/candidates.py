@@ -9,16 +9,12 @@ from itertools import product
 from helixpipe.plan.advise.job import Job
 from helixpipe.plan.build import OPTION_FLAGS
 from helixpipe.plan.cost_model import Recompute
-from helixpipe.plan.schedules import SCHEDULES, V_SHAPED, ScheduleRequest
+from helixpipe.plan.schedules import SCHEDULES, ScheduleRequest, planned_ahead
 from helixpipe.plan.schedules.request import ATTENTION_RANGES
 
 MICRO_BATCH_FACTORS = (1, 2, 4)
 
-# What pretrain_gpt.py executes today; everything else can be planned and is marked as such.
-RUNNABLE: Mapping[str, frozenset[Recompute]] = {
-    **dict.fromkeys(("1f1b", "interleaved", "gpipe", "zb-h1", *V_SHAPED), frozenset(Recompute)),
-    "helix": frozenset((Recompute.NONE, Recompute.WITHOUT_ATTENTION)),
-}
+_WITHOUT_MEGATRONS = (Recompute.NONE, Recompute.WITHOUT_ATTENTION)
 
 
 @dataclass(frozen=True)
@@ -60,11 +56,12 @@ class Candidate:
     @property
     def why_not_runnable(self) -> str:
         """What pretrain_gpt.py cannot execute of it, in a word; empty if it can."""
-        if self.schedule not in RUNNABLE:
+        entry = SCHEDULES.get(self.schedule)
+        if entry is None or entry.execution is None:
             return "schedule"
-        if self.recompute not in RUNNABLE[self.schedule]:
+        if not entry.execution.recomputes_whole_layers and self.recompute not in _WITHOUT_MEGATRONS:
             return "recompute"
-        if self.tied and self.schedule in V_SHAPED:
+        if self.tied and entry.needs_untied_weights:
             return "tied weights"
         return ""
 
@@ -89,8 +86,7 @@ class Candidate:
             else:
                 words.append(f"{OPTION_FLAGS[name]} {value}")
         words += _RECOMPUTE_ARGUMENTS[self.recompute]
-        if self.schedule == "helix" and self.recompute is Recompute.NONE:
-            # On by default.
+        if SCHEDULES[self.schedule].recomputes_by_default and self.recompute is Recompute.NONE:
             words.append("--no-recompute-without-attention")
         if not workload.whole_logits:
             words.append("--loss-chunk-size auto")
@@ -126,7 +122,7 @@ def candidates(job: Job) -> Iterator[list[Candidate]]:
     for factor in MICRO_BATCH_FACTORS:
         if job.num_microbatches % factor or job.pieces_for(job.micro_batch_size * factor) is None:
             continue
-        for schedule in SCHEDULES:
+        for schedule in planned_ahead():
             for options in _options(schedule, job):
                 yield [
                     Candidate(

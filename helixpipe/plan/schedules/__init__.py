@@ -1,14 +1,16 @@
 """Schedules: one short file each, which places segments on ranks and orders their F, B and W.
 
-A schedule is a function from a :class:`ScheduleRequest` to a compute-only plan. Messages, buffers and
-checks come from the passes that all schedules share.
+A schedule is a function from a :class:`ScheduleRequest` to a compute-only plan, and its entry here says the
+rest. Messages, buffers and checks come from the passes that all schedules share. Who reads data and where
+losses are follows from a plan, see :attr:`Plan.data_ranks` and :attr:`Plan.loss_ranks`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
 
+from helixpipe.plan.execution import Execution
 from helixpipe.plan.plan import Plan
 from helixpipe.plan.schedules import (
     dualpipe_v,
@@ -16,6 +18,7 @@ from helixpipe.plan.schedules import (
     helix,
     interleaved,
     one_f_one_b,
+    per_batch,
     seq1f1b,
     v_half,
     v_min,
@@ -25,27 +28,54 @@ from helixpipe.plan.schedules import (
 from helixpipe.plan.schedules.request import ScheduleRequest
 
 
-class Schedule(NamedTuple):
-    """A registered schedule: its planner and the optional arguments that mean something to it."""
+@dataclass(frozen=True)
+class Schedule:
+    """What is to be known of a schedule; nothing else in the project asks for its name.
+
+    Attributes:
+        plan: makes its compute-only plan.
+        execution: what runs it in training; None for a schedule that can only be planned.
+        options: the optional arguments that mean something to it, as :class:`ScheduleRequest` names them.
+        needs_untied_weights: it has both ends of the model as two model chunks on one rank, which cannot
+            share the embedding's weight.
+        recomputes_by_default: training computes a layer again but for its attention, unless told otherwise.
+    """
 
     plan: Callable[[ScheduleRequest], Plan]
+    execution: Execution | None
     options: frozenset[str] = frozenset()
+    needs_untied_weights: bool = False
+    recomputes_by_default: bool = False
+
+    @property
+    def plans_ahead(self) -> bool:
+        """True if one plan serves every iteration, False if each batch has its own."""
+        return self.execution is not Execution.CHUNKS
 
 
-SCHEDULES: Mapping[str, Schedule] = {
-    "gpipe": Schedule(gpipe.plan),
-    "1f1b": Schedule(one_f_one_b.plan),
-    "interleaved": Schedule(interleaved.plan, frozenset({"virtual_stages"})),
-    "zb-h1": Schedule(zb_h1.plan),
-    "zb-v": Schedule(zb_v.plan),
-    "v-half": Schedule(v_half.plan),
-    "v-min": Schedule(v_min.plan),
-    "dualpipe-v": Schedule(dualpipe_v.plan),
-    "seq1f1b": Schedule(seq1f1b.plan, frozenset({"num_slices"})),
-    "helix": Schedule(helix.plan, frozenset({"num_fold", "attention_range", "head_placement"})),
+SCHEDULES: dict[str, Schedule] = {
+    "gpipe": Schedule(gpipe.plan, Execution.STAGES),
+    "1f1b": Schedule(one_f_one_b.plan, Execution.MEGATRON),
+    "interleaved": Schedule(interleaved.plan, Execution.MEGATRON, frozenset({"virtual_stages"})),
+    "zb-h1": Schedule(zb_h1.plan, Execution.STAGES),
+    "zb-v": Schedule(zb_v.plan, Execution.STAGES, needs_untied_weights=True),
+    "v-half": Schedule(v_half.plan, Execution.STAGES, needs_untied_weights=True),
+    "v-min": Schedule(v_min.plan, Execution.STAGES, needs_untied_weights=True),
+    "dualpipe-v": Schedule(dualpipe_v.plan, Execution.STAGES, needs_untied_weights=True),
+    "seq1f1b": Schedule(seq1f1b.plan, None, frozenset({"num_slices"})),
+    "helix": Schedule(
+        helix.plan,
+        Execution.SEGMENTS,
+        frozenset({"num_fold", "attention_range", "head_placement"}),
+        recomputes_by_default=True,
+    ),
+    "elastic": Schedule(per_batch.plan, Execution.CHUNKS),
 }
 
-# Two stages per rank, the second half of them in reverse order: the loss is on the first rank.
-V_SHAPED = ("zb-v", "v-half", "v-min", "dualpipe-v")
 
-__all__ = ["SCHEDULES", "V_SHAPED", "Schedule", "ScheduleRequest"]
+def planned_ahead() -> list[str]:
+    """Names of the schedules that sizes alone make a plan for."""
+    return [name for name, entry in SCHEDULES.items() if entry.plans_ahead]
+
+
+__all__ = ["SCHEDULES", "Schedule", "ScheduleRequest", "planned_ahead"]

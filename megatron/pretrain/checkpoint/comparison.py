@@ -13,18 +13,18 @@ from typing import Any, NamedTuple
 
 from helixpipe.commands.parser import flag_of
 from helixpipe.data.fingerprint import fingerprint
-from helixpipe.megatron_adapter.schedule import ELASTIC
 from helixpipe.reliability.exit_codes import DataError
 from megatron.pretrain.settings.parser import build_parser
 
 # The same losses within rounding, or none at all.
 CHANGES_NOTHING = frozenset((
     # Who computes what, when and from which memory.
-    "pipeline_schedule", "hardware", "memory_limit_gib", "num_fold", "attention_range", "head_placement",
-    "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage",
-    "sequence_parallel", "overlap_grad_reduce", "overlap_param_gather", "recompute_granularity",
-    "recompute_method", "recompute_num_layers", "recompute_modules", "recompute_without_attention",
-    "mlp_chunk_size", "loss_chunk_size", "transformer_impl", "elastic_costs", "num_workers",
+    "pipeline_schedule", "plan", "hardware", "memory_limit_gib", "num_fold", "attention_range",
+    "head_placement", "tensor_model_parallel_size", "pipeline_model_parallel_size",
+    "num_layers_per_virtual_pipeline_stage", "sequence_parallel", "overlap_grad_reduce",
+    "overlap_param_gather", "recompute_granularity", "recompute_method", "recompute_num_layers",
+    "recompute_modules", "recompute_without_attention", "mlp_chunk_size", "loss_chunk_size",
+    "transformer_impl", "elastic_costs", "num_workers",
     # What watches the job.
     "distributed_timeout_minutes", "hang_timeout_s", "check_gradients_every", "eval_interval", "eval_iters",
     # Where files are; what is in the data is compared by itself.
@@ -76,7 +76,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
         # All micro batches weigh the same.
         del found["micro_batch_size"]
     found["padded_vocab_size"] = args.padded_vocab_size
-    found["samples"] = "documents" if args.pipeline_schedule == ELASTIC else "packed"
+    found["samples"] = "packed" if args.schedule.execution.joins_documents else "documents"
     found["data"] = fingerprint(args.dataset)[:16]
     return found
 

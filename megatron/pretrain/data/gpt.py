@@ -73,7 +73,7 @@ def build_iterators(
     Raises:
         DataError: a damaged index cache.
     """
-    reads_data = needs_data(args.pipeline_schedule, args.head_placement)
+    reads_data = needs_data(args.schedule.plan)
     with plain_arrays_from_disk():
         train, valid, _ = BlendedMegatronDatasetBuilder(
             GPTDataset, _ONE_EPOCH, lambda: reads_data, _dataset_config(args)

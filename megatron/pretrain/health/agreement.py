@@ -15,13 +15,11 @@ import torch
 from torch.distributed import Store
 
 import helixpipe
-from helixpipe.megatron_adapter.schedule import ELASTIC
-from helixpipe.plan import build_plan
 
 # Of one rank or one host, or without effect on the numbers.
 _MAY_DIFFER = frozenset((
     "rank", "data_path", "data_cache_path", "num_workers", "metrics_jsonl", "trace_dir", "save", "load",
-    "failure_dir", "log_interval", "hardware", "choice", "schedule_request", "dataset", "hang_timeout_s",
+    "failure_dir", "log_interval", "hardware", "plan", "schedule", "dataset", "hang_timeout_s",
     "elastic_costs",
 ))  # fmt: skip
 # A disagreement in many arguments is shown by the first few.
@@ -53,8 +51,8 @@ def fingerprint(args: argparse.Namespace) -> dict[str, str]:
     }
     # Where the files are may differ between hosts, but not what is in them.
     found |= {f"data set, {k}": v for k, v in dataclasses.asdict(args.dataset).items() if k != "prefix"}
-    if args.pipeline_schedule != ELASTIC:
-        found["plan"] = build_plan(args.pipeline_schedule, args.schedule_request).fingerprint[:16]
+    if args.schedule.plan is not None:
+        found["plan"] = args.schedule.plan.fingerprint[:16]
     found["version of Python"] = platform.python_version()
     found["version of torch"] = torch.__version__
     found["version of megatron-core"] = version("megatron-core")

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from helixpipe.megatron_adapter.schedule import ForwardBackward
 from helixpipe.plan.operation import Kind
 from helixpipe.reliability.exit_codes import NumericsError
 from megatron.pretrain.checkpoint.parameter_names import canonical_names, layer_of
@@ -102,7 +103,7 @@ class _Report(NamedTuple):
 def explain(
     args: argparse.Namespace,
     state: TrainingState,
-    schedule: Any,
+    forward_backward: ForwardBackward,
     iteration: int,
     losses: Losses,
     sums: LayerSums,
@@ -113,25 +114,25 @@ def explain(
     Args:
         args: parsed arguments.
         state: with the step's gradients.
-        schedule: the ``forward_backward_func``, with the plan and the trace of the step.
+        forward_backward: with the plan and the trace of the step.
         iteration: number of the iteration.
-        losses: of the step, as the schedule returned them.
+        losses: of the step, as it returned them.
         sums: of the step's layers.
         run_again: computes the step once more, from the same weights and batches.
 
     Returns:
         the error to raise, the same on every rank unless only some of them saw the fault.
     """
-    mine = _report(state, schedule, losses, sums.findings)
+    mine = _report(state, forward_backward, losses, sums.findings)
     stands = f"the optimizer has not stepped, the weights are those of iteration {iteration - 1}"
     if not _all_ranks_met(iteration, args.world_size):
         what = _what([(args.rank, mine)])
         return NumericsError(f"iteration {iteration}: {what}, but not on every rank; {stands}")
     first = _gathered(mine)
-    probe = Probe(state.model, schedule.trace)
+    probe = Probe(state.model, forward_backward.trace)
     with probe.watching():
         losses = run_again()
-    second = _gathered(_report(state, schedule, losses, probe.findings))
+    second = _gathered(_report(state, forward_backward, losses, probe.findings))
     if all(report.is_finite for _, report in second):
         began = _first_met(first, ", which began at {}")
         fate = f"computed once more the step is finite: a transient fault, as of memory or a processor{began}"
@@ -141,9 +142,12 @@ def explain(
     return NumericsError(f"iteration {iteration}: {_what(first)}; {fate}; {stands}")
 
 
-def _report(state: TrainingState, schedule: Any, losses: Losses, findings: list[Finding]) -> _Report:
+def _report(
+    state: TrainingState, forward_backward: ForwardBackward, losses: Losses, findings: list[Finding]
+) -> _Report:
     stage = parallel_state.get_pipeline_model_parallel_rank()
-    plan = schedule.plan
+    plan = forward_backward.plan
+    assert plan is not None, "the step has run"
     order = [
         operation.micro_batch
         for operation in plan.orders[stage]

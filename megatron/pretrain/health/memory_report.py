@@ -13,8 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from helixpipe.megatron_adapter.schedule import ELASTIC, device
-from helixpipe.plan import build_plan
+from helixpipe.megatron_adapter.schedule import device
 from helixpipe.plan.cost_model import HARDWARE, Recompute, costs_of_plan, predict_pieces
 from helixpipe.plan.simulation.memory import peak_bytes
 from helixpipe.runtime.out_of_memory import OutOfMemory, amount_asked, held
@@ -82,9 +81,9 @@ class MemoryWatch:
 
     def _estimate(self) -> str:
         """The plan's peak on this rank: weights, gradients, optimizer state and activations."""
-        if self._args.pipeline_schedule == ELASTIC:
+        plan = self._args.schedule.plan
+        if plan is None:
             return "every batch is planned to stay below the limit, by the bytes of --elastic-costs"
-        plan = build_plan(self._args.pipeline_schedule, self._args.schedule_request)
         # Bytes do not depend on rates.
         pieces = predict_pieces(workload_of(self._args), HARDWARE["h100"])
         costs = costs_of_plan(pieces, plan, _recompute(self._args))
@@ -134,18 +133,20 @@ def what_to_change(args: argparse.Namespace) -> str:
     if args.transformer_impl != "transformer_engine":
         advice += _smaller("--mlp-chunk-size", saving.mlp_chunk_size)
     advice += _smaller("--loss-chunk-size", saving.loss_chunk_size)
-    if args.pipeline_schedule == ELASTIC:
+    execution, plan = args.schedule.execution, args.schedule.plan
+    parameters = {} if plan is None else plan.parameters
+    if plan is None:
         advice.append("a lower --memory-limit-gib")
     elif args.recompute_granularity is None and not saving.recompute_without_attention:
         advice.append("--recompute-without-attention")
-    elif args.pipeline_schedule != "helix" and args.recompute_granularity != "full":
+    elif execution.recomputes_whole_layers and args.recompute_granularity != "full":
         advice.append(
             "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
             + (" --no-recompute-without-attention" if saving.recompute_without_attention else "")
         )
-    if args.pipeline_schedule == "helix" and args.attention_range != "block":
+    if parameters.get("attention_range", "block") != "block":
         advice.append("--attention-range block")
-    if args.pipeline_schedule == "helix" and args.schedule_request.num_fold != 1:
+    if parameters.get("num_fold", 1) != 1:
         advice.append("--num-fold 1")
     if args.micro_batch_size > 1:
         advice.append("--micro-batch-size 1")

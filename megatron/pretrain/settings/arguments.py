@@ -7,22 +7,29 @@ import math
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 
 from helixpipe.commands.parser import flag_of
 from helixpipe.data.prefix import DatasetInfo, check_token_ids, inspect_prefix
-from helixpipe.megatron_adapter.schedule import ELASTIC, make_schedule
-from helixpipe.plan import ScheduleRequest, build_plan
-from helixpipe.plan.schedules import V_SHAPED
-from helixpipe.runtime.trace import NullClock
+from helixpipe.plan.build import find_schedule
+from helixpipe.plan.execution import Execution
+from helixpipe.plan.schedules import Schedule
 from megatron.pretrain.checkpoint.comparison import changeable
 from megatron.pretrain.data.gpt import check_split
 from megatron.pretrain.settings.elastic import derive_elastic
 from megatron.pretrain.settings.parser import build_parser
 from megatron.pretrain.settings.range_choice import choose_range
 from megatron.pretrain.settings.recomputation import memory_saving
-from megatron.pretrain.settings.schedule_choice import AUTO, choose_schedule
-from megatron.pretrain.settings.sizes import derive_layout, derive_model, nearest
+from megatron.pretrain.settings.schedule import (
+    AUTO,
+    DEFAULT_SCHEDULE,
+    ScheduleSettings,
+    plan_ahead,
+    plan_request,
+    read_plan,
+    settings_for,
+)
+from megatron.pretrain.settings.schedule_choice import choose_schedule
+from megatron.pretrain.settings.sizes import derive_layout, derive_model
 
 
 def parse_arguments(
@@ -46,28 +53,35 @@ def parse_arguments(
     derive_layout(args)
     derive_model(args)
     _check_training(args)
-    args.dataset, args.choice = dataset, None
-    if args.pipeline_schedule == AUTO:
-        args.dataset = dataset or _inspect_data(args)
-        args.padded_vocab_size = _pad_vocabulary(args)
-        args.choice = choose_schedule(args)
-    _check_schedule(args)
-    derive_elastic(args)
-    _check_recompute(args)
-    args.schedule_request = _schedule_request(args)
-    if args.attention_range == AUTO and args.pipeline_schedule == "helix":
-        args.dataset = args.dataset or _inspect_data(args)
-        args.padded_vocab_size = _pad_vocabulary(args)
-        args.attention_range, args.choice = choose_range(args, args.schedule_request)
-        args.schedule_request = replace(args.schedule_request, attention_range=args.attention_range)
-    # Refuses what cannot be executed, and every combination of sizes that the schedule cannot run.
-    make_schedule(args.pipeline_schedule, args.schedule_request, NullClock())
-    _check_split_backward(args)
-    args.dataset = args.dataset or _inspect_data(args)
+    args.dataset = dataset
+    args.schedule = _choose_schedule(args)
+    args.dataset = args.dataset or _inspect_data(args, args.schedule.execution)
     args.padded_vocab_size = _pad_vocabulary(args)
     args.memory_saving = memory_saving(args)
     _make_output_folders(args)
     return args
+
+
+def _choose_schedule(args: argparse.Namespace) -> ScheduleSettings:
+    """Plan the schedule that is asked for, or choose one; where data is needed for that, inspect it."""
+    plan, reason = None, ""
+    if args.plan is not None:
+        plan = read_plan(args)
+    elif args.pipeline_schedule is None:
+        args.pipeline_schedule = DEFAULT_SCHEDULE
+    if args.pipeline_schedule == AUTO:
+        args.dataset = args.dataset or _inspect_data(args, Execution.MEGATRON)
+        args.padded_vocab_size = _pad_vocabulary(args)
+        plan, reason = choose_schedule(args)
+    entry = find_schedule(args.pipeline_schedule)
+    _check_schedule(args, entry, is_chosen=bool(reason))
+    derive_elastic(args)
+    _check_recompute(args)
+    if plan is None and args.attention_range == AUTO:
+        args.dataset = args.dataset or _inspect_data(args, Execution.SEGMENTS)
+        args.padded_vocab_size = _pad_vocabulary(args)
+        plan, reason = choose_range(args, plan_request(args, entry))
+    return settings_for(args, plan or plan_ahead(args, entry), reason)
 
 
 def _check_training(args: argparse.Namespace) -> None:
@@ -113,21 +127,17 @@ def _check_allowed(args: argparse.Namespace) -> None:
             )
 
 
-def _check_schedule(args: argparse.Namespace) -> None:
-    if args.attention_range == AUTO and args.pipeline_schedule != "helix":
-        raise ValueError(f"--attention-range means nothing to {args.pipeline_schedule}; leave it out")
-    if args.hardware is not None and args.choice is None and args.attention_range != AUTO:
+def _check_schedule(args: argparse.Namespace, entry: Schedule, *, is_chosen: bool) -> None:
+    if args.attention_range == AUTO and "attention_range" not in entry.options:
+        raise ValueError(f"--attention-range does not apply to {args.pipeline_schedule}; remove it")
+    if args.hardware is not None and not is_chosen and args.attention_range != AUTO:
         raise ValueError(
             "--hardware is for --pipeline-schedule auto and --attention-range auto; leave it out"
         )
-    if args.pipeline_schedule == "helix" and args.recompute_granularity is not None:
+    if entry.execution is Execution.SEGMENTS and args.recompute_granularity is not None:
         raise ValueError(
-            "helix recomputes by --recompute-without-attention; leave --recompute-granularity out or use 1f1b"
-        )
-    if args.pipeline_schedule in V_SHAPED and not args.untie_embeddings_and_output_weights:
-        raise ValueError(
-            f"{args.pipeline_schedule} has two stages per rank and needs separate weights for embedding and "
-            "head; add --untie-embeddings-and-output-weights"
+            f"{args.pipeline_schedule} recomputes by --recompute-without-attention; leave "
+            "--recompute-granularity out or use 1f1b"
         )
 
 
@@ -141,59 +151,16 @@ def _check_recompute(args: argparse.Namespace) -> None:
         raise ValueError("--recompute-method and --recompute-num-layers need --recompute-granularity full")
 
 
-def _schedule_request(args: argparse.Namespace) -> ScheduleRequest:
-    per_chunk = args.num_layers_per_virtual_pipeline_stage
-    args.virtual_stages = None
-    if per_chunk is not None:
-        if args.pipeline_schedule != "interleaved":
-            raise ValueError("--num-layers-per-virtual-pipeline-stage is for --pipeline-schedule interleaved")
-        step = args.pipeline_model_parallel_size * per_chunk
-        args.virtual_stages, rest = divmod(args.num_layers, step)
-        if rest:
-            raise ValueError(
-                f"--num-layers {args.num_layers} must be a multiple of --pipeline-model-parallel-size x "
-                f"--num-layers-per-virtual-pipeline-stage ({args.pipeline_model_parallel_size} x "
-                f"{per_chunk}); use {nearest(args.num_layers, step)}"
-            )
-    has_chunks = args.virtual_stages is not None and args.virtual_stages > 1
-    if args.pipeline_schedule == "interleaved" and not (has_chunks and args.pipeline_model_parallel_size > 1):
-        raise ValueError(
-            "interleaved needs two or more pipeline ranks and model chunks per rank; set "
-            "--num-layers-per-virtual-pipeline-stage below --num-layers / --pipeline-model-parallel-size"
-        )
-    is_open = args.attention_range == AUTO
-    return ScheduleRequest(
-        num_layers=args.num_layers,
-        num_ranks=args.pipeline_model_parallel_size,
-        num_microbatches=args.num_microbatches,
-        num_fold=args.num_fold,
-        virtual_stages=args.virtual_stages,
-        attention_range=None if is_open else args.attention_range,
-        head_placement=args.head_placement,
-    )
-
-
-def _check_split_backward(args: argparse.Namespace) -> None:
-    if args.pipeline_schedule == ELASTIC:
-        return
-    plan = build_plan(args.pipeline_schedule, args.schedule_request)
-    if plan.splits_backward and args.transformer_impl == "transformer_engine":
-        raise ValueError(
-            f"{args.pipeline_schedule} computes weight gradients apart, which --transformer-impl "
-            "transformer_engine cannot; use local, or another schedule"
-        )
-
-
-def _inspect_data(args: argparse.Namespace) -> DatasetInfo:
+def _inspect_data(args: argparse.Namespace, execution: Execution) -> DatasetInfo:
     info = inspect_prefix(args.data_path)
     check_token_ids(args.data_path, info)
-    if args.pipeline_schedule != ELASTIC and info.has_prompts:
+    if execution.joins_documents and info.has_prompts:
         raise ValueError(
             f"{args.data_path} has prompts, on which there must be no loss, but --pipeline-schedule "
             f"{args.pipeline_schedule} joins documents and would learn them; use elastic, or prepare the "
             "data without --prompt-key"
         )
-    if args.pipeline_schedule != ELASTIC and info.num_tokens <= args.seq_length:
+    if execution.joins_documents and info.num_tokens <= args.seq_length:
         raise ValueError(
             f"{args.data_path} holds {info.num_tokens} tokens, not even one sequence of --seq-length "
             f"{args.seq_length}; prepare more text or use at most {info.num_tokens - 1}"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from helixpipe.commands.ranges import Whole
 from helixpipe.elastic import ElasticJob, costs_from_json
-from helixpipe.megatron_adapter.schedule import ELASTIC
+from helixpipe.plan.schedules import SCHEDULES
 
 _ONLY_ELASTIC = ("elastic_costs", "max_seq_length")
 
@@ -36,7 +36,7 @@ def derive_elastic(args: argparse.Namespace) -> None:
         ValueError: one line that names the argument and what to use instead.
     """
     args.elastic_job = None
-    if args.pipeline_schedule != ELASTIC:
+    if SCHEDULES[args.pipeline_schedule].plans_ahead:
         for name in _ONLY_ELASTIC:
             if getattr(args, name) is not None:
                 raise ValueError(f"{_flag(name)} is for --pipeline-schedule elastic; leave it out")

@@ -8,11 +8,10 @@ from pathlib import Path
 
 from helixpipe.commands.parser import Parser
 from helixpipe.commands.ranges import GIBIBYTES, LAYERS, RANKS, SEED, Real, Whole
-from helixpipe.megatron_adapter.schedule import ELASTIC, EXECUTABLE
 from helixpipe.plan.schedules.request import ATTENTION_RANGES, HEAD_PLACEMENTS
 from megatron.pretrain.settings.elastic import add_elastic_arguments
 from megatron.pretrain.settings.recomputation import add_memory_arguments
-from megatron.pretrain.settings.schedule_choice import AUTO
+from megatron.pretrain.settings.schedule import AUTO, DEFAULT_SCHEDULE, executable_schedules
 from megatron.pretrain.settings.sizes import ROTARY_BASE
 
 
@@ -34,9 +33,15 @@ def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add(
         "--pipeline-schedule",
-        default="1f1b",
-        metavar="{" + ",".join((AUTO, *EXECUTABLE, ELASTIC)) + "}",
-        help="auto: the fastest that fits, as python -m helixpipe advise predicts",
+        metavar="{" + ",".join((AUTO, *executable_schedules())) + "}",
+        help=f"default {DEFAULT_SCHEDULE}; auto: the fastest that fits, as python -m helixpipe advise "
+        "predicts",
+    )
+    add(
+        "--plan",
+        type=Path,
+        metavar="FILE",
+        help="execute this plan instead, as python -m helixpipe plan writes it or edited",
     )
     add(
         "--hardware", help="for auto: h20, h100, h200, a800, a file of rates or a profile (default: this GPU)"

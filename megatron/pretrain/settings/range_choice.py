@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from helixpipe.plan import build_plan
+from helixpipe.plan import Plan, build_plan
 from helixpipe.plan.attention_range import AttentionSizes, cheapest_range
 from helixpipe.plan.cost_model import Pieces, Recompute, costs_of_plan, predict_pieces
 from helixpipe.plan.schedules.helix import DEFAULT_FOLD
@@ -16,21 +16,22 @@ from helixpipe.plan.simulation.simulate import simulate
 from megatron.pretrain.settings.schedule_choice import check_profile, known_machine, workload_of
 
 
-def choose_range(args: argparse.Namespace, request: ScheduleRequest) -> tuple[str, str]:
+def choose_range(args: argparse.Namespace, request: ScheduleRequest) -> tuple[Plan, str]:
     """The range with the shortest predicted iteration; on hardware that is not known, with the fewest bytes.
 
     Args:
-        args: parsed and checked, the padded vocabulary size known; helix is the schedule.
+        args: parsed and checked, the padded vocabulary size known; the schedule has attention ranges.
         request: of the plan but for the range.
 
     Returns:
-        The range, and a line that tells why.
+        The plan with the range that was chosen, and a line that tells why. ``args.attention_range`` is set.
     """
     machine = known_machine(args)
     if machine is None:
         found = cheapest_range(_sizes(args), args.num_fold or DEFAULT_FOLD)
+        args.attention_range = found
         return (
-            found,
+            build_plan(args.pipeline_schedule, replace(request, attention_range=found)),
             f"attention range auto chose {found}: the smallest messages (--hardware would weigh time)",
         )
     workload = workload_of(args)
@@ -41,13 +42,17 @@ def choose_range(args: argparse.Namespace, request: ScheduleRequest) -> tuple[st
         pieces = predict_pieces(workload, machine)
     keeps = args.recompute_without_attention in (None, True)
     recompute = Recompute.WITHOUT_ATTENTION if keeps else Recompute.NONE
+    plans = {
+        name: build_plan(args.pipeline_schedule, replace(request, attention_range=name))
+        for name in ATTENTION_RANGES
+    }
     times = {}
-    for name in ATTENTION_RANGES:
-        plan = build_plan(args.pipeline_schedule, replace(request, attention_range=name))
+    for name, plan in plans.items():
         times[name] = simulate(plan, costs_of_plan(pieces, plan, recompute)).iteration_ms
     found = min(times, key=lambda name: times[name])
     told = ", ".join(f"{name} {ms:.4g}" for name, ms in times.items())
-    return found, f"attention range auto chose {found}: predicted ms per iteration: {told}"
+    args.attention_range = found
+    return plans[found], f"attention range auto chose {found}: predicted ms per iteration: {told}"
 
 
 def _sizes(args: argparse.Namespace) -> AttentionSizes:

@@ -7,6 +7,7 @@ import argparse
 from helixpipe.commands.ranges import Whole
 from helixpipe.layers.recomputing_layer import MemorySaving
 from helixpipe.layers.slices import automatic_size
+from helixpipe.plan.schedules import SCHEDULES
 
 AUTO_SIZE = "auto"
 # A slice of logits exists in the model's precision and in fp32, in bf16 together three times as wide.
@@ -45,7 +46,7 @@ def memory_saving(args: argparse.Namespace) -> MemorySaving:
     """
     again = args.recompute_without_attention
     if again is None:
-        again = args.pipeline_schedule == "helix"
+        again = SCHEDULES[args.pipeline_schedule].recomputes_by_default
     if again and args.recompute_granularity is not None:
         raise ValueError(
             f"--recompute-without-attention and --recompute-granularity {args.recompute_granularity} are two "

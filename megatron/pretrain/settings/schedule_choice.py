@@ -7,15 +7,17 @@ import argparse
 import torch
 
 from helixpipe.plan.advise import Candidate, advise, make_job, read_machine
+from helixpipe.plan.build import complete
 from helixpipe.plan.cost_model import HARDWARE, Hardware, Pieces, Recompute, Workload
 from helixpipe.plan.cost_model.model import model_from_arguments
+from helixpipe.plan.plan import Plan
 from helixpipe.plan.schedules import SCHEDULES
+from megatron.pretrain.settings.schedule import AUTO
 
-AUTO = "auto"
 _RECOMPUTE = {"selective": Recompute.SELECTIVE, "full": Recompute.FULL}
 
 
-def choose_schedule(args: argparse.Namespace) -> str:
+def choose_schedule(args: argparse.Namespace) -> tuple[Plan, str]:
     """Put the fastest schedule that fits, with its options, in the place of ``auto``.
 
     Sizes, micro batches and recomputation, if any is asked for, stay as given, and so do options of
@@ -26,7 +28,7 @@ def choose_schedule(args: argparse.Namespace) -> str:
         args: parsed and checked but for the schedule, the padded vocabulary size known.
 
     Returns:
-        A line that tells what was chosen and predicted.
+        The plan that was chosen, with its messages, and a line that tells what was predicted for it.
 
     Raises:
         ValueError: hardware that is not known or was not measured for these sizes, or nothing that fits.
@@ -53,9 +55,11 @@ def choose_schedule(args: argparse.Namespace) -> str:
         raise ValueError(f"--pipeline-schedule auto: nothing can be executed within memory ({reasons})")
     best = advice.best
     _apply(args, best.candidate)
+    assert best.plan is not None, "what can be executed has a plan"
     return (
+        complete(best.plan),
         f"auto chose {best.candidate.label}: predicted {best.iteration_ms:.0f} ms per iteration, "
-        f"{best.peak_bytes / 2**30:.1f} GiB on the worst rank"
+        f"{best.peak_bytes / 2**30:.1f} GiB on the worst rank",
     )
 
 

@@ -1,0 +1,66 @@
+"""The model chunks of this rank under a plan, for each way to carry it out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer import TransformerConfig
+
+from helixpipe.layers.elastic.model import build_elastic_gpt
+from helixpipe.layers.gpt import build_gpt
+from helixpipe.layers.recomputing_layer import MemorySaving
+from helixpipe.layers.segmented_gpt import SegmentedGPTModel
+from helixpipe.layers.stage import build_stage
+from helixpipe.plan import Plan
+from helixpipe.plan.execution import Execution
+from helixpipe.plan.fit import stages_follow_ranks
+
+
+def build_model_chunks(
+    execution: Execution,
+    plan: Plan | None,
+    config: TransformerConfig,
+    implementation: str,
+    saving: MemorySaving,
+    **arguments: Any,
+) -> list[torch.nn.Module]:
+    """Build what :func:`helixpipe.megatron_adapter.schedule.make_forward_backward` runs on this rank.
+
+    Args:
+        execution: how the plan is carried out.
+        plan: of every iteration; None where each batch has its own.
+        config: the model's configuration.
+        implementation: ``local`` or ``transformer_engine``, see :func:`helixpipe.layers.spec.layer_spec`.
+        saving: what to do to keep less for the backward pass.
+        arguments: the rest of GPTModel's.
+    """
+    if plan is None:
+        return [build_elastic_gpt(config, implementation, saving, **_ends(), **arguments)]
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    owned = [segment for segment in range(plan.num_segments) if plan.owner_of(segment) == rank]
+    if execution is Execution.SEGMENTS:
+        arguments["attention_range"] = str(plan.parameters["attention_range"])
+        arguments["lends_head"] = any(loan.segment == plan.num_segments - 1 for loan in plan.loans)
+        # Weights of an attention segment are where those of the segment before it are.
+        before_attention = [segment for segment in owned if segment % 2 == 0]
+        return [SegmentedGPTModel(config, implementation, before_attention, saving=saving, **arguments)]
+    if execution is Execution.STAGES and not stages_follow_ranks(plan):
+        return [
+            build_stage(config, implementation, stage, plan.num_segments, saving=saving, **arguments)
+            for stage in owned
+        ]
+    stages = range(len(owned)) if len(owned) > 1 else [None]
+    return [
+        build_gpt(config, implementation, saving, vp_stage=stage, **_ends(stage), **arguments)
+        for stage in stages
+    ]
+
+
+def _ends(stage: int | None = None) -> dict[str, bool]:
+    """Which ends of the model are in this rank's stage, or in one of its virtual stages."""
+    return {
+        "pre_process": parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+        "post_process": parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+    }

@@ -1,0 +1,24 @@
+"""How the operations of a schedule are carried out in training."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Execution(Enum):
+    """What runs the operations of a schedule in training; the Megatron adapter has one entry for each."""
+
+    MEGATRON = "whole layers in the order of ranks, by Megatron's own functions"
+    STAGES = "whole layers, one of Megatron's model chunks per segment, by the plan"
+    SEGMENTS = "layers cut at their attention, by the plan"
+    CHUNKS = "whole layers over chunks of documents, by a plan for every batch"
+
+    @property
+    def joins_documents(self) -> bool:
+        """True if samples are cut from joined documents, all equally long."""
+        return self is not Execution.CHUNKS
+
+    @property
+    def recomputes_whole_layers(self) -> bool:
+        """True if Megatron's own recomputation can be asked for."""
+        return self in (Execution.MEGATRON, Execution.STAGES)

@@ -1,0 +1,104 @@
+"""Which valid plans an execution can carry out, and for which job a plan is."""
+
+from __future__ import annotations
+
+from helixpipe.plan.execution import Execution
+from helixpipe.plan.operation import Kind
+from helixpipe.plan.plan import Plan
+from helixpipe.plan.schedules.request import ATTENTION_RANGES
+
+
+def check_executable(plan: Plan, execution: Execution) -> None:
+    """Check a valid plan against what an execution can do.
+
+    Raises:
+        ValueError: one line that says what the execution cannot do.
+    """
+    if not plan.has_backward:
+        raise ValueError("the plan has no backward pass; training needs one")
+    if plan.slices or plan.micro_batch_names:
+        raise ValueError("the plan cuts sequences into slices, which only the elastic schedule executes")
+    if execution is Execution.SEGMENTS:
+        _check_segments(plan)
+    else:
+        _check_stages(plan)
+
+
+def check_fits(plan: Plan, *, num_layers: int, num_ranks: int, num_microbatches: int) -> None:
+    """Check a plan against the job that is to run it.
+
+    Raises:
+        ValueError: one line with both sizes.
+    """
+    for what, planned, wanted in (
+        ("layers (--num-layers)", plan.parameters.get("num_layers"), num_layers),
+        ("pipeline ranks (--pipeline-model-parallel-size)", plan.num_ranks, num_ranks),
+        (
+            "micro batches (--global-batch-size / --micro-batch-size / data-parallel size)",
+            plan.num_microbatches,
+            num_microbatches,
+        ),
+    ):
+        if planned != wanted:
+            raise ValueError(f"the plan is for {planned} {what}, the job has {wanted}; make one a match")
+
+
+def stages_follow_ranks(plan: Plan) -> bool:
+    """True if rank r has stage r and no other: where Megatron puts the stages of a model."""
+    return [plan.owner_of(segment) for segment in range(plan.num_segments)] == list(range(plan.num_ranks))
+
+
+def _check_stages(plan: Plan) -> None:
+    if plan.loans:
+        raise ValueError("the plan lends weights, which whole layers do not; leave the loans out")
+    ranks = [set(row) for row in plan.placement]
+    for segment, row in enumerate(ranks):
+        if len(row) > 1:
+            raise ValueError(
+                f"segment {segment} is placed on {len(row)} ranks, but its weights are on one; place all its "
+                "micro batches there"
+            )
+    counts = {sum(rank in row for row in ranks) for rank in range(plan.num_ranks)}
+    num_layers = plan.parameters.get("num_layers")
+    is_even = isinstance(num_layers, int) and num_layers % plan.num_segments == 0
+    if len(counts) > 1 or not is_even:
+        raise ValueError(
+            f"{num_layers} layers in {plan.num_segments} segments on {plan.num_ranks} ranks are not shared "
+            "out evenly; give every segment as many layers and every rank as many segments as the others"
+        )
+    for segment in (0, plan.num_segments - 1):
+        order = plan.orders[plan.owner_of(segment)]
+        found = [op.micro_batch for op in order if op.segment == segment and op.kind is Kind.F]
+        if found != sorted(found):
+            raise ValueError(
+                f"segment {segment} runs micro batches in the order {found!s:.60}, but data is read one "
+                "micro batch after the other; run them from 0 up"
+            )
+
+
+def _check_segments(plan: Plan) -> None:
+    if plan.splits_backward:
+        raise ValueError("layers cut at their attention have no W of their own; plan the whole backward as B")
+    num_layers, attention_range = plan.parameters.get("num_layers"), plan.parameters.get("attention_range")
+    if not isinstance(num_layers, int) or plan.num_segments != 2 * num_layers + 1:
+        raise ValueError(f"{num_layers} layers cut at their attention are not {plan.num_segments} segments")
+    if attention_range not in ATTENTION_RANGES:
+        raise ValueError(
+            f'the plan\'s "attention_range" is {attention_range!r:.40}; it must be one of '
+            f"{', '.join(ATTENTION_RANGES)}"
+        )
+    lent = {(loan.segment, i): loan.owner for loan in plan.loans for i in loan.micro_batches}
+    has_weights = attention_range != "core"
+    for segment, row in enumerate(plan.placement):
+        is_attention = segment % 2 == 1
+        if is_attention and not has_weights:
+            if any((segment, i) in lent for i in range(plan.num_microbatches)):
+                raise ValueError(f"segment {segment}, attention alone, has no weights to lend")
+            continue
+        owner = plan.owner_of(segment - 1 if is_attention else segment)
+        for micro_batch, rank in enumerate(row):
+            if lent.get((segment, micro_batch), rank) != owner:
+                raise ValueError(
+                    f"segment {segment} of micro batch {micro_batch} is placed on rank {rank}, its weights "
+                    f"are on rank {owner}; place it there or lend them"
+                )

@@ -1,0 +1,40 @@
+"""Whole training runs that watch which plan object they execute."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from training_worker import Fault, run_cases
+
+
+class WatchPlan(Fault):
+    """No fault: notes in every iteration whether the plan that ran is the one that parsing validated."""
+
+    def on_build(self, state: Any, forward_backward: Any) -> None:
+        self.forward_backward = forward_backward
+
+    def on_gradients(self, state: Any) -> None:
+        self.seen.append(self.forward_backward.plan is self.args.schedule.plan)
+
+
+def train_and_watch(folder: Path, common: str, runs: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Train with each run's options on two pipeline ranks; what came of it, with the losses of rank 0."""
+    watches = {name: WatchPlan() for name in runs}
+    cases: list[tuple[str, Fault]] = [
+        (f"{options} --metrics-jsonl {folder / name}.jsonl", watches[name]) for name, options in runs.items()
+    ]
+    finished = run_cases(cases, 1, 2, f"{common} --pipeline-model-parallel-size 2")
+    found = {}
+    for (name, watch), run in zip(watches.items(), finished, strict=True):
+        planned = watch.args.schedule.plan
+        rows = (
+            (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+            if watch.args.rank == 0
+            else []
+        )
+        losses = [json.loads(row)["lm_loss"] for row in rows]
+        evaluated = watch.forward_backward.plan == planned.forward_only()
+        found[name] = {**run, "losses": losses, "evaluated": evaluated}
+    return found
