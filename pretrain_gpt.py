@@ -22,7 +22,7 @@ logging.getLogger("megatron.core").setLevel(logging.ERROR)
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from helixpipe.reliability.exit_codes import PEER_LOST, exit_code_of  # noqa: E402
+from helixpipe.reliability.exit_codes import PEER_LOST, exit_code_of, leave_exit_code  # noqa: E402
 from megatron.pretrain.health.exit_barrier import ExitBarrier  # noqa: E402
 from megatron.pretrain.health.monitoring import PROGRAM, PeerLost  # noqa: E402
 from megatron.pretrain.loop import pretrain  # noqa: E402
@@ -62,6 +62,7 @@ def main() -> int:
     exit_barrier = ExitBarrier()
     code = _run(exit_barrier)
     if code:
+        leave_exit_code(code)
         exit_barrier.wait()
     return code
 

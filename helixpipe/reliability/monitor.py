@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import helixpipe
 from helixpipe.reliability.deadlines import Deadlines
-from helixpipe.reliability.exit_codes import PEER_LOST
+from helixpipe.reliability.exit_codes import PEER_LOST, leave_exit_code
 from helixpipe.reliability.record import RECORD_BYTES, SharedProgress
 from helixpipe.reliability.wire import Connection, Message
 
@@ -202,6 +202,7 @@ class Monitor:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
                 stream.flush()
+        leave_exit_code(code)
         os._exit(code)
 
 

@@ -10,10 +10,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
-from torch.distributed.rendezvous import rendezvous
 
 from helixpipe.megatron_adapter import cpu_backend
 from helixpipe.reliability.monitor import Monitor
+from helixpipe.runtime.job_store import Place, open_store
 from megatron.pretrain.health.agreement import agree_on_arguments
 from megatron.pretrain.health.monitoring import join
 from megatron.pretrain.health.rendezvous import fresh_store
@@ -27,7 +27,7 @@ def initialize(args: argparse.Namespace, monitor: Monitor | None = None) -> None
     begin to watch each other, if there is a monitor, and compare what they were given.
 
     Raises:
-        ValueError: ranks that were not given the same.
+        ValueError: ranks that were not given the same, or cannot find each other.
     """
     if cpu_backend.install():
         if "OMP_NUM_THREADS" not in os.environ:
@@ -37,12 +37,10 @@ def initialize(args: argparse.Namespace, monitor: Monitor | None = None) -> None
         local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         torch.cuda.set_device(local_rank % count)
         backend = "nccl" if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= count else "gloo"
-    os.environ.setdefault("MASTER_ADDR", "localhost")
-    os.environ.setdefault("MASTER_PORT", "29500")
     timeout = timedelta(minutes=args.distributed_timeout_minutes)
     store = fresh_store(args.rank, args.world_size, timeout)
     if store is None:
-        store, _, _ = next(rendezvous("env://", args.rank, args.world_size, timeout=timeout))
+        store = open_store(Place.from_environment(args.world_size), args.rank, args.world_size, timeout)
     store.set_timeout(timeout)
     before = dist.PrefixStore("before", store)
     if monitor is not None:

@@ -14,6 +14,8 @@ from datetime import timedelta
 
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
+from helixpipe.runtime.job_store import NotMet, Place, describe_ranks
+
 _NAME = "start/name"
 _SAVED = "job/saved"
 _POLL_S = 0.05
@@ -21,7 +23,7 @@ _POLL_S = 0.05
 
 def agent_store(timeout: timedelta) -> Store | None:
     """torchrun's own store, or None if the ranks were started by other means or torchrun has gone."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if not _has_agent_store():
         return None
     try:
         return TCPStore(
@@ -31,17 +33,25 @@ def agent_store(timeout: timedelta) -> Store | None:
         return None
 
 
+def _has_agent_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def fresh_store(rank: int, world_size: int, timeout: timedelta) -> Store | None:
     """A part of torchrun's store that no earlier start of this job has touched, the same on every rank.
 
-    None if there is no such store: torch then makes one, which ends with the ranks.
+    None if the ranks were started by other means: then they have to make a store of their own.
 
     Raises:
-        RuntimeError: the other ranks did not come in time.
+        NotMet: torchrun's store does not answer, or other ranks did not come in time.
     """
+    if not _has_agent_store():
+        return None
     store = agent_store(timeout)
     if store is None:
-        return None
+        raise NotMet(
+            f"torchrun's store at {Place.from_environment(world_size)} does not answer; start torchrun again"
+        )
     find = _invite if rank == 0 else _join
     name = find(store, rank, world_size, time.monotonic() + timeout.total_seconds())
     return PrefixStore(name, store)
@@ -51,9 +61,9 @@ def _invite(store: Store, rank: int, world_size: int, end: float) -> str:
     """Rank 0 makes up the name and confirms it once everyone has come."""
     name = f"start/{uuid.uuid4().hex}"
     store.set(_NAME, name)
-    for other in range(1, world_size):
-        while not store.check([f"{name}/{other}"]):
-            _pause(end, f"rank {other} did not come")
+    missing = list(range(1, world_size))
+    while missing := [other for other in missing if not store.check([f"{name}/{other}"])]:
+        _pause(end, f"{describe_ranks(missing)} did not come")
     store.set(f"{name}/confirmed", "")
     return name
 
@@ -79,7 +89,7 @@ def _join(store: Store, rank: int, world_size: int, end: float) -> str:
 
 def _pause(end: float, problem: str) -> None:
     if time.monotonic() > end:
-        raise RuntimeError(f"the ranks did not find each other: {problem}")
+        raise NotMet(f"the ranks did not find each other in torchrun's store: {problem}")
     time.sleep(_POLL_S)
 
 
