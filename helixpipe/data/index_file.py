@@ -24,6 +24,7 @@ names the file, the defect and the remedy.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
 from typing import NamedTuple
@@ -116,6 +117,15 @@ def open_index(path: str) -> Index:
         np.memmap(path, dtype="<i8", mode="r", offset=indices_at, shape=(indices,)),
         np.memmap(path, dtype="<i1", mode="r", offset=modes_at, shape=(sequences,)) if has_modes else None,
     )
+
+
+def hash_of_file(path: str) -> str:
+    """SHA-256 of a file's content: the same for every copy of it."""
+    found = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(_ENTRIES_PER_STEP):
+            found.update(block)
+    return found.hexdigest()
 
 
 def check_index(index: Index) -> int:

@@ -138,12 +138,12 @@ def manifest_of(folder: Path) -> dict[str, FileDigest]:
     path = folder / MANIFEST
     try:
         data: Any = json.loads(path.read_text(encoding="utf-8"))
-        assert data["format"] == _FORMAT
-        assert folder_of(folder.parent, data["iteration"]) == folder
+        if data["format"] != _FORMAT or folder_of(folder.parent, data["iteration"]) != folder:
+            raise ValueError("another format or iteration")
         files = {
             str(name): FileDigest(int(e["bytes"]), str(e["sha256"])) for name, e in data["files"].items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"{path} is damaged or of another checkpoint; use another one") from None
     for name in files:
         # A name must not lead out of the folder.

@@ -1,8 +1,7 @@
-"""Read torch's checkpoint files, and Megatron's index caches, without ever running code from them.
+"""Read torch's checkpoint files without ever running code from them.
 
 torch.distributed.checkpoint stores its table of contents as a pickle, and a pickle may name any function to
-be called. Here only the names that such a table really holds are found. Megatron lets numpy read its arrays
-as pickles, which they never are.
+be called. Here only the names that such a table really holds are found.
 """
 
 from __future__ import annotations
@@ -13,11 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-import numpy
 import torch
 from torch.distributed.checkpoint import filesystem
-
-from helixpipe.reliability.exit_codes import DataError
 
 # Classes without side effects, and torch's own types.
 _KNOWN = {
@@ -89,31 +85,6 @@ def _read_places(folder: Path) -> None:
 
 def _read_common(folder: Path) -> None:
     torch.load(folder / "common.pt", map_location="cpu", weights_only=True)
-
-
-@contextmanager
-def plain_arrays_from_disk() -> Iterator[None]:
-    """Inside, ``numpy.load`` reads arrays of numbers only, whatever it is asked for.
-
-    Raises:
-        DataError: a file is something else, or damaged.
-    """
-    load = numpy.load
-
-    def load_plain(path: Any, *args: Any, **options: Any) -> Any:
-        try:
-            return load(path, *args, **{**options, "allow_pickle": False})
-        except (ValueError, EOFError) as error:
-            reason = str(error).partition("\n")[0]
-            raise DataError(
-                f"{path} is not an index that was cached here ({reason}); remove it, it is made anew"
-            ) from None
-
-    numpy.load = load_plain  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        numpy.load = load
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.blended_megatron_dataset_config import (
     convert_split_vector_to_split_matrix,
     parse_and_normalize_split,
@@ -19,10 +18,11 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch.utils.data import DataLoader
 
+from helixpipe.data.index_file import hash_of_file
 from helixpipe.data.prefix import DatasetInfo, dataset_paths
 from helixpipe.data.samples import ShuffledOrder
 from helixpipe.megatron_adapter.schedule import needs_data
-from megatron.pretrain.checkpoint.safe_pickle import plain_arrays_from_disk
+from megatron.pretrain.data.index_cache import build_datasets
 
 Batch = dict[str, torch.Tensor]
 
@@ -37,11 +37,10 @@ class PrefixTokenizer:
     def __init__(self, info: DatasetInfo) -> None:
         self.vocab_size = info.vocab_size
         self.eod = info.eod
-        # Part of the key of Megatron's index cache: a dataset prepared anew under the same name must
-        # not meet the indices of the old one.
-        stat = Path(dataset_paths(info.prefix).idx).stat()
+        # Part of the key of the index cache: a dataset prepared anew under the same name must not meet the
+        # indices of the old one, and a copy on another node has the same.
         self.unique_identifiers = OrderedDict(
-            vocab_size=info.vocab_size, eod=info.eod, index_bytes=stat.st_size, index_written=stat.st_mtime_ns
+            vocab_size=info.vocab_size, eod=info.eod, index=hash_of_file(dataset_paths(info.prefix).idx)
         )
 
     @property
@@ -71,21 +70,18 @@ def build_iterators(
         evaluated: how many validation samples were seen.
 
     Raises:
-        DataError: a damaged index cache.
+        DataError: an index cache that is damaged or cannot be written.
     """
     reads_data = needs_data(args.schedule.plan)
-    with plain_arrays_from_disk():
-        train, valid, _ = BlendedMegatronDatasetBuilder(
-            GPTDataset, _ONE_EPOCH, lambda: reads_data, _dataset_config(args)
-        ).build()
-    if not reads_data:
+    train, valid, _ = build_datasets(_dataset_config(args), _ONE_EPOCH, reads_data=reads_data)
+    if train is None:
         return None, None
     train_batches = _batches(args, train, position)
     return train_batches, _batches(args, valid, evaluated) if args.eval_iters else None
 
 
 def _dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
-    cache = args.data_cache_path or Path(args.data_path).parent / "cache"
+    cache = cache_folder(args)
     config = GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
@@ -102,6 +98,11 @@ def _dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
     needed = ["training", "validation"] if args.eval_iters else ["training"]
     config.split_matrix[len(needed) :] = [None] * (3 - len(needed))
     return config
+
+
+def cache_folder(args: argparse.Namespace) -> Path:
+    """Where the indices of the dataset are kept."""
+    return args.data_cache_path or Path(args.data_path).parent / "cache"
 
 
 def check_split(split: str, info: DatasetInfo, *, with_validation: bool) -> None:

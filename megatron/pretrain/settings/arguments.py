@@ -7,6 +7,7 @@ import math
 import os
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 from helixpipe.commands.parser import flag_of
 from helixpipe.data.prefix import DatasetInfo, check_token_ids, inspect_prefix
@@ -14,7 +15,7 @@ from helixpipe.plan.build import find_schedule
 from helixpipe.plan.execution import Execution
 from helixpipe.plan.schedules import Schedule
 from megatron.pretrain.checkpoint.comparison import changeable
-from megatron.pretrain.data.gpt import check_split
+from megatron.pretrain.data.gpt import cache_folder, check_split
 from megatron.pretrain.settings.elastic import derive_elastic
 from megatron.pretrain.settings.parser import build_parser
 from megatron.pretrain.settings.range_choice import choose_range
@@ -165,8 +166,24 @@ def _inspect_data(args: argparse.Namespace, execution: Execution) -> DatasetInfo
             f"{args.data_path} holds {info.num_tokens} tokens, not even one sequence of --seq-length "
             f"{args.seq_length}; prepare more text or use at most {info.num_tokens - 1}"
         )
+    if execution.joins_documents:
+        _check_cache_folder(cache_folder(args))
     check_split(args.split, info, with_validation=args.eval_iters > 0)
     return info
+
+
+def _check_cache_folder(folder: Path) -> None:
+    """A folder that cannot be written to may do if an earlier job has filled it: known once data is built."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        if not folder.is_dir() or not any(folder.glob("*.npy")):
+            raise ValueError(
+                f"the index cache cannot be written to {folder} ({error.strerror}); give a --data-cache-path "
+                "that may be written to"
+            ) from error
 
 
 def _make_output_folders(args: argparse.Namespace) -> None:

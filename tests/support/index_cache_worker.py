@@ -1,0 +1,55 @@
+"""A rank of a job whose nodes hold their data on disks of their own, or on one that they share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch.distributed as dist
+
+from helixpipe.data.prefix import inspect_prefix
+from megatron.pretrain.data import gpt, index_cache
+
+
+def dataset_config(prefix, cache=None, seq_length=16):
+    """What training asks Megatron for, of a tenth of the documents for validation."""
+    args = SimpleNamespace(
+        data_path=str(prefix), data_cache_path=None if cache is None else Path(cache),
+        dataset=inspect_prefix(prefix), seed=3, seq_length=seq_length, split="90,10,0", eod_mask_loss=False,
+        eval_iters=1,
+    )  # fmt: skip
+    return gpt._dataset_config(args)
+
+
+def indices(dataset):
+    """The three arrays, as lists."""
+    found = (dataset.document_index, dataset.sample_index, dataset.shuffle_index)
+    return [array.tolist() for array in found]
+
+
+def indices_on_a_node(folders, cache, readers):
+    """Stand in the folder of this rank's node and build; what each part holds, and how often it was computed.
+
+    Args:
+        folders: of each rank's node, with a copy of the dataset called data.
+        cache: as --data-cache-path, None for the default.
+        readers: ranks that read data.
+    """
+    rank = dist.get_rank()
+    os.chdir(folders[rank])
+    computed = []
+    original = index_cache.CachedGPTDataset._computed
+
+    def count(self):
+        computed.append(self.index_split.name)
+        return original(self)
+
+    index_cache.CachedGPTDataset._computed = count
+    try:
+        parts = index_cache.build_datasets(
+            dataset_config("data", cache), [40, 4, 0], reads_data=rank in readers
+        )
+    except ValueError as error:
+        return str(error), computed
+    return [part and indices(part) for part in parts], computed
