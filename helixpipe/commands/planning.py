@@ -11,7 +11,7 @@ from typing import Any
 from helixpipe.commands.ranges import LAYERS, RANKS, Real, Whole
 from helixpipe.plan import Plan, ScheduleRequest, build_plan, validate
 from helixpipe.plan.schedules import planned_ahead
-from helixpipe.plan.schedules.request import ATTENTION_RANGES, HEAD_PLACEMENTS
+from helixpipe.plan.schedules.request import ATTENTION_RANGES, HEAD_PLACEMENTS, ROUND_ORDERS, KnownCosts
 from helixpipe.plan.simulation.costs import Costs, parse_costs, uniform_costs
 from helixpipe.plan.simulation.simulate import simulate
 from helixpipe.plan.simulation.timeline import Timeline
@@ -49,6 +49,21 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
         "--head-placement",
         metavar="{" + ",".join(HEAD_PLACEMENTS) + "}",
         help="helix: ranks that run the head (default first)",
+    )
+    plan.add_argument(
+        "--round-order",
+        metavar="{" + ",".join(ROUND_ORDERS) + "}",
+        help="helix: rounds one after the other, or forwards of one among backwards of the one before "
+        "(default filo)",
+    )
+    plan.add_argument(
+        "--split-weight-gradients",
+        action="store_true",
+        default=None,
+        help="helix, interlocked: weight gradients are operations of their own, which fill gaps",
+    )
+    plan.add_argument(
+        "--costs", type=Path, help="helix, interlocked: costs.json, to fit the order to (default: none known)"
     )
     plan.add_argument("--compute-only", action="store_true", help="leave the messages out")
     plan.add_argument("--output", type=Path, required=True, help="plan.json")
@@ -91,6 +106,9 @@ def _plan(args: argparse.Namespace) -> None:
         num_slices=args.num_slices,
         attention_range=args.attention_range,
         head_placement=args.head_placement,
+        round_order=args.round_order,
+        split_weight_gradients=args.split_weight_gradients,
+        costs=_known_costs(args.costs),
     )
     plan = build_plan(args.schedule, request, compute_only=args.compute_only)
     args.output.write_text(plan.to_json(), encoding="utf-8")
@@ -101,6 +119,13 @@ def _plan(args: argparse.Namespace) -> None:
         f"{plan.schedule}: {plan.num_ranks} ranks, {plan.num_segments} segments, "
         f"{plan.num_microbatches} micro batches, {operations} operations; valid. Wrote {args.output}"
     )
+
+
+def _known_costs(path: Path | None) -> KnownCosts | None:
+    if path is None:
+        return None
+    text = read_text(path)
+    return KnownCosts(lambda plan: parse_costs(text, plan))
 
 
 def _simulate(args: argparse.Namespace) -> None:

@@ -15,6 +15,9 @@ OPTION_FLAGS = {
     "attention_range": "--attention-range",
     "num_slices": "--num-slices",
     "head_placement": "--head-placement",
+    "round_order": "--round-order",
+    "split_weight_gradients": "--split-weight-gradients",
+    "costs": "--costs",
 }
 
 

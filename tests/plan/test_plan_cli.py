@@ -161,10 +161,12 @@ def test_draw_a_measured_timeline(tmp_path, capsys):
     [
         (["--schedule", "zb"], "unknown schedule 'zb'"),
         (
-            ["--schedule", "helix", "--num-layers", "5"],
+            ["--schedule", "1f1b", "--num-layers", "5"],
             "(5) must be a multiple of the pipeline-parallel size",
         ),
-        (["--schedule", "helix", "--num-microbatches", "6"], "use 4 or 8"),
+        (["--schedule", "helix", "--num-layers", "1"], "use at most that many ranks"),
+        (["--schedule", "helix", "--num-microbatches", "1"], "(1) must be at least the pipeline-parallel"),
+        (["--schedule", "helix", "--split-weight-gradients"], "needs --round-order interlocked"),
         (["--schedule", "1f1b", "--num-fold", "2"], "--num-fold does not apply to 1f1b"),
         (["--schedule", "helix", "--virtual-stages", "2"], "--virtual-stages does not apply to helix"),
         (["--schedule", "gpipe", "--attention-range", "core"], "--attention-range does not apply to gpipe"),

@@ -230,13 +230,13 @@ def test_defaults_are_recorded():
         ),
         (
             "helix",
-            request(4, 6, 8),
-            "the number of layers (6) must be a multiple of the pipeline-parallel size (4); use 4 or 8",
+            request(4, 3, 8),
+            "the number of layers (3) must be at least the pipeline-parallel size (4); use at most that",
         ),
         (
             "helix",
-            request(4, 8, 5),
-            "the number of micro batches (5) must be a multiple of pipeline-parallel size x fold (8); use 8",
+            request(4, 8, 3),
+            "the number of micro batches (3) must be at least the pipeline-parallel size (4); use 4, fewer",
         ),
         ("1f1b", request(4, 6, 8), "the number of layers (6) must be a multiple of"),
         (

@@ -360,12 +360,12 @@ def rank_parameters(pieces: Pieces, plan: Plan) -> list[int]:
     if "attention" in plan.segment_names:
         shares = _helix_shares(pieces.workload, plan)
         for segment, name in enumerate(plan.segment_names):
-            per_rank[plan.rank_of(segment, 0)] += shares[name]
+            per_rank[plan.owner_of(segment)] += shares[name]
     else:
         layer = sum(counts[piece] for piece in ("qkv", "proj", "fc1", "fc2"))
         for segment in range(plan.num_segments):
             per_rank[plan.rank_of(segment, 0)] += layer * (_num_layers(plan) // plan.num_segments)
-    first_rank, last_rank = plan.rank_of(0, 0), plan.rank_of(last, 0)
+    first_rank, last_rank = plan.owner_of(0), plan.owner_of(last)
     per_rank[first_rank] += counts["embedding"]
     if not (pieces.workload.model.tied and first_rank == last_rank):
         per_rank[last_rank] += counts["head"]

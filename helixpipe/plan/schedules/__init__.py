@@ -66,7 +66,16 @@ SCHEDULES: dict[str, Schedule] = {
     "helix": Schedule(
         helix.plan,
         Execution.SEGMENTS,
-        frozenset({"num_fold", "attention_range", "head_placement"}),
+        frozenset(
+            {
+                "num_fold",
+                "attention_range",
+                "head_placement",
+                "round_order",
+                "split_weight_gradients",
+                "costs",
+            }
+        ),
         recomputes_by_default=True,
     ),
     "elastic": Schedule(per_batch.plan, Execution.CHUNKS),

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from helixpipe.plan.operation import Operation
 from helixpipe.plan.plan import Parameter, Plan
+from helixpipe.plan.simulation.costs import Costs
 
 ATTENTION_RANGES = ("core", "qkv", "block")
 HEAD_PLACEMENTS = ("first", "spread")
+ROUND_ORDERS = ("filo", "interlocked")
 # Layers x micro batches: a larger plan is a slip of the keyboard, and would take minutes to find out.
 MAX_CELLS = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class KnownCosts:
+    """What an order may be fitted to. Ranks that compute their plans apart need the same.
+
+    Attributes:
+        of: the costs of a plan whose orders do not matter.
+        memory_limit_bytes: what a rank may hold; no limit if None.
+    """
+
+    of: Callable[[Plan], Costs]
+    memory_limit_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +43,11 @@ class ScheduleRequest:
             ``block`` (norm1 to proj).
         head_placement: helix: the last segment of every slot on the ``first`` rank, or ``spread`` over all.
         num_slices: seq1f1b: slices of each sequence, which is a micro batch of the request.
+        round_order: helix: rounds one after the other (``filo``), or the forwards of one among the backwards
+            of the one before (``interlocked``).
+        split_weight_gradients: helix, interlocked: weight gradients are operations of their own (W), which
+            fill gaps.
+        costs: helix, interlocked: what to fit the order to.
     """
 
     num_layers: int
@@ -38,6 +58,9 @@ class ScheduleRequest:
     attention_range: str | None = None
     num_slices: int | None = None
     head_placement: str | None = None
+    round_order: str | None = None
+    split_weight_gradients: bool | None = None
+    costs: KnownCosts | None = None
 
     def __post_init__(self) -> None:
         named = {
@@ -60,6 +83,7 @@ class ScheduleRequest:
         for what, choice, choices in (
             ("attention range", self.attention_range, ATTENTION_RANGES),
             ("head placement", self.head_placement, HEAD_PLACEMENTS),
+            ("round order", self.round_order, ROUND_ORDERS),
         ):
             if choice not in (None, *choices):
                 raise ValueError(f"unknown {what} {choice!r}; choose one of {', '.join(choices)}")

@@ -1,0 +1,355 @@
+"""Interlocked rounds of helix: the forwards of a round run among the backwards of the round before.
+
+First in, last out, each round begins with ranks that wait for work and ends with ranks that have none left.
+Interlocked, all rounds share one clock, and only the first start and the last end are paid for.
+
+**The clock.** Let S and A be the forward of a middle segment and of attention, s and a their whole backward,
+and tau = S + A + s + a. A round is L layers of p slots on p ranks, so it costs every rank L tau: if both
+directions advance one layer per tau and a round starts every L tau, all ranks are busy. What runs when is
+then a *key* per operation, in layers of that clock. With round k, slot j, z = p-1-j, layer l, D = L + lag:
+
+    S  k L + l         + f j          h  k L + D + beta - h_b              + b z
+    A  k L + l + alpha + f' j         a  k L + D + (L-1-l) + beta          + b z
+    H  k L + L + h_f   + f j          s  k L + D + (L-1-l) + beta + delta  + b' z
+
+H and h are the last segment. Backwards mirror forwards: they descend the layers, and the slot that came last
+turns first (z).
+
+**The coefficients.** The p slots of a layer meet on one rank, which runs their S and s in turn: they are
+spread over p omega, omega = (S + s) / tau, with some room for attention in between, hence f, f', b and b'
+near omega. The backward of a round starts when the forward of its last slot has ended, so lag is a constant
+and omega (p - 1). Attention lies in the middle of a layer's time (alpha, beta) and s behind a (delta grows
+with a / tau). The numbers in :class:`_Spread` come from a search over jobs of 4 to 16 ranks and 32k to
+256k tokens. f' and b' are clamped so that keys rise along every slot.
+
+**No deadlock.** Keys rise along every dependency, within a slot from S of a layer to A, to S of the next, and
+so on down to s of layer 0. Every rank's order is thus part of one linear order of all operations, in which
+each follows what it needs, whatever the operations' durations.
+
+**With costs** the keys are priorities of a list schedule instead (:class:`_ListSchedule`): each rank runs the
+smallest key among the operations that can start now, or so soon that waiting costs less than disorder. The
+best of nine settings in the simulator is taken. Its orders are those of an execution, so they cannot block.
+
+**Weight gradients** apart (W) follow their B at once, whose message leaves the earlier. With costs, those of
+the last round stand behind all else and fill the gaps of the last ramp, where ranks have nothing else to do.
+
+Layers need not be alike: the clock then counts in mean layers, a longer layer taking a longer part of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise, product
+from statistics import fmean
+from typing import NamedTuple, TypeAlias
+
+from helixpipe.plan.operation import Kind, Operation, output_edge
+from helixpipe.plan.plan import Order, Plan
+from helixpipe.plan.simulation.costs import Costs
+from helixpipe.plan.simulation.memory import peak_bytes
+from helixpipe.plan.simulation.simulate import simulate
+
+# How much longer than for the first operation a rank may wait for one with a smaller key, in mean layers.
+_WAITS = (0.0, 1 / 70, 3 / 70)
+# By how many layers forwards are put before or behind their keys.
+_SHIFTS = (-1.0, 0.0, 1.0)
+# Layers of the clock that no iteration has: behind everything else.
+_BEHIND = 1e6
+# Without costs: the share of the middle segment, omega, by attention range (7B at 128k), and of the rest what
+# attention's backward takes, 2.5 times its forward's products.
+_OMEGA = {"core": 0.23, "qkv": 0.18, "block": 0.15}
+_BACKWARD_SHARE = 0.73
+
+
+class Seat(NamedTuple):
+    """Where a micro batch sits: its round, its slot of the p slots, and which of the slot's it is."""
+
+    round: int
+    slot: int
+    member: int
+
+
+@dataclass(frozen=True)
+class _Pace:
+    """What the keys depend on: how long layers are, in mean layers, and two shares of a mean layer's time."""
+
+    layers: tuple[float, ...]
+    omega: float
+    back: float
+    layer_ms: float = 0.0
+
+
+def interlocked_orders(plan: Plan, seats: Sequence[Seat], *, splits_backward: bool) -> list[Order]:
+    """Every rank's operations sorted by key: for costs that are not known.
+
+    Args:
+        plan: helix's placement; its orders do not matter.
+        seats: of every micro batch.
+        splits_backward: whether micro batches have W.
+    """
+    omega = _OMEGA[str(plan.parameters["attention_range"])]
+    pace = _Pace((1.0,) * (plan.num_segments // 2), omega, _BACKWARD_SHARE * (1 - omega))
+    key = _keys(plan.num_ranks, pace)
+    rows: list[list[_Entry]] = [[] for _ in range(plan.num_ranks)]
+    for op, seat in _operations(plan, seats, splits_backward):
+        rank = plan.rank_of(op.segment, op.micro_batch)
+        rows[rank].append(_Entry(key(op, seat), _turn(op, seat), op))
+    return [tuple(entry.operation for entry in sorted(row)) for row in rows]
+
+
+def listed_orders(
+    plan: Plan,
+    seats: Sequence[Seat],
+    costs: Costs,
+    *,
+    splits_backward: bool,
+    memory_limit_bytes: int | None = None,
+) -> list[Order]:
+    """The best list schedule with the keys as priorities.
+
+    Args:
+        plan: helix's placement and loans; its orders do not matter.
+        seats: of every micro batch.
+        costs: of the plan's segments and messages.
+        splits_backward: whether micro batches have W.
+        memory_limit_bytes: what a rank may hold. If no setting stays within it, the smallest peak wins.
+    """
+    pace = _pace(plan, costs)
+    best: tuple[tuple[float, float], list[Order]] | None = None
+    for wait, shift in product(_WAITS, _SHIFTS):
+        queues = _queues(plan, seats, pace, shift, splits_backward)
+        orders = _ListSchedule(plan, costs, queues, wait * pace.layer_ms).run()
+        candidate = plan.with_orders(orders)
+        excess = 0.0
+        if memory_limit_bytes is not None:
+            excess = max(0.0, max(peak_bytes(candidate, costs)) - memory_limit_bytes)
+        value = excess, simulate(candidate, costs).iteration_ms
+        if best is None or value < best[0]:
+            best = value, orders
+    assert best is not None
+    return best[1]
+
+
+def _operations(plan: Plan, seats: Sequence[Seat], splits_backward: bool) -> Iterator[tuple[Operation, Seat]]:
+    """Every computation of the plan with its micro batch's seat."""
+    kinds = [Kind.F, Kind.B] + [Kind.W] * splits_backward
+    for micro_batch, seat in enumerate(seats):
+        for segment, kind in product(range(plan.num_segments), kinds):
+            yield Operation(segment, kind, micro_batch), seat
+
+
+def _turn(op: Operation, seat: Seat) -> int:
+    """Members of a slot go forward in their order and backward in reverse."""
+    return seat.member if op.kind is Kind.F else -seat.member
+
+
+def _pace(plan: Plan, costs: Costs) -> _Pace:
+    """A layer is its attention and half of the segments around it; those at the ends count as middle ones."""
+
+    def total(segment: int) -> float:
+        cost = costs.segments[plan.cost_name(segment, 0)]
+        return cost.forward + cost.backward + cost.weight
+
+    n = plan.num_segments
+    around = [total(segment) for segment in range(0, n, 2)]
+    middle_ms = fmean(around[1:-1] or around)
+    around[0] = around[-1] = middle_ms
+    attention = [costs.segments[plan.cost_name(segment, 0)] for segment in range(1, n, 2)]
+    back_ms = fmean(cost.backward + cost.weight for cost in attention)
+    layers_ms = [
+        total(2 * layer + 1) + (before + after) / 2 for layer, (before, after) in enumerate(pairwise(around))
+    ]
+    mean_ms = fmean(layers_ms)
+    if mean_ms == 0:
+        return _Pace((1.0,) * len(layers_ms), 0.0, 0.0, 0.0)
+    # Keys must rise even where a layer takes no time.
+    layers = tuple(max(ms / mean_ms, 0.01) for ms in layers_ms)
+    return _Pace(layers, middle_ms / mean_ms, back_ms / mean_ms, mean_ms)
+
+
+@dataclass(frozen=True)
+class _Spread:
+    """The coefficients: spreads per slot (f, f', b, b') and offsets, in mean layers."""
+
+    f: float
+    f_attention: float
+    b_attention: float
+    b: float
+    alpha: float
+    beta: float
+    delta: float
+    lag: float
+    last_forward: float
+    last_backward: float
+
+    @classmethod
+    def of(cls, p: int, pace: _Pace) -> _Spread:
+        omega, back, shortest = pace.omega, pace.back, min(pace.layers)
+        alpha, beta, delta = 0.591, -0.052, min(max(0.650 * back + 0.356 * omega, 0.01), 0.95)
+        f, b = 1.197 * omega, 0.871 * omega
+        last_forward, last_backward = alpha / 2, max(0.52 * back, 0.01)
+        # Over all slots, spreads may differ by as much as offsets leave room for on either side.
+        room = 0.9 * shortest / max(1, p - 1)
+        least_lag = last_forward + f * (p - 1) - beta + last_backward
+        return cls(
+            f=f,
+            f_attention=min(max(1.069 * omega, f - room * alpha), f + room * (1 - alpha)),
+            b_attention=b,
+            b=min(max(0.958 * omega, b - room * delta), b + room * (1 - delta)),
+            alpha=alpha,
+            beta=beta,
+            delta=delta,
+            lag=max(1.389 + 1.179 * omega * (p - 1), least_lag + 0.01),
+            last_forward=last_forward,
+            last_backward=last_backward,
+        )
+
+
+def _keys(p: int, pace: _Pace) -> Callable[[Operation, Seat], float]:
+    """The key of an operation; that of W is its B's."""
+    spread = _Spread.of(p, pace)
+    num_layers = len(pace.layers)
+    clock = [0.0, *accumulate(pace.layers)]
+    turn = clock[num_layers] + spread.lag
+
+    def forward(layer: int, is_attention: int, slot: int) -> float:
+        if is_attention:
+            return clock[layer] + spread.alpha * pace.layers[layer] + spread.f_attention * slot
+        last = spread.last_forward if layer == num_layers else 0.0
+        return clock[layer] + last + spread.f * slot
+
+    def backward(layer: int, is_attention: int, slot: int) -> float:
+        z = p - 1 - slot
+        if layer == num_layers:
+            return turn + spread.beta - spread.last_backward + spread.b_attention * z
+        begin = turn + clock[num_layers] - clock[layer + 1] + spread.beta
+        if is_attention:
+            return begin + spread.b_attention * z
+        return begin + spread.delta * pace.layers[layer] + spread.b * z
+
+    tables = [
+        [[of(*divmod(segment, 2), slot) for slot in range(p)] for segment in range(2 * num_layers + 1)]
+        for of in (forward, backward)
+    ]
+    for slot in range(p):
+        chain = [row[slot] for row in tables[0]] + [row[slot] for row in reversed(tables[1])]
+        assert all(before < after for before, after in pairwise(chain)), "keys must rise along every slot"
+
+    def key(op: Operation, seat: Seat) -> float:
+        return seat.round * clock[num_layers] + tables[op.kind is not Kind.F][op.segment][seat.slot]
+
+    return key
+
+
+class _Entry(NamedTuple):
+    """An operation in a queue; entries compare by key, then by the order of a slot's members."""
+
+    key: float
+    member: int
+    operation: Operation
+
+
+_Queues: TypeAlias = list[list[list[_Entry]]]
+_STREAMS = (Kind.F, Kind.B, Kind.W)
+
+
+def _queues(plan: Plan, seats: Sequence[Seat], pace: _Pace, shift: float, splits_backward: bool) -> _Queues:
+    """Forwards, backwards and weight gradients of every rank, each sorted by key."""
+    key = _keys(plan.num_ranks, pace)
+    queues: _Queues = [[[] for _ in _STREAMS] for _ in range(plan.num_ranks)]
+    last_round = max(seat.round for seat in seats)
+    for op, seat in _operations(plan, seats, splits_backward):
+        moved = shift if op.kind is Kind.F else 0.0
+        if op.kind is Kind.W and seat.round == last_round:
+            moved = _BEHIND
+        entry = _Entry(key(op, seat) + moved, _turn(op, seat), op)
+        queues[plan.rank_of(op.segment, op.micro_batch)][_STREAMS.index(op.kind)].append(entry)
+    for rank in queues:
+        for queue in rank:
+            queue.sort()
+    return queues
+
+
+class _Choice(NamedTuple):
+    """What a rank would run next; the earliest of all ranks runs."""
+
+    start_ms: float
+    rank: int
+    stream: int
+    entry: _Entry
+
+
+class _ListSchedule:
+    """An execution in which each rank takes the next operation from the heads of its queues.
+
+    Messages take the time of their edge, whatever else is under way; the simulator, which knows better,
+    judges the result.
+    """
+
+    def __init__(self, plan: Plan, costs: Costs, queues: _Queues, wait_ms: float) -> None:
+        self._plan = plan
+        self._costs = costs
+        self._queues = queues
+        self._wait_ms = wait_ms
+        self._next = [[0] * len(_STREAMS) for _ in queues]
+        self._free_ms = [0.0] * len(queues)
+        self._ready_ms = {Operation(0, Kind.F, i): 0.0 for i in range(plan.num_microbatches)}
+        self._split = {entry.operation.micro_batch for rank in queues for entry in rank[2]}
+
+    def run(self) -> list[Order]:
+        """Every rank's order."""
+        orders: list[list[Operation]] = [[] for _ in self._queues]
+        choices = [self._choose(rank) for rank in range(len(orders))]
+        while possible := [choice for choice in choices if choice is not None]:
+            chosen = min(possible)
+            op, rank = chosen.entry.operation, chosen.rank
+            orders[rank].append(op)
+            self._next[rank][chosen.stream] += 1
+            for changed in {rank, self._finish(op, chosen)}:
+                choices[changed] = self._choose(changed)
+        assert all(len(o) == sum(map(len, q)) for o, q in zip(orders, self._queues, strict=True))
+        return [tuple(order) for order in orders]
+
+    def _choose(self, rank: int) -> _Choice | None:
+        """The smallest key among the heads that can start first, or not much later."""
+        found = []
+        for stream, (queue, position) in enumerate(zip(self._queues[rank], self._next[rank], strict=True)):
+            if position < len(queue):
+                ready_ms = self._ready_ms.get(queue[position].operation)
+                if ready_ms is not None:
+                    start_ms = max(ready_ms, self._free_ms[rank])
+                    found.append(_Choice(start_ms, rank, stream, queue[position]))
+        if not found:
+            return None
+        first_ms = min(found).start_ms
+        # W can run at any time: nothing waits for it, and it waits for nothing.
+        limits_ms = (first_ms + self._wait_ms, first_ms + self._wait_ms, first_ms)
+        return min((c for c in found if c.start_ms <= limits_ms[c.stream]), key=lambda choice: choice.entry)
+
+    def _finish(self, op: Operation, chosen: _Choice) -> int:
+        """End the operation, which makes others ready; the rank of the one that consumes its result."""
+        plan, rank = self._plan, chosen.rank
+        splits = op.micro_batch in self._split
+        name = plan.cost_name(op.segment, op.micro_batch)
+        end_ms = chosen.start_ms + self._costs.duration_ms(op.kind, name, splits_backward=splits)
+        self._free_ms[rank] = end_ms
+        if op.kind is Kind.B and splits:
+            self._ready_ms[op._replace(kind=Kind.W)] = end_ms
+        edge = output_edge(op, plan.num_segments)
+        if edge is None:
+            if op.kind is Kind.F:
+                self._ready_ms[op._replace(kind=Kind.B)] = end_ms
+            return rank
+        consumer = plan.rank_of(edge[1], op.micro_batch)
+        self._ready_ms[op._replace(segment=edge[1])] = end_ms + self._message_ms(edge, op, rank, consumer)
+        return consumer
+
+    def _message_ms(self, edge: tuple[int, int], op: Operation, sender: int, receiver: int) -> float:
+        if sender == receiver:
+            return 0.0
+        costs = self._costs
+        first, second = (self._plan.cost_name(segment, op.micro_batch) for segment in sorted(edge))
+        if costs.network is None:
+            return costs.transfer_ms(first, second)
+        return costs.network.transfer_ms(costs.num_bytes(first, second), sender, receiver)
