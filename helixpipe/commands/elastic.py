@@ -45,6 +45,7 @@ def add_parsers(add: Callable[..., Any]) -> None:
 def _add_profile(profile: argparse.ArgumentParser) -> None:
     add = profile.add_argument
     add("--model", required=True, help="name or file, as for advise")
+    add("--vocab-size", type=Whole(), metavar="N", help="words, for a file that does not say")
     add("--max-seq-length", type=Whole(), required=True, metavar="N", help="tokens of the longest sequence")
     add("--pipeline-model-parallel-size", type=RANKS, required=True, help="stages p")
     add("--tensor-model-parallel-size", type=RANKS, default=1)
@@ -163,7 +164,7 @@ def _profile(args: argparse.Namespace) -> None:
     from helixpipe.elastic.costs.preset import profiled_chunk_costs
 
     workload = Workload(
-        model=read_model(args.model),
+        model=read_model(args.model, args.vocab_size),
         seq_length=min(args.max_seq_length, _PIECES_LENGTH),
         tensor_parallel=args.tensor_model_parallel_size,
         sequence_parallel=not args.no_sequence_parallel,

@@ -17,6 +17,7 @@ def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help=f"{', '.join(MODELS)}; a Hugging Face config.json; or a file with Megatron arguments",
     )
+    add("--vocab-size", type=Whole(), metavar="N", help="words, for a file of --model that does not say")
     add(
         "--hardware",
         required=True,
@@ -53,7 +54,7 @@ def _workload(args: argparse.Namespace) -> Workload:
         if value is None:
             raise ValueError(f"{flag} is missing; only a profile in --hardware makes it unnecessary")
     return Workload(
-        model=read_model(args.model),
+        model=read_model(args.model, args.vocab_size),
         seq_length=args.seq_length,
         micro_batch_size=1 if args.micro_batch_size is None else args.micro_batch_size,
         tensor_parallel=1 if args.tensor_model_parallel_size is None else args.tensor_model_parallel_size,
@@ -81,6 +82,7 @@ def _profiled_workload(args: argparse.Namespace, profile: Pieces) -> Workload:
             )
     for flag, is_set in (
         ("--model", args.model),
+        ("--vocab-size", args.vocab_size),
         ("--no-sequence-parallel", args.no_sequence_parallel),
         ("--use-distributed-optimizer", args.use_distributed_optimizer),
         ("--chunked-loss", args.chunked_loss),

@@ -20,6 +20,9 @@ def add_parsers(add: Callable[..., Any]) -> None:
     """Add the commands' parsers."""
     profile = add("profile", help="measure a layer's pieces here; under torchrun also the links")
     profile.add_argument("--model", required=True, help="name or file, as for advise")
+    profile.add_argument(
+        "--vocab-size", type=Whole(), metavar="N", help="words, for a file that does not say"
+    )
     profile.add_argument("--seq-length", type=Whole(), required=True)
     profile.add_argument("--micro-batch-size", type=Whole(), default=1)
     profile.add_argument("--tensor-model-parallel-size", type=RANKS, default=1)
@@ -40,7 +43,7 @@ def add_parsers(add: Callable[..., Any]) -> None:
 
 def _profile(args: argparse.Namespace) -> None:
     workload = Workload(
-        model=read_model(args.model),
+        model=read_model(args.model, args.vocab_size),
         seq_length=args.seq_length,
         micro_batch_size=args.micro_batch_size,
         tensor_parallel=args.tensor_model_parallel_size,

@@ -25,7 +25,7 @@ from helixpipe.layers.recomputing_layer import (
 )
 from helixpipe.plan import ScheduleRequest, build_plan
 from helixpipe.plan.cost_model import HARDWARE, Recompute, Workload, costs_of_plan, predict_pieces
-from helixpipe.plan.cost_model.model import ModelShape
+from helixpipe.plan.cost_model.shape import ModelShape
 
 BUILDS = [segmented_share, qkv_share, block_share, gpt_stage]
 every_build = pytest.mark.parametrize("build", BUILDS, ids=["core", "qkv", "block", "stage"])

@@ -66,62 +66,6 @@ def test_flops_are_six_per_weight_and_token():
     assert per_token == pytest.approx(6 * weights + 6 * LLAMA.num_layers * s * LLAMA.hidden_size)
 
 
-def test_megatron_arguments(tmp_path):
-    script = tmp_path / "train.sh"
-    script.write_text(
-        "torchrun pretrain_gpt.py --num-layers 12 --hidden-size=768 \\\n --num-attention-heads 12 "
-        "--group-query-attention --num-query-groups 4 --swiglu --ffn-hidden-size 2048 --seq-length $S"
-    )
-    found = read_model(str(script))
-    assert (found.num_layers, found.hidden_size, found.num_heads, found.num_kv_heads) == (12, 768, 12, 4)
-    assert (found.head_dim, found.ffn_hidden_size, found.gated, found.tied) == (64, 2048, True, True)
-    as_json = tmp_path / "train.json"
-    as_json.write_text(json.dumps({"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4}))
-    assert read_model(str(as_json)).ffn_hidden_size == 256
-
-
-def test_hugging_face_config(tmp_path):
-    config = tmp_path / "config.json"
-    qwen = {
-        "model_type": "qwen3", "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936,
-        "hidden_act": "silu", "tie_word_embeddings": False,
-    }  # fmt: skip
-    config.write_text(json.dumps(qwen))
-    assert replace(read_model(str(config)), name="qwen3-8b") == MODELS["qwen3-8b"]
-    gpt2 = {
-        "n_embd": 768,
-        "n_layer": 12,
-        "n_head": 12,
-        "vocab_size": 50257,
-        "activation_function": "gelu_new",
-    }
-    config.write_text(json.dumps(gpt2))
-    found = read_model(str(config))
-    assert (found.gated, found.tied, found.ffn_hidden_size) == (False, True, 3072)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"hidden_size": 64}', "num_attention_heads or n_head is missing"),
-        ('{"num_layers": 2, "hidden_size": "big"}', "must be a whole number above 0, found 'big'"),
-        ("[]", "expected a JSON object of sizes"),
-        ("--num-layers 4", "hidden_size is missing"),
-        (
-            '{"num_layers": 2, "hidden_size": 64, "num_attention_heads": 0}',
-            "heads must be a whole number above 0",
-        ),
-    ],
-)
-def test_wrong_model_files(tmp_path, text, message):
-    path = tmp_path / "model"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=r"^model ") as caught:
-        read_model(str(path))
-    assert message in str(caught.value)
-
-
 def test_unknown_names_list_the_known():
     with pytest.raises(ValueError, match=r"unknown model 'llama-8b'; give a file or one of llama-7b, "):
         read_model("llama-8b")

@@ -86,7 +86,10 @@ def test_the_command_writes_costs_and_records(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("helixpipe.profiling.profile_chunks", profile_chunks)
     model, costs, records = (tmp_path / name for name in ("model", "costs.json", "records.json"))
-    model.write_text("--num-layers 4 --hidden-size 32 --num-attention-heads 4 --swiglu --vocab-size 100")
+    model.write_text(
+        "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --swiglu --ffn-hidden-size 128 "
+        "--vocab-size 100"
+    )
     arguments = [
         "elastic-profile", "--model", model, "--max-seq-length", TOKENS, "--fp32", "--repeats", 3,
         "--pipeline-model-parallel-size", 2, "--output", costs, "--records", records,

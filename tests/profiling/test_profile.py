@@ -75,7 +75,10 @@ def command(*arguments):
 def test_from_a_model_file_to_a_prediction(tmp_path):
     """The commands as a user runs them: profile, plan, costs, simulate."""
     model, profile, plan, costs = (tmp_path / name for name in ("model", "profile", "plan", "costs"))
-    model.write_text("--num-layers 4 --hidden-size 32 --num-attention-heads 4 --swiglu --vocab-size 100")
+    model.write_text(
+        "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --swiglu --ffn-hidden-size 128 "
+        "--vocab-size 100"
+    )
     done = command(
         "profile", "--model", model, "--seq-length", 64, "--fp32", "--repeats", 1, "--output", profile
     )

@@ -17,7 +17,7 @@ from helixpipe.megatron_adapter.elastic_batch import ElasticBatch
 from helixpipe.megatron_adapter.elastic_forward_backward import ElasticForwardBackward
 from helixpipe.plan import Kind, Operation
 from helixpipe.plan.cost_model import HARDWARE, Workload
-from helixpipe.plan.cost_model.model import ModelShape
+from helixpipe.plan.cost_model.shape import ModelShape
 from helixpipe.plan.simulation.memory import held_bytes
 from helixpipe.runtime.executor import Executor
 from helixpipe.runtime.message import HEADER_WORDS

@@ -6,9 +6,10 @@ that into times, and a profile measures them instead; ``segments`` adds pieces u
 
 from helixpipe.plan.cost_model.analytic import predict_pieces
 from helixpipe.plan.cost_model.hardware import HARDWARE, Hardware, read_hardware
-from helixpipe.plan.cost_model.model import MODELS, ModelShape, read_model
+from helixpipe.plan.cost_model.model import read_model
 from helixpipe.plan.cost_model.pieces import PieceCost, Pieces
 from helixpipe.plan.cost_model.segments import Recompute, costs_of_plan
+from helixpipe.plan.cost_model.shape import MODELS, ModelShape
 from helixpipe.plan.cost_model.work import Workload
 
 __all__ = [

@@ -1,170 +1,36 @@
-"""Models: the sizes that decide what a transformer costs."""
+"""Models from files: a Hugging Face config, or Megatron's arguments in a script or as JSON.
+
+What decides a model's shapes or costs is read; what is known to decide neither is passed over; everything
+else is refused by name. A mixture of experts read as a dense model would be planned with a fifth of its
+weights.
+"""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from helixpipe.plan.cost_model.script import NEUTRAL, SIZES, SWITCHES, arguments_of_script
+from helixpipe.plan.cost_model.shape import MODELS, ModelShape, size_of
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelShape:
-    """Sizes of a GPT or Llama.
-
-    Attributes:
-        name: for people.
-        num_layers: transformer layers L.
-        hidden_size: h.
-        num_heads: query heads.
-        num_kv_heads: key/value heads; equal to ``num_heads`` without grouped queries.
-        head_dim: channels of a head.
-        ffn_hidden_size: width of the MLP.
-        vocab_size: words.
-        gated: the MLP has a gate (SwiGLU): its first matrix is twice as wide.
-        tied: the head shares the embedding's weights.
-    """
-
-    name: str
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    ffn_hidden_size: int
-    vocab_size: int
-    gated: bool
-    tied: bool
-
-    def __post_init__(self) -> None:
-        for key, value in self.__dict__.items():
-            if type(value) is int and value < 1:
-                raise ValueError(f"model {self.name}: {key} must be at least 1, not {value}")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"model {self.name}: num_heads {self.num_heads} must be a multiple of num_kv_heads "
-                f"{self.num_kv_heads}"
-            )
-
-    @property
-    def query_size(self) -> int:
-        """Channels of all query heads."""
-        return self.num_heads * self.head_dim
-
-    @property
-    def kv_size(self) -> int:
-        """Channels of all key heads, or of all value heads."""
-        return self.num_kv_heads * self.head_dim
-
-    @property
-    def fc1_size(self) -> int:
-        """Output width of the MLP's first matrix."""
-        return self.ffn_hidden_size * (2 if self.gated else 1)
-
-    @property
-    def attention_parameters(self) -> Mapping[str, int]:
-        """Weights of the attention block's matrices in one layer."""
-        return {
-            "qkv": self.hidden_size * (self.query_size + 2 * self.kv_size),
-            "proj": self.hidden_size * self.query_size,
-        }
-
-    @property
-    def mlp_parameters(self) -> Mapping[str, int]:
-        """Weights of the MLP's matrices in one layer."""
-        return {
-            "fc1": self.hidden_size * self.fc1_size,
-            "fc2": self.hidden_size * self.ffn_hidden_size,
-        }
-
-    @property
-    def layer_parameters(self) -> int:
-        """Weights of one layer; norms and biases are left out, a thousandth of it."""
-        return sum(self.attention_parameters.values()) + sum(self.mlp_parameters.values())
-
-    @property
-    def embedding_parameters(self) -> int:
-        """Weights of the word embedding, and of an untied head."""
-        return self.vocab_size * self.hidden_size
-
-    @property
-    def parameters(self) -> int:
-        """All weights."""
-        return self.num_layers * self.layer_parameters + self.embedding_parameters * (1 if self.tied else 2)
-
-    def forward_flops(self, seq_length: int) -> float:
-        """Floating-point operations of one sequence's forward pass, causal attention at half its square."""
-        linear = 2.0 * seq_length * (self.num_layers * self.layer_parameters + self.embedding_parameters)
-        return linear + self.num_layers * self.core_flops(seq_length)
-
-    def core_flops(self, seq_length: int) -> float:
-        """Operations of one layer's causal attention forward: two products over half of the s x s square."""
-        return 2.0 * seq_length * seq_length * self.query_size
-
-
-def _llama(
-    name: str, layers: int, hidden: int, heads: int, kv_heads: int, ffn: int, vocab: int
-) -> ModelShape:
-    return ModelShape(
-        name=name,
-        num_layers=layers,
-        hidden_size=hidden,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=128,
-        ffn_hidden_size=ffn,
-        vocab_size=vocab,
-        gated=True,
-        tied=False,
-    )
-
-
-def _gpt(name: str, layers: int, hidden: int, heads: int) -> ModelShape:
-    return ModelShape(
-        name=name,
-        num_layers=layers,
-        hidden_size=hidden,
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=hidden // heads,
-        ffn_hidden_size=4 * hidden,
-        vocab_size=50304,  # GPT-2's 50257, padded to a multiple of 128
-        gated=False,
-        tied=True,
-    )
-
-
-MODELS: Mapping[str, ModelShape] = {
-    shape.name: shape
-    for shape in (
-        # Llama 1, table 2 of arXiv 2302.13971; Llama 2 70B, arXiv 2307.09288.
-        _llama("llama-7b", 32, 4096, 32, 32, 11008, 32000),
-        _llama("llama-13b", 40, 5120, 40, 40, 13824, 32000),
-        _llama("llama-70b", 80, 8192, 64, 8, 28672, 32000),
-        # GPT-3, table 2.1 of arXiv 2005.14165 (1.3B with 16 heads of 128, as is usual; 3B is its 2.7B).
-        _gpt("gpt-1.3b", 24, 2048, 16),
-        _gpt("gpt-3b", 32, 2560, 32),
-        _gpt("gpt-7b", 32, 4096, 32),
-        # Qwen's published config.json files.
-        _llama("qwen2.5-7b", 28, 3584, 28, 4, 18944, 152064),
-        _llama("qwen3-8b", 36, 4096, 32, 8, 12288, 151936),
-    )
-}
-
-
-def read_model(source: str) -> ModelShape:
+def read_model(source: str, vocab_size: int | None = None) -> ModelShape:
     """A model by name, or from a file.
 
     Args:
         source: a key of ``MODELS``, a Hugging Face ``config.json``, a JSON object of Megatron argument names,
-            or any text with Megatron arguments in it, like a training script.
+            or a script with Megatron arguments.
+        vocab_size: words, for a file that does not say; None if it does.
 
     Raises:
-        ValueError: neither a name nor a file, or sizes that are missing; the message names them.
+        ValueError: neither a name nor a file, sizes that are missing, or something in the file that is not
+            understood; the message names it.
     """
     if source in MODELS:
+        if vocab_size is not None:
+            raise ValueError(f"--vocab-size is part of the model {source}; leave it out")
         return MODELS[source]
     path = Path(source)
     if not path.is_file():
@@ -175,28 +41,20 @@ def read_model(source: str) -> ModelShape:
         raise ValueError(f"model {source}: not a text file") from None
     try:
         found = json.loads(text)
-    except json.JSONDecodeError:
-        return model_from_arguments(source, _arguments(text))
+    except (json.JSONDecodeError, RecursionError):
+        return _from_megatron(source, arguments_of_script(source, text), vocab_size)
     if not isinstance(found, dict):
         raise ValueError(f"model {source}: expected a JSON object of sizes")
     if "num_layers" in found:
-        return model_from_arguments(source, found)
-    return _from_hugging_face(source, found)
-
-
-def _arguments(text: str) -> dict[str, Any]:
-    """``--num-layers 32 --swiglu`` as {"num_layers": "32", "swiglu": True}."""
-    found: dict[str, Any] = {}
-    for flag, value in re.findall(r"--([a-z][a-z0-9-]*)(?:[ =]+([0-9]+)\b)?", text):
-        found[flag.replace("-", "_")] = value or True
-    return found
+        return _from_megatron(source, found, vocab_size)
+    return _from_hugging_face(source, found, vocab_size)
 
 
 def model_from_arguments(source: str, arguments: Mapping[str, Any]) -> ModelShape:
-    """A model from Megatron's argument names; ``source`` is its name, and stands in messages."""
+    """A model from Megatron's arguments, with padded vocabulary; ``source`` is its name in messages."""
 
     def size(key: str, default: int | None = None) -> int:
-        return _size(source, arguments, (key,), default)
+        return size_of(source, arguments, (key,), default)
 
     hidden, heads = size("hidden_size"), size("num_attention_heads")
     groups = size("num_query_groups", heads) if arguments.get("group_query_attention") else heads
@@ -208,41 +66,172 @@ def model_from_arguments(source: str, arguments: Mapping[str, Any]) -> ModelShap
         num_kv_heads=groups,
         head_dim=size("kv_channels", hidden // heads),
         ffn_hidden_size=size("ffn_hidden_size", 4 * hidden),
-        vocab_size=size("padded_vocab_size", size("vocab_size", 50304)),
+        vocab_size=size("padded_vocab_size" if arguments.get("padded_vocab_size") else "vocab_size"),
         gated=bool(arguments.get("swiglu", False)),
         tied=not arguments.get("untie_embeddings_and_output_weights", False),
     )
 
 
-def _from_hugging_face(source: str, config: Mapping[str, Any]) -> ModelShape:
+def _from_megatron(source: str, found: Mapping[str, Any], vocab_size: int | None) -> ModelShape:
+    given = {key: value for key, value in found.items() if value is not None and value is not False}
+    for key in given:
+        name = key.replace("_", "-")
+        if name not in SIZES and name not in SWITCHES and name not in NEUTRAL:
+            raise _not_understood(source, f"--{name}")
+    if given.get("swiglu") and "ffn_hidden_size" not in given:
+        raise ValueError(
+            f"model {source}: --swiglu without --ffn-hidden-size means different widths to different "
+            "programs; add --ffn-hidden-size"
+        )
+    if "num_query_groups" in given and not given.get("group_query_attention"):
+        raise ValueError(f"model {source}: --num-query-groups needs --group-query-attention")
+    with_words = _with_vocabulary(source, given, vocab_size, ("padded_vocab_size", "vocab_size"))
+    return model_from_arguments(source, with_words)
+
+
+def _with_vocabulary(
+    source: str, found: Mapping[str, Any], vocab_size: int | None, keys: tuple[str, ...]
+) -> Mapping[str, Any]:
+    """The sizes with a vocabulary, from the file or from the caller."""
+    is_there = any(found.get(key) is not None for key in keys)
+    if is_there and vocab_size is not None:
+        raise ValueError(f"model {source}: the file tells the vocabulary; leave --vocab-size out")
+    if not is_there and vocab_size is None:
+        raise ValueError(f"model {source}: the size of the vocabulary is missing; add --vocab-size N")
+    return found if is_there else {**found, "vocab_size": vocab_size}
+
+
+class _Family(NamedTuple):
+    """What a ``model_type`` means beyond the sizes in its file.
+
+    Attributes:
+        architecture: the class with a head over the vocabulary.
+        gated: the MLP has a gate.
+        tied: the head shares the embedding's weights unless the file says otherwise.
+        required: sizes whose defaults are those of one published model.
+    """
+
+    architecture: str
+    gated: bool
+    tied: bool
+    required: tuple[str, ...] = ()
+
+
+_FAMILIES: Mapping[str, _Family] = {
+    "llama": _Family("LlamaForCausalLM", gated=True, tied=False),
+    "mistral": _Family("MistralForCausalLM", gated=True, tied=False, required=("num_key_value_heads",)),
+    "qwen2": _Family("Qwen2ForCausalLM", gated=True, tied=False, required=("num_key_value_heads",)),
+    "qwen3": _Family(
+        "Qwen3ForCausalLM", gated=True, tied=False, required=("num_key_value_heads", "head_dim")
+    ),
+    "gpt2": _Family("GPT2LMHeadModel", gated=False, tied=True),
+}
+_GATED_ACTIVATIONS = ("silu", "swish")
+_PLAIN_ACTIVATIONS = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu")
+_UNDERSTOOD = (
+    "architectures", "model_type", "hidden_size", "n_embd", "num_hidden_layers", "n_layer",
+    "num_attention_heads", "n_head", "num_key_value_heads", "head_dim", "intermediate_size", "n_inner",
+    "vocab_size", "hidden_act", "activation_function", "tie_word_embeddings", "sliding_window",
+    "use_sliding_window", "max_window_layers", "layer_types",
+)  # fmt: skip
+# Norms and biases are left out of the costs; numbers of training and of generation decide no shape.
+_NO_SIZE = (
+    "_name_or_path", "_attn_implementation", "attention_bias", "attention_dropout", "attn_pdrop",
+    "bos_token_id", "dtype", "embd_pdrop", "eos_token_id", "gradient_checkpointing", "initializer_range",
+    "layer_norm_eps", "layer_norm_epsilon", "max_position_embeddings", "mlp_bias", "n_ctx", "n_positions",
+    "name", "pad_token_id", "pretraining_tp", "qkv_bias", "reorder_and_upcast_attn", "resid_pdrop",
+    "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta", "scale_attn_by_inverse_layer_idx",
+    "scale_attn_weights", "summary_activation", "summary_first_dropout", "summary_proj_to_labels",
+    "summary_type", "summary_use_proj", "task_specific_params", "tokenizer_class", "torch_dtype",
+    "transformers_version", "unk_token_id", "use_cache",
+)  # fmt: skip
+
+
+def _from_hugging_face(source: str, config: Mapping[str, Any], vocab_size: int | None) -> ModelShape:
+    given = {key: value for key, value in config.items() if value is not None}
+    for key in given:
+        if key not in _UNDERSTOOD and key not in _NO_SIZE:
+            raise _not_understood(source, repr(key))
+    family = _family_of(source, given)
+    _check_attention(source, given)
+    given = dict(_with_vocabulary(source, given, vocab_size, ("vocab_size",)))
+
     def size(*keys: str, default: int | None = None) -> int:
-        return _size(source, config, keys, default)
+        return size_of(source, given, keys, default)
 
     hidden, heads = size("hidden_size", "n_embd"), size("num_attention_heads", "n_head")
-    activation = str(config.get("hidden_act", config.get("activation_function", "gelu")))
+    for key in family.required:
+        size(key)
     return ModelShape(
-        name=str(config.get("_name_or_path") or config.get("model_type") or Path(source).name),
+        name=str(given.get("_name_or_path") or given.get("model_type") or Path(source).name),
         num_layers=size("num_hidden_layers", "n_layer"),
         hidden_size=hidden,
         num_heads=heads,
         num_kv_heads=size("num_key_value_heads", default=heads),
-        head_dim=size("head_dim", default=hidden // heads),
-        ffn_hidden_size=size("intermediate_size", "n_inner", default=4 * hidden),
+        head_dim=size("head_dim", default=_head_dim(source, hidden, heads)),
+        ffn_hidden_size=size("intermediate_size", "n_inner", default=None if family.gated else 4 * hidden),
         vocab_size=size("vocab_size"),
-        # Llama, Qwen and Mistral name SiLU and mean the gated form; GPT-2 and its kin use GELU.
-        gated=activation in ("silu", "swish"),
-        tied=bool(config.get("tie_word_embeddings", True)),
+        gated=family.gated,
+        tied=_flag(source, given, "tie_word_embeddings", family.tied),
     )
 
 
-def _size(source: str, found: Mapping[str, Any], keys: tuple[str, ...], default: int | None) -> int:
-    for key in keys:
-        value = found.get(key)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not str(value).isdigit() or int(value) < 1:
-            raise ValueError(f"model {source}: {key} must be a whole number above 0, found {value!r:.40}")
-        return int(value)
-    if default is None:
-        raise ValueError(f"model {source}: {' or '.join(keys)} is missing")
-    return default
+def _family_of(source: str, given: Mapping[str, Any]) -> _Family:
+    """The family that a config names, or that its sizes and activation leave no doubt about."""
+    name, activation = given.get("model_type"), given.get("hidden_act", given.get("activation_function"))
+    if name is None and "n_embd" in given:
+        name = "gpt2"
+    elif name is None and activation in _GATED_ACTIVATIONS and "tie_word_embeddings" in given:
+        name = "llama"
+    if name is None:
+        raise ValueError(
+            f"model {source}: 'model_type' is missing, and the rest does not tell whether the MLP is gated "
+            f"and the head tied; add one of {', '.join(_FAMILIES)}"
+        )
+    if not isinstance(name, str) or name not in _FAMILIES:
+        raise ValueError(
+            f"model {source}: the architecture {name!r:.40} is not understood; known: {', '.join(_FAMILIES)}"
+        )
+    family = _FAMILIES[name]
+    if given.get("architectures", [family.architecture]) != [family.architecture]:
+        raise ValueError(
+            f"model {source}: 'architectures' {given['architectures']!r:.60} is not understood; of {name} "
+            f"only {family.architecture} is"
+        )
+    known = _GATED_ACTIVATIONS if family.gated else _PLAIN_ACTIVATIONS
+    if activation is not None and activation not in known:
+        raise ValueError(
+            f"model {source}: the activation {activation!r:.40} of {name} is not understood; known: "
+            f"{', '.join(known)}"
+        )
+    return family
+
+
+def _check_attention(source: str, given: Mapping[str, Any]) -> None:
+    """Every layer attends to everything before: windows cost less, and are not planned for."""
+    has_windows = _flag(source, given, "use_sliding_window", "use_sliding_window" not in given)
+    kinds = given.get("layer_types", [])
+    if "sliding_window" in given and has_windows:
+        raise _not_understood(source, f"'sliding_window' {given['sliding_window']!r:.20}")
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise _not_understood(source, "'layer_types' beside full_attention")
+
+
+def _head_dim(source: str, hidden: int, heads: int) -> int:
+    if hidden % heads:
+        raise ValueError(f"model {source}: {hidden} channels cannot be shared by {heads} heads")
+    return hidden // heads
+
+
+def _flag(source: str, given: Mapping[str, Any], key: str, default: bool) -> bool:
+    value = given.get(key, default)
+    if not isinstance(value, bool):
+        raise ValueError(f"model {source}: {key!r} must be true or false, found {value!r:.40}")
+    return value
+
+
+def _not_understood(source: str, what: str) -> ValueError:
+    return ValueError(
+        f"model {source}: {what} is not understood, and may change shapes or costs; take it out if it does "
+        "not"
+    )

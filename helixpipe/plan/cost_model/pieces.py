@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from helixpipe.plan.cost_model.model import ModelShape
+from helixpipe.plan.cost_model.shape import ModelShape
 from helixpipe.plan.cost_model.work import PIECES, Workload
 from helixpipe.plan.simulation.network import BYTES_PER_MS, Network
 

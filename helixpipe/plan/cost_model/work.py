@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from helixpipe.plan.cost_model.model import ModelShape
+from helixpipe.plan.cost_model.shape import ModelShape
 
 # Pieces of a layer, and of the ends of the model. ``fc1`` includes the activation function, ``head`` the
 # final norm and the loss.
