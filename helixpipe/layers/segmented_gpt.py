@@ -16,16 +16,14 @@ from copy import copy
 from typing import Any
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
-from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
-from megatron.core.transformer import MegatronModule, ModuleSpec, TransformerConfig
+from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType, ModelType
 from megatron.core.transformer.spec_utils import build_module
-from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
-from megatron.core.transformer.utils import sharded_state_dict_default
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from helixpipe.layers.borrowed_modules import BorrowedModules
@@ -33,66 +31,11 @@ from helixpipe.layers.chunked_loss import chunked_loss
 from helixpipe.layers.recompute import recompute
 from helixpipe.layers.recomputing_layer import NOTHING_SAVED, MemorySaving, SavingTransformerLayer
 from helixpipe.layers.rotary import rotate
+from helixpipe.layers.segmented_decoder import SegmentedDecoder, build_norm, owned_parts
 from helixpipe.layers.slices import mark_sliced
 from helixpipe.layers.spec import ATTENTION_PARTS, LayerPart, final_norm, layer_spec, partial_layer_spec
 
 Tensors = tuple[Tensor, ...]
-
-
-class SegmentedDecoder(MegatronModule):
-    """The parts of transformer layers that one rank owns, under their global layer numbers.
-
-    Args:
-        config: the model's configuration.
-        spec: spec of a whole layer.
-        parts: layer number (from 0) -> the parts that are here.
-        norm: class of the norm before the head, or None where the head is elsewhere.
-    """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        spec: ModuleSpec,
-        parts: dict[int, LayerPart],
-        norm: type | None,
-    ) -> None:
-        super().__init__(config=config)
-        # Megatron adds the offset of a contiguous stage to a layer's number; ours is global already.
-        offset = get_transformer_layer_offset(config)
-        self.layers = torch.nn.ModuleDict(
-            {
-                str(number): build_module(
-                    partial_layer_spec(spec, part), config=config, layer_number=number + 1 - offset
-                )
-                for number, part in sorted(parts.items())
-            }
-        )
-        self.final_layernorm: torch.nn.Module | None = None
-        if norm is not None:
-            self.final_layernorm = _build_norm(config, norm)
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-    ) -> dict[str, Any]:
-        """Megatron's checkpoint names: layers are stacked along a first axis of length L, or numbered."""
-        assert not sharded_offsets
-        asked = metadata or {}
-        numbered = bool(asked.get("non_homogeneous_layers") or asked.get("singleton_local_shards"))
-        state: dict[str, Any] = {}
-        layers: dict[str, Any] = dict(self.layers.items())
-        for number, layer in layers.items():
-            here = f"{prefix}layers.{number}."
-            offsets = [] if numbered else [(0, int(number), self.config.num_layers)]
-            layer_state = layer.sharded_state_dict(here, offsets, metadata)
-            replace_prefix_for_sharding(layer_state, here, here if numbered else f"{prefix}layers.")
-            state.update(layer_state)
-        if self.final_layernorm is not None:
-            norm_prefix = f"{prefix}final_layernorm."
-            group = parallel_state.get_tensor_model_parallel_group()
-            state.update(
-                sharded_state_dict_default(self.final_layernorm, norm_prefix, (), metadata, tp_group=group)
-            )
-        return state
 
 
 def _borrowing_config(config: TransformerConfig) -> TransformerConfig:
@@ -234,7 +177,7 @@ class SegmentedGPTModel(LanguageModule):
             mark_sliced([output_layer])
         return BorrowedModules(
             layer=build_module(part, config=config, layer_number=1),
-            final_layernorm=_build_norm(config, norm),
+            final_layernorm=build_norm(config, norm),
             output_layer=output_layer,
         )
 
@@ -335,6 +278,11 @@ class SegmentedGPTModel(LanguageModule):
     def _borrowed_modules(self, segment: int) -> BorrowedModules:
         assert segment % 2 or segment == self.num_segments - 1, "only attention and the head are lent"
         return self._borrowed[1 if segment % 2 else segment]
+
+    @property
+    def borrowing_modules(self) -> list[BorrowedModules]:
+        """What computes with weights of other ranks; no submodules, for they have none of their own."""
+        return list(self._borrowed.values())
 
     def train(self, mode: bool = True) -> SegmentedGPTModel:
         """Switch dropout on or off, also in what is no submodule."""
@@ -448,32 +396,6 @@ class SegmentedGPTModel(LanguageModule):
         query = torch.Size((seq_length, micro_batch_size, heads, config.kv_channels))
         key = torch.Size((seq_length, micro_batch_size, groups, config.kv_channels))
         return [query, key, key, residual]
-
-
-def _build_norm(config: TransformerConfig, norm: type) -> torch.nn.Module:
-    return build_module(norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
-
-
-def owned_parts(
-    num_layers: int, owned_segments: Collection[int], attention_part: LayerPart
-) -> dict[int, LayerPart]:
-    """Which part of which layer belongs to the given even segments.
-
-    Args:
-        num_layers: L.
-        owned_segments: others than even ones own nothing.
-        attention_part: what attention segments hold; it belongs to the segment before.
-    """
-    parts: dict[int, LayerPart] = {}
-    for segment in owned_segments:
-        if segment % 2:
-            continue
-        layer = segment // 2
-        if layer < num_layers:
-            parts[layer] = parts.get(layer, LayerPart(0)) | LayerPart.PRE | attention_part
-        if layer > 0:
-            parts[layer - 1] = parts.get(layer - 1, LayerPart(0)) | (LayerPart.POST & ~attention_part)
-    return parts
 
 
 def check_supported(config: TransformerConfig, position_embedding_type: str) -> None:

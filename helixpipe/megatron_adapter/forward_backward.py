@@ -47,6 +47,8 @@ class PlannedForwardBackward:
         self.plan: Plan | None = plans if isinstance(plans, Plan) else None
         self._iterations = PlannedIterations(clock, progress)
         self._executors: dict[IterationSize, tuple[Executor, ModelSegments]] = {}
+        self._weight_gradients = DeferredWeightGradients()
+        self._defers = False
 
     def __str__(self) -> str:
         return str(self._source)
@@ -123,6 +125,10 @@ class PlannedForwardBackward:
         """The computation of this rank's model chunks under ``plan``."""
         raise NotImplementedError
 
+    def modules_with_weights(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        """What holds the linear layers that this rank computes with, whoever owns the weights."""
+        return chunks
+
     def _build(self, chunks: list[torch.nn.Module], size: IterationSize) -> tuple[Executor, ModelSegments]:
         config = get_model_config(chunks[0])
         plan = self._source.plan_for(
@@ -135,6 +141,10 @@ class PlannedForwardBackward:
         dtype = config.pipeline_dtype or config.params_dtype
         group = parallel_state.get_pipeline_model_parallel_group()
         segments = self.make_segments(chunks, plan, size, dtype, dist.get_rank(group))
+        if plan.splits_backward and not self._defers:
+            for module in self.modules_with_weights(chunks):
+                defer_weight_gradients(module, self._weight_gradients.add)
+            self._defers = True
         sizes = [segments.layout(edge, 0).num_elements for edge in range(plan.num_segments - 1)]
         agree_on_plan(plan, (*size, sum(sizes)), dtype, group)
         return self._iterations.executor(plan, segments, chunks), segments
@@ -152,7 +162,10 @@ class PlannedForwardBackward:
 class SegmentForwardBackward(PlannedForwardBackward):
     """A schedule whose segments are cut at attention, like helix; see :class:`SegmentedGPTModel`.
 
-    With a spread head every rank reads data and returns the losses of its own micro batches.
+    If the plan splits the backward pass of a micro batch, the linear layers learn to leave their weight
+    gradients for W, see :func:`helixpipe.layers.weight_gradient.defer_weight_gradients`; for micro batches
+    without W they compute them at once, as ever. With a spread head every rank reads data and returns the
+    losses of its own micro batches.
     """
 
     @property
@@ -165,7 +178,7 @@ class SegmentForwardBackward(PlannedForwardBackward):
     ) -> ModelSegments:
         """See :class:`PlannedForwardBackward`."""
         (model,) = chunks
-        segmented: SegmentedGPTModel = get_attr_wrapped_model(model, "forward_segment", return_model_obj=True)
+        segmented = _segmented(model)
         losses = plan.placement[plan.num_segments - 1]
         return GPTSegments(
             model,
@@ -173,9 +186,21 @@ class SegmentForwardBackward(PlannedForwardBackward):
             size.seq_length,
             size.micro_batch_size,
             dtype,
+            self._weight_gradients,
             has_loans=bool(plan.loans),
             losses_here=[micro_batch for micro_batch, home in enumerate(losses) if home == rank],
         )
+
+    def modules_with_weights(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        """See :class:`PlannedForwardBackward`."""
+        (model,) = chunks
+        return [model, *_segmented(model).borrowing_modules]
+
+
+def _segmented(model: torch.nn.Module) -> SegmentedGPTModel:
+    """The segmented model inside of what the training loop knows."""
+    found: SegmentedGPTModel = get_attr_wrapped_model(model, "forward_segment", return_model_obj=True)
+    return found
 
 
 class HelixForwardBackward(SegmentForwardBackward):
@@ -205,28 +230,12 @@ class HelixForwardBackward(SegmentForwardBackward):
 
 
 class StageForwardBackward(PlannedForwardBackward):
-    """A schedule whose segments are stages: Megatron's own GPTModel chunks, run in the plan's order.
-
-    If the plan splits the backward pass, the linear layers of the chunks learn to leave their weight
-    gradients for W, see :func:`helixpipe.layers.weight_gradient.defer_weight_gradients`.
-    """
-
-    def __init__(
-        self, plans: Plan | PlanSource, *, clock: Clock | None = None, progress: Progress | None = None
-    ) -> None:
-        super().__init__(plans, clock=clock, progress=progress)
-        self._weight_gradients = DeferredWeightGradients()
-        self._defers = False
+    """A schedule whose segments are stages: Megatron's own GPTModel chunks, run in the plan's order."""
 
     def make_segments(
         self, chunks: list[torch.nn.Module], plan: Plan, size: IterationSize, dtype: torch.dtype, rank: int
     ) -> ModelSegments:
         """See :class:`PlannedForwardBackward`."""
-        segments = StageSegments(
+        return StageSegments(
             chunks, plan, rank, size.seq_length, size.micro_batch_size, dtype, self._weight_gradients
         )
-        if plan.splits_backward and not self._defers:
-            for chunk in chunks:
-                defer_weight_gradients(chunk, self._weight_gradients.add)
-            self._defers = True
-        return segments

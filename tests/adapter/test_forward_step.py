@@ -14,6 +14,7 @@ from helixpipe.megatron_adapter.forward_step import (
     StandInModel,
 )
 from helixpipe.megatron_adapter.segments.helix import GPTSegments
+from helixpipe.runtime.weight_gradients import DeferredWeightGradients
 
 LENGTH, BATCH = 6, 2
 USED = {"self", "input_ids", "position_ids", "attention_mask", "labels", "loss_mask"}
@@ -161,7 +162,13 @@ def segments_for(
 ):
     segmented = FakeSegmented(**config)
     segments = GPTSegments(
-        SimpleNamespace(), segmented, LENGTH, BATCH, torch.float32, losses_here=losses_here
+        SimpleNamespace(),
+        segmented,
+        LENGTH,
+        BATCH,
+        torch.float32,
+        DeferredWeightGradients(),
+        losses_here=losses_here,
     )
     data = iter(range(num_microbatches))
     segments.begin(IterationInput(model_step, [data], num_microbatches, non_loss, differentiate))

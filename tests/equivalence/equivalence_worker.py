@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import torch
 from megatron.core import parallel_state
@@ -22,6 +25,8 @@ from models import (
     run_iteration,
 )
 
+from helixpipe.runtime.weight_gradients import DeferredWeightGradients
+
 
 def compare_one_iteration(cases: list[Case], tamper: bool = False) -> list[dict[str, Any]]:
     """Losses and gradient errors of a plan against Megatron's own schedule function, for each case.
@@ -36,6 +41,7 @@ def _reference_of(case: Case) -> Case:
     return replace(
         case,
         schedule="helix",
+        split="none",
         fold=1,
         rounds=case.fold * case.rounds,
         overlap=False,
@@ -60,7 +66,8 @@ def _compare(case: Case, tamper: bool) -> dict[str, Any]:
     reference_losses, expected = _run_reference(_reference_of(case))
     planned = build_planned(case)
     schedule = planned_schedule(case)
-    losses = everywhere(run_iteration(case, planned, schedule, tamper=tamper), case.fold_of_losses)
+    with counting_deferred() as deferred:
+        losses = everywhere(run_iteration(case, planned, schedule, tamper=tamper), case.fold_of_losses)
     found = gather_gradients(planned)
     rank = parallel_state.get_pipeline_model_parallel_rank()
     assert schedule.plan is not None
@@ -71,8 +78,22 @@ def _compare(case: Case, tamper: bool) -> dict[str, Any]:
         "missing": sorted(set(expected) ^ set(found)),
         "smallest_norm": min(float(grad.norm()) for grad in expected.values()),
         "errors": {name: relative_error(found[name], expected[name]) for name in expected if name in found},
+        "deferred": deferred[0],
         "trace_is_plan": tuple(schedule.trace.operations) == schedule.plan.orders[rank],
     }
+
+
+@contextmanager
+def counting_deferred() -> Iterator[list[int]]:
+    """How many weight gradients were left for a W."""
+    count, add = [0], DeferredWeightGradients.add
+
+    def counted(self: DeferredWeightGradients, work: Any) -> None:
+        count[0] += self._open is not None
+        add(self, work)
+
+    with mock.patch.object(DeferredWeightGradients, "add", counted):
+        yield count
 
 
 def compare_training(case: Case, steps: int) -> dict[str, Any]:

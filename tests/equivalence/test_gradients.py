@@ -104,6 +104,31 @@ def lending_cases_of(layout: Case) -> list[Case]:
     return cases
 
 
+def splitting_cases_of(layout: Case) -> list[Case]:
+    """Helix with weight gradients apart, in all rounds or in the last one only."""
+    every, last = replace(layout, split="all"), replace(layout, split="last", rounds=2)
+    cases = [
+        every,
+        replace(every, style="llama", dtype=torch.float64, fold=1, rounds=3, tied=True),
+        replace(every, style="llama", overlap=True, per_token_loss=True),
+        replace(last, overlap=True),
+        replace(last, dtype=torch.float64, without_attention=True, style="llama"),
+        replace(last, without_attention=True, mlp_chunk=7, loss_chunk=10, num_layers=2 * layout.pp),
+        replace(every, attention_range="qkv", dtype=torch.float64, head_placement="spread"),
+        replace(last, attention_range="qkv", style="llama", without_attention=True, overlap=True),
+        replace(every, attention_range="block", rounds=2, overlap=True, head_placement="spread"),
+        replace(
+            last, attention_range="block", style="llama", head_placement="spread", without_attention=True
+        ),
+    ]
+    if layout.tp > 1:
+        cases += [
+            replace(case, sequence_parallel=True)
+            for case in (every, replace(last, attention_range="block", head_placement="spread"))
+        ]
+    return cases
+
+
 def stage_cases_of(layout: Case) -> list[Case]:
     """Schedules of stages: zero bubble with one option at a time, the others briefly."""
     zb = replace(layout, schedule="zb-h1")
@@ -187,6 +212,15 @@ def test_folds_rounds_and_sizes_equal_megatrons(layout):
 
 
 @pytest.mark.parametrize(
+    "layout",
+    [Case(pp=2), *map(slow, (Case(pp=3, num_layers=6), Case(pp=4), Case(pp=2, tp=2), Case(pp=2, dp=2)))],
+    ids=layout_name,
+)
+def test_weight_gradients_apart_equal_megatrons(layout):
+    check(splitting_cases_of(layout), SAVING_TOLERANCE, SAVING_LOSS_TOLERANCE)
+
+
+@pytest.mark.parametrize(
     "layout", [*STAGE_LAYOUTS, slow(Case(pp=2, dp=2)), slow(Case(pp=2, tp=2))], ids=layout_name
 )
 def test_stages_give_megatrons_bits(layout):
@@ -239,6 +273,7 @@ def check_results(
                 result["errors"][worst],
             )
             assert result["trace_is_plan"], case
+            assert bool(result["deferred"]) == case.has_weight_gradients, case
 
 
 def test_the_comparison_notices_one_wrong_label():

@@ -24,6 +24,7 @@ from megatron.core.distributed import (  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
+from split_plans import with_weight_gradients  # noqa: E402
 
 from helixpipe.layers.gpt import build_gpt  # noqa: E402
 from helixpipe.layers.initialization import (  # noqa: E402
@@ -38,9 +39,11 @@ from helixpipe.layers.stage import build_stage  # noqa: E402
 from helixpipe.megatron_adapter.forward_backward import (  # noqa: E402
     HelixForwardBackward,
     PlannedForwardBackward,
+    SegmentForwardBackward,
     StageForwardBackward,
 )
 from helixpipe.megatron_adapter.plan_source import PlanOnDemand  # noqa: E402
+from helixpipe.plan import Plan, ScheduleRequest, build_plan  # noqa: E402
 from helixpipe.plan.schedules import SCHEDULES  # noqa: E402
 from helixpipe.runtime.trace import HostClock  # noqa: E402
 
@@ -76,6 +79,13 @@ class Case:
     mlp_chunk: int | None = None
     loss_chunk: int | None = None
     hidden_dropout: float = 0.0
+    # Micro batches of helix with W: of all rounds, of the last, or none.
+    split: str = "none"
+
+    @property
+    def has_weight_gradients(self) -> bool:
+        """True for plans with W."""
+        return self.split != "none" or self.schedule in ("zb-h1", "zb-v", "v-half", "v-min", "dualpipe-v")
 
     @property
     def is_tied(self) -> bool:
@@ -372,6 +382,8 @@ def gather_gradients(chunks: list[torch.nn.Module]) -> dict[str, torch.Tensor]:
 
 def planned_schedule(case: Case) -> PlannedForwardBackward:
     """The case's schedule, executed from its plan."""
+    if case.split != "none":
+        return SegmentForwardBackward(_split_helix(case), clock=HostClock())
     if case.schedule == "helix":
         return HelixForwardBackward(
             num_fold=case.fold,
@@ -381,6 +393,21 @@ def planned_schedule(case: Case) -> PlannedForwardBackward:
         )
     plans = PlanOnDemand(case.schedule, chunks_per_rank=case.chunks_per_rank)
     return StageForwardBackward(plans, clock=HostClock())
+
+
+def _split_helix(case: Case) -> Plan:
+    """Helix with each W some backwards after its own B."""
+    request = ScheduleRequest(
+        num_layers=case.num_layers,
+        num_ranks=case.pp,
+        num_microbatches=case.num_microbatches,
+        num_fold=case.fold,
+        attention_range=case.attention_range,
+        head_placement=case.head_placement,
+    )
+    first = case.num_microbatches - case.pp * case.fold if case.split == "last" else 0
+    only = range(first, case.num_microbatches)
+    return with_weight_gradients(build_plan("helix", request), 3, only)
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

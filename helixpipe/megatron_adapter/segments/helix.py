@@ -32,6 +32,7 @@ class GPTSegments:
         segmented: the :class:`SegmentedGPTModel` inside.
         seq_length, micro_batch_size: sizes of every micro batch.
         dtype: of activations and weights.
+        weight_gradients: where linear layers leave their weight gradients in plans with W.
         has_loans: whether segments compute with other ranks' weights.
         losses_here: the micro batches whose last segment runs on this rank; all of them if None.
     """
@@ -43,6 +44,7 @@ class GPTSegments:
         seq_length: int,
         micro_batch_size: int,
         dtype: torch.dtype,
+        weight_gradients: DeferredWeightGradients,
         *,
         has_loans: bool = False,
         losses_here: Collection[int] | None = None,
@@ -53,7 +55,7 @@ class GPTSegments:
         self.micro_batch_size = micro_batch_size
         self.dtype = dtype
         self.result = IterationResult()
-        self.weight_gradients = DeferredWeightGradients()  # stays empty: helix has no W
+        self.weight_gradients = weight_gradients
         self.lending: WeightLending | None = None
         if has_loans:
             own = next(segmented.parameters())

@@ -1,0 +1,99 @@
+"""The layers of a segmented GPT that one rank owns, in parts, under Megatron's names."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from megatron.core.transformer import MegatronModule, ModuleSpec, TransformerConfig
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.core.transformer.utils import sharded_state_dict_default
+
+from helixpipe.layers.spec import LayerPart, partial_layer_spec
+
+
+class SegmentedDecoder(MegatronModule):
+    """The parts of transformer layers that one rank owns, under their global layer numbers.
+
+    Args:
+        config: the model's configuration.
+        spec: spec of a whole layer.
+        parts: layer number (from 0) -> the parts that are here.
+        norm: class of the norm before the head, or None where the head is elsewhere.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        spec: ModuleSpec,
+        parts: dict[int, LayerPart],
+        norm: type | None,
+    ) -> None:
+        super().__init__(config=config)
+        # Megatron adds the offset of a contiguous stage to a layer's number; ours is global already.
+        offset = get_transformer_layer_offset(config)
+        self.layers = torch.nn.ModuleDict(
+            {
+                str(number): build_module(
+                    partial_layer_spec(spec, part), config=config, layer_number=number + 1 - offset
+                )
+                for number, part in sorted(parts.items())
+            }
+        )
+        self.final_layernorm: torch.nn.Module | None = None
+        if norm is not None:
+            self.final_layernorm = build_norm(config, norm)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Megatron's checkpoint names: layers are stacked along a first axis of length L, or numbered."""
+        assert not sharded_offsets
+        asked = metadata or {}
+        numbered = bool(asked.get("non_homogeneous_layers") or asked.get("singleton_local_shards"))
+        state: dict[str, Any] = {}
+        layers: dict[str, Any] = dict(self.layers.items())
+        for number, layer in layers.items():
+            here = f"{prefix}layers.{number}."
+            offsets = [] if numbered else [(0, int(number), self.config.num_layers)]
+            layer_state = layer.sharded_state_dict(here, offsets, metadata)
+            replace_prefix_for_sharding(layer_state, here, here if numbered else f"{prefix}layers.")
+            state.update(layer_state)
+        if self.final_layernorm is not None:
+            norm_prefix = f"{prefix}final_layernorm."
+            group = parallel_state.get_tensor_model_parallel_group()
+            state.update(
+                sharded_state_dict_default(self.final_layernorm, norm_prefix, (), metadata, tp_group=group)
+            )
+        return state
+
+
+def build_norm(config: TransformerConfig, norm: type) -> torch.nn.Module:
+    """A norm over the hidden size."""
+    return build_module(norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+
+
+def owned_parts(
+    num_layers: int, owned_segments: Collection[int], attention_part: LayerPart
+) -> dict[int, LayerPart]:
+    """Which part of which layer belongs to the given even segments.
+
+    Args:
+        num_layers: L.
+        owned_segments: others than even ones own nothing.
+        attention_part: what attention segments hold; it belongs to the segment before.
+    """
+    parts: dict[int, LayerPart] = {}
+    for segment in owned_segments:
+        if segment % 2:
+            continue
+        layer = segment // 2
+        if layer < num_layers:
+            parts[layer] = parts.get(layer, LayerPart(0)) | LayerPart.PRE | attention_part
+        if layer > 0:
+            parts[layer - 1] = parts.get(layer - 1, LayerPart(0)) | (LayerPart.POST & ~attention_part)
+    return parts
