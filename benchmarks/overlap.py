@@ -34,6 +34,8 @@ from torch import Tensor
 from helixpipe.commands.parser import ScriptParser
 from helixpipe.commands.ranges import LAYERS, REPEATS, Real, Whole
 from helixpipe.plan import Plan, ScheduleRequest, build_plan
+from helixpipe.plan.build import find_schedule
+from helixpipe.plan.execution import Execution
 from helixpipe.plan.simulation.costs import ANY_EDGE, Costs, SegmentCost
 from helixpipe.plan.simulation.simulate import simulate
 from helixpipe.runtime.communicator import Communicator, Handle, TorchCommunicator
@@ -226,7 +228,7 @@ def _case(name: str, message_units: float, options: argparse.Namespace) -> Case:
     weighted = {"first": PRE, "middle": PRE + POST, "last": POST}
     costs = {part: SegmentCost(t * unit, t * unit, t * unit) for part, t in weighted.items()}
     costs["attention"] = SegmentCost(ATTENTION * unit, 2 * ATTENTION * unit, 0.0)
-    if schedule != "helix":
+    if find_schedule(schedule).execution is not Execution.SEGMENTS:
         layers = options.num_layers / plan.num_segments * unit
         whole = SegmentCost(
             (PRE + ATTENTION + POST) * layers, (PRE + 2 * ATTENTION + POST) * layers, (PRE + POST) * layers

@@ -34,6 +34,7 @@ from helixpipe.commands.parser import ScriptParser  # noqa: E402
 from helixpipe.commands.ranges import LAYERS, RANKS, REPEATS, Whole  # noqa: E402
 from helixpipe.data.prefix import DatasetInfo  # noqa: E402
 from helixpipe.megatron_adapter.schedule import chunk_iterators, device, make_forward_backward, needs_data  # noqa: E402
+from helixpipe.plan.build import find_schedule  # noqa: E402
 from helixpipe.plan.cost_model import Recompute, Workload, costs_of_plan  # noqa: E402
 from helixpipe.plan.cost_model.model import model_from_arguments  # noqa: E402
 from helixpipe.plan.simulation.simulate import simulate  # noqa: E402
@@ -130,8 +131,8 @@ def _options() -> argparse.Namespace:
 def _contenders(options: argparse.Namespace) -> list[Contender]:
     contenders = []
     for name in options.schedules:
-        if name == "interleaved" and options.pipeline_ranks == 1:
-            raise ValueError("interleaved needs two or more pipeline ranks; leave it out of --schedules")
+        if "virtual_stages" in find_schedule(name).options and options.pipeline_ranks == 1:
+            raise ValueError(f"{name} needs two or more pipeline ranks; leave it out of --schedules")
         args = _training_arguments(options, name)
         if not dist.is_initialized():
             initialize(args)
@@ -150,10 +151,11 @@ def _training_arguments(options: argparse.Namespace, schedule: str) -> argparse.
         --swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear
         --untie-embeddings-and-output-weights --micro-batch-size 1
         --global-batch-size {options.num_microbatches} --train-iters 1000 --lr 1e-4 --data-path random"""
-    if schedule == "helix":
+    entry = find_schedule(schedule)
+    if "num_fold" in entry.options:
         # Nothing is recomputed under any schedule.
         line += f" --num-fold {options.num_fold} --no-recompute-without-attention"
-    if schedule == "interleaved":
+    if "virtual_stages" in entry.options:
         line += " --num-layers-per-virtual-pipeline-stage 1"
     if options.bf16:
         line += " --bf16"

@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import get_model_config
 
+from helixpipe.elastic.chunk_schedule import SCHEDULE
 from helixpipe.megatron_adapter.elastic_batch import ElasticBatch
 from helixpipe.megatron_adapter.forward_step import IterationInput
 from helixpipe.megatron_adapter.pipeline_group import agree
@@ -19,8 +20,6 @@ from helixpipe.megatron_adapter.segments.stages import check_supported
 from helixpipe.plan import Plan
 from helixpipe.reliability.record import Progress
 from helixpipe.runtime.trace import Clock, Trace
-
-NAME = "elastic"
 
 
 class ElasticForwardBackward:
@@ -51,7 +50,7 @@ class ElasticForwardBackward:
         return self._iterations.trace
 
     def __str__(self) -> str:
-        return NAME
+        return SCHEDULE
 
     def __call__(
         self,
@@ -72,7 +71,7 @@ class ElasticForwardBackward:
             ValueError: a batch or an option that this schedule cannot honour, on every rank of a replica.
         """
         refuse_arguments(
-            NAME, {name: value is not None for name, value in sizes.items() if name not in _SIZES}
+            SCHEDULE, {name: value is not None for name, value in sizes.items() if name not in _SIZES}
         )
         (chunk,) = model if isinstance(model, list) else [model]
         (iterator,) = data_iterator if isinstance(data_iterator, list) else [data_iterator]
@@ -107,7 +106,7 @@ _SIZES = ("num_microbatches", "seq_length", "micro_batch_size", "decoder_seq_len
 
 
 def _check_config(config: TransformerConfig) -> None:
-    check_supported(config, NAME)
+    check_supported(config, SCHEDULE)
     if not config.calculate_per_token_loss:
         raise ValueError(
             "chunks differ in tokens, so the elastic schedule normalises the loss per token over the global "

@@ -35,6 +35,7 @@ def train_and_watch(folder: Path, common: str, runs: dict[str, str]) -> dict[str
             else []
         )
         losses = [json.loads(row)["lm_loss"] for row in rows]
+        # True only if the run has ended with an evaluation.
         evaluated = watch.forward_backward.plan == planned.forward_only()
         found[name] = {**run, "losses": losses, "evaluated": evaluated}
     return found
