@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,12 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument(
         "--costs", type=Path, help="helix, interlocked: costs.json, to fit the order to (default: none known)"
     )
+    plan.add_argument(
+        "--layer-kinds",
+        metavar="KIND,…",
+        help="helix: kinds of layers that differ in cost, repeated over the layers; costs.json names them "
+        "(window,window,full)",
+    )
     plan.add_argument("--compute-only", action="store_true", help="leave the messages out")
     plan.add_argument("--output", type=Path, required=True, help="plan.json")
     plan.add_argument("--csv", type=Path, help="also write the orders, one row per rank")
@@ -109,6 +116,7 @@ def _plan(args: argparse.Namespace) -> None:
         round_order=args.round_order,
         split_weight_gradients=args.split_weight_gradients,
         costs=_known_costs(args.costs),
+        layer_kinds=_layer_kinds(args.layer_kinds, args.num_layers),
     )
     plan = build_plan(args.schedule, request, compute_only=args.compute_only)
     args.output.write_text(plan.to_json(), encoding="utf-8")
@@ -119,6 +127,10 @@ def _plan(args: argparse.Namespace) -> None:
         f"{plan.schedule}: {plan.num_ranks} ranks, {plan.num_segments} segments, "
         f"{plan.num_microbatches} micro batches, {operations} operations; valid. Wrote {args.output}"
     )
+
+
+def _layer_kinds(pattern: str | None, num_layers: int) -> tuple[str, ...] | None:
+    return None if pattern is None else tuple(islice(cycle(pattern.split(",")), num_layers))
 
 
 def _known_costs(path: Path | None) -> KnownCosts | None:

@@ -18,6 +18,7 @@ OPTION_FLAGS = {
     "round_order": "--round-order",
     "split_weight_gradients": "--split-weight-gradients",
     "costs": "--costs",
+    "layer_kinds": "--layer-kinds",
 }
 
 

@@ -210,6 +210,23 @@ FORMS: Mapping[str, Form] = {
     ),
 }
 
+
+def interlocked_idle(p: int, num_layers: int, middle: float, first: float, message: float) -> float:
+    """Idle time of the busiest rank under helix with interlocked rounds, fold 1, spread head, without W.
+
+    It does not depend on the number of rounds: all but the first start and the last end is filled. Exact for
+    4 and 8 ranks where attention takes most of a layer's time.
+
+    Args:
+        p: pipeline ranks.
+        num_layers: L.
+        middle: forward plus backward of a segment between two attentions.
+        first: forward plus backward of the segment before the first attention.
+        message: a hidden state from one rank to another.
+    """
+    return (p - 2) * middle + first + (4 * num_layers - 6) * message
+
+
 SYMBOLS: Mapping[str, str] = {
     "p, r": "pipeline ranks; one of them, 0 to p−1",
     "L, m": "transformer layers; micro batches (sequences) per iteration",

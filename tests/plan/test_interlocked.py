@@ -1,7 +1,6 @@
 """Interlocked rounds of helix: the keys written out a second time, valid plans of every size, the figures."""
 
 import re
-from dataclasses import replace
 from itertools import pairwise, product
 
 import pytest
@@ -10,8 +9,6 @@ from hypothesis import strategies as st
 
 from helixpipe.__main__ import main
 from helixpipe.plan import Kind, Plan, ScheduleRequest, build_plan, validate
-from helixpipe.plan.lower import lower
-from helixpipe.plan.schedules.interlocked import Seat, listed_orders
 from helixpipe.plan.schedules.request import KnownCosts
 from helixpipe.plan.simulation.costs import Costs, SegmentCost, uniform_costs
 from helixpipe.plan.simulation.memory import peak_bytes
@@ -224,24 +221,34 @@ def test_costs_of_nothing_make_a_plan():
         build_plan("helix", request(3, 4, 7, costs=known, split_weight_gradients=splits))
 
 
+KINDS = ("window", "window", "window", "full") * 2
+
+
+def mixed_costs(plan, window=(1.0, 2.0), full=(6.0, 14.0)):
+    costs = dict.fromkeys(plan.cost_names, SegmentCost(2.0, 3.0, 1.0))
+    costs |= {"attention.window": SegmentCost(*window), "attention.full": SegmentCost(*full)}
+    return Costs(costs, {})
+
+
+def test_segments_carry_the_kinds_of_their_layers():
+    plan = interlocked(4, 8, 8, layer_kinds=KINDS)
+    assert plan.segment_names[:9] == (
+        "first.window", "attention.window", "middle.window", "attention.window", "middle.window",
+        "attention.window", "middle.window.full", "attention.full", "middle.full.window",
+    )  # fmt: skip
+    assert plan.segment_names[-2:] == ("attention.full", "last.full")
+    timeline = simulate(plan, mixed_costs(plan)).timeline
+    assert {op.segment % 2 for rank in timeline.spans for op, *_ in rank if timeline.is_attention(op)} == {1}
+
+
 def test_layers_that_are_not_alike_take_their_part_of_the_clock():
     """A long layer among short ones: keys in time follow it, keys in layers would not."""
-    p, layers, m = 4, 8, 12
-    base = interlocked(p, layers, m)
-    names = tuple(
-        f"attention {'full' if segment // 2 % 4 == 3 else 'window'}" if segment % 2 else name
-        for segment, name in enumerate(base.segment_names)
+    found, blind = (
+        interlocked(4, 8, 12, layer_kinds=KINDS, costs=KnownCosts(of))
+        for of in (mixed_costs, lambda plan: mixed_costs(plan, (2.25, 5.0), (2.25, 5.0)))
     )
-    base = replace(base, segment_names=names)
-    costs = dict.fromkeys(names, SegmentCost(2.0, 3.0, 1.0))
-    costs |= {"attention full": SegmentCost(6.0, 14.0), "attention window": SegmentCost(1.0, 2.0)}
-    seats = [Seat(i // p, i % p, 0) for i in range(m)]
-    plan = base.with_orders(listed_orders(base, seats, Costs(costs, {}), splits_backward=False))
-    validate(lower(plan))
-    mean = dict(costs, **dict.fromkeys(("attention full", "attention window"), SegmentCost(2.25, 5.0)))
-    blind = base.with_orders(listed_orders(base, seats, Costs(mean, {}), splits_backward=False))
-    found, expected = (simulate(other, Costs(costs, {})).timeline.makespan_ms for other in (plan, blind))
-    assert found < expected
+    makespans = [simulate(plan, mixed_costs(plan)).timeline.makespan_ms for plan in (found, blind)]
+    assert makespans[0] < makespans[1]
 
 
 @pytest.mark.parametrize(
@@ -263,6 +270,8 @@ def test_layers_that_are_not_alike_take_their_part_of_the_clock():
             "--split-weight-gradients needs --round-order interlocked",
         ),
         ((4, 8, 8), {"round_order": "filo", "costs": KnownCosts(times)}, "--costs needs --round-order"),
+        ((4, 8, 8), {"layer_kinds": ("a", "b")}, "2 kinds of layers for 8 layers; give one for each"),
+        ((2, 2, 2), {"layer_kinds": ("a", "B.")}, "kind of layer 'B.' must be of small letters"),
         ((4, 8, 8), {"round_order": "lifo"}, "unknown round order 'lifo'; choose one of filo, interlocked"),
     ],
 )

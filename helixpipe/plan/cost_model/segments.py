@@ -2,130 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from itertools import pairwise
-from typing import NamedTuple
 
 from helixpipe.plan.cost_model.pieces import PieceCost, Pieces
+from helixpipe.plan.cost_model.recomputation import (
+    ACTIVATION,
+    FOR_WEIGHT,
+    Part,
+    Recompute,
+    cut,
+    whole_layer,
+)
 from helixpipe.plan.cost_model.work import LAYER_PIECES, Workload
 from helixpipe.plan.equal_time import equal_time_end
+from helixpipe.plan.loan import Loan
+from helixpipe.plan.operation import Kind
 from helixpipe.plan.plan import Plan
+from helixpipe.plan.segment_names import role_of
 from helixpipe.plan.simulation.costs import ANY_EDGE, Costs, LoanBytes, RankCost, SegmentCost
-
-
-class Recompute(str, Enum):
-    """What a backward computes again instead of having kept it.
-
-    ``SELECTIVE`` is Megatron's core attention; ``WITHOUT_ATTENTION`` is what is cheap: attention's output
-    and log-sum-exp are kept (HelixPipe); ``FULL`` keeps only a segment's or layer's input.
-    """
-
-    NONE = "none"
-    SELECTIVE = "selective"
-    WITHOUT_ATTENTION = "without-attention"
-    FULL = "full"
-
-
-class _Part(NamedTuple):
-    """A run of pieces on one rank: what its forward keeps and its backward recomputes."""
-
-    pieces: tuple[str, ...]
-    kept: tuple[str, ...] = ()
-    recomputed: tuple[str, ...] = ()
-
-
-_MLP_KEPT = ("norm2 input", "norm2 output", "fc1 output", "activation")
-_ATTENTION_KEPT = ("norm1 input", "norm1 output", "qkv", "attention output", "log-sum-exp")
-
-
-def _without(names: Iterable[str], *left_out: str) -> tuple[str, ...]:
-    return tuple(name for name in names if name not in left_out)
-
-
-def _whole_layer(recompute: Recompute) -> _Part:
-    if recompute is Recompute.FULL:
-        return _Part(LAYER_PIECES, ("norm1 input",), LAYER_PIECES)
-    if recompute is Recompute.WITHOUT_ATTENTION:
-        kept = ("norm1 input", "attention output", "log-sum-exp", "norm2 input")
-        return _Part(LAYER_PIECES, kept, ("norm1", "qkv", "norm2", "fc1"))
-    if recompute is Recompute.SELECTIVE:
-        return _Part(LAYER_PIECES, _without(_ATTENTION_KEPT, "log-sum-exp") + _MLP_KEPT, ("core",))
-    return _Part(LAYER_PIECES, _ATTENTION_KEPT + _MLP_KEPT)
-
-
-class _Cut(NamedTuple):
-    """A layer cut around its attention range, and the tensors that cross the two cuts."""
-
-    pre: _Part
-    attention: _Part
-    post: _Part
-    into: tuple[str, ...]
-    out: tuple[str, ...]
-
-
-def _cut(attention_range: str, recompute: Recompute) -> _Cut:
-    return {"core": _cut_core, "qkv": _cut_qkv, "block": _cut_block}[attention_range](recompute)
-
-
-def _cut_core(recompute: Recompute) -> _Cut:
-    # The residual passes by attention in the same message, which is cut off behind the rest afterwards.
-    kept: tuple[str, ...] = ("qkv", "attention output", "log-sum-exp")
-    again: tuple[str, ...] = ()
-    if recompute in (Recompute.SELECTIVE, Recompute.FULL):
-        kept, again = ("qkv",), ("core",)
-    pre = {
-        Recompute.WITHOUT_ATTENTION: _Part(("norm1", "qkv"), ("norm1 input",), ("norm1",)),
-        Recompute.FULL: _Part(("norm1", "qkv"), (), ("norm1", "qkv")),
-    }.get(recompute, _Part(("norm1", "qkv"), ("norm1 input", "norm1 output")))
-    attention = _Part(("core",), kept, again)
-    return _Cut(pre, attention, _post(recompute), ("qkv", "residual"), ("attention output", "residual"))
-
-
-def _cut_qkv(recompute: Recompute) -> _Cut:
-    attention = _attention_with_weights(("norm1", "qkv", "core"), recompute)
-    return _Cut(_Part(()), attention, _post(recompute), ("norm1 input",), ("attention output", "residual"))
-
-
-def _cut_block(recompute: Recompute) -> _Cut:
-    mlp = ("norm2", "fc1", "fc2")
-    post = {
-        Recompute.WITHOUT_ATTENTION: _Part(mlp, ("norm2 input",), ("norm2", "fc1")),
-        Recompute.FULL: _Part(mlp, ("norm2 input",), mlp),
-    }.get(recompute, _Part(mlp, _MLP_KEPT))
-    attention = _attention_with_weights(("norm1", "qkv", "core", "proj"), recompute)
-    return _Cut(_Part(()), attention, post, ("norm1 input",), ("norm2 input",))
-
-
-def _attention_with_weights(pieces: tuple[str, ...], recompute: Recompute) -> _Part:
-    """An attention segment that starts from the hidden state, with weights that it may have borrowed."""
-    return {
-        Recompute.NONE: _Part(pieces, _ATTENTION_KEPT),
-        Recompute.SELECTIVE: _Part(pieces, _without(_ATTENTION_KEPT, "log-sum-exp"), ("core",)),
-        Recompute.WITHOUT_ATTENTION: _Part(
-            pieces, ("norm1 input", "attention output", "log-sum-exp"), ("norm1", "qkv")
-        ),
-        Recompute.FULL: _Part(pieces, ("norm1 input",), pieces),
-    }[recompute]
-
-
-def _post(recompute: Recompute) -> _Part:
-    pieces = ("proj", "norm2", "fc1", "fc2")
-    if recompute is Recompute.FULL:
-        return _Part(pieces, ("attention output", "residual"), pieces)
-    if recompute is Recompute.WITHOUT_ATTENTION:
-        return _Part(pieces, ("attention output", "norm2 input"), ("norm2", "fc1"))
-    return _Part(pieces, ("attention output", *_MLP_KEPT))
-
-
-# Inputs of matrix products and gradients of their outputs: what weight gradients are computed from.
-_FOR_WEIGHT: Mapping[str, tuple[str, ...]] = {
-    "qkv": ("norm1 output", "qkv"),
-    "proj": ("attention output", "residual"),
-    "fc1": ("norm2 output", "fc1 output"),
-    "fc2": ("activation", "residual"),
-}
 
 
 @dataclass(frozen=True)
@@ -147,7 +43,7 @@ class _Builder:
         self.workload = pieces.workload
         self.tensors = self.workload.kept_tensors
 
-    def segment(self, parts: Sequence[_Part], part_of: _Slice = _WHOLE) -> SegmentCost:
+    def segment(self, parts: Sequence[Part], part_of: _Slice = _WHOLE) -> SegmentCost:
         """The cost of parts that run on one rank, one after the other."""
         names = [piece for part in parts for piece in part.pieces]
         again = [piece for part in parts for piece in part.recomputed]
@@ -155,10 +51,10 @@ class _Builder:
             # A loss in chunks computes each chunk's logits again in the backward pass.
             again.append("head")
         costs = [self._time(piece, part_of) for piece in names]
-        recompute = sum(self._time(piece, part_of).forward for piece in again)
+        recompute = sum(self._again_ms(piece, part_of) for piece in again)
         overhead = self.pieces.overhead_ms
         kept = sum(self.tensors[name] for part in parts for name in part.kept)
-        for_weight = sum(self.tensors[n] for piece in names for n in _FOR_WEIGHT.get(piece, ()))
+        for_weight = sum(self.tensors[n] for piece in names for n in FOR_WEIGHT.get(piece, ()))
         if "head" in names:
             kept += self.workload.head_bytes
             # W needs the gradient of the logits; a loss in chunks has used it up.
@@ -174,12 +70,12 @@ class _Builder:
             workspace_bytes=int(self._workspace(parts, names) * part_of.tokens),
         )
 
-    def _workspace(self, parts: Sequence[_Part], names: list[str]) -> int:
+    def _workspace(self, parts: Sequence[Part], names: list[str]) -> int:
         workspace = self.workload.layer_workspace_bytes if "fc1" in names else 0
         # What was not kept exists again while its layer is computed backward.
         again = {piece for part in parts for piece in part.recomputed}
         regained = {"norm1": "norm1 output", "qkv": "qkv", "core": "attention output", "proj": "norm2 input"}
-        regained |= {"norm2": "norm2 output", "fc1": "fc1 output"}
+        regained |= {"norm2": "norm2 output", "fc1": "fc1 output", ACTIVATION: "activation"}
         workspace += sum(self.tensors[name] for piece, name in regained.items() if piece in again)
         if "fc1" in again:
             workspace += self.tensors["activation"]
@@ -190,6 +86,14 @@ class _Builder:
         share = part_of.area if piece == "core" else part_of.tokens
         return PieceCost(cost.forward * share, cost.backward * share, cost.weight * share)
 
+    def _again_ms(self, name: str, part_of: _Slice) -> float:
+        """Milliseconds of computing a piece again, or the activation function without its product."""
+        if name != ACTIVATION:
+            return self._time(name, part_of).forward
+        # It reads and writes at the rate of a norm, which reads and writes a residual.
+        moved = self.tensors["fc1 output"] + self.tensors["activation"]
+        return self._time("norm1", part_of).forward * moved / (2 * self.workload.unit_bytes)
+
     def message_bytes(self, names: Iterable[str]) -> int:
         """Bytes of a message on all GPUs of a rank."""
         return sum(self.tensors[name] for name in names) * self.workload.tensor_parallel
@@ -197,22 +101,23 @@ class _Builder:
 
 def whole_layer_cost(pieces: Pieces, recompute: Recompute) -> SegmentCost:
     """One layer on one rank."""
-    return _Builder(pieces).segment([_whole_layer(recompute)])
+    return _Builder(pieces).segment([whole_layer(recompute)])
 
 
-_EMBEDDING, _HEAD = _Part(("embedding",)), _Part(("head",))
+_EMBEDDING, _HEAD = Part(("embedding",)), Part(("head",))
 
 
-def costs_of_plan(pieces: Pieces, plan: Plan, recompute: Recompute) -> Costs:
+def costs_of_plan(pieces: Pieces, plan: Plan, recompute: Recompute | Sequence[Recompute]) -> Costs:
     """Seconds and bytes of every segment and message of ``plan``, and of each rank's end of the iteration.
 
     Args:
         pieces: predicted or measured times, with the sizes they are for.
         plan: of any schedule, for the number of layers that the pieces' model has.
-        recompute: the same in every layer.
+        recompute: the same in every layer, or one for each.
 
     Raises:
-        ValueError: the plan is for another number of layers.
+        ValueError: the plan is for another number of layers, or gives one name to segments whose layers
+            recompute differently.
     """
     layers = pieces.workload.model.num_layers
     if plan.parameters.get("num_layers") != layers:
@@ -220,9 +125,12 @@ def costs_of_plan(pieces: Pieces, plan: Plan, recompute: Recompute) -> Costs:
             f"the plan has {plan.parameters.get('num_layers')} layers, {pieces.workload.model.name} has "
             f"{layers}; plan with --num-layers {layers}"
         )
+    levels = [recompute] * layers if isinstance(recompute, Recompute) else list(recompute)
+    if len(levels) != layers:
+        raise ValueError(f"{len(levels)} ways of recomputing for {layers} layers; give one for each")
     builder = _Builder(pieces)
-    build = _helix_costs if "attention" in plan.segment_names else _stage_costs
-    segments, messages = build(builder, plan, recompute)
+    build = _helix_costs if _cuts_layers(plan) else _stage_costs
+    segments, messages = build(builder, plan, levels)
     return Costs(
         segments,
         {},
@@ -233,13 +141,19 @@ def costs_of_plan(pieces: Pieces, plan: Plan, recompute: Recompute) -> Costs:
     )
 
 
+def _cuts_layers(plan: Plan) -> bool:
+    """True if segments are cut at attention, False if they are stages of whole layers."""
+    return "attention_range" in plan.parameters
+
+
 def _stage_costs(
-    builder: _Builder, plan: Plan, recompute: Recompute
+    builder: _Builder, plan: Plan, levels: Sequence[Recompute]
 ) -> tuple[dict[str, SegmentCost], dict[str, int]]:
-    layers = [_whole_layer(recompute)] * (_num_layers(plan) // plan.num_segments)
+    per_stage = len(levels) // plan.num_segments
     slices = _slices(builder.pieces, plan)
     segments = {}
     for number, name in enumerate(plan.segment_names):
+        layers = [whole_layer(level) for level in levels[number * per_stage : (number + 1) * per_stage]]
         parts = [_EMBEDDING] * (number == 0) + layers + [_HEAD] * (number == plan.num_segments - 1)
         for kind, part_of in slices.items():
             segments[f"{name}/{kind}" if kind else name] = builder.segment(parts, part_of)
@@ -255,20 +169,27 @@ def _stage_costs(
 
 
 def _helix_costs(
-    builder: _Builder, plan: Plan, recompute: Recompute
+    builder: _Builder, plan: Plan, levels: Sequence[Recompute]
 ) -> tuple[dict[str, SegmentCost], dict[str, int]]:
     attention_range = str(plan.parameters["attention_range"])
-    cut = _cut(attention_range, recompute)
-    segments = {
-        "first": builder.segment([_EMBEDDING, cut.pre]),
-        "attention": builder.segment([cut.attention]),
-        "middle": builder.segment([cut.post, cut.pre]),
-        "last": builder.segment([cut.post, _HEAD]),
+    cuts = [cut(attention_range, level) for level in levels]
+    before = [_EMBEDDING, *(found.post for found in cuts)]
+    after = [*(found.pre for found in cuts), _HEAD]
+    parts: dict[str, list[Part]] = {}
+    for segment, name in enumerate(plan.segment_names):
+        layer, is_attention = divmod(segment, 2)
+        own = [cuts[layer].attention] if is_attention else [before[layer], after[layer]]
+        if parts.setdefault(name, own) != own:
+            raise ValueError(
+                f"segments named {name} recompute differently; plan with a kind for each way of recomputing"
+            )
+    into, out = builder.message_bytes(cuts[0].into), builder.message_bytes(cuts[0].out)
+    messages = {
+        f"{first}->{second}": out if segment % 2 else into
+        for segment, (first, second) in enumerate(pairwise(plan.segment_names))
+        if plan.placement[segment] != plan.placement[segment + 1]
     }
-    into, out = builder.message_bytes(cut.into), builder.message_bytes(cut.out)
-    messages = {f"{name}->attention": into for name in ("first", "middle")}
-    messages |= {f"attention->{name}": out for name in ("middle", "last")}
-    return {name: segments[name] for name in plan.cost_names}, messages
+    return {name: builder.segment(own) for name, own in parts.items()}, messages
 
 
 def _num_layers(plan: Plan) -> int:
@@ -317,7 +238,7 @@ def _lent_parameters(workload: Workload, plan: Plan) -> dict[str, int]:
         "last": _helix_shares(workload, plan)["last"] + workload.parameters["head"],
     }
     used = {plan.segment_names[loan.segment] for loan in plan.loans}
-    return {name: count for name, count in lent.items() if name in used}
+    return {name: lent[role_of(name)] for name in plan.cost_names if name in used}
 
 
 def _loan_bytes(workload: Workload, plan: Plan) -> dict[str, LoanBytes]:
@@ -330,17 +251,27 @@ def _loan_bytes(workload: Workload, plan: Plan) -> dict[str, LoanBytes]:
 
 
 def _borrowed_bytes(pieces: Pieces, plan: Plan) -> list[int]:
-    """What each rank holds of others' weights when forward turns into backward: all loans of a round."""
-    held = [0] * plan.num_ranks
-    if not plan.loans:
-        return held
+    """What each rank holds of others' weights when it has borrowed most: rounds may overlap."""
     workload = pieces.workload
     lent = _lent_parameters(workload, plan)
-    round_size = plan.num_ranks * int(plan.parameters["num_fold"])
-    for loan in plan.loans:
-        if loan.micro_batches[0] < round_size:
-            held[loan.borrower] += lent[plan.segment_names[loan.segment]] * workload.element_bytes
-    return held
+    loans = {(loan.segment, i): loan for loan in plan.loans for i in loan.micro_batches}
+    most = [0] * plan.num_ranks
+    for rank, order in enumerate(plan.orders if loans else ()):
+        held = 0
+        left: dict[Loan, int] = {}
+        for op in order:
+            loan = loans.get((op.segment, op.micro_batch)) if op.kind.is_compute else None
+            if loan is None:
+                continue
+            size = lent[plan.segment_names[loan.segment]]
+            if loan not in left:
+                left[loan] = len(loan.micro_batches)
+                held += size
+                most[rank] = max(most[rank], held)
+            if op.kind is (plan.last_kind(op.micro_batch) if plan.has_backward else Kind.F):
+                left[loan] -= 1
+                held -= size if left[loan] == 0 else 0
+    return [parameters * workload.element_bytes for parameters in most]
 
 
 def _helix_shares(workload: Workload, plan: Plan) -> dict[str, int]:
@@ -357,10 +288,10 @@ def rank_parameters(pieces: Pieces, plan: Plan) -> list[int]:
     counts = pieces.workload.parameters
     per_rank = [0] * plan.num_ranks
     last = plan.num_segments - 1
-    if "attention" in plan.segment_names:
+    if _cuts_layers(plan):
         shares = _helix_shares(pieces.workload, plan)
         for segment, name in enumerate(plan.segment_names):
-            per_rank[plan.owner_of(segment)] += shares[name]
+            per_rank[plan.owner_of(segment)] += shares[role_of(name)]
     else:
         layer = sum(counts[piece] for piece in ("qkv", "proj", "fc1", "fc2"))
         for segment in range(plan.num_segments):

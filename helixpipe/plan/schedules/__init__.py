@@ -74,6 +74,7 @@ SCHEDULES: dict[str, Schedule] = {
                 "round_order",
                 "split_weight_gradients",
                 "costs",
+                "layer_kinds",
             }
         ),
         recomputes_by_default=True,

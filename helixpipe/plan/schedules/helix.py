@@ -30,6 +30,7 @@ from helixpipe.plan.operation import Kind, Operation
 from helixpipe.plan.plan import Order, Parameter, Plan
 from helixpipe.plan.schedules.interlocked import Seat, interlocked_orders, listed_orders
 from helixpipe.plan.schedules.request import ScheduleRequest
+from helixpipe.plan.segment_names import segment_name
 
 DEFAULT_FOLD = 2
 DEFAULT_ATTENTION_RANGE = "core"
@@ -51,13 +52,7 @@ def plan(request: ScheduleRequest) -> Plan:
     elif request.costs is None:
         orders = interlocked_orders(placed, seats, splits_backward=splits)
     else:
-        orders = listed_orders(
-            placed,
-            seats,
-            request.costs.of(placed),
-            splits_backward=splits,
-            memory_limit_bytes=request.costs.memory_limit_bytes,
-        )
+        orders = listed_orders(placed, seats, request.costs, splits_backward=splits)
     return placed.with_orders(orders)
 
 
@@ -125,7 +120,7 @@ def _placed(request: ScheduleRequest, fold: int, seats: Sequence[Seat]) -> Plan:
         schedule="helix",
         num_ranks=p,
         num_microbatches=len(seats),
-        segment_names=tuple(_name(segment, num_segments) for segment in range(num_segments)),
+        segment_names=tuple(_names(num_layers, request.layer_kinds or ("",) * num_layers)),
         placement=tuple(
             tuple(rank_of(segment, seat.slot) for seat in seats) for segment in range(num_segments)
         ),
@@ -156,10 +151,13 @@ def _parameters(request: ScheduleRequest, fold: int, attention_range: str) -> di
     return parameters
 
 
-def _name(segment: int, num_segments: int) -> str:
-    if segment % 2:
-        return "attention"
-    return {0: "first", num_segments - 1: "last"}.get(segment, "middle")
+def _names(num_layers: int, kinds: Sequence[str]) -> Iterator[str]:
+    yield segment_name("first", kinds[0])
+    for layer in range(num_layers):
+        yield segment_name("attention", kinds[layer])
+        if layer + 1 < num_layers:
+            yield segment_name("middle", kinds[layer], kinds[layer + 1])
+    yield segment_name("last", kinds[-1])
 
 
 def _filo_order(

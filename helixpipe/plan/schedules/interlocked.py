@@ -28,7 +28,7 @@ each follows what it needs, whatever the operations' durations.
 
 **With costs** the keys are priorities of a list schedule instead (:class:`_ListSchedule`): each rank runs the
 smallest key among the operations that can start now, or so soon that waiting costs less than disorder. The
-best of nine settings in the simulator is taken. Its orders are those of an execution, so they cannot block.
+best of eight settings in the simulator is taken. Its orders are those of an execution, so they cannot block.
 
 **Weight gradients** apart (W) follow their B at once, whose message leaves the earlier. With costs, those of
 the last round stand behind all else and fill the gaps of the last ramp, where ranks have nothing else to do.
@@ -46,14 +46,15 @@ from typing import NamedTuple, TypeAlias
 
 from helixpipe.plan.operation import Kind, Operation, output_edge
 from helixpipe.plan.plan import Order, Plan
+from helixpipe.plan.schedules.request import KnownCosts
 from helixpipe.plan.simulation.costs import Costs
 from helixpipe.plan.simulation.memory import peak_bytes
 from helixpipe.plan.simulation.simulate import simulate
 
 # How much longer than for the first operation a rank may wait for one with a smaller key, in mean layers.
-_WAITS = (0.0, 1 / 70, 3 / 70)
+_WAITS = (0.0, 1 / 140)
 # By how many layers forwards are put before or behind their keys.
-_SHIFTS = (-1.0, 0.0, 1.0)
+_SHIFTS = (-1.0, 0.0, 1.0, 2.0)
 # Layers of the clock that no iteration has: behind everything else.
 _BEHIND = 1e6
 # Without costs: the share of the middle segment, omega, by attention range (7B at 128k), and of the rest what
@@ -101,30 +102,31 @@ def interlocked_orders(plan: Plan, seats: Sequence[Seat], *, splits_backward: bo
 def listed_orders(
     plan: Plan,
     seats: Sequence[Seat],
-    costs: Costs,
+    known: KnownCosts,
     *,
     splits_backward: bool,
-    memory_limit_bytes: int | None = None,
 ) -> list[Order]:
     """The best list schedule with the keys as priorities.
 
     Args:
         plan: helix's placement and loans; its orders do not matter.
         seats: of every micro batch.
-        costs: of the plan's segments and messages.
+        known: costs of the plan. If no setting stays within the memory limit, the smallest peak wins.
         splits_backward: whether micro batches have W.
-        memory_limit_bytes: what a rank may hold. If no setting stays within it, the smallest peak wins.
     """
+    costs = known.of(plan)
     pace = _pace(plan, costs)
     best: tuple[tuple[float, float], list[Order]] | None = None
     for wait, shift in product(_WAITS, _SHIFTS):
         queues = _queues(plan, seats, pace, shift, splits_backward)
         orders = _ListSchedule(plan, costs, queues, wait * pace.layer_ms).run()
         candidate = plan.with_orders(orders)
+        # How much is borrowed at a time depends on the order.
+        exact = known.of(candidate)
         excess = 0.0
-        if memory_limit_bytes is not None:
-            excess = max(0.0, max(peak_bytes(candidate, costs)) - memory_limit_bytes)
-        value = excess, simulate(candidate, costs).iteration_ms
+        if known.memory_limit_bytes is not None:
+            excess = max(0.0, max(peak_bytes(candidate, exact)) - known.memory_limit_bytes)
+        value = excess, simulate(candidate, exact).iteration_ms
         if best is None or value < best[0]:
             best = value, orders
     assert best is not None

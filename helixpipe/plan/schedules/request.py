@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -48,6 +49,7 @@ class ScheduleRequest:
         split_weight_gradients: helix, interlocked: weight gradients are operations of their own (W), which
             fill gaps.
         costs: helix, interlocked: what to fit the order to.
+        layer_kinds: helix: a name for each layer where layers differ in cost, which segments then carry.
     """
 
     num_layers: int
@@ -61,6 +63,7 @@ class ScheduleRequest:
     round_order: str | None = None
     split_weight_gradients: bool | None = None
     costs: KnownCosts | None = None
+    layer_kinds: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         named = {
@@ -80,6 +83,8 @@ class ScheduleRequest:
                 f"layers ({self.num_layers}) times micro batches ({pieces}) must be at most {MAX_CELLS}; "
                 f"use at most {MAX_CELLS // pieces} layers or {MAX_CELLS // self.num_layers} micro batches"
             )
+        if self.layer_kinds is not None:
+            self._check_kinds(self.layer_kinds)
         for what, choice, choices in (
             ("attention range", self.attention_range, ATTENTION_RANGES),
             ("head placement", self.head_placement, HEAD_PLACEMENTS),
@@ -87,6 +92,13 @@ class ScheduleRequest:
         ):
             if choice not in (None, *choices):
                 raise ValueError(f"unknown {what} {choice!r}; choose one of {', '.join(choices)}")
+
+    def _check_kinds(self, kinds: tuple[str, ...]) -> None:
+        if len(kinds) != self.num_layers:
+            raise ValueError(f"{len(kinds)} kinds of layers for {self.num_layers} layers; give one for each")
+        for kind in kinds:
+            if not re.fullmatch(r"[a-z0-9-]+", kind):
+                raise ValueError(f"kind of layer {kind!r} must be of small letters, digits and dashes")
 
 
 def require_multiple(value: int, factor: int, what: str, of_what: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from helixpipe.plan.operation import Operation
 from helixpipe.plan.rows import json_rows
+from helixpipe.plan.segment_names import role_of
 
 
 class Span(NamedTuple):
@@ -73,7 +74,7 @@ class Timeline:
 
     def is_attention(self, operation: Operation) -> bool:
         """True if the segment names are known and say so."""
-        return bool(self.segment_names) and self.segment_names[operation.segment] == "attention"
+        return bool(self.segment_names) and role_of(self.segment_names[operation.segment]) == "attention"
 
     def to_json(self) -> str:
         """One line per rank; read back by :meth:`from_json`."""
