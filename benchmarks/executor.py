@@ -19,7 +19,6 @@ import tempfile
 import time
 import tracemalloc
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,11 @@ from torch import Tensor
 
 from helixpipe.commands.parser import ScriptParser
 from helixpipe.commands.ranges import REPEATS, Whole
-from helixpipe.plan import Operation, Plan, ScheduleRequest, build_plan
+from helixpipe.plan import Plan, ScheduleRequest, build_plan
 from helixpipe.runtime.communicator import TorchCommunicator
 from helixpipe.runtime.executor import Executor
 from helixpipe.runtime.message import MessageLayout
+from helixpipe.runtime.steps import Step
 from helixpipe.runtime.trace import NullClock, Trace
 from helixpipe.runtime.weight_gradients import DeferredWeightGradients
 
@@ -68,20 +68,16 @@ class TimedExecutor(Executor):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.samples: dict[str, list[float]] = defaultdict(list)
-        self._dispatch = {kind: self._timed(kind.value, run) for kind, run in self._dispatch.items()}
+        self.steps = [(op, self._timed(op.kind.value, step)) for op, step in self.steps]
+        self._posts = [self._timed("post", post) for post in self._posts]
 
-    def _timed(self, name: str, run: Callable[[Operation], None]) -> Callable[[Operation], None]:
-        def timed(operation: Operation) -> None:
+    def _timed(self, name: str, step: Step) -> Step:
+        def timed() -> None:
             started = time.thread_time_ns()
-            run(operation)
+            step()
             self.samples[name].append((time.thread_time_ns() - started) / 1e3)
 
         return timed
-
-    def _post(self, operation: Operation) -> None:
-        started = time.thread_time_ns()
-        super()._post(operation)
-        self.samples["post"].append((time.thread_time_ns() - started) / 1e3)
 
 
 def main() -> int:

@@ -27,7 +27,7 @@ from helixpipe.plan import Plan, ScheduleRequest, build_plan
 from helixpipe.reliability.deadlines import Deadlines
 from helixpipe.reliability.monitor import Monitor
 from helixpipe.reliability.record import RECORD_BYTES, SharedProgress
-from helixpipe.runtime.header import HeaderCheck
+from helixpipe.runtime.header import HeaderCheck, Message
 from helixpipe.runtime.message import MessageLayout
 
 # A helix job of four ranks.
@@ -85,14 +85,11 @@ def _turn_us(plan: Plan) -> float:
 
 
 def _header_us() -> tuple[float, float]:
-    check = HeaderCheck(1, 0, torch.device("cpu"))
     layout = MessageLayout((torch.Size((16, 16)),), torch.float32)
-    message = build_plan("helix", REQUEST).orders[0][0]
+    message = Message(build_plan("helix", REQUEST).orders[0][0], 5, layout)
+    check = HeaderCheck(1, [message], torch.device("cpu"))
     buffer = layout.empty(torch.device("cpu"))
-    return (
-        _per_call_us(lambda: check.write(5, layout, buffer)),
-        _per_call_us(lambda: check.compare(message, 5, layout, buffer)),
-    )
+    return _per_call_us(lambda: check.write(0, buffer)), _per_call_us(lambda: check.compare(0, buffer))
 
 
 def _sentinel_share(seconds: float) -> float:

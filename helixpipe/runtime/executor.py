@@ -4,96 +4,42 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
-from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from helixpipe.plan.loan import Loan
-from helixpipe.plan.operation import Kind, Operation, input_of
+from helixpipe.plan.operation import Kind, Operation, input_of, output_edge
 from helixpipe.plan.plan import Plan
 from helixpipe.reliability.record import NoProgress, Progress
-from helixpipe.runtime.communicator import Communicator, Handle
-from helixpipe.runtime.header import HeaderCheck
+from helixpipe.runtime.communicator import Communicator
+from helixpipe.runtime.header import Message
 from helixpipe.runtime.lending import WeightLending
 from helixpipe.runtime.message import MessageLayout
+from helixpipe.runtime.steps import (
+    Backward,
+    BackwardContext,
+    Borrowing,
+    Forward,
+    Saved,
+    Segments,
+    Step,
+    WeightGradient,
+    no_context,
+)
 from helixpipe.runtime.store import ActivationStore
 from helixpipe.runtime.trace import Trace
-from helixpipe.runtime.weight_gradients import DeferredWeightGradients
+from helixpipe.runtime.transfers import Mail, Receive, Send, Slot, Source, Tensors
 
-Tensors = tuple[Tensor, ...]
-
-
-class Segments(Protocol):
-    """What a plan's segments compute.
-
-    Attributes:
-        weight_gradients: in a plan with W, the backward pass of :meth:`forward` adds to it what W is to do.
-            Whatever is not added belongs to B, and a plan without W leaves nothing there.
-        lending: the weights on loan, with which :meth:`forward` computes where there are any; None for
-            segments whose plans have no loans.
-    """
-
-    weight_gradients: DeferredWeightGradients
-    lending: WeightLending | None
-
-    def forward(self, segment: int, micro_batch: int, inputs: Tensors) -> Tensors:
-        """Run a segment; the last one returns a single scalar, the loss to differentiate."""
-
-    def layout(self, edge: int, micro_batch: int) -> MessageLayout:
-        """Layout of what segment ``edge`` returns to segment ``edge + 1`` of a micro batch."""
-
-
-class _Saved(NamedTuple):
-    """What a forward keeps: its input leaves, and where the gradients of its outputs enter the graph.
-
-    Edges stand for the outputs, whose data may be freed once they are sent; None for an output that needs
-    no gradient.
-    """
-
-    inputs: Tensors
-    outputs: tuple[GradientEdge | None, ...]
-
-
-class _Rest(NamedTuple):
-    """The part of a message that only the forward pass reads, like a residual that passes by attention."""
-
-    layout: MessageLayout
-    buffer: Tensor
-
-    def is_part_of(self, tensors: Tensors) -> bool:
-        """True if one of the tensors is a view of the message."""
-        data = self.buffer.untyped_storage().data_ptr()
-        return any(tensor.untyped_storage().data_ptr() == data for tensor in tensors)
-
-    def drop(self) -> None:
-        """Free it."""
-        self.layout.drop_rest(self.buffer)
-
-
-class _Result(NamedTuple):
-    """What an operation hands on, and messages of which it is a part and which may shrink once it is gone."""
-
-    tensors: Tensors
-    rests: tuple[_Rest, ...] = ()
-
-
-class _Incoming(NamedTuple):
-    handle: Handle
-    buffer: Tensor
-
-
-class _Outgoing(NamedTuple):
-    operation: Operation
-    handle: Handle
-    buffer: Tensor
+__all__ = ["Executor", "Segments", "Tensors"]
 
 
 class Executor:
     """Runs a lowered plan on one rank, once per call of :meth:`run`.
+
+    Each operation of the order is bound to its step when the executor is made: nothing is looked up while
+    they run.
 
     Args:
         plan: a validated, lowered plan.
@@ -107,16 +53,9 @@ class Executor:
         backward_context: entered around each B and W; lets the caller hold back gradient reduction.
     """
 
-    # Sends complete in order per peer; beyond this many unfinished ones the oldest is waited for. A valid
-    # plan cannot deadlock even if every send were waited for at once.
-    MAX_UNFINISHED_SENDS = 16
-
     # Returned gradients are waited for and added when this many more have been asked for, or at the end: the
     # borrower may only just have sent them when their turn comes.
     MAX_UNADDED_GRADIENTS = 2
-
-    # The direction of an edge, or of a loan, in the tag of a message.
-    _DIRECTION: Mapping[str, int] = {"F": 0, "B": 1, "P": 2, "G": 3}
 
     def __init__(
         self,
@@ -128,40 +67,82 @@ class Executor:
         trace: Trace,
         progress: Progress | None = None,
         receive_ahead: int = 4,
-        backward_context: Callable[[Operation], AbstractContextManager[object]] | None = None,
+        backward_context: BackwardContext | None = None,
     ) -> None:
         assert plan.is_lowered
         assert plan.num_ranks == communicator.size
+        assert not plan.loans or segments.lending is not None
         self.plan = plan
         self.segments = segments
         self.communicator = communicator
         self.device = device
         self.trace = trace
         self.progress = progress or NoProgress()
-        self.store: ActivationStore[_Saved] = ActivationStore()
+        self.store: ActivationStore[Saved] = ActivationStore()
+        self._backward_context = backward_context or no_context
         self._order = plan.orders[communicator.rank]
-        self._layouts = {
-            (op.segment, op.micro_batch): segments.layout(op.segment, op.micro_batch)
-            for op in self._order
-            if op.kind in (Kind.SEND_F, Kind.RECV_F, Kind.SEND_B, Kind.RECV_B)
+        messages = {op: list(self._messages(op)) for op in self._order if not op.kind.is_compute}
+        self.mail = Mail(
+            communicator,
+            int(plan.fingerprint[:15], 16),
+            [message for buffers in messages.values() for message in buffers],
+            device,
+            trace,
+            self.progress,
+        )
+        self._sends = {op: Send(self.mail, op, found) for op, found in messages.items() if op.kind.is_send}
+        self._receives = {
+            op: Receive(self.mail, op, found) for op, found in messages.items() if op.kind.is_receive
         }
-        self._receives = [op for op in self._order if op.kind.is_receive]
-        self._headers = HeaderCheck(int(plan.fingerprint[:15], 16), len(self._receives), device)
-        self._posted_before = _posting_horizon(self._order, receive_ahead)
-        self._backward_context = backward_context or (lambda operation: nullcontext())
-        self._results: dict[Operation, _Result] = {}
-        self._incoming: dict[Operation, _Incoming] = {}
-        self._outgoing: deque[_Outgoing] = deque()
+        self._slots = {op: Slot() for op in self._order if output_edge(op, plan.num_segments)}
         self._returned: deque[Operation] = deque()
-        assert not plan.loans or segments.lending is not None
-        self._loans = {
-            (loan.segment, micro_batch): loan
-            for loan in plan.loans
-            if loan.borrower == self.communicator.rank
-            for micro_batch in loan.micro_batches
-        }
-        self._last_uses = {} if plan.has_backward else self._find_last_uses()
-        self._dispatch: dict[Kind, Callable[[Operation], None]] = {
+        self.steps = self._bind()
+        self._posts = [receive.post for receive in self._receives.values()]
+        self._posted_before = _posting_horizon(self._order, receive_ahead)
+
+    def run(self) -> None:
+        """Execute this rank's operations of one iteration.
+
+        Raises:
+            ValueError: a message is not the one that the plan expects, see :meth:`check_messages`.
+        """
+        posted = 0
+        self.trace.start()
+        with torch.set_grad_enabled(self.plan.has_backward):
+            for (operation, step), horizon in zip(self.steps, self._posted_before, strict=True):
+                self.progress.begin(operation)
+                for post in self._posts[posted:horizon]:
+                    post()
+                posted = max(posted, horizon)
+                step()
+                self.trace.operations.append(operation)
+            self.mail.finish()
+            while self._returned:
+                self._take_back()
+        self.trace.stop()
+        self.progress.end()
+        self._assert_empty()
+
+    def check_messages(self) -> None:
+        """Where messages are not on the CPU, compare what has arrived, before its results are used.
+
+        Raises:
+            ValueError: a message was not the one that the plan expects.
+        """
+        self.mail.headers.finish()
+
+    def _assert_empty(self) -> None:
+        self.store.assert_empty()
+        self.segments.weight_gradients.assert_empty()
+        if self.segments.lending is not None:
+            self.segments.lending.assert_empty()
+        left = [str(op) for op, slot in self._slots.items() if not slot.is_empty]
+        left += [str(op) for op, receive in self._receives.items() if receive.is_posted]
+        assert not left, f"results and messages that nobody took: {', '.join(left)}"
+
+    def _bind(self) -> list[tuple[Operation, Step]]:
+        """The order with what each of its operations does."""
+        bind: dict[Kind, Callable[[Operation], Step]] = {
             Kind.F: self._forward,
             Kind.B: self._backward,
             Kind.W: self._weight_gradient,
@@ -174,200 +155,126 @@ class Executor:
             Kind.SEND_G: self._give_back,
             Kind.RECV_G: self._receive_gradients,
         }
+        steps = {op: bind[op.kind](op) for op in self._order}
+        for loan in self.plan.loans:
+            if loan.borrower == self.communicator.rank:
+                self._bind_loan(loan, steps)
+        return list(steps.items())
 
-    def run(self) -> None:
-        """Execute this rank's operations of one iteration.
+    def _forward(self, operation: Operation) -> Step:
+        segment, micro_batch = operation.segment, operation.micro_batch
+        return Forward(
+            operation,
+            self.segments,
+            self._source(operation),
+            self._slots.get(operation),
+            self.store if self.plan.has_backward else None,
+            self.segments.layout(segment - 1, micro_batch) if segment > 0 else None,
+            self.device,
+            self.trace,
+        )
 
-        Raises:
-            ValueError: a message is not the one that the plan expects, see :meth:`check_messages`.
-        """
-        posted = 0
-        self.trace.start()
-        for operation, horizon in zip(self._order, self._posted_before, strict=True):
-            self.progress.begin(operation)
-            for receive in self._receives[posted:horizon]:
-                self._post(receive)
-            posted = max(posted, horizon)
-            self._dispatch[operation.kind](operation)
-            self.trace.operations.append(operation)
-        while self._outgoing:
-            self._finish_send()
-        while self._returned:
-            self._take_back()
-        self.trace.stop()
-        self.progress.end()
-        self.store.assert_empty()
-        self.segments.weight_gradients.assert_empty()
-        if self.segments.lending is not None:
-            self.segments.lending.assert_empty()
-        assert not self._results, f"results that nobody took: {list(self._results)}"
-        assert not self._incoming, f"messages that nobody took: {list(self._incoming)}"
-
-    def check_messages(self) -> None:
-        """Where messages are not on the CPU, compare what has arrived, before its results are used.
-
-        Raises:
-            ValueError: a message was not the one that the plan expects.
-        """
-        self._headers.finish()
-
-    def _forward(self, operation: Operation) -> None:
-        self._take_weights(operation)
-        inputs, rests = self._take_input(operation)
-        differentiate = self.plan.has_backward
-        with self.trace.compute(operation), torch.set_grad_enabled(differentiate):
-            inputs = tuple(tensor.detach().requires_grad_(differentiate) for tensor in inputs)
-            outputs = self.segments.forward(operation.segment, operation.micro_batch, inputs)
-        if differentiate:
-            edges = tuple(get_gradient_edge(output) if output.requires_grad else None for output in outputs)
-            self.store.put((operation.segment, operation.micro_batch), _Saved(inputs, edges))
-        passed_on = []
-        for rest in rests:
-            if rest.is_part_of(outputs):
-                passed_on.append(rest)
-            else:
-                rest.drop()
-        if operation.segment + 1 < self.plan.num_segments:
-            result = _Result(tuple(output.detach() for output in outputs), tuple(passed_on))
-            self._results[operation] = result
-        if operation in self._last_uses:
-            self._lending.forget(self._last_uses[operation])
-
-    def _backward(self, operation: Operation) -> None:
-        # The loss is a scalar and starts the backward pass with a gradient of one.
-        grads = self._take_input(operation).tensors or (torch.ones((), device=self.device),)
-        key = (operation.segment, operation.micro_batch)
-        saved = self.store.take(key)
+    def _backward(self, operation: Operation) -> Step:
         splits = operation.micro_batch in self.plan.split_micro_batches
-        split = self.segments.weight_gradients.collect(key) if splits else nullcontext()
-        with self.trace.compute(operation), self._backward_context(operation), split:
-            needed = [(e, g) for e, g in zip(saved.outputs, grads, strict=True) if e is not None]
-            if needed:
-                edges, grads = zip(*needed, strict=True)
-                torch.autograd.backward(edges, grads)
-        if operation.segment > 0:
-            self._results[operation] = _Result(
-                tuple(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in saved.inputs)
-            )
+        return Backward(
+            operation,
+            self._source(operation),
+            self._slots.get(operation),
+            self.store,
+            self.device,
+            self.trace,
+            self._backward_context,
+            self.segments.weight_gradients if splits else None,
+        )
 
-    def _weight_gradient(self, operation: Operation) -> None:
-        with self.trace.compute(operation), self._backward_context(operation):
-            self.segments.weight_gradients.run((operation.segment, operation.micro_batch))
+    def _weight_gradient(self, operation: Operation) -> Step:
+        return WeightGradient(operation, self.segments.weight_gradients, self.trace, self._backward_context)
 
-    def _take_input(self, operation: Operation) -> _Result:
-        """The neighbour's result: from this rank, or from a message that is waited for here."""
+    def _source(self, operation: Operation) -> Source | None:
+        """The neighbour's result: from this rank, or from a message."""
         producer = input_of(operation, self.plan.num_segments)
         if producer is None:
-            return _Result(())
-        if producer in self._results:
-            return self._results.pop(producer)
-        layout, buffer = self._wait(self.plan.receive_of(producer))
-        shrinks = operation.kind is Kind.F and self.plan.has_backward and layout.num_kept is not None
-        return _Result(layout.unpack(buffer), (_Rest(layout, buffer),) if shrinks else ())
+            return None
+        return self._slots.get(producer) or self._receives[self.plan.receive_of(producer)]
 
-    def _wait(self, message: Operation) -> tuple[MessageLayout, Tensor]:
-        """A message that was posted, once it has arrived."""
-        incoming = self._incoming.pop(message)
-        self.progress.wait(message)
-        with self.trace.wait(message):
-            incoming.handle.wait()
-        self.progress.resume()
-        layout = self._layout(message)
-        self._headers.compare(message, self._tag(message), layout, incoming.buffer)
-        return layout, incoming.buffer
-
-    def _wait_for_loan(self, message: Operation) -> Tensors:
-        """Weights on loan, or their gradients."""
-        layout, buffer = self._wait(message)
-        return layout.unpack(buffer)
-
-    def _layout(self, message: Operation) -> MessageLayout:
-        if message.kind in (Kind.SEND_P, Kind.RECV_P):
-            return self._lending.weight_layout(message.segment)
-        if message.kind in (Kind.SEND_G, Kind.RECV_G):
-            return self._lending.gradient_layout(message.segment)
-        return self._layouts[message.segment, message.micro_batch]
-
-    def _send(self, operation: Operation) -> None:
+    def _send(self, operation: Operation) -> Step:
         forward = operation.kind is Kind.SEND_F
         producer = Operation(
             operation.segment if forward else operation.segment + 1,
             Kind.F if forward else Kind.B,
             operation.micro_batch,
         )
-        result = self._results.pop(producer)
-        self._post_send(operation, result.tensors)
-        for rest in result.rests:
-            rest.drop()
+        slot, send = self._slots[producer], self._sends[operation]
+        return lambda: send.post(slot.take())
 
-    def _post_send(self, operation: Operation, tensors: Tensors) -> None:
-        assert operation.peer is not None
-        layout, tag = self._layout(operation), self._tag(operation)
-        buffer = layout.pack(tensors)
-        self._headers.write(tag, layout, buffer)
-        handle = self.communicator.send(buffer, operation.peer, tag)
-        self._outgoing.append(_Outgoing(operation, handle, buffer))
-        if len(self._outgoing) > self.MAX_UNFINISHED_SENDS:
-            self._finish_send()
+    def _receive(self, operation: Operation) -> Step:
+        return partial(_assert_posted, self._receives[operation])
 
-    def _finish_send(self) -> None:
-        outgoing = self._outgoing.popleft()
-        self.progress.wait(outgoing.operation)
-        outgoing.handle.wait()
-        self.progress.resume()
+    def _lend(self, operation: Operation) -> Step:
+        lending, send = self._lending, self._sends[operation]
+        return lambda: send.post(lending.lend(operation.segment))
 
-    def _receive(self, operation: Operation) -> None:
-        assert operation in self._incoming, f"{operation} was not posted"
+    def _give_back(self, operation: Operation) -> Step:
+        lending, send = self._lending, self._sends[operation]
+        loan = next(loan for loan in self.plan.loans if loan.gradients_sent == operation)
+        return lambda: send.post(lending.give_back(loan))
 
-    def _post(self, operation: Operation) -> None:
-        assert operation.peer is not None
-        layout = self._layout(operation)
-        buffer = layout.empty(self.device)
-        self._headers.clear(layout, buffer)
-        handle = self.communicator.receive(buffer, operation.peer, self._tag(operation))
-        self._incoming[operation] = _Incoming(handle, buffer)
+    def _receive_gradients(self, operation: Operation) -> Step:
+        def step() -> None:
+            _assert_posted(self._receives[operation])
+            self._returned.append(operation)
+            if len(self._returned) > self.MAX_UNADDED_GRADIENTS:
+                self._take_back()
 
-    def _tag(self, operation: Operation) -> int:
-        """The same number at both ends of a message, and at no other message of the iteration."""
-        number = operation.segment * self.plan.num_microbatches + operation.micro_batch
-        return number * len(self._DIRECTION) + self._DIRECTION[operation.kind.value[-1]]
+        return step
+
+    def _take_back(self) -> None:
+        message = self._returned.popleft()
+        self._lending.take_back(message.segment, self._receives[message].take())
+
+    def _bind_loan(self, loan: Loan, steps: dict[Operation, Step]) -> None:
+        """Its weights come with the first forward and, where no gradients return, go after the last."""
+        forwards = [op for op in self._order if op in loan.operations(Kind.F)]
+        weights = self._receives[loan.weights_received]
+        for forward in dict.fromkeys((forwards[0], forwards[-1])):
+            steps[forward] = Borrowing(
+                steps[forward],
+                self._lending,
+                loan,
+                weights if forward == forwards[0] else None,
+                forgets=not self.plan.has_backward and forward == forwards[-1],
+            )
 
     @property
     def _lending(self) -> WeightLending:
         assert self.segments.lending is not None
         return self.segments.lending
 
-    def _find_last_uses(self) -> dict[Operation, Loan]:
-        """The forward after which an evaluation is done with a loan, which no message returns."""
-        last: dict[Loan, Operation] = {}
-        for operation in self._order:
-            loan = self._loans.get((operation.segment, operation.micro_batch))
-            if loan is not None and operation.kind is Kind.F:
-                last[loan] = operation
-        return {operation: loan for loan, operation in last.items()}
+    # The direction of an edge, or of a loan, and the buffer of a message, in its tag.
+    _DIRECTIONS = "FBPG"
+    _MAX_BUFFERS = 2
 
-    def _take_weights(self, operation: Operation) -> None:
-        """Before the first forward of a loan, wait for its weights."""
-        loan = self._loans.get((operation.segment, operation.micro_batch))
-        if loan is not None and loan.weights_received in self._incoming:
-            self._lending.borrow(loan, self._wait_for_loan(loan.weights_received))
+    def _messages(self, operation: Operation) -> Iterator[Message]:
+        """The buffers of a message, each with a tag of its own."""
+        number = operation.segment * self.plan.num_microbatches + operation.micro_batch
+        number = number * len(self._DIRECTIONS) + self._DIRECTIONS.index(operation.kind.value[-1])
+        layouts = self._layouts(operation)
+        assert len(layouts) <= self._MAX_BUFFERS
+        for part, layout in enumerate(layouts):
+            yield Message(operation, number * self._MAX_BUFFERS + part, layout)
 
-    def _lend(self, operation: Operation) -> None:
-        self._post_send(operation, self._lending.lend(operation.segment))
+    def _layouts(self, operation: Operation) -> tuple[MessageLayout, ...]:
+        if operation.kind in (Kind.SEND_P, Kind.RECV_P):
+            return (self._lending.weight_layout(operation.segment),)
+        if operation.kind in (Kind.SEND_G, Kind.RECV_G):
+            return (self._lending.gradient_layout(operation.segment),)
+        layout = self.segments.layout(operation.segment, operation.micro_batch)
+        is_kept = self.plan.has_backward and operation.kind in (Kind.SEND_F, Kind.RECV_F)
+        return layout.split() if is_kept else (layout,)
 
-    def _give_back(self, operation: Operation) -> None:
-        loan = self._loans[operation.segment, operation.micro_batch]
-        self._post_send(operation, self._lending.give_back(loan))
 
-    def _receive_gradients(self, operation: Operation) -> None:
-        self._receive(operation)
-        self._returned.append(operation)
-        if len(self._returned) > self.MAX_UNADDED_GRADIENTS:
-            self._take_back()
-
-    def _take_back(self) -> None:
-        message = self._returned.popleft()
-        self._lending.take_back(message.segment, self._wait_for_loan(message))
+def _assert_posted(receive: Receive) -> None:
+    assert receive.is_posted, f"{receive.operation} was not posted"
 
 
 def _posting_horizon(order: tuple[Operation, ...], ahead: int) -> list[int]:

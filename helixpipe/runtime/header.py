@@ -6,13 +6,14 @@ every message ends with four numbers that say which it is and what is in it.
 
 from __future__ import annotations
 
-import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from helixpipe.plan.operation import Operation
-from helixpipe.runtime.message import HEADER_WORDS, MessageLayout
+from helixpipe.runtime.message import HEADER_WORDS, MessageBuffer, MessageLayout
 
 _DTYPES = (
     torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8,
@@ -22,48 +23,67 @@ _SHAPE_BITS, _MARK_BITS = 32, 48
 _MARK = 0x4D58
 
 
+class Message(NamedTuple):
+    """One buffer that crosses ranks.
+
+    Attributes:
+        operation: the plan's end of it on this rank.
+        tag: the same number at both ends, and at no other message of the iteration.
+        layout: of the buffer.
+    """
+
+    operation: Operation
+    tag: int
+    layout: MessageLayout
+
+
 class HeaderCheck:
     """Writes the headers of one rank's messages and compares those that arrive.
 
     On the CPU a message is compared when it has been waited for. Elsewhere the host must not wait for the
-    device: what arrives is put aside, and compared once by :meth:`finish`.
+    device: what arrives is put aside, and compared once by :meth:`finish`. The numbers are made once, and
+    reach the device in one copy.
 
     Args:
         plan_digest: of the plan that both ends follow.
-        num_messages: that arrive in an iteration.
+        messages: this rank's, sent and received. Each is named by its index from here on.
         device: where messages are.
     """
 
-    def __init__(self, plan_digest: int, num_messages: int, device: torch.device) -> None:
-        self._plan_digest = plan_digest
-        self._device = device
-        self._headers: dict[tuple[int, MessageLayout], Tensor] = {}
+    def __init__(self, plan_digest: int, messages: Sequence[Message], device: torch.device) -> None:
+        self._messages = messages
         self._is_deferred = device.type != "cpu"
-        rows = num_messages if self._is_deferred else 0
-        self._arrived = torch.zeros(rows, HEADER_WORDS, dtype=torch.int64, device=device)
-        self._expected: list[tuple[Operation, Tensor]] = []
+        rows = [_words(plan_digest, message) for message in messages]
+        self._expected = torch.tensor(rows, dtype=torch.int64).view(-1, HEADER_WORDS)
+        words = self._expected
+        if device.type == "cuda":
+            words = words.pin_memory().to(device, non_blocking=True)
+        self._words = words.unbind()
+        self._arrived = torch.zeros_like(words) if self._is_deferred else words[:0]
+        self._arrived_rows = self._arrived.unbind()
+        self._put_aside: list[int] = []
 
-    def write(self, tag: int, layout: MessageLayout, buffer: Tensor) -> None:
-        """Write the header of a message."""
-        layout.header(buffer).copy_(self._header(tag, layout))
+    def write(self, number: int, buffer: MessageBuffer) -> None:
+        """Complete a message that is to be sent."""
+        buffer.header.copy_(self._words[number])
 
     @staticmethod
-    def clear(layout: MessageLayout, buffer: Tensor) -> None:
+    def clear(buffer: MessageBuffer) -> None:
         """Before a buffer is received into: memory that is used again may still end with the same header."""
-        layout.header(buffer).zero_()
+        buffer.header.zero_()
 
-    def compare(self, message: Operation, tag: int, layout: MessageLayout, buffer: Tensor) -> None:
+    def compare(self, number: int, buffer: MessageBuffer) -> None:
         """Take note of a message that has arrived.
 
         Raises:
             ValueError: it is another than the plan expects here.
         """
-        expected = self._header(tag, layout)
         if self._is_deferred:
-            self._arrived[len(self._expected)].copy_(layout.header(buffer))
-            self._expected.append((message, expected))
-        elif not torch.equal(layout.header(buffer), expected):
-            raise ValueError(_complaint(message, _find_header(buffer), expected))
+            self._arrived_rows[number].copy_(buffer.header)
+            self._put_aside.append(number)
+        elif not torch.equal(buffer.header, self._words[number]):
+            message = self._messages[number]
+            raise ValueError(_complaint(message.operation, _find_header(buffer.data), self._words[number]))
 
     def finish(self) -> None:
         """Compare what was put aside; waits for the device.
@@ -71,37 +91,33 @@ class HeaderCheck:
         Raises:
             ValueError: a message was another than the plan expects.
         """
-        if not self._expected:
+        if not self._put_aside:
             return
-        arrived = self._arrived[: len(self._expected)].cpu()
-        pairs, self._expected = self._expected, []
-        wanted = torch.stack([expected for _, expected in pairs]).cpu()
-        if not torch.equal(arrived, wanted):
-            row = int((arrived != wanted).any(dim=1).nonzero()[0])
-            raise ValueError(_complaint(pairs[row][0], arrived[row], wanted[row]))
-
-    def _header(self, tag: int, layout: MessageLayout) -> Tensor:
-        key = (tag, layout)
-        if key not in self._headers:
-            # Of the same number of elements, but cut otherwise.
-            shapes = zlib.crc32(repr(layout.shapes).encode())
-            form = _MARK << _MARK_BITS | _DTYPES.index(layout.dtype) << _SHAPE_BITS | shapes
-            words = [self._plan_digest, tag, layout.num_elements, form]
-            self._headers[key] = torch.tensor(words, dtype=torch.int64, device=self._device)
-        return self._headers[key]
+        rows, self._put_aside = self._put_aside, []
+        arrived, expected = self._arrived.cpu()[rows], self._expected[rows]
+        if not torch.equal(arrived, expected):
+            row = int((arrived != expected).any(dim=1).nonzero()[0])
+            operation = self._messages[rows[row]].operation
+            raise ValueError(_complaint(operation, arrived[row], expected[row]))
 
 
-def _find_header(buffer: Tensor) -> Tensor:
+def _words(plan_digest: int, message: Message) -> list[int]:
+    layout = message.layout
+    form = _MARK << _MARK_BITS | _DTYPES.index(layout.dtype) << _SHAPE_BITS | layout.checksum
+    return [plan_digest, message.tag, layout.num_elements, form]
+
+
+def _find_header(data: Tensor) -> Tensor:
     """The last header in what has arrived: that of a shorter message is not at the end."""
-    words = buffer.view(torch.int64)
+    words = data.view(torch.int64)
     marks = (words >> _MARK_BITS == _MARK).nonzero().view(-1)
     end = int(marks[-1]) + 1 if len(marks) else len(words)
     return words[max(0, end - HEADER_WORDS) : end]
 
 
-def _complaint(message: Operation, found: Tensor, expected: Tensor) -> str:
+def _complaint(operation: Operation, found: Tensor, expected: Tensor) -> str:
     return (
-        f"message {message} is not what the plan expects: got {_describe(found)}, expected "
+        f"message {operation} is not what the plan expects: got {_describe(found)}, expected "
         f"{_describe(expected)}; the ranks run different plans or sizes"
     )
 

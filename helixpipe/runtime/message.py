@@ -6,8 +6,12 @@ storage only if they fill it from its start, one after the other.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from operator import mul
 
 import torch
 from torch import Tensor
@@ -33,53 +37,98 @@ class MessageLayout:
     dtype: torch.dtype
     num_kept: int | None = None
 
-    @property
+    @cached_property
     def num_elements(self) -> int:
         """Of all tensors together."""
         return sum(shape.numel() for shape in self.shapes)
 
-    @property
+    @cached_property
+    def num_bytes(self) -> int:
+        """Of a buffer: tensors, filled up to whole words, and header."""
+        return (self._header_start + HEADER_WORDS) * torch.int64.itemsize
+
+    @cached_property
+    def checksum(self) -> int:
+        """Of the shapes, in 32 bits: layouts of as many elements may be cut otherwise."""
+        return zlib.crc32(repr(self.shapes).encode())
+
+    @cached_property
     def _header_start(self) -> int:
-        """The header's first element: its numbers need an address that is a multiple of their size."""
-        per_word = torch.int64.itemsize // self.dtype.itemsize
-        return -(-self.num_elements // per_word) * per_word
+        """In words: the header needs an address that is a multiple of them."""
+        return -(-self.num_elements * self.dtype.itemsize // torch.int64.itemsize)
 
-    @property
-    def _header_elements(self) -> int:
-        return HEADER_WORDS * torch.int64.itemsize // self.dtype.itemsize
+    @cached_property
+    def _offsets(self) -> tuple[int, ...]:
+        return tuple(accumulate((shape.numel() for shape in self.shapes[:-1]), initial=0))
 
-    def pack(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Copy the tensors one after the other into a new buffer.
+    @cached_property
+    def _strides(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(_contiguous_strides(shape) for shape in self.shapes)
 
-        Raises:
-            ValueError: shapes or types other than the layout's. A message of the wrong size would be
-                accepted silently by gloo and corrupt the receiver.
+    def split(self) -> tuple[MessageLayout, ...]:
+        """Layouts of what the backward pass keeps and of the rest, which has a buffer that can be freed."""
+        if self.num_kept is None:
+            return (self,)
+        kept, rest = self.shapes[: self.num_kept], self.shapes[self.num_kept :]
+        return MessageLayout(kept, self.dtype), MessageLayout(rest, self.dtype)
+
+    def check(self, tensors: Sequence[Tensor]) -> None:
+        """Raise ``ValueError`` for tensors of other shapes or types.
+
+        A message of the wrong size would be accepted silently by gloo and corrupt the receiver.
         """
         found = tuple(tensor.shape for tensor in tensors)
-        if found != self.shapes or any(tensor.dtype != self.dtype for tensor in tensors):
+        if found != self.shapes or any(tensor.dtype is not self.dtype for tensor in tensors):
             raise ValueError(
                 f"message holds {[tuple(s) for s in found]} {[t.dtype for t in tensors]}, the plan expects "
                 f"{[tuple(s) for s in self.shapes]} {self.dtype}; check sequence length and micro batch size"
             )
-        buffer = self.empty(tensors[0].device)
-        # As they are: queries, keys and values are often views of one projection.
-        kernels.pack(buffer[: self.num_elements], [tensor.detach() for tensor in tensors])
-        return buffer
 
-    def empty(self, device: torch.device) -> Tensor:
-        """A buffer to receive into."""
-        return torch.empty(self._header_start + self._header_elements, dtype=self.dtype, device=device)
+    def empty(self, device: torch.device) -> MessageBuffer:
+        """A buffer to pack into, or to receive into."""
+        words = torch.empty(self._header_start + HEADER_WORDS, dtype=torch.int64, device=device)
+        data = words.view(self.dtype)
+        views = zip(self.shapes, self._strides, self._offsets, strict=True)
+        return MessageBuffer(
+            data,
+            tuple(data.as_strided(shape, stride, offset) for shape, stride, offset in views),
+            words[self._header_start :],
+        )
 
-    def header(self, buffer: Tensor) -> Tensor:
-        """The header's numbers as a view of the buffer, [HEADER_WORDS]."""
-        return buffer[self._header_start :].view(torch.int64)
 
-    def drop_rest(self, buffer: Tensor) -> None:
-        """Give back the memory of the tensors that are not kept; the others stay where autograd has them."""
-        kept = sum(shape.numel() for shape in self.shapes[: self.num_kept])
-        buffer.untyped_storage().resize_(kept * self.dtype.itemsize)
+def _contiguous_strides(shape: torch.Size) -> tuple[int, ...]:
+    return tuple(accumulate(reversed(shape[1:]), mul, initial=1))[::-1] if shape else ()
 
-    def unpack(self, buffer: Tensor) -> tuple[Tensor, ...]:
-        """The tensors as views of the buffer."""
-        parts = buffer[: self.num_elements].split([shape.numel() for shape in self.shapes])
-        return tuple(part.view(shape) for part, shape in zip(parts, self.shapes, strict=True))
+
+class MessageBuffer:
+    """One message in memory, with views of its parts.
+
+    Attributes:
+        data: all of it, one-dimensional and contiguous.
+        tensors: those of the layout.
+        header: [HEADER_WORDS].
+    """
+
+    __slots__ = ("data", "header", "tensors")
+
+    def __init__(self, data: Tensor, tensors: tuple[Tensor, ...], header: Tensor) -> None:
+        self.data = data
+        self.tensors = tensors
+        self.header = header
+
+    def fill(self, tensors: Sequence[Tensor]) -> None:
+        """Copy tensors, which fit the layout, one after the other.
+
+        They are taken as they lie: queries, keys and values are often views of one projection. On a GPU one
+        kernel copies such views; everything else is copied faster than that kernel is dispatched.
+        """
+        if _has_kernel_for(tensors):
+            num_elements = sum(tensor.numel() for tensor in tensors)
+            kernels.pack(self.data[:num_elements], [tensor.detach() for tensor in tensors])
+            return
+        for view, tensor in zip(self.tensors, tensors, strict=True):
+            view.copy_(tensor.detach())
+
+
+def _has_kernel_for(tensors: Sequence[Tensor]) -> bool:
+    return tensors[0].is_cuda and not all(tensor.is_contiguous() for tensor in tensors)

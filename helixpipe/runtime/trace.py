@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -99,15 +97,8 @@ class Trace:
         self._open = self._end = None
         self._origin = self.clock.mark()
 
-    @contextmanager
-    def compute(self, operation: Operation) -> Iterator[None]:
-        """Time one compute operation."""
-        self.begin(operation)
-        yield
-        self.end()
-
     def begin(self, operation: Operation) -> None:
-        """A compute operation starts."""
+        """One compute operation starts."""
         self._open = (operation, self.clock.mark())
 
     @property
@@ -121,11 +112,8 @@ class Trace:
         self._marks.append((*self._open, self.clock.mark()))
         self._open = None
 
-    @contextmanager
-    def wait(self, receive: Operation) -> Iterator[None]:
-        """Time how long compute stands still for a message; next to nothing if it is there already."""
-        start = self.clock.mark()
-        yield
+    def waited(self, receive: Operation, start: object) -> None:
+        """Compute stood still for a message since ``start``; next to nothing if it was there already."""
         self._wait_marks.append((receive, start, self.clock.mark()))
 
     def stop(self) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helixpipe.plan import Operation
-from helixpipe.runtime.header import HeaderCheck
+from helixpipe.runtime.header import HeaderCheck, Message
 from helixpipe.runtime.message import MessageLayout
 
 PLAN, TAG = 0x123456789ABCDEF, 40
@@ -20,26 +20,34 @@ def other(shape=(2, 3), dtype=torch.float32):
 class Deferred(HeaderCheck):
     """As on a device for which the host must not wait."""
 
-    def __init__(self, plan, num_messages, device):
-        super().__init__(plan, num_messages, device)
-        self._is_deferred = True
-        self._arrived = torch.zeros(num_messages, 4, dtype=torch.int64)
+    def __init__(self, plan, messages, device):
+        super().__init__(plan, messages, torch.device("meta"))
+
+
+def message(tag=TAG, layout=LAYOUT):
+    return Message(MESSAGE, tag, layout)
+
+
+def filled(layout, value):
+    buffer = layout.empty(torch.device("cpu"))
+    buffer.fill([torch.full(shape, value, dtype=layout.dtype) for shape in layout.shapes])
+    return buffer
 
 
 def receive(kind, sent, received=(PLAN, TAG, LAYOUT)):
     """Send with one idea of the message, receive with another; as many bytes as fit arrive."""
     device = torch.device("cpu")
     (plan, tag, layout), (own_plan, own_tag, own_layout) = sent, received
-    buffer = layout.pack([torch.ones(shape, dtype=layout.dtype) for shape in layout.shapes])
-    HeaderCheck(plan, 0, device).write(tag, layout, buffer)
+    buffer = filled(layout, 1)
+    HeaderCheck(plan, [message(tag, layout)], device).write(0, buffer)
+    check = kind(own_plan, [message(own_tag, own_layout)], device)
     # What was received into the same memory before.
-    arrived = own_layout.pack([torch.zeros(shape, dtype=own_layout.dtype) for shape in own_layout.shapes])
-    check = kind(own_plan, 1, device)
-    check.write(own_tag, own_layout, arrived)
-    check.clear(own_layout, arrived)
-    count = min(buffer.nbytes, arrived.nbytes)
-    arrived.view(torch.uint8)[:count] = buffer.view(torch.uint8)[:count]
-    check.compare(MESSAGE, own_tag, own_layout, arrived)
+    arrived = filled(own_layout, 0)
+    check.write(0, arrived)
+    check.clear(arrived)
+    count = min(buffer.data.nbytes, arrived.data.nbytes)
+    arrived.data.view(torch.uint8)[:count] = buffer.data.view(torch.uint8)[:count]
+    check.compare(0, arrived)
     check.finish()
 
 
@@ -63,10 +71,7 @@ def test_the_expected_message_passes(kind):
 def test_any_other_message_is_refused(kind, sent, got):
     with pytest.raises(ValueError, match=r"3RECV_F2@1 .* expected 6 elements torch.float32") as error:
         receive(kind, sent)
-    if (
-        kind is Deferred
-        and sent[2].empty(torch.device("cpu")).nbytes < LAYOUT.empty(torch.device("cpu")).nbytes
-    ):
+    if kind is Deferred and sent[2].num_bytes < LAYOUT.num_bytes:
         got = NO_HEADER  # the end of the buffer is all that was put aside
     assert got in str(error.value)
 
@@ -78,18 +83,29 @@ def test_a_message_whose_end_is_cut_off_is_refused(kind):
 
 
 def test_what_was_never_sent_is_refused():
-    check = HeaderCheck(PLAN, 1, torch.device("cpu"))
+    check = HeaderCheck(PLAN, [message()], torch.device("cpu"))
     buffer = LAYOUT.empty(torch.device("cpu"))
-    buffer.zero_()
+    check.clear(buffer)
     with pytest.raises(ValueError, match=f"got {NO_HEADER}"):
-        check.compare(MESSAGE, TAG, LAYOUT, buffer)
+        check.compare(0, buffer)
 
 
 def test_deferred_comparison_starts_anew_every_iteration():
-    check = Deferred(PLAN, 2, torch.device("cpu"))
+    check = Deferred(PLAN, [message(), message(TAG + 1)], torch.device("cpu"))
     for _ in range(3):
-        for _ in range(2):
+        for number in (0, 1):
             buffer = LAYOUT.empty(torch.device("cpu"))
-            check.write(TAG, LAYOUT, buffer)
-            check.compare(MESSAGE, TAG, LAYOUT, buffer)
+            check.write(number, buffer)
+            check.compare(number, buffer)
+        check.finish()
+
+
+def test_deferred_comparison_names_the_message_that_is_wrong():
+    other_message = Message(Operation.parse("4RECV_B0@2"), TAG + 1, LAYOUT)
+    check = Deferred(PLAN, [message(), other_message], torch.device("cpu"))
+    for number, written in ((0, 0), (1, 0)):
+        buffer = LAYOUT.empty(torch.device("cpu"))
+        check.write(written, buffer)
+        check.compare(number, buffer)
+    with pytest.raises(ValueError, match=f"4RECV_B0@2 .*number {TAG}.*number {TAG + 1}"):
         check.finish()

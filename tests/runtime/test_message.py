@@ -18,63 +18,59 @@ def tensors(dtype=torch.float32):
     return [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in SHAPES]
 
 
+def packed(layout, tensors):
+    buffer = layout.empty(torch.device("cpu"))
+    buffer.fill(tensors)
+    return buffer
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_round_trip(dtype):
     sent = tensors(dtype)
-    buffer = layout(dtype).pack(sent)
-    assert buffer.dtype is dtype
+    buffer = packed(layout(dtype), sent)
+    assert buffer.data.dtype is dtype
+    assert buffer.data.is_contiguous()
     assert layout().num_elements == 30 + 1 + 127 + 1
     payload = layout().num_elements * dtype.itemsize
-    assert buffer.nbytes == HEADER_WORDS * 8 + -(-payload // 8) * 8
-    layout(dtype).header(buffer).copy_(torch.tensor([-1, 2**62, 3, 4]))
-    assert layout(dtype).header(buffer).tolist() == [-1, 2**62, 3, 4]
-    found = layout(dtype).unpack(buffer)
-    assert [tensor.shape for tensor in found] == [tensor.shape for tensor in sent]
-    assert all(torch.equal(a, b) for a, b in zip(found, sent, strict=True))
+    assert buffer.data.nbytes == layout(dtype).num_bytes == HEADER_WORDS * 8 + -(-payload // 8) * 8
+    buffer.header.copy_(torch.tensor([-1, 2**62, 3, 4]))
+    assert buffer.data.view(torch.int64)[-HEADER_WORDS:].tolist() == [-1, 2**62, 3, 4]
+    assert [tensor.shape for tensor in buffer.tensors] == [tensor.shape for tensor in sent]
+    assert all(torch.equal(a, b) for a, b in zip(buffer.tensors, sent, strict=True))
+    assert all(tensor.is_contiguous() for tensor in buffer.tensors)
 
 
-def test_what_is_not_kept_is_dropped_and_the_rest_stays():
-    wanted = MessageLayout(
-        (torch.Size((3, 2)), torch.Size((5,)), torch.Size((4,))), torch.bfloat16, num_kept=2
+def test_what_is_kept_and_the_rest_are_buffers_of_their_own():
+    shapes = (torch.Size((3, 2)), torch.Size((5,)), torch.Size((4,)))
+    whole = MessageLayout(shapes, torch.bfloat16, num_kept=2)
+    assert whole.split() == (
+        MessageLayout(shapes[:2], torch.bfloat16),
+        MessageLayout(shapes[2:], torch.bfloat16),
     )
-    sent = [torch.randn(shape).to(torch.bfloat16) for shape in wanted.shapes]
-    buffer = wanted.pack(sent)
-    first, second, _ = wanted.unpack(buffer)
-    wanted.drop_rest(buffer)
-    assert buffer.untyped_storage().nbytes() == 2 * (6 + 5)
-    assert torch.equal(first, sent[0])
-    assert torch.equal(second, sent[1])
+    assert layout().split() == (layout(),)
 
 
 def test_tensors_may_be_laid_out_in_any_way():
     whole = torch.arange(24.0).reshape(4, 6)
     sent = [whole.t(), whole[:, ::2]]
-    wanted = layout(shapes=((6, 4), (4, 3)))
-    found = wanted.unpack(wanted.pack(sent))
+    found = packed(layout(shapes=((6, 4), (4, 3))), sent).tensors
     assert all(torch.equal(a, b) for a, b in zip(found, sent, strict=True))
 
 
-def test_pack_copies_and_unpack_does_not():
+def test_a_buffer_is_filled_by_copies_and_read_by_views():
+    """It must not change while it is sent, but a segment may use its output's memory again."""
     sent = tensors()
-    buffer = layout().pack(sent)
+    buffer = packed(layout(), sent)
     first = sent[0].clone()
     sent[0].zero_()
-    found = layout().unpack(buffer)
-    assert torch.equal(found[0], first)
-    assert {tensor.untyped_storage().data_ptr() for tensor in found} == {buffer.untyped_storage().data_ptr()}
-    buffer.fill_(7)
-    assert all((tensor == 7).all() for tensor in found)
+    assert torch.equal(buffer.tensors[0], first)
+    buffer.data.fill_(7)
+    assert all((tensor == 7).all() for tensor in buffer.tensors)
 
 
-def test_a_single_tensor_is_copied_too():
-    """A buffer must not change while it is sent, but a segment may reuse its output's memory."""
-    only = torch.randn(3)
-    assert layout(shapes=((3,),)).pack([only]).data_ptr() != only.data_ptr()
-
-
-def test_empty_buffer():
-    buffer = layout(torch.bfloat16).empty(torch.device("cpu"))
-    assert (buffer.shape, buffer.dtype, buffer.is_contiguous()) == ((160 + 16,), torch.bfloat16, True)
+def test_the_checksum_is_of_the_shapes():
+    assert layout().checksum == layout(torch.bfloat16).checksum
+    assert layout(shapes=((2, 3),)).checksum != layout(shapes=((3, 2),)).checksum
 
 
 @pytest.mark.parametrize(
@@ -94,7 +90,7 @@ def test_empty_buffer():
 def test_other_tensors_are_refused_with_what_was_found_and_expected(change, found):
     expected = "[(3, 2, 5), (1,), (127, 1), ()] torch.float32"
     with pytest.raises(ValueError, match=f"{re.escape(found)}.*{re.escape(expected)}"):
-        layout().pack(change(tensors()))
+        layout().check(change(tensors()))
 
 
 def transformer_engine_takes(query, key, value):
@@ -123,8 +119,7 @@ def test_transformer_engine_takes_queries_keys_and_values_of_a_message(dtype, to
     query, key = (tokens, 1, heads, channels), (tokens, 1, groups, channels)
     sent_as = layout(dtype, (query, key, key, (tokens, 1, heads * channels)))
     sent = [torch.randn(shape).to(dtype) for shape in sent_as.shapes]
-    buffer = sent_as.pack(sent)
-    sent_as.header(buffer).fill_(-1)
-    found = sent_as.unpack(buffer)
-    assert transformer_engine_takes(*found[:3])
-    assert all(torch.equal(a, b) for a, b in zip(found, sent, strict=True))
+    buffer = packed(sent_as, sent)
+    buffer.header.fill_(-1)
+    assert transformer_engine_takes(*buffer.tensors[:3])
+    assert all(torch.equal(a, b) for a, b in zip(buffer.tensors, sent, strict=True))

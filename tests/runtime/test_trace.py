@@ -29,8 +29,9 @@ def iteration(trace, clock):
     """Two operations of 3 and 5 ms, 1 ms before, 2 ms between and 4 ms after them."""
     trace.start()
     clock.now += 1
-    with trace.compute(op("0F0")):
-        clock.now += 3
+    trace.begin(op("0F0"))
+    clock.now += 3
+    trace.end()
     clock.now += 2
     trace.begin(op("0B0"))
     clock.now += 5
@@ -54,12 +55,13 @@ def test_waits_are_told_apart_from_compute():
     for _ in range(2):
         trace.start()
         clock.now += 1
-        with trace.wait(op("0RECV_F0@1")):
-            clock.now += 2
-        with trace.compute(op("1F0")):
-            clock.now += 3
-        with trace.wait(op("1RECV_B0@1")):
-            pass
+        start = clock.mark()
+        clock.now += 2
+        trace.waited(op("0RECV_F0@1"), start)
+        trace.begin(op("1F0"))
+        clock.now += 3
+        trace.end()
+        trace.waited(op("1RECV_B0@1"), clock.mark())
         trace.stop()
         assert trace.waits() == (Span(op("0RECV_F0@1"), 1, 3), Span(op("1RECV_B0@1"), 6, 6))
         assert trace.busy_ms() == 3
@@ -103,8 +105,8 @@ def test_the_null_clock_counts_nothing():
     clock = NullClock()
     trace = Trace(clock)
     trace.start()
-    with trace.compute(op("0F0")):
-        pass
+    trace.begin(op("0F0"))
+    trace.end()
     trace.stop()
     assert (trace.total_ms(), trace.busy_ms()) == (0, 0)
     assert [span.operation for span in trace.spans()] == [op("0F0")]
@@ -134,8 +136,9 @@ def test_a_wait_of_the_devices_stream_is_timed():
     with torch.cuda.stream(other):
         torch.cuda._sleep(100_000_000)
         arrived.record()
-    with trace.wait(op("0RECV_F0@1")):
-        arrived.wait()
+    start = trace.clock.mark()
+    arrived.wait()
+    trace.waited(op("0RECV_F0@1"), start)
     trace.stop()
     (wait,) = trace.waits()
     assert wait.end_ms - wait.start_ms > 10

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from split_plans import split_1f1b, with_weight_gradients
-from test_executor import HELIX, Ranks, assert_same, plan_of
+from test_executor import HELIX, Ranks, assert_same, plan_of, watch
 from torch.multiprocessing.reductions import StorageWeakRef
 from toy_segments import SplitToySegments, ToySegments, run_whole
 
@@ -76,27 +76,26 @@ def test_splitting_changes_no_bit_where_micro_batches_are_added_in_the_same_orde
 def test_weights_change_at_the_last_operation_and_at_no_other(plan):
     ranks = Ranks(plan, partial(SplitToySegments, plan.num_segments))
     for executor in ranks.executors:
-        watch(executor)
+        check_gradients(executor)
     ranks.run()
 
 
-def watch(executor):
+def check_gradients(executor):
     """Compare the weights' gradients before and after each compute operation.
 
     They change at W, and at B of a micro batch without W.
     """
     segments = executor.segments
 
-    def checked(run, operation):
+    def checked(operation, run):
         before = [None if w.grad is None else w.grad.clone() for w in segments.weights]
-        run(operation)
+        run()
         for number, (weight, old) in enumerate(zip(segments.weights, before, strict=True)):
             same = weight.grad is old if old is None else torch.equal(weight.grad, old)
             completes = operation.kind is executor.plan.last_kind(operation.micro_batch)
             assert same != (completes and number == operation.segment), operation
 
-    for kind in (Kind.F, Kind.B, Kind.W):
-        executor._dispatch[kind] = partial(checked, executor._dispatch[kind])
+    watch(executor, {Kind.F, Kind.B, Kind.W}, checked)
 
 
 @pytest.mark.parametrize("plan", [PLANS[3], PLANS[5]], ids=["1f1b", "interleaved"])
@@ -147,8 +146,8 @@ def test_b_frees_everything_but_what_w_needs():
     (executor,), (segments,) = ranks.executors, ranks.segments
     alive = []
 
-    def noted(run, operation):
-        run(operation)
+    def noted(operation, run):
+        run()
         gc.collect()
         alive.append(
             (
@@ -158,8 +157,7 @@ def test_b_frees_everything_but_what_w_needs():
             )
         )
 
-    for kind in (Kind.B, Kind.W):
-        executor._dispatch[kind] = partial(noted, executor._dispatch[kind])
+    watch(executor, {Kind.B, Kind.W}, noted)
     ranks.run()
     assert [entry for entry in alive if "B" in entry[0]] == [("0B0", 1, 0), ("0B1", 2, 0)]
     assert [entry for entry in alive if "W" in entry[0]] == [("0W0", 1, 0), ("0W1", 0, 0)]

@@ -19,8 +19,8 @@ from helixpipe.plan import Kind, Operation
 from helixpipe.plan.cost_model import HARDWARE, Workload
 from helixpipe.plan.cost_model.shape import ModelShape
 from helixpipe.plan.simulation.memory import held_bytes
-from helixpipe.runtime.executor import Executor
 from helixpipe.runtime.message import HEADER_WORDS
+from helixpipe.runtime.steps import Backward, Forward
 from helixpipe.runtime.trace import HostClock
 
 
@@ -45,24 +45,24 @@ def measure(case: ElasticCase) -> Measured:
     chunks = build_elastic(case)
     contexts = chunks[0].module.contexts
     moments: list[Moment] = []
-    originals = {name: getattr(Executor, name) for name in ("_forward", "_backward")}
+    runs = {kind: kind.__call__ for kind in (Forward, Backward)}
 
-    def noting(name: str) -> Any:
-        def run(executor: Executor, operation: Operation) -> None:
-            originals[name](executor, operation)
-            moments.append(Moment(operation, live.bytes()))
+    def noting(kind: Any) -> Any:
+        def run(step: Any) -> None:
+            runs[kind](step)
+            moments.append(Moment(step.operation, live.bytes()))
 
         return run
 
     batch = ElasticBatch(recipe_of(case), documents(case))
     with LiveKept(chunks[0], contexts.tensors) as live:
-        for name in originals:
-            setattr(Executor, name, noting(name))
+        for kind in runs:
+            kind.__call__ = noting(kind)
         try:
             train_once(case, chunks, ElasticForwardBackward(clock=HostClock()), batch)
         finally:
-            for name, original in originals.items():
-                setattr(Executor, name, original)
+            for kind, run in runs.items():
+                kind.__call__ = run
     return Measured(moments, live.peak)
 
 

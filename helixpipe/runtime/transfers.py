@@ -1,0 +1,197 @@
+"""How tensors pass from one operation to the next: within a rank, or as messages between two.
+
+Everything here is bound once per plan: peer, tag, layout and header of a message do not change between
+iterations.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from helixpipe.plan.operation import Operation
+from helixpipe.reliability.record import Progress
+from helixpipe.runtime.communicator import Communicator, Handle
+from helixpipe.runtime.header import HeaderCheck, Message
+from helixpipe.runtime.message import MessageBuffer, MessageLayout
+from helixpipe.runtime.trace import Trace
+
+Tensors: TypeAlias = tuple[Tensor, ...]
+
+
+class Source(Protocol):
+    """Where an operation finds its input."""
+
+    def take(self) -> Tensors:
+        """The tensors, which are given once."""
+
+
+class Slot:
+    """What an operation leaves for the next one on its rank, which may be the one that sends it."""
+
+    __slots__ = ("_tensors",)
+
+    def __init__(self) -> None:
+        self._tensors: Tensors | None = None
+
+    def put(self, tensors: Tensors) -> None:
+        """Leave the result."""
+        assert self._tensors is None
+        self._tensors = tensors
+
+    def take(self) -> Tensors:
+        """See :class:`Source`."""
+        tensors, self._tensors = self._tensors, None
+        assert tensors is not None, "its producer has not run"
+        return tensors
+
+    @property
+    def is_empty(self) -> bool:
+        """True if nothing waits to be taken."""
+        return self._tensors is None
+
+
+class Mail:
+    """One rank's messages of a plan, with all that sending and receiving them needs.
+
+    A message may be several buffers, as a layout is split; each is a message to the communicator.
+
+    Args:
+        communicator: this rank's end.
+        plan_digest: of the plan that all ranks follow.
+        messages: every buffer of this rank, in any order.
+        device: where buffers are.
+        trace, progress: told of waits.
+    """
+
+    # Sends complete in order per peer; beyond so many unfinished ones, or so many bytes of more than one, the
+    # oldest is waited for. A valid plan cannot deadlock even if every send were waited for at once.
+    MAX_UNFINISHED_SENDS = 16
+    MAX_UNFINISHED_BYTES = 2 * 2**30
+
+    # Buffers of finished sends that wait for a message of their size.
+    MAX_IDLE = 2
+
+    def __init__(
+        self,
+        communicator: Communicator,
+        plan_digest: int,
+        messages: Sequence[Message],
+        device: torch.device,
+        trace: Trace,
+        progress: Progress,
+    ) -> None:
+        self.communicator = communicator
+        self.device = device
+        self.trace = trace
+        self.progress = progress
+        self.headers = HeaderCheck(plan_digest, messages, device)
+        self.numbers = {message.tag: number for number, message in enumerate(messages)}
+        self._unfinished: deque[tuple[Message, Handle, MessageBuffer]] = deque()
+        self._unfinished_bytes = 0
+        self._idle: deque[tuple[MessageLayout, MessageBuffer]] = deque(maxlen=self.MAX_IDLE)
+
+    def send(self, message: Message, number: int, tensors: Sequence[Tensor]) -> None:
+        """Start sending tensors."""
+        layout, peer = message.layout, message.operation.peer
+        assert peer is not None
+        layout.check(tensors)
+        buffer = self._idle_buffer(layout) or layout.empty(self.device)
+        buffer.fill(tensors)
+        self.headers.write(number, buffer)
+        handle = self.communicator.send(buffer.data, peer, message.tag)
+        self._unfinished.append((message, handle, buffer))
+        self._unfinished_bytes += layout.num_bytes
+        while len(self._unfinished) > self.MAX_UNFINISHED_SENDS or (
+            self._unfinished_bytes > self.MAX_UNFINISHED_BYTES and len(self._unfinished) > 1
+        ):
+            self._finish_oldest()
+
+    def _idle_buffer(self, layout: MessageLayout) -> MessageBuffer | None:
+        for index, (fits, buffer) in enumerate(self._idle):
+            if fits == layout:
+                del self._idle[index]
+                return buffer
+        return None
+
+    def _finish_oldest(self) -> None:
+        """Wait for a send; on a GPU the current stream waits, so whatever is written next follows it."""
+        message, handle, buffer = self._unfinished.popleft()
+        self.progress.wait(message.operation)
+        handle.wait()
+        self.progress.resume()
+        self._unfinished_bytes -= message.layout.num_bytes
+        self._idle.append((message.layout, buffer))
+
+    def finish(self) -> None:
+        """Wait for all sends, at the end of an iteration."""
+        while self._unfinished:
+            self._finish_oldest()
+        # Between iterations others may need their memory.
+        self._idle.clear()
+
+
+class Receive:
+    """A message to this rank: posted in the plan's order, waited for by the operation that needs it."""
+
+    __slots__ = ("_incoming", "_mail", "_messages", "operation")
+
+    def __init__(self, mail: Mail, operation: Operation, messages: Sequence[Message]) -> None:
+        self.operation = operation
+        self._mail = mail
+        self._messages = [(message, mail.numbers[message.tag]) for message in messages]
+        self._incoming: list[tuple[int, Handle, MessageBuffer]] = []
+
+    @property
+    def is_posted(self) -> bool:
+        """True from the post until the message is taken."""
+        return bool(self._incoming)
+
+    def post(self) -> None:
+        """Begin to receive."""
+        mail = self._mail
+        for message, number in self._messages:
+            buffer = message.layout.empty(mail.device)
+            mail.headers.clear(buffer)
+            assert message.operation.peer is not None
+            handle = mail.communicator.receive(buffer.data, message.operation.peer, message.tag)
+            self._incoming.append((number, handle, buffer))
+
+    def take(self) -> Tensors:
+        """See :class:`Source`; waits for the message."""
+        mail, incoming = self._mail, self._incoming
+        assert incoming, f"{self.operation} was not posted"
+        mail.progress.wait(self.operation)
+        start = mail.trace.clock.mark()
+        for _, handle, _ in incoming:
+            handle.wait()
+        mail.trace.waited(self.operation, start)
+        mail.progress.resume()
+        self._incoming = []
+        for number, _, buffer in incoming:
+            mail.headers.compare(number, buffer)
+        return tuple(tensor for _, _, buffer in incoming for tensor in buffer.tensors)
+
+
+class Send:
+    """A message from this rank."""
+
+    __slots__ = ("_mail", "_messages", "operation")
+
+    def __init__(self, mail: Mail, operation: Operation, messages: Sequence[Message]) -> None:
+        self.operation = operation
+        self._mail = mail
+        self._messages = [(message, mail.numbers[message.tag]) for message in messages]
+
+    def post(self, tensors: Tensors) -> None:
+        """Begin to send the tensors of all its buffers."""
+        first = 0
+        for message, number in self._messages:
+            last = first + len(message.layout.shapes)
+            self._mail.send(message, number, tensors[first:last])
+            first = last
+        assert first == len(tensors)
