@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from helixpipe.commands import elastic, lengths, measurement, planning, prediction
 from helixpipe.commands.parser import Parser, UsageError
+from helixpipe.commands.terminal import run_printing
 from helixpipe.reliability.exit_codes import BAD_USAGE
 
 # What the base install leaves out.
@@ -18,8 +19,12 @@ _OF_TRAINING = ("torch", "megatron", "tokenizers", "psutil")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 if it succeeded, 2 with one line on stderr if the input was wrong.
 
-    Without a command it prints the help, as ``--help`` does.
+    Without a command it prints the help, as ``--help`` does. If nobody reads the output any more, it is 141.
     """
+    return run_printing(lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     program = "helixpipe"
     parser = build_parser()
     try:
@@ -31,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.run(args)
     except UsageError as error:
         return _fail(error.program, error)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         return _fail(program, error)
     except ModuleNotFoundError as error:

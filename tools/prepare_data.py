@@ -17,6 +17,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from helixpipe.commands.parser import ScriptParser
 from helixpipe.commands.ranges import Whole
+from helixpipe.commands.terminal import run_printing
 from helixpipe.data.prefix import END_OF_DOCUMENT
 from helixpipe.data.prepare.corpus import (
     DEFAULT_VOCAB_SIZE,
@@ -220,4 +221,4 @@ if __name__ == "__main__":
         # Under nohup SIGHUP is ignored, and stays so.
         if signal.getsignal(_number) == signal.SIG_DFL:
             signal.signal(_number, _stop)
-    sys.exit(main())
+    sys.exit(run_printing(main))

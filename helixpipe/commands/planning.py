@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from helixpipe.commands.ranges import LAYERS, RANKS, Real, Whole
+from helixpipe.commands.terminal import prints
 from helixpipe.plan import Plan, ScheduleRequest, build_plan, validate
 from helixpipe.plan.schedules import planned_ahead
 from helixpipe.plan.schedules.request import ATTENTION_RANGES, HEAD_PLACEMENTS, ROUND_ORDERS, KnownCosts
@@ -154,7 +155,7 @@ def _draw(args: argparse.Namespace) -> None:
     from helixpipe.report.page import write_page
     from helixpipe.report.perfetto import write_perfetto
     from helixpipe.report.picture import draw_timeline, draw_timelines
-    from helixpipe.report.text import text_grid
+    from helixpipe.report.text import ASCII, UNICODE, text_grid
 
     entries = _labelled_timelines(args)
     timelines = [entry.timeline for entry in entries]
@@ -170,7 +171,8 @@ def _draw(args: argparse.Namespace) -> None:
     elif suffix == ".json":
         write_perfetto(timelines, args.output)
     elif suffix is None:
-        print("\n\n".join(text_grid(timeline) for timeline in timelines))
+        glyphs = UNICODE if prints("".join(UNICODE)) else ASCII
+        print("\n\n".join(text_grid(timeline, glyphs=glyphs) for timeline in timelines))
         return
     elif len(timelines) > 1:
         if args.title is not None or args.memory:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 
-from rich.console import Console
 from rich.table import Table
 
 from helixpipe.plan.advise import Advice, Job, Option
 from helixpipe.plan.advise.context_parallel import Exchange
+from helixpipe.report.console import table_console
 
 GIB = 2**30
 # Piped output has no width of its own; the table needs this much.
@@ -18,7 +17,7 @@ _WIDTH = 132
 
 def print_advice(advice: Advice, job: Job) -> None:
     """Print everything that ``advise`` found out."""
-    console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
+    console = table_console(_WIDTH)
     console.print(_table(advice, job))
     for line in _lines(advice, job):
         # Arguments are to be copied: nothing may break or style them.

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
-from rich.console import Console
 from rich.table import Table
 
 from helixpipe.report.comparison import Comparison, Shares, verdict
+from helixpipe.report.console import table_console
 
 _WIDTH = 120
 _WAITS_SHOWN = 8
@@ -15,7 +13,7 @@ _WAITS_SHOWN = 8
 
 def print_comparison(found: Comparison) -> None:
     """Print per-operation errors, where the time went, the longest waits and a verdict."""
-    console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
+    console = table_console(_WIDTH)
     for table in (_errors(found), _time(found), _waits(found)):
         console.print(table)
         console.print()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 
-from rich.console import Console
 from rich.table import Table
 
 from helixpipe.elastic.baselines import Baseline
@@ -13,6 +11,7 @@ from helixpipe.elastic.chunks import Chunk
 from helixpipe.elastic.elastic_plan import ElasticPlan, Prediction
 from helixpipe.elastic.job import ElasticJob
 from helixpipe.report.byte_units import byte_unit
+from helixpipe.report.console import table_console
 
 # Piped output has no width of its own; the tables need this much.
 _WIDTH = 132
@@ -21,7 +20,7 @@ _SHOWN_LENGTHS = 4
 
 def print_elastic_plan(plan: ElasticPlan, job: ElasticJob, baselines: Sequence[Baseline]) -> None:
     """Print everything that ``elastic`` found out."""
-    console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
+    console = table_console(_WIDTH)
     console.print(_chunk_table(plan, job))
     console.print()
     console.print(_stage_table(plan, job))

@@ -9,7 +9,6 @@ from typing import NamedTuple
 from helixpipe.plan.simulation.timeline import Timeline
 from helixpipe.report.role import Role, role_of
 
-IDLE = "·"
 _MIN_COLUMNS = 16
 # Share of the operations that need room for a form before the form is used at all.
 _MOSTLY = 0.7
@@ -21,15 +20,28 @@ _LABELS = {
     Role.ATTENTION_BACKWARD: "b",
     Role.WEIGHT: "W",
 }
+
+
 # With one column per operation a single character has to carry both facts: its alphabet names the role,
 # its place in the alphabet the micro batch. Raised is attention in both directions.
-_ALPHABETS = {
-    Role.FORWARD: "0123456789",
-    Role.ATTENTION_FORWARD: "⁰¹²³⁴⁵⁶⁷⁸⁹",
-    Role.BACKWARD: "abcdefghij",
-    Role.ATTENTION_BACKWARD: "ᵃᵇᶜᵈᵉᶠᵍʰⁱʲ",
-    Role.WEIGHT: "ABCDEFGHIJ",
-}
+class Glyphs(NamedTuple):
+    """Characters of a grid. The alphabets are in the order of the roles' labels, joined."""
+
+    idle: str
+    edge: str
+    line: str
+    between: str
+    more: str
+    alphabets: str
+
+    def alphabet(self, role: Role) -> str:
+        """The ten characters of a role."""
+        first = 10 * list(_LABELS).index(role)
+        return self.alphabets[first : first + 10]
+
+
+UNICODE = Glyphs("·", "│", "─", "·", "…", "0123456789⁰¹²³⁴⁵⁶⁷⁸⁹abcdefghijᵃᵇᶜᵈᵉᶠᵍʰⁱʲABCDEFGHIJ")
+ASCII = Glyphs(".", "|", "-", "-", "...", "0123456789KLMNOPQRSTabcdefghijklmnopqrstABCDEFGHIJ")
 
 
 class _Cell(NamedTuple):
@@ -57,27 +69,32 @@ class _Form(Enum):
     def fits(self, cell: _Cell) -> bool:
         return cell.width >= {_Form.LABEL: len(cell.label), _Form.CHARACTER: 1, _Form.ROLE: 0}[self]
 
-    def write(self, cell: _Cell) -> str:
+    def write(self, cell: _Cell, glyphs: Glyphs) -> str:
         if self is _Form.LABEL:
-            return cell.label[: cell.width].ljust(cell.width, "─")
+            return cell.label[: cell.width].ljust(cell.width, glyphs.line)
         if self is _Form.CHARACTER:
-            return _ALPHABETS[cell.role][cell.micro_batch % 10] * cell.width
+            return glyphs.alphabet(cell.role)[cell.micro_batch % 10] * cell.width
         return _LABELS[cell.role] * cell.width
 
-    def legend(self, roles: set[Role]) -> str:
+    def legend(self, roles: set[Role], glyphs: Glyphs) -> str:
         def key(role: Role) -> str:
-            return f"{_ALPHABETS[role][0]}…" if self is _Form.CHARACTER else _LABELS[role]
+            return f"{glyphs.alphabet(role)[0]}{glyphs.more}" if self is _Form.CHARACTER else _LABELS[role]
 
         keys = ", ".join(f"{key(role)} {role.value}" for role in Role if role in roles)
-        return f"{keys} {self.value}; {IDLE} idle"
+        return f"{keys} {self.value}; {glyphs.idle} idle"
 
 
-def text_grid(timeline: Timeline, width: int | None = None) -> str:
+def text_grid(timeline: Timeline, width: int | None = None, glyphs: Glyphs = UNICODE) -> str:
     """Draw ``timeline`` in ``width`` columns (default: the terminal's).
 
     All columns are equally long and show what runs in their middle; operations shorter than a column
     may be left out. Where most operations have room, cells are labelled (``F3─``); in less room one character
     stands for both role and micro batch, and in the least for the role alone. The last line is the legend.
+
+    Args:
+        timeline: predicted or measured.
+        width: columns of the text.
+        glyphs: ``ASCII`` for a terminal that knows no others.
 
     Raises:
         ValueError: the timeline is empty.
@@ -92,16 +109,19 @@ def text_grid(timeline: Timeline, width: int | None = None) -> str:
     grid = _cells(timeline, slot_ms)
     cells = [cell for row in grid for cell in row]
     form = next(form for form in _Form if sum(map(form.fits, cells)) >= _MOSTLY * len(cells))
-    lines = [
-        f"{timeline.source} · makespan {timeline.makespan_ms:.6g} ms · bubble {timeline.bubble_ratio:.1%} · "
-        f"1 column = {slot_ms:.3g} ms"
-    ]
+    facts = (
+        timeline.source,
+        f"makespan {timeline.makespan_ms:.6g} ms",
+        f"bubble {timeline.bubble_ratio:.1%}",
+        f"1 column = {slot_ms:.3g} ms",
+    )
+    lines = [f" {glyphs.between} ".join(facts)]
     for name, row in zip(ranks, grid, strict=True):
-        text = [IDLE] * columns
+        text = [glyphs.idle] * columns
         for cell in row:
-            text[cell.first : cell.last] = form.write(cell)
-        lines.append(f"{name:>{margin}} │{''.join(text)}│")
-    lines.append(form.legend({cell.role for cell in cells}))
+            text[cell.first : cell.last] = form.write(cell, glyphs)
+        lines.append(f"{name:>{margin}} {glyphs.edge}{''.join(text)}{glyphs.edge}")
+    lines.append(form.legend({cell.role for cell in cells}, glyphs))
     return "\n".join(lines)
 
 
