@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from helixpipe.reliability.exit_codes import PREEMPTED, DataError, NumericsError
 from helixpipe.reliability.monitor import Monitor
 from helixpipe.runtime.trace import NullClock, default_clock
 from megatron.pretrain.checkpoint.checkpoint import Loaded, Progress, load_checkpoint
+from megatron.pretrain.checkpoint.files import is_same_folder
 from megatron.pretrain.checkpoint.saver import Saver, SaveStatus
 from megatron.pretrain.data.elastic_iterators import ElasticTraining, ElasticValidation
 from megatron.pretrain.data.gpt import Batch, build_iterators
@@ -31,16 +31,14 @@ from megatron.pretrain.health.guards import (
 from megatron.pretrain.health.memory_report import MemoryWatch, explains_out_of_memory
 from megatron.pretrain.health.monitoring import monitored
 from megatron.pretrain.health.preemption import StopRequest
-from megatron.pretrain.health.rendezvous import agent_store, has_saved, note_saved
 from megatron.pretrain.health.replicas import check_replicas
 from megatron.pretrain.initialize import finalize, initialize, seed_random_states
 from megatron.pretrain.metrics import Planning, Reporter, gather_metrics, mean_loss
 from megatron.pretrain.model import TrainingState, build_training_state
+from megatron.pretrain.outputs import Outputs, own_outputs
 from megatron.pretrain.settings.schedule import ScheduleSettings
 
 ForwardStep = Callable[..., Any]
-
-_STORE_TIMEOUT = timedelta(seconds=30)
 
 
 def pretrain(
@@ -75,6 +73,15 @@ def pretrain(
 
 @explains_out_of_memory
 def _train(args: argparse.Namespace, forward_step: ForwardStep, monitor: Monitor) -> int:
+    monitor.enter("outputs")
+    with own_outputs(args) as outputs:
+        args.load = outputs.load
+        return _train_with(outputs, args, forward_step, monitor)
+
+
+def _train_with(
+    outputs: Outputs, args: argparse.Namespace, forward_step: ForwardStep, monitor: Monitor
+) -> int:
     args.measure = args.metrics_jsonl is not None or args.trace_dir is not None
     clock = default_clock() if args.measure else NullClock()
     schedule: ScheduleSettings = args.schedule
@@ -82,28 +89,33 @@ def _train(args: argparse.Namespace, forward_step: ForwardStep, monitor: Monitor
     monitor.enter("build model")
     state = build_training_state(args)
     monitor.enter("load")
-    loaded = _resume(args, state)
+    loaded = load_checkpoint(args, state) if args.load is not None else Loaded()
     progress = loaded.progress
     reporter = Reporter(args, progress.iteration)
     _announce(args, loaded, reporter)
     monitor.enter("build data")
     run = _Run(args, forward_step, forward_backward, state, reporter, monitor)
+    is_in_save = args.save is not None and args.load is not None and is_same_folder(args.load, args.save)
+    saver = Saver(args, reporter.say, outputs, loaded.folder if is_in_save else None, monitor)
     if not schedule.execution.joins_documents:
         validation = ElasticValidation(args, progress.evaluated_samples) if args.eval_iters else None
         with closing(ElasticTraining(args, progress.position)) as batches:
             run.planning = batches.planning
-            return _iterate(run, progress, batches, validation)
+            return _iterate(run, saver, progress, batches, validation)
     iterators = build_iterators(args, progress.position, progress.evaluated_samples)
-    return _iterate(run, progress, *iterators)
+    return _iterate(run, saver, progress, *iterators)
 
 
 def _iterate(
-    run: _Run, progress: Progress, train_data: Iterator[Any] | None, valid_data: Iterator[Any] | None
+    run: _Run,
+    saver: Saver,
+    progress: Progress,
+    train_data: Iterator[Any] | None,
+    valid_data: Iterator[Any] | None,
 ) -> int:
     """Train to ``--train-iters`` or until asked to stop, with evaluations and checkpoints; the exit code."""
     args, monitor, reporter = run.args, run.monitor, run.reporter
     memory = MemoryWatch(args)
-    saver = Saver(args, reporter.say, lambda: note_saved(agent_store(_STORE_TIMEOUT)), monitor)
     request = StopRequest()
     request.listen()
     data = None if train_data is None else KeptBatches(train_data)
@@ -138,6 +150,7 @@ def _iterate(
             return _leave(args, progress, request, reporter)
     reporter.say(reporter.planning_summary())
     reporter.say(memory.summary())
+    reporter.say(reporter.summary())
     return 0
 
 
@@ -147,13 +160,6 @@ def _after_batch(progress: Progress, args: argparse.Namespace) -> Progress:
         consumed_samples=progress.consumed_samples + args.global_batch_size,
         position=progress.position + args.global_batch_size,
     )
-
-
-def _resume(args: argparse.Namespace, state: TrainingState) -> Loaded:
-    """Load from ``--load``, or from ``--save`` if torchrun has restarted a job that has saved there."""
-    if args.save is not None and args.load != args.save and has_saved(agent_store(_STORE_TIMEOUT)):
-        args.load = args.save
-    return load_checkpoint(args, state) if args.load is not None else Loaded()
 
 
 def _leave(args: argparse.Namespace, progress: Progress, request: StopRequest, reporter: Reporter) -> int:

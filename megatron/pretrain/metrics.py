@@ -23,6 +23,7 @@ from helixpipe.plan import Plan
 from helixpipe.plan.simulation.timeline import Timeline
 from helixpipe.reliability.loss_spikes import LossSpikes
 from helixpipe.runtime.trace import Trace
+from megatron.pretrain.side_outputs import MetricsFile, SideOutput, replace_file, say
 
 
 class Planning(NamedTuple):
@@ -183,28 +184,25 @@ def _peak_memory_bytes() -> int:
 
 
 class Reporter:
-    """Writes metrics and timelines on rank 0.
+    """Prints on rank 0, and writes metrics and timelines there; what cannot be written does not end training.
 
     Args:
         args: parsed arguments: where to write, how often to print.
-        iteration: the last finished iteration; lines of later ones in an existing file are dropped.
+        iteration: the last finished iteration; lines of later ones in an existing file are set aside.
     """
 
     def __init__(self, args: argparse.Namespace, iteration: int) -> None:
         self.args = args
         self._is_writer = args.rank == 0
-        self._file = None
         self._spikes = LossSpikes()
         self._plans: list[Planning] = []
+        self._file: MetricsFile | None = None
+        self._metrics = SideOutput(args.metrics_jsonl, "metrics of iterations")
+        self._traces = SideOutput(args.trace_dir, "timelines and plans")
         if self._is_writer and args.metrics_jsonl is not None:
-            args.metrics_jsonl.parent.mkdir(parents=True, exist_ok=True)
-            _drop_later_lines(args.metrics_jsonl, iteration)
-            self._file = args.metrics_jsonl.open("a", encoding="utf-8")
-        if self._is_writer and args.trace_dir is not None:
-            args.trace_dir.mkdir(parents=True, exist_ok=True)
-            if args.schedule.plan is not None:
-                plan_text = args.schedule.plan.to_json()
-                (args.trace_dir / "plan.json").write_text(plan_text, encoding="utf-8")
+            self._metrics.attempt(lambda: self._open(iteration))
+        if self._is_writer and args.trace_dir is not None and args.schedule.plan is not None:
+            self._traces.attempt(lambda: self._write("plan.json", args.schedule.plan.to_json()))
 
     def report(self, metrics: IterationMetrics) -> None:
         """Print the iteration's line and append to the metrics file."""
@@ -213,13 +211,12 @@ class Reporter:
         if metrics.planning is not None:
             self._plans.append(metrics.planning)
         if metrics.iteration % self.args.log_interval == 0:
-            print(iteration_line(metrics, self.args), flush=True)
+            say(iteration_line(metrics, self.args))
         spike = self._spikes.check(metrics.lm_loss)
         if spike:
-            print(f"iteration {metrics.iteration}: {spike}", flush=True)
-        if self._file is not None:
-            self._file.write(metrics.to_json() + "\n")
-            self._file.flush()
+            say(f"iteration {metrics.iteration}: {spike}")
+        if self.args.metrics_jsonl is not None:
+            self._metrics.attempt(lambda: self._append(metrics))
 
     def write_timeline(self, iteration: int, plan: Plan | None, trace: Trace) -> None:
         """Write the measured timeline of the first pipeline, and a batch's own plan; collective."""
@@ -237,10 +234,28 @@ class Reporter:
                 plan.segment_names,
                 waits=waits if trace.sees_waits else (),
             )
-            path = self.args.trace_dir / f"iteration_{iteration:07d}.json"
-            path.write_text(timeline.to_json(), encoding="utf-8")
+            name = f"{iteration:07d}.json"
+            self._traces.attempt(lambda: self._write(f"iteration_{name}", timeline.to_json()))
             if self.args.schedule.plan is None:
-                path.with_name(f"plan_{iteration:07d}.json").write_text(plan.to_json(), encoding="utf-8")
+                self._traces.attempt(lambda: self._write(f"plan_{name}", plan.to_json()))
+
+    def _open(self, iteration: int) -> None:
+        self._file = MetricsFile(self.args.metrics_jsonl, iteration)
+
+    def _append(self, metrics: IterationMetrics) -> None:
+        if self._file is None:
+            self._open(metrics.iteration - 1)
+        assert self._file is not None
+        self._file.append(metrics.to_json())
+
+    def _write(self, name: str, text: str) -> None:
+        folder: Path = self.args.trace_dir
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / name, text)
+
+    def summary(self) -> str:
+        """What could not be written; empty if nothing is missing."""
+        return "; ".join(filter(None, (self._metrics.summary(), self._traces.summary())))
 
     def planning_summary(self) -> str:
         """How long planning took, and how long training waited for it; empty if nothing was planned."""
@@ -258,7 +273,7 @@ class Reporter:
     def say(self, text: str) -> None:
         """Print a line, once for the whole job; none if there is nothing to say."""
         if self._is_writer and text:
-            print(text, flush=True)
+            say(text)
 
 
 def iteration_line(metrics: IterationMetrics, args: argparse.Namespace) -> str:
@@ -286,17 +301,3 @@ def iteration_line(metrics: IterationMetrics, args: argparse.Namespace) -> str:
         parts.append(f"predicted (ms): {plan.predicted_ms:.1f} | measured (ms): {measured}")
         parts.append(f"planning (s): {plan.planning_s:.2f} | waited (s): {plan.planning_waited_s:.2f}")
     return " | ".join(parts)
-
-
-def _drop_later_lines(path: Path, iteration: int) -> None:
-    """A resumed run replaces the lines of the iterations that it repeats; a fresh run replaces all."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["iteration"] <= iteration:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue  # the last line of a killed run may be cut
-    path.write_text("".join(kept), encoding="utf-8")

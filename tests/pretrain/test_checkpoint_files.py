@@ -3,9 +3,11 @@
 import json
 import os
 import pickle
+import random
 import resource
 import shutil
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,31 +23,38 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from helixpipe.reliability.exit_codes import DataError
-from megatron.pretrain.checkpoint import files as checkpoint_files
+from megatron.pretrain.checkpoint import publishing
 from megatron.pretrain.checkpoint.checkpoint import Loaded, check_tensors, load_checkpoint
 from megatron.pretrain.checkpoint.files import (
+    LINEAGE,
     MANIFEST,
     TRACKER,
+    branch_of,
     check_file,
     digest,
     folder_of,
     manifest_of,
-    publish,
     share,
-    start_saving,
     tracked,
     usable,
 )
+from megatron.pretrain.checkpoint.publishing import JOURNAL, finish_publishing, publish, start_saving
 from megatron.pretrain.checkpoint.safe_pickle import find_unsafe_content, no_code_from_disk
 
 FILES = {"__0_0.distcp": b"weights" * 1000, ".metadata": b"table", "common.pt": b""}
 
 
-def save(root, iteration, keep=None, files=FILES):
+TRACKED = object()
+
+
+def save(root, iteration, keep=None, files=FILES, previous=TRACKED):
+    """Save as a job does that goes on from ``previous``, by default from what the tracker names."""
     folder = start_saving(root, iteration)
     for name, content in files.items():
         (folder / name).write_bytes(content + str(iteration).encode())
-    return publish(root, iteration, {name: digest(folder / name, to_disk=True) for name in files}, keep)
+    digests = {name: digest(folder / name, to_disk=True) for name in files}
+    before = tracked(root) if previous is TRACKED else previous
+    return publish(root, iteration, digests, job="test", previous=before, keep=keep).folder
 
 
 def problems(folder):
@@ -67,12 +76,66 @@ def test_the_last_ones_are_kept(tmp_path):
     assert [path.name for path in usable(tmp_path)] == ["iter_0000006", "iter_0000008"]
 
 
-def test_saving_an_iteration_again_replaces_it(tmp_path):
-    save(tmp_path, 2)
+def names(root):
+    return sorted(path.name for path in root.iterdir() if path.name != TRACKER)
+
+
+def test_an_iteration_that_is_saved_again_sets_the_abandoned_one_aside(tmp_path):
+    first = save(tmp_path, 2)
     save(tmp_path, 4)
-    save(tmp_path, 4, files={"other": b"x"})
-    assert set(manifest_of(tracked(tmp_path))) == {"other"}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000002", "iter_0000004", TRACKER]
+    for count in range(2):
+        save(tmp_path, 4, files={"other": b"x"}, previous=first)
+        assert set(manifest_of(tracked(tmp_path))) == {"other", LINEAGE}
+        asides = ["iter_0000004.set-aside", "iter_0000004.set-aside-2"][: count + 1]
+        assert names(tmp_path) == ["iter_0000002", "iter_0000004", *asides]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_a_branch_needs_is_kept_and_nothing_of_another_is_lost(tmp_path, monkeypatch, seed):
+    """Random jobs that save, prune, and go back to any checkpoint that is there, or begin anew."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    chance, previous, branch = random.Random(seed), None, []
+    for count in range(14):
+        here = usable(tmp_path)
+        if here and chance.random() < 0.3:
+            previous = chance.choice([None, *here])
+            branch = branch[: branch.index(previous) + 1] if previous else []
+        keep = chance.choice([None, 1, 2, 3])
+        iteration = (int(previous.name[5:]) if previous else 0) + chance.randint(1, 3)
+        removable = {content(folder) for folder in branch}
+        lost = {content(folder) for folder in tmp_path.glob("iter_*")}
+        previous = save(tmp_path, iteration, keep, {"content": f"{count} ".encode()}, previous)
+        branch = [*branch, previous] if keep is None else [*branch, previous][-keep:]
+        # The branch is what can be loaded, as long as was promised; the tracker names its end.
+        assert usable(tmp_path) == branch == branch_of(previous)
+        assert tracked(tmp_path) == previous
+        assert problems(previous) == []
+        # Nothing else has lost more than its name.
+        lost -= {content(folder) for folder in tmp_path.glob("iter_*")}
+        assert lost <= removable
+        if keep is None:
+            assert not lost
+
+
+def content(folder):
+    return (folder / "content").read_text()
+
+
+def test_a_tracker_that_was_changed_by_hand_wins_over_a_journal(tmp_path):
+    for iteration in (2, 4):
+        save(tmp_path, iteration)
+    journal = tmp_path / JOURNAL
+    journal.write_text(json.dumps({"iteration": 4, "tracker": "4\n"}))
+    (tmp_path / TRACKER).write_text("2\n")
+    finish_publishing(tmp_path)
+    assert tracked(tmp_path) == folder_of(tmp_path, 2)
+    assert not journal.exists()
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path):
+    for iteration in (9_999_999, 10_000_000):
+        save(tmp_path, iteration)
+    assert [int(folder.name[5:]) for folder in usable(tmp_path)] == [9_999_999, 10_000_000]
 
 
 class Killed(BaseException):
@@ -93,30 +156,37 @@ def killed_at(monkeypatch, step):
 
     monkeypatch.setattr(os, "fsync", counting(os.fsync))
     for name in ("rename", "replace", "mkdir"):
-        monkeypatch.setattr(checkpoint_files.Path, name, counting(getattr(checkpoint_files.Path, name)))
-    monkeypatch.setattr(checkpoint_files.shutil, "rmtree", counting(shutil.rmtree))
+        monkeypatch.setattr(Path, name, counting(getattr(Path, name)))
+    monkeypatch.setattr(publishing.shutil, "rmtree", counting(shutil.rmtree))
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["a new iteration", "an iteration that exists"])
 def test_a_save_killed_at_any_step_leaves_a_whole_one(tmp_path, again):
-    """Whatever the tracker names afterwards is there and undamaged; the next save cleans up."""
+    """Whatever the tracker names afterwards is there and undamaged; the next start cleans up."""
     steps = 0
     for step in range(100):
         root = tmp_path / str(step)
-        for iteration in (2, 4, 6) if again else (2, 4):
+        for iteration in (1, 2, 4):
             save(root, iteration)
+        if again:
+            save(root, 6)
         with pytest.MonkeyPatch.context() as patch:
             killed_at(patch, step)
             try:
-                save(root, 6, keep=2)
+                save(root, 6, keep=2, previous=folder_of(root, 4))
             except Killed:
                 steps += 1
             else:
                 break
-        assert tracked(root) in [folder_of(root, iteration) for iteration in (2, 4, 6)]
+        named = [folder_of(root, iteration) for iteration in (4, 6)]
+        finish_publishing(root)
+        assert tracked(root) in named
         assert problems(tracked(root)) == []
+        branch = branch_of(tracked(root))
+        assert len(branch) >= 2
+        assert not any(map(problems, branch))
         save(root, 8)
-        assert not list(root.glob("*.saving"))
+        assert not [path for ending in ("saving", "removing") for path in root.glob(f"*.{ending}")]
     assert steps > 8
 
 

@@ -25,7 +25,7 @@ from helixpipe.megatron_adapter import cpu_backend
 from helixpipe.reliability.exit_codes import exit_code_of
 from helixpipe.reliability.record import NoProgress
 from megatron.pretrain import loop
-from megatron.pretrain.checkpoint import files, saver, shards
+from megatron.pretrain.checkpoint import files, publishing, saver, shards
 from megatron.pretrain.checkpoint.parameter_names import canonical_names
 from megatron.pretrain.checkpoint.shards import HashingFile
 from megatron.pretrain.initialize import seed_random_states
@@ -216,17 +216,17 @@ class KilledSave(Fault):
             "within a shard": (HashingFile, "write"),
             "after the shards": (saver, "save_config"),
             "before publishing": (saver, "publish"),
-            "before the tracker": (files, "write_whole"),
+            "before the tracker": (publishing, "write_whole"),
         }[self.point]
         original = getattr(owner, name)
 
-        def killing(*arguments: Any) -> Any:
+        def killing(*arguments: Any, **named: Any) -> Any:
             if self.point == "within a shard":
                 stream, block = arguments
                 original(stream, bytes(block)[: len(block) // 2])
                 stream._stream.flush()
             elif self.point == "before the tracker" and arguments[0].name != files.TRACKER:
-                return original(*arguments)
+                return original(*arguments, **named)
             os.kill(os.getpid(), signal.SIGKILL)
             return None
 
@@ -341,7 +341,8 @@ def _run(arguments: list[str], fault: Fault) -> dict[str, Any]:
             code, error = loop._train(args, pretrain_gpt.forward_step, fault.monitor), ""
         except ValueError as raised:
             code, error = exit_code_of(raised), str(raised)
-    now = _everything(seen["state"])
+    # A job that is refused at once builds none.
+    now = _everything(seen["state"]) if "state" in seen else []
     last = before[max(before)] if before else now
     # Before the first step there are no moments.
     unchanged = len(last) == len(now) and all(map(torch.equal, last, now))

@@ -24,7 +24,10 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from helixpipe.reliability.exit_codes import DataError
 from megatron.pretrain.checkpoint.comparison import Change, compare_settings, settings_of
 from megatron.pretrain.checkpoint.files import (
+    branch_of,
     check_file,
+    is_same_folder,
+    iteration_of,
     manifest_of,
     share,
     tracked,
@@ -33,6 +36,7 @@ from megatron.pretrain.checkpoint.files import (
 from megatron.pretrain.checkpoint.safe_pickle import find_unsafe_content, no_code_from_disk, read_table
 from megatron.pretrain.checkpoint.shards import describe
 from megatron.pretrain.model import TrainingState, unwrap
+from megatron.pretrain.side_outputs import say
 
 
 class Progress(NamedTuple):
@@ -77,7 +81,7 @@ def load_checkpoint(args: argparse.Namespace, state: TrainingState) -> Loaded:
     """
     folder = _verified_checkpoint(args)
     if folder is None:
-        if args.load != args.save:
+        if args.save is None or not is_same_folder(args.load, args.save):
             raise DataError(
                 f"--load {args.load} holds no checkpoint; to start anew leave it out, or name it in "
                 "--save, too"
@@ -92,18 +96,27 @@ def _verified_checkpoint(args: argparse.Namespace) -> Path | None:
     folder = _tracked_by_all(args)
     if folder is None:
         return None
-    candidates = [folder]
-    if args.load_fallback:
-        candidates += [other for other in reversed(usable(args.load)) if other < folder]
+    candidates = [folder, *_older(folder)] if args.load_fallback else [folder]
     problem = ""
     for candidate in candidates:
         problem = _problem_of(candidate, args)
         if not problem:
             return candidate
         if args.rank == 0 and args.load_fallback:
-            print(f"{problem}; trying the checkpoint before it", flush=True)
+            say(f"{problem}; trying the checkpoint before it")
     hint = "" if args.load_fallback else "; add --load-fallback to go on from the one before it"
     raise DataError(problem + hint)
+
+
+def _older(folder: Path) -> list[Path]:
+    """The checkpoints that one goes back to, newest first."""
+    try:
+        return branch_of(folder)[-2::-1]
+    except DataError:
+        # Its damage is reported with all else.
+        return [
+            other for other in reversed(usable(folder.parent)) if iteration_of(other) < iteration_of(folder)
+        ]
 
 
 def _tracked_by_all(args: argparse.Namespace) -> Path | None:

@@ -29,8 +29,8 @@ CHANGES_NOTHING = frozenset((
     "distributed_timeout_minutes", "hang_timeout_s", "check_gradients_every", "eval_interval", "eval_iters",
     # Where files are; what is in the data is compared by itself.
     "data_path", "data_cache_path", "log_interval", "metrics_jsonl", "trace_dir", "failure_dir", "save",
-    "save_interval", "keep_checkpoints", "async_save", "on_save_failure", "load", "load_fallback",
-    "allow_changed",
+    "save_interval", "keep_checkpoints", "set_aside_checkpoints", "async_save", "on_save_failure",
+    "load", "load_fallback", "allow_changed",
     # What is compared under another name: --num-query-groups, and the padded size of the vocabulary.
     "group_query_attention", "make_vocab_size_divisible_by",
 ))  # fmt: skip

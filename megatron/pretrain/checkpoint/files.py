@@ -1,7 +1,8 @@
 """Checkpoint folders on disk: published whole and verified, or invisible.
 
-A checkpoint is written into ``iter_0000010.saving``. When every file is on disk, a manifest with the size and
-SHA-256 of each is added and the folder gets its name. A folder without a manifest was never finished.
+A checkpoint holds a manifest with the size and SHA-256 of every other file. A folder without one was never
+finished. Its lineage names the checkpoints beside it that it goes back to: they are one branch, and a job
+that goes back begins another. :mod:`megatron.pretrain.checkpoint.publishing` writes all this.
 """
 
 from __future__ import annotations
@@ -9,17 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from helixpipe.reliability.exit_codes import DataError
 
 MANIFEST = "manifest.json"
+LINEAGE = "lineage.json"
 TRACKER = "latest_checkpointed_iteration.txt"
-_SAVING = ".saving"
-_FORMAT = "helixpipe-checkpoint"
+FORMAT = "helixpipe-checkpoint"
 _CHUNK_BYTES = 1 << 22
 
 
@@ -30,23 +29,28 @@ class FileDigest(NamedTuple):
     sha256: str
 
 
+class Lineage(NamedTuple):
+    """Where a checkpoint comes from.
+
+    Attributes:
+        id: of this save alone.
+        job: that saved it, see :func:`megatron.pretrain.health.rendezvous.job_identity`.
+        ancestors: ids of the checkpoints in the same folder that came before it.
+    """
+
+    id: str
+    job: str
+    ancestors: tuple[str, ...]
+
+
 def folder_of(root: Path, iteration: int) -> Path:
     """The folder of a published checkpoint."""
     return root / f"iter_{iteration:07d}"
 
 
-def start_saving(root: Path, iteration: int) -> Path:
-    """An empty folder to write into; leftovers of interrupted saves go away."""
-    for leftover in root.glob(f"iter_*{_SAVING}"):
-        shutil.rmtree(leftover)
-    temporary = root / (folder_of(root, iteration).name + _SAVING)
-    temporary.mkdir(parents=True)
-    return temporary
-
-
-def saving_folder(root: Path, iteration: int) -> Path:
-    """Where :func:`start_saving` has made the folder."""
-    return root / (folder_of(root, iteration).name + _SAVING)
+def iteration_of(folder: Path) -> int:
+    """The iteration after which a checkpoint was saved."""
+    return int(folder.name[5:])
 
 
 def digest(path: Path, *, to_disk: bool = False) -> FileDigest:
@@ -66,45 +70,50 @@ def share(names: list[str], rank: int, num_ranks: int) -> list[str]:
     return sorted(names)[rank::num_ranks]
 
 
-def publish(root: Path, iteration: int, digests: Mapping[str, FileDigest], keep: int | None) -> Path:
-    """Give a finished checkpoint its manifest and its name, point the tracker at it, drop the oldest.
-
-    Args:
-        root: the folder of ``--save``.
-        iteration: of the checkpoint in its temporary folder.
-        digests: of every file in it.
-        keep: how many checkpoints stay; None for all.
-    """
-    temporary, final = saving_folder(root, iteration), folder_of(root, iteration)
-    manifest = {
-        "format": _FORMAT,
-        "iteration": iteration,
-        "files": {name: found._asdict() for name, found in sorted(digests.items())},
-    }
-    write_whole(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    _sync_folder(temporary)
-    if final.exists():
-        # A rerun of the same iteration. Until the new one has its name, the tracker names another one.
-        others = [folder for folder in usable(root) if folder != final]
-        if others:
-            write_whole(root / TRACKER, f"{int(others[-1].name[5:])}\n")
-        old = final.rename(final.with_name(final.name + ".old" + _SAVING))
-        temporary.rename(final)
-        shutil.rmtree(old)
-    else:
-        temporary.rename(final)
-    _sync_folder(root)
-    write_whole(root / TRACKER, f"{iteration}\n")
-    if keep is not None:
-        for folder in usable(root)[:-keep]:
-            shutil.rmtree(folder)
-    return final
+def is_same_folder(first: Path, second: Path) -> bool:
+    """True for two names of one folder."""
+    try:
+        return first.samefile(second)
+    except OSError:
+        return first.resolve() == second.resolve()
 
 
 def usable(root: Path) -> list[Path]:
     """Published checkpoints, oldest first."""
-    found = [path for path in root.glob("iter_*") if path.name[5:].isdecimal()]
-    return sorted(path for path in found if (path / MANIFEST).is_file())
+    found = [path for path in root.glob("iter_*") if path.name[5:].isdecimal() and path.name.isascii()]
+    return sorted((path for path in found if (path / MANIFEST).is_file()), key=iteration_of)
+
+
+def branch_of(folder: Path) -> list[Path]:
+    """A published checkpoint after those beside it that it goes back to, oldest first.
+
+    Raises:
+        DataError: its lineage cannot be read.
+    """
+    ancestors = set(lineage_of(folder).ancestors)
+    return [other for other in usable(folder.parent) if _id_of(other) in ancestors] + [folder]
+
+
+def lineage_of(folder: Path) -> Lineage:
+    """Where a checkpoint comes from.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
+    path = folder / LINEAGE
+    try:
+        data: Any = json.loads(path.read_text(encoding="utf-8"))
+        return Lineage(str(data["id"]), str(data["job"]), tuple(map(str, data["ancestors"])))
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(f"{path} is missing or damaged; use another checkpoint") from None
+
+
+def _id_of(folder: Path) -> str:
+    """Empty if it cannot be read: then it belongs to no branch."""
+    try:
+        return lineage_of(folder).id
+    except DataError:
+        return ""
 
 
 def tracked(root: Path) -> Path | None:
@@ -138,7 +147,7 @@ def manifest_of(folder: Path) -> dict[str, FileDigest]:
     path = folder / MANIFEST
     try:
         data: Any = json.loads(path.read_text(encoding="utf-8"))
-        if data["format"] != _FORMAT or folder_of(folder.parent, data["iteration"]) != folder:
+        if data["format"] != FORMAT or folder_of(folder.parent, data["iteration"]) != folder:
             raise ValueError("another format or iteration")
         files = {
             str(name): FileDigest(int(e["bytes"]), str(e["sha256"])) for name, e in data["files"].items()
@@ -179,7 +188,7 @@ def write_whole(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Names in a folder survive a crash only once the folder itself is on disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -18,9 +18,11 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from helixpipe.reliability.exit_codes import DataError
 from helixpipe.reliability.monitor import Monitor
 from megatron.pretrain.checkpoint.checkpoint import Progress, content_metadata, sharded_state
-from megatron.pretrain.checkpoint.files import digest, folder_of, publish, saving_folder, start_saving
+from megatron.pretrain.checkpoint.files import digest, folder_of
+from megatron.pretrain.checkpoint.publishing import publish, saving_folder, start_saving
 from megatron.pretrain.checkpoint.shards import BACKEND, VERSION, PlannedSave, Written, describe
 from megatron.pretrain.model import TrainingState
+from megatron.pretrain.outputs import Outputs
 
 
 class SaveStatus(IntEnum):
@@ -47,7 +49,8 @@ class Saver:
     Args:
         args: parsed arguments.
         say: prints a line once for the whole job.
-        on_publish: called on rank 0 after each publication.
+        outputs: what the job owns; verified before anything in ``--save`` is changed.
+        previous: the checkpoint in ``--save`` that the job goes on from, if it does.
         monitor: told what this rank waits for: storage may stall for longer than a step may take.
     """
 
@@ -55,12 +58,15 @@ class Saver:
         self,
         args: argparse.Namespace,
         say: Callable[[str], None],
-        on_publish: Callable[[], None],
+        outputs: Outputs,
+        previous: Path | None,
         monitor: Monitor,
     ) -> None:
         self._args = args
         self._say = say
-        self._on_publish = on_publish
+        self._outputs = outputs
+        self._previous = previous
+        self._notes: list[str] = []
         self._monitor = monitor
         self._pending: _Pending | None = None
 
@@ -115,12 +121,13 @@ class Saver:
         if error:
             self._fail(pending.iteration, error, must_succeed)
         else:
-            self._say(f"saved checkpoint {folder}")
+            for line in (f"saved checkpoint {folder}", *self._notes):
+                self._say(line)
 
     def _start(self, state: TrainingState, progress: Progress, must_succeed: bool) -> bool:
         """Agree on who writes what, and start to write; False if that failed already."""
         args, folder = self._args, saving_folder(self._args.save, progress.iteration)
-        error = self._from_first_rank(lambda: start_saving(args.save, progress.iteration))
+        error = self._from_first_rank(lambda: self._prepare(progress.iteration))
         plan = _AgreeingSave()
         if not error:
             for chunk in state.model:
@@ -141,7 +148,12 @@ class Saver:
         self._pending = _Pending(progress.iteration, plan, written)
         return True
 
+    def _prepare(self, iteration: int) -> None:
+        self._outputs.verify()
+        start_saving(self._args.save, iteration)
+
     def _publish(self, pending: _Pending, everyone: list[Written]) -> None:
+        self._outputs.verify()
         folder = saving_folder(self._args.save, pending.iteration)
         pending.plan.writer.finish(pending.plan.metadata, [written.results for written in everyone])
         save_config(CheckpointingConfig(BACKEND, VERSION), str(folder))
@@ -149,8 +161,14 @@ class Saver:
         for path in folder.iterdir():
             if path.name not in digests:
                 digests[path.name] = digest(path, to_disk=True)
-        publish(self._args.save, pending.iteration, digests, self._args.keep_checkpoints)
-        self._on_publish()
+        self._previous, self._notes = publish(
+            self._args.save,
+            pending.iteration,
+            digests,
+            job=self._outputs.job,
+            previous=self._previous,
+            keep=self._args.keep_checkpoints,
+        )
 
     def _from_first_rank(self, work: Callable[[], object]) -> str:
         """Do something on rank 0 only; what went wrong there, known to all."""

@@ -17,7 +17,7 @@ from torch.distributed import DistError, PrefixStore, Store, TCPStore
 from helixpipe.runtime.job_store import NotMet, Place, describe_ranks
 
 _NAME = "start/name"
-_SAVED = "job/saved"
+_JOB = "job/name"
 _POLL_S = 0.05
 
 
@@ -93,12 +93,11 @@ def _pause(end: float, problem: str) -> None:
     time.sleep(_POLL_S)
 
 
-def note_saved(store: Store | None) -> None:
-    """Remember for restarts of this job that it has published a checkpoint."""
-    if store is not None:
-        store.set(_SAVED, "")
+def job_identity(store: Store | None) -> str:
+    """The name of this job, known to it alone: the same before and after torchrun has restarted its ranks.
 
-
-def has_saved(store: Store | None) -> bool:
-    """True if this job, before torchrun restarted it, has published a checkpoint."""
-    return store is not None and store.check([_SAVED])
+    Args:
+        store: torchrun's own; None if the ranks were started by other means, and never are again.
+    """
+    name = uuid.uuid4().hex
+    return name if store is None else store.compare_set(_JOB, "", name).decode()

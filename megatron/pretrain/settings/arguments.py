@@ -103,7 +103,11 @@ def _check_training(args: argparse.Namespace) -> None:
             f"--check-gradients-every {args.check_gradients_every} compares data-parallel ranks, and there "
             "is only one; leave it out"
         )
-    for name, default in (("async_save", False), ("on_save_failure", "stop")):
+    for name, default in (
+        ("async_save", False),
+        ("set_aside_checkpoints", False),
+        ("on_save_failure", "stop"),
+    ):
         if getattr(args, name) != default and args.save is None:
             raise ValueError(f"{flag_of(name)} needs --save DIR")
     if args.load_fallback and args.load is None:
@@ -189,6 +193,8 @@ def _check_cache_folder(folder: Path) -> None:
 def _make_output_folders(args: argparse.Namespace) -> None:
     """Found out now, and not when the first checkpoint is due."""
     metrics_folder = None if args.metrics_jsonl is None else args.metrics_jsonl.parent
+    if metrics_folder is not None and args.metrics_jsonl.exists() and not args.metrics_jsonl.is_file():
+        raise ValueError(f"--metrics-jsonl {args.metrics_jsonl} is not a file; give another path")
     for flag, folder in (
         ("--save", args.save),
         ("--trace-dir", args.trace_dir),

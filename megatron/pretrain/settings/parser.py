@@ -183,6 +183,11 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add("--save", type=Path, metavar="DIR")
     add("--save-interval", type=Whole(), help="also save every so many iterations, not only at the end")
     add("--keep-checkpoints", type=Whole(), metavar="N", help="of --save: only the last N (default: all)")
+    add(
+        "--set-aside-checkpoints",
+        action="store_true",
+        help="start anew in a --save that holds checkpoints of another job: they are kept under other names",
+    )
     add("--async-save", action="store_true", help="write checkpoints while training goes on")
     add(
         "--on-save-failure",

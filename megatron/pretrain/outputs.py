@@ -1,0 +1,112 @@
+"""What a job owns while it runs: the folders and files that it writes to, and the checkpoints in them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+from megatron.pretrain.checkpoint.files import is_same_folder, lineage_of, tracked, usable
+from megatron.pretrain.checkpoint.publishing import finish_publishing
+from megatron.pretrain.health.ownership import Locks, Owner, lock_beside, lock_in
+from megatron.pretrain.health.rendezvous import agent_store, job_identity
+from megatron.pretrain.side_outputs import say
+
+_STORE_TIMEOUT = timedelta(seconds=30)
+
+
+class Outputs(NamedTuple):
+    """What this job owns.
+
+    Attributes:
+        job: see :func:`job_identity`; empty on other ranks than 0.
+        locks: None on other ranks than 0.
+        load: where to go on from; not ``--load`` if torchrun has started the ranks again.
+    """
+
+    job: str
+    locks: Locks | None
+    load: Path | None
+
+    def verify(self) -> None:
+        """``OSError`` if an output has gone to another job; on rank 0."""
+        if self.locks is not None:
+            self.locks.verify()
+
+
+@contextmanager
+def own_outputs(args: argparse.Namespace) -> Iterator[Outputs]:
+    """Own what the options name until the context is left; collective.
+
+    Raises:
+        ValueError: an output is another job's, or ``--save`` holds checkpoints that this job does not go on
+            from; on every rank.
+        OSError: a lock cannot be made; on every rank.
+    """
+    mine: Outputs | None = None
+    outcome: list[Any] = [None, None]
+    if args.rank == 0:
+        job = job_identity(agent_store(_STORE_TIMEOUT))
+        locks = Locks(Owner.here(job), say)
+        try:
+            mine = Outputs(job, locks, _take(args, job, locks))
+            outcome = [mine.load, None]
+        except (ValueError, OSError) as error:
+            locks.release()
+            outcome = [None, error]
+    dist.broadcast_object_list(outcome, src=0)
+    load, refusal = outcome
+    if refusal is not None:
+        raise refusal
+    try:
+        yield mine or Outputs("", None, load)
+    finally:
+        if mine is not None and mine.locks is not None:
+            mine.locks.release()
+
+
+def _take(args: argparse.Namespace, job: str, locks: Locks) -> Path | None:
+    """Own everything, finish what was begun there, and decide what to load."""
+    if args.trace_dir is not None:
+        locks.take(lock_in(args.trace_dir), f"--trace-dir {args.trace_dir}")
+    if args.metrics_jsonl is not None:
+        locks.take(lock_beside(args.metrics_jsonl), f"--metrics-jsonl {args.metrics_jsonl}")
+    if args.save is None:
+        return args.load
+    locks.take(lock_in(args.save), f"--save {args.save}")
+    for note in finish_publishing(args.save):
+        say(note)
+    return _source(args, job)
+
+
+def _source(args: argparse.Namespace, job: str) -> Path | None:
+    """``--load``, or ``--save`` if this job, before torchrun has started it again, has saved there.
+
+    Raises:
+        ValueError: ``--save`` holds checkpoints that the job does not go on from, and is not told to leave.
+    """
+    save: Path = args.save
+    there = usable(save)
+    if not there or (args.load is not None and is_same_folder(args.load, save)):
+        return args.load
+    if _is_saved_by(job, save):
+        return save
+    if args.set_aside_checkpoints:
+        return args.load
+    raise ValueError(
+        f"--save {save} holds checkpoints of another job, up to {there[-1].name}: give --load {save} to go "
+        "on from them, another folder, or --set-aside-checkpoints to keep them under other names"
+    )
+
+
+def _is_saved_by(job: str, root: Path) -> bool:
+    try:
+        newest = tracked(root)
+        return newest is not None and lineage_of(newest).job == job
+    except ValueError:
+        return False

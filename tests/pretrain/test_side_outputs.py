@@ -1,0 +1,158 @@
+"""Metrics and timelines on disks that are full or broken, and after training has gone back."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+
+import pytest
+from ranks import run_on_ranks
+from training_worker import Fault, run_cases, small_model
+
+from megatron.pretrain.settings.arguments import parse_arguments
+from megatron.pretrain.side_outputs import MetricsFile, SideOutput, replace_file, say
+
+
+def lines_of(*iterations):
+    return "".join(json.dumps({"iteration": iteration}) + "\n" for iteration in iterations)
+
+
+@pytest.mark.parametrize(
+    ("before", "iteration", "kept", "aside"),
+    [
+        (None, 0, "", None),
+        ("", 0, "", None),
+        (lines_of(1, 2), 2, lines_of(1, 2), None),
+        (lines_of(1, 2, 3), 2, lines_of(1, 2), lines_of(3)),
+        (lines_of(1, 2), 0, "", lines_of(1, 2)),
+        (lines_of(1) + '{"iteration": 2', 2, lines_of(1), '{"iteration": 2\n'),
+        (lines_of(1) + '{"iteration": 2}', 2, lines_of(1), '{"iteration": 2}\n'),
+        (lines_of(1) + "words\n[3]\nnull\n" + lines_of(2), 2, lines_of(1, 2), "words\n[3]\nnull\n"),
+    ],
+)
+def test_no_line_is_lost(tmp_path, before, iteration, kept, aside):
+    path, set_aside = tmp_path / "m.jsonl", tmp_path / "m.jsonl.set-aside"
+    if before is not None:
+        path.write_text(before)
+    MetricsFile(path, iteration).append("{}")
+    assert path.read_text() == f"{kept}{{}}\n"
+    assert (set_aside.read_text() if set_aside.exists() else None) == aside
+    assert {entry.name for entry in tmp_path.iterdir()} <= {"m.jsonl", "m.jsonl.set-aside"}
+
+
+def test_what_was_set_aside_twice_is_all_there(tmp_path):
+    path = tmp_path / "m.jsonl"
+    for _ in range(2):
+        path.write_text(lines_of(1, 2))
+        MetricsFile(path, 1)
+    assert (tmp_path / "m.jsonl.set-aside").read_text() == lines_of(2, 2)
+
+
+@pytest.fixture
+def small_files():
+    """``small_files(bytes)``: no file can grow beyond that, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_line_is_written_whole_or_not_at_all(tmp_path, small_files):
+    metrics = MetricsFile(tmp_path / "m.jsonl", 0)
+    small_files(30)
+    metrics.append("x" * 20)
+    with pytest.raises(OSError, match="File too large"):
+        metrics.append("y" * 20)
+    metrics.append("z" * 5)
+    assert (tmp_path / "m.jsonl").read_text() == "x" * 20 + "\nzzzzz\n"
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, small_files):
+    path = tmp_path / "plan.json"
+    replace_file(path, "first")
+    small_files(10)
+    with pytest.raises(OSError, match="File too large"):
+        replace_file(path, "x" * 20)
+    assert path.read_text() == "first"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_a_failure_is_said_once_with_the_path(tmp_path, capsys):
+    output = SideOutput(tmp_path / "x", "timelines")
+
+    def fail():
+        raise OSError(28, os.strerror(28))
+
+    output.attempt(lambda: None)
+    assert output.summary() == ""
+    for _ in range(3):
+        output.attempt(fail)
+    assert capsys.readouterr().out == (
+        f"warning: timelines cannot be written to {tmp_path / 'x'} (No space left on device); "
+        "training goes on\n"
+    )
+    assert output.summary() == f"3 timelines are missing in {tmp_path / 'x'}"
+
+
+def test_standard_output_may_be_full(monkeypatch, capsys):
+    full = open("/dev/full", "w")  # noqa: SIM115 (closing it fails)
+    monkeypatch.setattr(sys, "stdout", full)
+    for _ in range(2):
+        say("a line")
+    assert capsys.readouterr().err == (
+        "standard output cannot be written (No space left on device); training goes on\n"
+    )
+    sys.stdout.close()
+    with pytest.raises(OSError, match="No space left"):
+        full.close()
+
+
+def make_fifo(path):
+    os.mkfifo(path)
+
+
+SPECIAL = {
+    "device": lambda path: path.symlink_to("/dev/full"),
+    "fifo": make_fifo,
+    "folder": lambda path: path.mkdir(),
+}
+
+
+@pytest.fixture(scope="module")
+def common(tmp_path_factory):
+    return small_model(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_what_is_no_file_is_refused_before_training(common, tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    path = tmp_path / "special"
+    SPECIAL[kind](path)
+    with pytest.raises(ValueError, match=f"^--metrics-jsonl {path} is not a file; give another path$"):
+        parse_arguments(f"{common} --metrics-jsonl {path}".split())
+
+
+class FullDisk(Fault):
+    """From iteration 2 on no file can grow."""
+
+    def on_step(self):
+        if self.iteration == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20, resource.RLIM_INFINITY))
+
+
+def test_a_full_disk_does_not_end_training(common, tmp_path):
+    metrics, traces = tmp_path / "m.jsonl", tmp_path / "traces"
+    line = f"--train-iters 4 --metrics-jsonl {metrics} --trace-dir {traces}"
+    ((outcome,),) = run_on_ranks(1, run_cases, [(line, FullDisk())], 1, 1, common)
+    assert outcome["code"] == 0, outcome["error"]
+    assert [json.loads(row)["iteration"] for row in metrics.read_text().splitlines()] == [1]
+    assert sorted(path.name for path in traces.glob("iteration*")) == ["iteration_0000001.json"]
+    warnings = [text for text in outcome["lines"] if text.startswith("warning: ")]
+    assert len(warnings) == 2
+    assert f"written to {metrics} (File too large)" in warnings[0]
+    assert f"written to {traces} (File too large)" in warnings[1]
+    assert outcome["lines"][-1] == (
+        f"3 metrics of iterations are missing in {metrics}; 3 timelines and plans are missing in {traces}"
+    )
+    assert sum(" iteration " in text for text in outcome["lines"]) == 4
