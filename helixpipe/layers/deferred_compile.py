@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from helixpipe.contact_points import replace
+
 
 def import_megatron_core() -> None:
     """Import megatron.core so that what it decorates with ``torch.compile`` is compiled when first called.
@@ -15,12 +17,11 @@ def import_megatron_core() -> None:
     ``torch.compile`` loads the compiler already where it decorates: two seconds of every rank's start, of no
     use to a run without fused functions. megatron.core keeps the decorator of its first import.
     """
-    compile_now = torch.compile
-    torch.compile = functools.partial(_compile_when_called, compile_now)
+    undo = replace("torch", "compile", functools.partial(_compile_when_called, torch.compile))
     try:
         import megatron.core.jit  # noqa: F401
     finally:
-        torch.compile = compile_now
+        undo()
 
 
 def _compile_when_called(

@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
+from helixpipe.contact_points import replace
 from helixpipe.layers.slices import is_sliced
 
 Defer = Callable[[Callable[[], None]], None]
@@ -39,7 +40,9 @@ def defer_weight_gradients(model: torch.nn.Module, defer: Defer) -> None:
                 continue
             _check(name, module)
             # In the place of the function only: the layer's own forward arranges the communication around it.
-            module._forward_impl = partial(_linear, module._forward_impl, defer)
+            kind = ColumnParallelLinear if isinstance(module, ColumnParallelLinear) else RowParallelLinear
+            split = partial(_linear, module._forward_impl, defer)
+            replace(f"megatron.core.tensor_parallel:{kind.__name__}", "_forward_impl", split, on=module)
         elif hasattr(module, "backward_dw") and list(module.parameters(recurse=False)):
             raise ValueError(
                 f"{name} ({type(module).__name__}) cannot leave its weight gradient for later; "

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from helixpipe.contact_points import FACTORIES, LIKE_FACTORIES, find, replace
+
 _CPU = torch.device("cpu")
-_FACTORIES = ("arange", "empty", "full", "ones", "rand", "randn", "tensor", "zeros")
-_LIKE_FACTORIES = ("empty_like", "full_like", "ones_like", "rand_like", "randn_like", "zeros_like")
 
 _installed = False
 
@@ -39,15 +39,15 @@ def install() -> bool:
 
 
 def _redirect_devices() -> None:
-    for name in (*_FACTORIES, *_LIKE_FACTORIES):
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
-    torch.Tensor.to = _on_cpu(torch.Tensor.to)  # type: ignore[method-assign]
+    for name in (*FACTORIES, *LIKE_FACTORIES):
+        replace("torch", name, _on_cpu(getattr(torch, name)))
+    replace("torch:Tensor", "cuda", lambda self, *args, **kwargs: self)
+    replace("torch.nn:Module", "cuda", lambda self, *args, **kwargs: self)
+    replace("torch:Tensor", "to", _on_cpu(torch.Tensor.to))
     # megatron.core passes the result on as device=…, so a device does as well as an index.
-    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment, return-value]
-    torch.cuda.synchronize = lambda device=None: None
-    torch.cuda.set_device = lambda device: None
+    replace("torch.cuda", "current_device", lambda: _CPU)
+    replace("torch.cuda", "synchronize", lambda device=None: None)
+    replace("torch.cuda", "set_device", lambda device: None)
 
 
 def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -80,10 +80,10 @@ def _redirect_random_state() -> None:
     def set_state(state: torch.Tensor, device: object = None, graph_safe: bool = False) -> None:
         torch.set_rng_state(state)
 
-    torch.cuda.get_rng_state = get_state
-    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
-    megatron_random._get_cuda_rng_state = get_state
-    megatron_random._set_cuda_rng_state = set_state
+    replace("torch.cuda", "get_rng_state", get_state)
+    replace("torch.cuda", "manual_seed", torch.manual_seed)
+    replace(megatron_random.__name__, "_get_cuda_rng_state", get_state)
+    replace(megatron_random.__name__, "_set_cuda_rng_state", set_state)
 
     # The tracker warns when the CPU generator moves inside a fork; here that generator is the device's.
     logging.getLogger(megatron_random.__name__).addFilter(
@@ -93,17 +93,18 @@ def _redirect_random_state() -> None:
 
 def _redirect_type_names() -> None:
     """Inside the optimizer functions that ask for CUDA type names, CPU tensors answer to them."""
-    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
-
-    clip = _with_cuda_type_names(clip_grads.clip_grad_by_total_norm_fp32)
-    clip_grads.clip_grad_by_total_norm_fp32 = clip
-    optimizer.clip_grad_by_total_norm_fp32 = clip
-    half = optimizer.Float16OptimizerWithFloat16Params
-    half.__init__ = _with_cuda_type_names(half.__init__)
-    sharded = distrib_optimizer.DistributedOptimizer
-    sharded._build_model_and_main_param_groups = classmethod(
-        _with_cuda_type_names(sharded._build_model_and_main_param_groups.__func__)
+    name = "clip_grad_by_total_norm_fp32"
+    clip = _with_cuda_type_names(getattr(find("megatron.core.optimizer.clip_grads"), name))
+    replace("megatron.core.optimizer.clip_grads", name, clip)
+    replace("megatron.core.optimizer.optimizer", name, clip)
+    half = "megatron.core.optimizer.optimizer:Float16OptimizerWithFloat16Params"
+    replace(half, "__init__", _with_cuda_type_names(find(half).__init__))
+    sharded, name = (
+        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer",
+        "_build_model_and_main_param_groups",
     )
+    wrapped = _with_cuda_type_names(getattr(find(sharded), name).__func__)
+    replace(sharded, name, classmethod(wrapped))
 
 
 def _with_cuda_type_names(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -115,10 +116,10 @@ def _with_cuda_type_names(function: Callable[..., Any]) -> Callable[..., Any]:
             answer = original(tensor, *type_args, **type_kwargs)
             return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
 
-        torch.Tensor.type = type_name  # type: ignore[method-assign, assignment]
+        undo = replace("torch:Tensor", "type", type_name)
         try:
             return function(*args, **kwargs)
         finally:
-            torch.Tensor.type = original  # type: ignore[method-assign]
+            undo()
 
     return wrapper

@@ -6,15 +6,13 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from megatron.core import pipeline_parallel
-from megatron.core.pipeline_parallel import schedules
-
+from helixpipe.contact_points import replace
 from helixpipe.megatron_adapter.schedule import ForwardBackward
 
 logger = logging.getLogger(__name__)
 
-_ORIGINAL = schedules.get_forward_backward_func
-_PLACES = (schedules, pipeline_parallel)
+_PLACES = ("megatron.core.pipeline_parallel.schedules", "megatron.core.pipeline_parallel")
+_undo: list[Callable[[], None]] = []
 
 
 def install(forward_backward: ForwardBackward) -> None:
@@ -26,12 +24,13 @@ def install(forward_backward: ForwardBackward) -> None:
     def get_forward_backward_func(*args: Any, **kwargs: Any) -> Callable[..., Any]:
         return forward_backward
 
+    uninstall()
     for place in _PLACES:
-        place.get_forward_backward_func = get_forward_backward_func
+        _undo.append(replace(place, "get_forward_backward_func", get_forward_backward_func))
     logger.info("schedule installed: %s", forward_backward)
 
 
 def uninstall() -> None:
     """Give Megatron its own function back; harmless if nothing was installed."""
-    for place in _PLACES:
-        place.get_forward_backward_func = _ORIGINAL
+    while _undo:
+        _undo.pop()()

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch.distributed.checkpoint import filesystem
+
+from helixpipe.contact_points import replace
 
 # Classes without side effects, and torch's own types.
 _KNOWN = {
@@ -90,11 +91,9 @@ def _read_common(folder: Path) -> None:
 @contextmanager
 def no_code_from_disk() -> Iterator[None]:
     """Inside, torch's checkpoint reader and ``torch.load`` build plain data only, and raise for the rest."""
-    load, original = torch.load, filesystem.__dict__["pickle"]
-    filesystem.__dict__["pickle"] = _SafePickle
-    torch.load = lambda *args, **kwargs: load(*args, **{**kwargs, "weights_only": True})
-    try:
+    load = torch.load
+    with ExitStack() as undone:
+        undone.callback(replace("torch.distributed.checkpoint.filesystem", "pickle", _SafePickle))
+        plain = lambda *args, **kwargs: load(*args, **{**kwargs, "weights_only": True})  # noqa: E731
+        undone.callback(replace("torch", "load", plain))
         yield
-    finally:
-        torch.load = load
-        filesystem.__dict__["pickle"] = original

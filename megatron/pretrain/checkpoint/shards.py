@@ -27,6 +27,7 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
+from helixpipe.contact_points import replace
 from megatron.pretrain.checkpoint.files import FileDigest
 
 BACKEND, VERSION = "torch_dist", 1
@@ -59,7 +60,7 @@ class PlannedSave(TorchDistSaveShardedStrategy):
     def __init__(self) -> None:
         super().__init__(BACKEND, VERSION, thread_count=_FILES)
         # Where Megatron's writing processes would put their answers; without it, it starts a process.
-        filesystem_async.__dict__["_results_queue"] = queue.SimpleQueue()
+        replace(filesystem_async.__name__, "_results_queue", queue.SimpleQueue())
 
     def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any) -> AsyncRequest:
         self.writer, self.metadata = writer, planned[1]

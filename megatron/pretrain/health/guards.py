@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from helixpipe.contact_points import replace
 from helixpipe.megatron_adapter.schedule import ForwardBackward
 from helixpipe.plan.operation import Kind
 from helixpipe.reliability.exit_codes import NumericsError
@@ -40,7 +41,7 @@ def watch_gradient_norm(optimizer: Any) -> None:
             raise NotFinite(f"gradient norm {norm}")
         return norm
 
-    optimizer.get_grad_norm = finite_norm
+    replace("megatron.core.optimizer.optimizer:MegatronOptimizer", "get_grad_norm", finite_norm, on=optimizer)
 
 
 def spread_to_gradients(forward_step: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,37 @@
+"""Looks contact points up in the installed packages, in a process where nothing has been replaced yet."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import warnings
+
+warnings.filterwarnings("ignore")
+
+from helixpipe.contact_points import CALLED, OVERRIDDEN, PATCHED, ContactPoint, find  # noqa: E402
+
+
+def problem(point: ContactPoint) -> str:
+    """What is wrong with a contact point, in a few words; empty if it is as its entry says."""
+    try:
+        owner = find(point.owner)
+        if point.name in getattr(owner, "__annotations__", {}):
+            return ""  # an attribute of its objects
+        found = getattr(owner, point.name)
+    except (ImportError, AttributeError) as error:
+        return f"is not there: {error}"
+    if point.arguments is None:
+        return ""
+    if point.owner == "torch.ops.aten":
+        names = tuple(argument.name for argument in found.default._schema.arguments)
+    else:
+        names = tuple(inspect.signature(found).parameters)
+    if names[: len(point.arguments)] != point.arguments:
+        return f"takes {names}, not {point.arguments}"
+    return ""
+
+
+if __name__ == "__main__":
+    points = (*CALLED, *OVERRIDDEN, *PATCHED)
+    found = {f"{point.owner} {point.name}": problem(point) for point in points}
+    print(json.dumps({name: text for name, text in found.items() if text}))
