@@ -7,12 +7,13 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import kernel_cases as cases
 import pytest
 import torch
 
-from helixpipe.kernels import build, launch
+from helixpipe.kernels import build, launch, self_test
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
@@ -20,13 +21,19 @@ SHIFTS_OF_THREE = [(0, 0, 0), (1, 1, 1), (0, 1, 2), (3, 0, 3), (4, 4, 4)]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """``run(operator, *arguments)`` with the checks left out, so that everything reaches the kernels."""
+def module(tmp_path_factory):
+    """The extension, built for this processor."""
     path = build.build(build.HOST, tmp_path_factory.mktemp("kernels"))
     spec = importlib.util.spec_from_file_location(build.HOST, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.source_hash == build.source_hash()
+    return module
+
+
+@pytest.fixture(scope="module")
+def run(module):
+    """``run(operator, *arguments)`` with the checks left out, so that everything reaches the kernels."""
 
     def call(name, *arguments):
         if name in ("swiglu", "gelu", "swiglu_backward", "gelu_backward"):
@@ -46,6 +53,36 @@ def buffers():
     made = cases.Buffers("cpu")
     yield made
     made.assert_guards_untouched()
+
+
+KERNELS = {
+    "merge_attention": "merge_attention",
+    "activation": "swiglu",
+    "activation_backward": "swiglu_backward",
+    "pack": "pack",
+    "accumulate": "accumulate",
+}
+
+
+def with_kernel(module, name, function):
+    """The extension with another function in the place of one kernel."""
+    kernels = {kernel: getattr(module, kernel) for kernel in KERNELS}
+    return SimpleNamespace(most_tensors=module.most_tensors, **(kernels | {name: function}))
+
+
+def no_image(*arguments):
+    raise RuntimeError("CUDA kernel: no kernel image is available for execution on the device\nmore")
+
+
+def test_the_self_test_launches_every_kernel(module):
+    assert self_test.run(module, torch.device("cpu")) == ""
+    for kernel, first in KERNELS.items():
+        broken = with_kernel(module, kernel, no_image)
+        assert self_test.run(broken, torch.device("cpu")) == (
+            f"{first}: RuntimeError: CUDA kernel: no kernel image is available for execution on the device"
+        )
+        silent = with_kernel(module, kernel, lambda *arguments: None)
+        assert self_test.run(silent, torch.device("cpu")) == f"{first} computes wrong values"
 
 
 @pytest.mark.parametrize("dtype", cases.TYPES, ids=str)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from helixpipe import kernels
-from helixpipe.kernels import extension
+from helixpipe.kernels import build, extension
 
 ops = torch.ops.helixpipe
 
@@ -216,4 +216,21 @@ def test_kernels_that_are_missing_or_stale_are_reported_once(monkeypatch):
     monkeypatch.setattr(extension, "source_hash", lambda: "another")
     with pytest.warns(RuntimeWarning, match="were built from other sources"):
         assert extension.load() is None
+    extension.load.cache_clear()
+
+
+def test_kernels_that_fail_when_they_are_launched_are_not_used(monkeypatch):
+    """The module can be imported and is of these sources, but its first launch raises."""
+
+    def merge_attention(*arguments):
+        raise RuntimeError("CUDA kernel: the provided PTX was compiled with an unsupported toolchain")
+
+    monkeypatch.setattr(extension, "CUDA", "build")  # any module that can be imported
+    monkeypatch.setattr(extension, "source_hash", str)
+    monkeypatch.setattr(build, "merge_attention", merge_attention, raising=False)
+    extension.load.cache_clear()
+    reason = r"do not work here \(merge_attention: RuntimeError: .* unsupported toolchain\); torch's"
+    with pytest.warns(RuntimeWarning, match=reason):
+        assert extension.load() is None
+    assert extension.load() is None
     extension.load.cache_clear()
