@@ -11,12 +11,12 @@ from torch import Tensor
 from helixpipe.layers.chunked_loss import chunked_loss
 from helixpipe.layers.recomputing_layer import NOTHING_SAVED, MemorySaving
 from helixpipe.layers.slices import mark_sliced
-from helixpipe.layers.spec import block_spec
+from helixpipe.layers.spec import Implementation, block_spec
 
 
 def build_gpt(
     config: TransformerConfig,
-    implementation: str,
+    implementation: Implementation,
     saving: MemorySaving = NOTHING_SAVED,
     *,
     vp_stage: int | None = None,
@@ -26,7 +26,7 @@ def build_gpt(
 
     Args:
         config: the model's configuration.
-        implementation: ``local`` or ``transformer_engine``, see :func:`helixpipe.layers.spec.layer_spec`.
+        implementation: whose modules compute the layers, and which attention.
         saving: what to do to keep less for the backward pass.
         vp_stage: number of the model chunk on this rank in an interleaved schedule.
         arguments: the rest of GPTModel's.

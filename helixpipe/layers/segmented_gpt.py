@@ -33,7 +33,14 @@ from helixpipe.layers.recomputing_layer import NOTHING_SAVED, MemorySaving, Savi
 from helixpipe.layers.rotary import rotate
 from helixpipe.layers.segmented_decoder import SegmentedDecoder, build_norm, owned_parts
 from helixpipe.layers.slices import mark_sliced
-from helixpipe.layers.spec import ATTENTION_PARTS, LayerPart, final_norm, layer_spec, partial_layer_spec
+from helixpipe.layers.spec import (
+    ATTENTION_PARTS,
+    Implementation,
+    LayerPart,
+    final_norm,
+    layer_spec,
+    partial_layer_spec,
+)
 
 Tensors = tuple[Tensor, ...]
 
@@ -52,7 +59,7 @@ class SegmentedGPTModel(LanguageModule):
 
     Args:
         config: the model's configuration.
-        implementation: ``local`` or ``transformer_engine``, see :func:`helixpipe.layers.spec.layer_spec`.
+        implementation: whose modules compute the layers, and which attention.
         owned_segments: the even segments whose weights are on this rank.
         vocab_size: padded vocabulary size.
         max_sequence_length: longest sequence, for learned positions.
@@ -70,7 +77,7 @@ class SegmentedGPTModel(LanguageModule):
     def __init__(
         self,
         config: TransformerConfig,
-        implementation: str,
+        implementation: Implementation,
         owned_segments: Collection[int],
         vocab_size: int,
         max_sequence_length: int,
@@ -138,8 +145,7 @@ class SegmentedGPTModel(LanguageModule):
         self._mark_embedding_parameters()
 
     def _build_core(self, spec: ModuleSpec, number: int) -> torch.nn.Module:
-        return build_module(
-            spec.submodules.self_attention.submodules.core_attention,
+        return spec.submodules.self_attention.submodules.core_attention(
             config=self.config,
             layer_number=number + 1,
             attn_mask_type=AttnMaskType.causal,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from copy import deepcopy
+from dataclasses import dataclass
 from enum import Flag, auto
+from functools import partial
 
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -15,12 +16,29 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
-from helixpipe.layers.attention import FlashCoreAttention
+from helixpipe.layers.attention.choice import AUTO
+from helixpipe.layers.attention.core import FlashCoreAttention
 from helixpipe.layers.norm import TorchNorm
+from helixpipe.layers.optional_packages import TRANSFORMER_ENGINE as ENGINE_PACKAGE
+from helixpipe.layers.optional_packages import why_not_usable
 from helixpipe.layers.recomputing_layer import NOTHING_SAVED, MemorySaving, SavingTransformerLayer
 
-LOCAL = "local"
-TRANSFORMER_ENGINE = "transformer_engine"
+
+@dataclass(frozen=True)
+class Implementation:
+    """What computes the layers of a model.
+
+    Attributes:
+        modules: ``local``, Megatron's own linear layers with our norms, or ``transformer_engine``.
+        attention: name of an attention backend, or ``auto``: the fastest that works.
+    """
+
+    modules: str
+    attention: str = AUTO
+
+
+LOCAL = Implementation("local")
+TRANSFORMER_ENGINE = Implementation("transformer_engine")
 
 
 class LayerPart(Flag):
@@ -42,46 +60,85 @@ ATTENTION_PARTS: Mapping[str, LayerPart] = {
 }
 
 
-def default_implementation() -> str:
-    """Transformer Engine where it is installed, else Megatron's local modules."""
-    found = importlib.util.find_spec("transformer_engine") is not None
-    return TRANSFORMER_ENGINE if found else LOCAL
+def default_implementation() -> Implementation:
+    """Transformer Engine where it is installed and can be imported, else Megatron's local modules."""
+    return LOCAL if why_not_usable(ENGINE_PACKAGE) else TRANSFORMER_ENGINE
+
+
+def check_implementation(implementation: Implementation) -> None:
+    """``ValueError`` for Transformer Engine where it cannot be used."""
+    reason = why_not_usable(ENGINE_PACKAGE)
+    if implementation.modules == TRANSFORMER_ENGINE.modules and reason:
+        raise ValueError(
+            f"--transformer-impl {implementation.modules} cannot be used: {ENGINE_PACKAGE} {reason}; "
+            f"repair it, or use --transformer-impl {LOCAL.modules}"
+        )
 
 
 def layer_spec(
     config: TransformerConfig,
-    implementation: str,
+    implementation: Implementation,
     saving: MemorySaving = NOTHING_SAVED,
 ) -> ModuleSpec:
     """The spec of one whole transformer layer.
 
     Args:
-        config: decides the norm and query-key norm.
-        implementation: ``local`` (our flash attention and norms) or ``transformer_engine``.
+        config: decides the norm, query-key norm, and whether our core attention can do what is asked for.
+        implementation: whose modules, and which attention.
         saving: what the layer does to keep less for the backward pass.
+
+    Raises:
+        ValueError: Transformer Engine where it cannot be used, or an attention backend that cannot do what
+            the configuration asks for.
     """
     spec = _megatrons_spec(config, implementation)
+    if not leaves_attention_to_engine(config, implementation):
+        spec.submodules.self_attention.submodules.core_attention = partial(
+            FlashCoreAttention, backend=implementation.attention
+        )
     if saving.changes_layers:
         spec.module, spec.params = SavingTransformerLayer, {"saving": saving}
     return spec
 
 
-def _megatrons_spec(config: TransformerConfig, implementation: str) -> ModuleSpec:
-    if implementation == TRANSFORMER_ENGINE:
+def _megatrons_spec(config: TransformerConfig, implementation: Implementation) -> ModuleSpec:
+    if implementation.modules == TRANSFORMER_ENGINE.modules:
+        check_implementation(implementation)
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = TorchNorm
     attention = layer.self_attention.submodules
-    attention.core_attention = FlashCoreAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = TorchNorm
     return spec
 
 
-def final_norm(implementation: str) -> type:
+def leaves_attention_to_engine(config: TransformerConfig, implementation: Implementation) -> bool:
+    """Whether Transformer Engine's own attention module runs: for what no backend of ours has.
+
+    Raises:
+        ValueError: such a thing, and a backend that was named.
+    """
+    if implementation.modules != TRANSFORMER_ENGINE.modules:
+        return False
+    only_there = {
+        "attention dropout": bool(config.attention_dropout),
+        "sliding-window attention": config.window_size is not None,
+        f"the softmax variant {config.softmax_type!r}": config.softmax_type != "vanilla",
+        "context parallelism": config.context_parallel_size > 1,
+    }
+    asked_for = [name for name, is_set in only_there.items() if is_set]
+    if asked_for and implementation.attention != AUTO:
+        raise ValueError(
+            f"--attention-backend {implementation.attention} does not have {asked_for[0]}; leave one out"
+        )
+    return bool(asked_for)
+
+
+def final_norm(implementation: Implementation) -> type:
     """The class of the norm before the head."""
-    if implementation == TRANSFORMER_ENGINE:
+    if implementation.modules == TRANSFORMER_ENGINE.modules:
         from megatron.core.extensions.transformer_engine import TENorm
 
         return TENorm
@@ -90,7 +147,7 @@ def final_norm(implementation: str) -> type:
 
 def block_spec(
     config: TransformerConfig,
-    implementation: str,
+    implementation: Implementation,
     vp_stage: int | None = None,
     saving: MemorySaving = NOTHING_SAVED,
 ) -> TransformerBlockSubmodules:

@@ -11,6 +11,7 @@ from megatron.core.transformer import TransformerConfig
 
 from helixpipe.layers.gpt import build_gpt
 from helixpipe.layers.recomputing_layer import NOTHING_SAVED, MemorySaving
+from helixpipe.layers.spec import Implementation
 
 
 class _PositionInChain(NamedTuple):
@@ -28,7 +29,7 @@ class _PositionInChain(NamedTuple):
 
 def build_stage(
     config: TransformerConfig,
-    implementation: str,
+    implementation: Implementation,
     stage: int,
     num_stages: int,
     *,
@@ -43,7 +44,7 @@ def build_stage(
 
     Args:
         config: the model's configuration; the stage gets a copy for ``num_stages`` pipeline ranks.
-        implementation: ``local`` or ``transformer_engine``, see :func:`helixpipe.layers.spec.layer_spec`.
+        implementation: whose modules compute the layers, and which attention.
         stage, num_stages: position in the chain.
         share_embeddings_and_output_weights: must be False.
         saving: what to do to keep less for the backward pass.

@@ -12,6 +12,7 @@ from helixpipe.layers.elastic.model import build_elastic_gpt
 from helixpipe.layers.gpt import build_gpt
 from helixpipe.layers.recomputing_layer import MemorySaving
 from helixpipe.layers.segmented_gpt import SegmentedGPTModel
+from helixpipe.layers.spec import Implementation
 from helixpipe.layers.stage import build_stage
 from helixpipe.plan import Plan
 from helixpipe.plan.execution import Execution
@@ -22,7 +23,7 @@ def build_model_chunks(
     execution: Execution,
     plan: Plan | None,
     config: TransformerConfig,
-    implementation: str,
+    implementation: Implementation,
     saving: MemorySaving,
     **arguments: Any,
 ) -> list[torch.nn.Module]:
@@ -32,7 +33,7 @@ def build_model_chunks(
         execution: how the plan is carried out.
         plan: of every iteration; None where each batch has its own.
         config: the model's configuration.
-        implementation: ``local`` or ``transformer_engine``, see :func:`helixpipe.layers.spec.layer_spec`.
+        implementation: whose modules compute the layers, and which attention.
         saving: what to do to keep less for the backward pass.
         arguments: the rest of GPTModel's.
     """

@@ -19,7 +19,7 @@ from helixpipe.elastic.costs.fit import Measurement
 from helixpipe.layers.elastic.context import ContextStore
 from helixpipe.layers.elastic.core_attention import SliceCoreAttention
 from helixpipe.layers.elastic.layout import ChunkLayout, spans_of
-from helixpipe.layers.spec import layer_spec
+from helixpipe.layers.spec import Implementation, layer_spec
 from helixpipe.profiling.stopwatch import Stopwatch, Times
 
 FEWEST_TOKENS = 256
@@ -82,16 +82,18 @@ class ElasticLayer(MegatronModule):
 
     Args:
         config: the model's configuration.
-        implementation: ``local`` or ``transformer_engine``, see :func:`helixpipe.layers.spec.layer_spec`.
+        implementation: whose modules compute the layers, and which attention.
         rotates: whether positions are rotary.
     """
 
-    def __init__(self, config: TransformerConfig, implementation: str, *, rotates: bool) -> None:
+    def __init__(self, config: TransformerConfig, implementation: Implementation, *, rotates: bool) -> None:
         super().__init__(config=config)
         self.contexts = ContextStore()
         spec = layer_spec(config, implementation)
         attention = spec.submodules.self_attention.submodules
-        attention.core_attention = partial(SliceCoreAttention, contexts=self.contexts)
+        attention.core_attention = partial(
+            SliceCoreAttention, contexts=self.contexts, backend=implementation.attention
+        )
         self.layer = build_module(spec, config=config, layer_number=1)
         self.rotary: RotaryEmbedding | None = None
         if rotates:

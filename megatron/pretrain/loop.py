@@ -20,6 +20,7 @@ from megatron.pretrain.checkpoint.files import is_same_folder
 from megatron.pretrain.checkpoint.saver import Saver, SaveStatus
 from megatron.pretrain.data.elastic_iterators import ElasticTraining, ElasticValidation
 from megatron.pretrain.data.gpt import Batch, build_iterators
+from megatron.pretrain.health.attention import attention_of_job
 from megatron.pretrain.health.diagnosis import LayerSums
 from megatron.pretrain.health.guards import (
     KeptBatches,
@@ -34,7 +35,7 @@ from megatron.pretrain.health.preemption import StopRequest
 from megatron.pretrain.health.replicas import check_replicas
 from megatron.pretrain.initialize import finalize, initialize, seed_random_states
 from megatron.pretrain.metrics import Planning, Reporter, gather_metrics, mean_loss
-from megatron.pretrain.model import TrainingState, build_training_state
+from megatron.pretrain.model import TrainingState, build_training_state, describe_attention
 from megatron.pretrain.outputs import Outputs, own_outputs
 from megatron.pretrain.settings.schedule import ScheduleSettings
 
@@ -88,11 +89,13 @@ def _train_with(
     forward_backward = make_forward_backward(schedule.execution, schedule.plan, clock, monitor.progress)
     monitor.enter("build model")
     state = build_training_state(args)
+    args.attention_backend, attention = describe_attention(args, state)
     monitor.enter("load")
     loaded = load_checkpoint(args, state) if args.load is not None else Loaded()
     progress = loaded.progress
     reporter = Reporter(args, progress.iteration)
     _announce(args, loaded, reporter)
+    reporter.say(attention_of_job(attention))
     monitor.enter("build data")
     run = _Run(args, forward_step, forward_backward, state, reporter, monitor)
     is_in_save = args.save is not None and args.load is not None and is_same_folder(args.load, args.save)

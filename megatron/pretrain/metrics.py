@@ -88,6 +88,7 @@ class IterationMetrics:
     peak_memory_bytes: list[int]
     bubble_ratio: float
     schedule: str
+    attention_backend: str
     learning_rate: float
     pipeline_ms: float
     planning: Planning | None = None
@@ -148,6 +149,7 @@ def gather_metrics(
         peak_memory_bytes=[int(value) for value in memory],
         bubble_ratio=1.0 - sum(busy) / (len(busy) * span) if span else 0.0,
         schedule=args.pipeline_schedule,
+        attention_backend=args.attention_backend,
         learning_rate=learning_rate,
         pipeline_ms=span,
         planning=Planning.over_ranks(list(zip(*plans, strict=True))) if plans else None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +17,16 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
+from helixpipe.layers.attention.choice import choose, problem_of
 from helixpipe.layers.initialization import deferred_initialization, initialize_weights
+from helixpipe.layers.optional_packages import APEX_ACCUMULATION, why_not_usable
 from helixpipe.layers.recomputing_layer import MemorySaving
-from helixpipe.layers.spec import LOCAL, default_implementation
+from helixpipe.layers.spec import (
+    LOCAL,
+    Implementation,
+    default_implementation,
+    leaves_attention_to_engine,
+)
 from helixpipe.megatron_adapter.model_chunks import build_model_chunks
 from megatron.pretrain.settings.schedule import ScheduleSettings
 
@@ -36,8 +43,7 @@ def build_config(args: argparse.Namespace) -> TransformerConfig:
     """Megatron's model configuration."""
     # Fused kernels compile through torch.compile, which a CPU run does without.
     fuse = torch.cuda.is_available()
-    # The fused accumulation is part of Megatron's whole backward pass.
-    fuse_accumulation = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    fuse_accumulation = not why_not_usable(APEX_ACCUMULATION)
     config = TransformerConfig(
         num_layers=args.num_layers,
         hidden_size=args.hidden_size,
@@ -74,6 +80,7 @@ def build_config(args: argparse.Namespace) -> TransformerConfig:
         use_cpu_initialization=True,
         bias_dropout_fusion=fuse,
         bias_activation_fusion=fuse and (args.swiglu or args.add_bias_linear),
+        # The fused accumulation is part of Megatron's whole backward pass.
         gradient_accumulation_fusion=fuse_accumulation and not args.schedule.splits_backward,
     )
     config.finalize_model_grads_func = finalize_model_grads
@@ -101,10 +108,29 @@ def unwrap(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
+def implementation_of(args: argparse.Namespace) -> Implementation:
+    """What computes the layers: as asked for, or the fastest that is installed and can do it."""
+    if args.transformer_impl is not None:
+        modules = Implementation(args.transformer_impl)
+    else:
+        # Only Megatron's local linear layers can leave their weight gradient for later, or run in slices.
+        needs_local = args.schedule.splits_backward or args.memory_saving.mlp_chunk_size is not None
+        modules = LOCAL if needs_local else default_implementation()
+    return replace(modules, attention=args.attention_backend)
+
+
+def describe_attention(args: argparse.Namespace, state: TrainingState) -> tuple[str, str]:
+    """The attention backend of this rank's layers, and with it why not a faster one."""
+    config = unwrap(state.model[0]).config
+    varies = not args.schedule.execution.joins_documents
+    if not varies and leaves_attention_to_engine(config, implementation_of(args)):
+        return "transformer_engine", "transformer_engine (its own module chooses)"
+    choice = choose(args.attention_backend, problem_of(config, varies=varies))
+    return choice.backend.name, str(choice)
+
+
 def _build_chunks(args: argparse.Namespace, config: TransformerConfig) -> list[torch.nn.Module]:
-    # Only Megatron's local linear layers can leave their weight gradient for later, or run in slices.
-    needs_local = args.schedule.splits_backward or args.memory_saving.mlp_chunk_size is not None
-    implementation = args.transformer_impl or (LOCAL if needs_local else default_implementation())
+    implementation = implementation_of(args)
     saving: MemorySaving = args.memory_saving
     arguments: dict[str, Any] = {
         "vocab_size": args.padded_vocab_size,

@@ -21,19 +21,19 @@ CUDA_SAYS = (
     "CUDA out of memory. Tried to allocate 20.50 GiB. GPU 0 has a total capacity of 139.80 GiB of which "
     "3.10 GiB is free. Process 7 has 136.70 GiB memory in use."
 )
-# Attention fails in its sixth call of the second iteration, forward or backward.
+# Attention fails in its sixth call of the second iteration, forward or backward, after one in its trial.
 SABOTAGE = f"""
 import warnings, sys, runpy, torch
 warnings.filterwarnings("ignore", module="megatron.core")
 sys.path.insert(0, {str(ROOT)!r})
-from helixpipe.layers import attention
-original, calls = getattr(attention.AtenCpu, sys.argv[1]), []
-def fails(*arguments):
+from helixpipe.layers.attention.aten import AtenCpu
+original, calls = getattr(AtenCpu, sys.argv[1]), []
+def fails(*arguments, **options):
     calls.append(1)
-    if len(calls) == 16 + 6:
+    if len(calls) == 1 + 16 + 6:
         raise torch.OutOfMemoryError({CUDA_SAYS!r})
-    return original(*arguments)
-setattr(attention.AtenCpu, sys.argv.pop(1), fails)
+    return original(*arguments, **options)
+setattr(AtenCpu, sys.argv.pop(1), fails)
 runpy.run_path("pretrain_gpt.py", run_name="__main__")
 """
 

@@ -14,7 +14,7 @@ from helixpipe.plan.simulation.timeline import Timeline
 
 CONTRACT = {
     "iteration", "lm_loss", "grad_norm", "elapsed_ms", "tokens_per_second", "peak_memory_bytes",
-    "bubble_ratio", "schedule",
+    "bubble_ratio", "schedule", "attention_backend",
 }  # fmt: skip
 LLAMA = (
     "--swiglu --normalization RMSNorm --position-embedding-type rope --group-query-attention "
@@ -60,6 +60,7 @@ def test_metrics_keep_their_contract(trained, schedule):
     for row in rows:
         assert set(row) >= CONTRACT
         assert row["schedule"] == schedule
+        assert row["attention_backend"] == "aten-cpu"
         assert len(row["peak_memory_bytes"]) == 2
         assert all(isinstance(peak, int) and peak > 0 for peak in row["peak_memory_bytes"])
         assert 0 <= row["bubble_ratio"] < 1
@@ -71,8 +72,9 @@ def test_metrics_keep_their_contract(trained, schedule):
 def test_terminal_shows_each_iteration_and_nothing_else(trained, schedule):
     job = trained(schedule)
     assert job.errors == ""
-    first, *lines, last = job.output.splitlines()
+    first, attention, *lines, last = job.output.splitlines()
     assert first.startswith(f"{schedule}: 2 ranks = tensor 1 x pipeline 2 x data 1; 4 micro batches")
+    assert attention == "attention: aten-cpu"
     iterations = [line for line in lines if "validation" not in line]
     assert len(lines) == len(job.rows) + 2
     for line, row in zip(iterations, job.rows, strict=True):

@@ -15,7 +15,8 @@ from pretend import pretend_rank
 from ranks import run_on_ranks
 from stages import batch_of, block_share, configured, gpt_stage, qkv_share, segmented_share
 
-from helixpipe.layers import attention
+from helixpipe.layers.attention.aten import AtenCpu
+from helixpipe.layers.attention.choice import AUTO, choose, problem_of
 from helixpipe.layers.initialization import initialize_weights
 from helixpipe.layers.recomputing_layer import (
     MemorySaving,
@@ -109,15 +110,17 @@ def test_tensor_parallel_ranks(sequence_parallel):
 def test_attention_runs_once(build, style, monkeypatch):
     """One forward call per layer, and one backward call, for each micro batch."""
     calls = Counter()
-    for name in ("forward", "backward"):
-        original = getattr(attention.AtenCpu, name)
-
-        def counted(*arguments, original=original, name=name):
-            calls[name] += 1
-            return original(*arguments)
-
-        monkeypatch.setattr(attention.AtenCpu, name, counted)
     case = Case(pp=1, style=style, without_attention=True)
+    # Tried now, if not before, and not when it is counted.
+    choose(AUTO, problem_of(configured(case)))
+    for name in ("forward", "backward"):
+        original = getattr(AtenCpu, name)
+
+        def counted(*arguments, original=original, name=name, **options):
+            calls[name] += 1
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(AtenCpu, name, counted)
     with pretend_rank(case):
         gradients_of(case, build)
     assert calls == {"forward": case.num_layers, "backward": case.num_layers}

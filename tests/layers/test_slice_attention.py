@@ -1,5 +1,6 @@
 """Attention of chunks against each sequence's own attention with explicit scores."""
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -8,9 +9,12 @@ from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_e
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from models import Case, make_config
 from pretend import pretend_rank
+from stand_ins import installed
+from stand_ins.aten_kernels import aten_on_cpu
 from test_attention import errors, explicit, needs_cuda, torch_math
 
 from helixpipe.elastic import Chunk, Piece
+from helixpipe.layers.attention.choice import BACKENDS
 from helixpipe.layers.elastic.context import ContextStore, alone
 from helixpipe.layers.elastic.layout import ChunkLayout, padded_length, spans_of
 from helixpipe.layers.elastic.positions import angles_at, rotate_at
@@ -83,7 +87,9 @@ def by_chunk(sequences, chunks, *, padding=0, contexts=None, checkpoint=False, a
     ran = []
     for chunk in chunks:
         parts = zip(*(rows(sequences[piece.sequence], piece) for piece in chunk.pieces), strict=True)
-        query, key, value, grad = (torch.cat([*part, part[0][:padding]]) for part in parts)
+        query, key, value, grad = (
+            torch.cat([*part, *(part[0][:1] for _ in range(padding))]) for part in parts
+        )
         inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
         layout = layout_of(chunk, padding, query.device)
 
@@ -129,6 +135,21 @@ def test_chunks_give_what_whole_sequences_give(device, dtype, heads, padding):
             result, wanted, limit = result[::3], wanted[::3], limit[::3]
         for error, most in zip(errors(result, wanted), limit, strict=True):
             assert error <= most, (sequence, errors(result, wanted), limit)
+
+
+@pytest.mark.parametrize("name", [name for name, backend in BACKENDS.items() if not backend.on_cpu])
+def test_chunks_through_every_gpu_backend(name):
+    """Slices, context, packed sequences and one of a single token, through the libraries' stand-ins."""
+    sequences = problem(4, 2, 64, torch.bfloat16)
+    expected = by_sequence(explicit, sequences, torch.float64)
+    with installed("flash", "engine"), aten_on_cpu():
+        attention = partial(slice_attention, backend=BACKENDS[name]())
+        found = by_chunk(sequences, chunks_of(), padding=3, attention=attention)
+    for sequence, (result, wanted) in enumerate(zip(found, expected, strict=True)):
+        tensors = (0, 3) if LENGTHS[sequence] == 1 else range(4)
+        for number in tensors:
+            # Parts are rounded to 16 bits, each once.
+            assert errors([result[number]], [wanted[number]])[0] <= 2**-7
 
 
 @pytest.mark.parametrize("cuts", [(0, 131), (0, 130, 131), (0, 1, 131), tuple(range(132))])

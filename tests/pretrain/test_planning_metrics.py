@@ -34,6 +34,7 @@ def metrics(iteration, planning):
         peak_memory_bytes=[1, 2],
         bubble_ratio=0.1,
         schedule="elastic",
+        attention_backend="aten-cpu",
         learning_rate=1e-3,
         pipeline_ms=15.25,
         planning=planning,

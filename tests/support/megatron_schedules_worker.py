@@ -12,7 +12,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from models import SEED, Case, _wrap, everywhere, gather_gradients, relative_error, run_iteration
 from stages import gpt_stage
 
-from helixpipe.layers import attention
+from helixpipe.layers.attention.aten import AtenCpu
+from helixpipe.layers.attention.interface import ForwardResult
 
 
 def compare_under_megatron(cases: list[Case], virtual_stages: int | None) -> list[dict[str, Any]]:
@@ -50,15 +51,15 @@ def _run(case: Case, virtual_stages: int | None) -> tuple[list[Any], dict[str, t
     models = [gpt_stage(case, stage, **values) for stage in range(virtual_stages or 0) or [None]]
     chunks = _wrap(case, models[0].config, list(models))
     calls: Counter[str] = Counter()
-    original = attention.choose_backend
+    original = AtenCpu.forward
 
-    def counting(query: torch.Tensor) -> attention.AttentionBackend:
+    def counting(*arguments: Any, **options: Any) -> ForwardResult:
         calls["forward"] += 1
-        return original(query)
+        return original(*arguments, **options)
 
-    attention.choose_backend = counting
+    AtenCpu.forward = counting
     try:
         losses = everywhere(run_iteration(case, chunks, get_forward_backward_func()))
     finally:
-        attention.choose_backend = original
+        AtenCpu.forward = original
     return losses, gather_gradients(chunks), calls["forward"]

@@ -34,7 +34,7 @@ from helixpipe.layers.initialization import (  # noqa: E402
 )
 from helixpipe.layers.recomputing_layer import NOTHING_SAVED, MemorySaving  # noqa: E402
 from helixpipe.layers.segmented_gpt import SegmentedGPTModel  # noqa: E402
-from helixpipe.layers.spec import LOCAL  # noqa: E402
+from helixpipe.layers.spec import LOCAL, Implementation  # noqa: E402
 from helixpipe.layers.stage import build_stage  # noqa: E402
 from helixpipe.megatron_adapter.forward_backward import (  # noqa: E402
     HelixForwardBackward,
@@ -79,6 +79,7 @@ class Case:
     mlp_chunk: int | None = None
     loss_chunk: int | None = None
     hidden_dropout: float = 0.0
+    modules: str = LOCAL.modules
     # Micro batches of helix with W: of all rounds, of the last, or none.
     split: str = "none"
 
@@ -86,6 +87,11 @@ class Case:
     def has_weight_gradients(self) -> bool:
         """True for plans with W."""
         return self.split != "none" or self.schedule in ("zb-h1", "zb-v", "v-half", "v-min", "dualpipe-v")
+
+    @property
+    def implementation(self) -> Implementation:
+        """What computes the layers, with any attention backend."""
+        return Implementation(self.modules)
 
     @property
     def is_tied(self) -> bool:
@@ -189,13 +195,17 @@ def _model_arguments(case: Case) -> dict[str, Any]:
     }
 
 
-def build_reference(case: Case, saving: MemorySaving = NOTHING_SAVED) -> list[torch.nn.Module]:
-    """Megatron's GPTModel for this rank's stage, with the same core attention, wrapped for training."""
+def build_reference(case: Case, saving: MemorySaving = NOTHING_SAVED, **values: Any) -> list[torch.nn.Module]:
+    """Megatron's GPTModel for this rank's stage, with the same core attention, wrapped for training.
+
+    ``values`` are set in its configuration afterwards.
+    """
     config = make_config(case)
+    vars(config).update(values)
     with deferred_initialization(config):
         model = build_gpt(
             config,
-            LOCAL,
+            case.implementation,
             saving,
             pre_process=parallel_state.is_pipeline_first_stage(),
             post_process=parallel_state.is_pipeline_last_stage(),
@@ -215,7 +225,9 @@ def build_planned(case: Case) -> list[torch.nn.Module]:
     num_stages = 2 * case.pp
     with deferred_initialization(config):
         models = [
-            build_stage(config, LOCAL, stage, num_stages, saving=case.saving, **_model_arguments(case))
+            build_stage(
+                config, case.implementation, stage, num_stages, saving=case.saving, **_model_arguments(case)
+            )
             for stage in (rank, num_stages - 1 - rank)
         ]
     return _wrap(case, config, models)
@@ -228,7 +240,7 @@ def _build_helix(case: Case) -> list[torch.nn.Module]:
     with deferred_initialization(config):
         model = SegmentedGPTModel(
             config,
-            LOCAL,
+            case.implementation,
             owned,
             attention_range=case.attention_range,
             lends_head=case.head_placement == "spread",

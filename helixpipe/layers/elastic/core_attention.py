@@ -7,7 +7,7 @@ from typing import Any
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from helixpipe.layers.attention import FlashCoreAttention
+from helixpipe.layers.attention.core import FlashCoreAttention
 from helixpipe.layers.elastic.context import ContextStore
 from helixpipe.layers.elastic.layout import ChunkLayout
 from helixpipe.layers.elastic.positions import rotate_at
@@ -19,11 +19,13 @@ class SliceCoreAttention(FlashCoreAttention):
 
     Args:
         contexts: keys and values of earlier slices, of this stage.
-        arguments: Megatron's.
+        arguments: those of :class:`FlashCoreAttention`.
 
     Raises:
         ValueError: as :class:`FlashCoreAttention`.
     """
+
+    _varies = True
 
     def __init__(
         self, *args: Any, contexts: ContextStore, pg_collection: Any = None, **arguments: Any
@@ -55,5 +57,12 @@ class SliceCoreAttention(FlashCoreAttention):
                 query, key, layout.positions, layout.rotary, self.config, self._context_parallel_group
             )
         return slice_attention(
-            query, key, value, layout, self._contexts, layer=self.layer_number, scale=self.scale
+            query,
+            key,
+            value,
+            layout,
+            self._contexts,
+            layer=self.layer_number,
+            scale=self.scale,
+            backend=self.backend,
         )

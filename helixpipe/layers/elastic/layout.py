@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
 
 from helixpipe.elastic.chunks import Chunk, Piece
+from helixpipe.layers.attention.interface import Spans
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,11 @@ class ChunkLayout:
 
     # Megatron's attention leaves tensors in this format as they are: [T, 1, heads, d].
     qkv_format = "sbhd"
+
+    @cached_property
+    def sequences(self) -> Spans:
+        """The spans as attention takes them, once for all layers."""
+        return Spans(self.spans)
 
 
 def padded_length(num_tokens: int, multiple: int) -> int:

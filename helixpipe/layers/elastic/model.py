@@ -15,7 +15,7 @@ from helixpipe.layers.elastic.core_attention import SliceCoreAttention
 from helixpipe.layers.elastic.layout import ChunkLayout
 from helixpipe.layers.gpt import ChunkedLossGPTModel
 from helixpipe.layers.recomputing_layer import NOTHING_SAVED, MemorySaving
-from helixpipe.layers.spec import block_spec
+from helixpipe.layers.spec import Implementation, block_spec
 
 
 class ChunkRun(NamedTuple):
@@ -83,7 +83,7 @@ def _whole_layers_recomputed(config: TransformerConfig, count: int) -> Iterator[
 
 def build_elastic_gpt(
     config: TransformerConfig,
-    implementation: str,
+    implementation: Implementation,
     saving: MemorySaving = NOTHING_SAVED,
     **arguments: Any,
 ) -> ElasticGPTModel:
@@ -91,7 +91,7 @@ def build_elastic_gpt(
 
     Args:
         config: the model's configuration.
-        implementation: ``local`` or ``transformer_engine``, see :func:`helixpipe.layers.spec.layer_spec`.
+        implementation: whose modules compute the layers, and which attention.
         saving: what to do to keep less beside what plans decide; MLP and loss may run in chunks.
         arguments: the rest of GPTModel's.
 
@@ -108,7 +108,9 @@ def build_elastic_gpt(
     spec = block_spec(config, implementation, saving=saving)
     for layer in spec.layer_specs:
         attention = layer.submodules.self_attention.submodules
-        attention.core_attention = partial(SliceCoreAttention, contexts=contexts)
+        attention.core_attention = partial(
+            SliceCoreAttention, contexts=contexts, backend=implementation.attention
+        )
     return ElasticGPTModel(contexts, saving.loss_chunk_size, config, spec, **arguments)
 
 

@@ -9,14 +9,15 @@ over all keys.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from helixpipe.kernels import merge_attention
-from helixpipe.layers.attention import AttentionBackend, ForwardResult, choose_backend
+from helixpipe.layers.attention.choice import AUTO, choose, problem_with
+from helixpipe.layers.attention.interface import AttentionBackend, ForwardResult
 from helixpipe.layers.elastic.context import ContextStore, KeptSlice, alone
 from helixpipe.layers.elastic.layout import ChunkLayout
 
@@ -27,65 +28,55 @@ class _Forward:
     def __init__(self, backend: AttentionBackend, scale: float) -> None:
         self.backend = backend
         self.scale = scale
-        # What kernels need back: by span for the chunk's own keys, by earlier slice for the context.
-        self.own_extra: list[tuple[Any, ...]] = []
+        # What kernels need back: for the chunk's own keys, and by earlier slice for the context.
+        self.own_extra: tuple[Any, ...] = ()
         self.context_extra: list[tuple[Any, ...]] = []
 
     def run(
         self, query: Tensor, key: Tensor, value: Tensor, layout: ChunkLayout, context: list[KeptSlice]
     ) -> tuple[Tensor, Tensor]:
         """Output [1, heads, T, d] and log-sum-exp [1, heads, T]."""
-        outputs, sums = [], []
-        for first, last in layout.spans:
-            q, k, v = (tensor[:, :, first:last] for tensor in (query, key, value))
-            own = self.backend.forward(q, k, v, self.scale)
-            self.own_extra.append(own.extra)
-            outputs.append(own.output)
-            sums.append(own.log_sum_exp[..., : last - first])
+        own = self.backend.forward(query, key, value, self.scale, spans=layout.sequences)
+        self.own_extra = own.extra
         if context:
-            first, last = layout.spans[0]
-            outputs[0], sums[0] = self._merge_context(query[:, :, first:last], outputs[0], sums[0], context)
-        return _join(outputs), torch.cat(sums, dim=2)
+            part = slice(*layout.spans[0])
+            first = own.output[:, :, part]
+            first.copy_(self._merged(query[:, :, part], first, own.log_sum_exp[..., part], context))
+        return own.output, own.log_sum_exp
 
-    def _merge_context(
-        self, query: Tensor, output: Tensor, log_sum_exp: Tensor, context: list[KeptSlice]
-    ) -> tuple[Tensor, Tensor]:
+    def _merged(self, query: Tensor, output: Tensor, log_sum_exp: Tensor, context: list[KeptSlice]) -> Tensor:
+        """The output over the context, too, whose log-sum-exp is added in place."""
         # Sums of 16-bit parts are kept in the log-sum-exp's type, so that each is rounded once.
         total = output.to(log_sum_exp.dtype)
         for kept in context:
             part = self.backend.forward(query, kept.key, kept.value, self.scale, causal=False)
             self.context_extra.append(part.extra)
-            merge_attention(total, log_sum_exp, part.output, part.log_sum_exp[..., : query.shape[2]])
-        return total.to(output.dtype), log_sum_exp
+            merge_attention(total, log_sum_exp, part.output, part.log_sum_exp)
+        return total
 
 
 def _own_gradients(
     ran: _Forward, layout: ChunkLayout, grad: Tensor, saved: tuple[Tensor, ...]
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Gradients of query, key and value of every span, through the chunk's own keys."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value through the chunk's own keys."""
     query, key, value, output, log_sum_exp = saved
-    gradients = []
-    for (first, last), extra in zip(layout.spans, ran.own_extra, strict=True):
-        part = slice(first, last)
-        result = ForwardResult(output[:, :, part], log_sum_exp[..., part].contiguous(), extra)
-        q, k, v = (tensor[:, :, part] for tensor in (query, key, value))
-        gradients.append(ran.backend.backward(grad[:, :, part], q, k, v, result, ran.scale))
-    return gradients
+    result = ForwardResult(output, log_sum_exp, ran.own_extra)
+    return ran.backend.backward(grad, query, key, value, result, ran.scale, spans=layout.sequences)
 
 
-def _context_gradients(
+def _add_context_gradients(
     ran: _Forward,
     layout: ChunkLayout,
     grad: Tensor,
     saved: tuple[Tensor, ...],
     context: list[KeptSlice],
     grad_query: Tensor,
-) -> Tensor:
-    """Add keys' and values' gradients to the earlier slices; the query's, with ``grad_query``, now used."""
+) -> None:
+    """Add keys' and values' gradients to the earlier slices, and to ``grad_query`` what comes from them."""
     part = slice(*layout.spans[0])
-    query, output, grad = (tensor[:, :, part] for tensor in (saved[0], saved[3], grad))
-    log_sum_exp = saved[4][..., part].contiguous()
-    total = grad_query.to(log_sum_exp.dtype)
+    query, output, grad, of_query = (t[:, :, part] for t in (saved[0], saved[3], grad, grad_query))
+    log_sum_exp = saved[4][..., part]
+    total = of_query.to(log_sum_exp.dtype)
     for kept, extra in zip(context, ran.context_extra, strict=True):
         result = ForwardResult(output, log_sum_exp, extra)
         grad_part, grad_key, grad_value = ran.backend.backward(
@@ -93,7 +84,7 @@ def _context_gradients(
         )
         total += grad_part
         kept.add_gradients(grad_key, grad_value)
-    return total.to(grad_query.dtype)
+    of_query.copy_(total)
 
 
 class _SliceAttention(torch.autograd.Function):
@@ -107,11 +98,12 @@ class _SliceAttention(torch.autograd.Function):
         layer: int,
         layout: ChunkLayout,
         contexts: ContextStore,
+        backend: AttentionBackend,
         keeps_graph: bool,
     ) -> Tensor:
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in _compact(query, key, value))
         piece = layout.pieces[0]
-        ran = _Forward(choose_backend(query), scale)
+        ran = _Forward(backend, scale)
         output, log_sum_exp = ran.run(query, key, value, layout, contexts.earlier(layer, piece))
         if piece.is_continued:
             own = slice(*layout.spans[0])
@@ -127,26 +119,19 @@ class _SliceAttention(torch.autograd.Function):
         ran, layer, layout, contexts = ctx.ran, ctx.layer, ctx.layout, ctx.contexts
         saved, piece = ctx.saved_tensors, layout.pieces[0]
         grad = grad.permute(1, 2, 0, 3)
-        gradients = _own_gradients(ran, layout, grad, saved)
-        grad_query, grad_key, grad_value = gradients[0]
+        grad_query, grad_key, grad_value = _own_gradients(ran, layout, grad, saved)
         if piece.start:
             context = contexts.earlier(layer, piece)
-            grad_query = _context_gradients(ran, layout, grad, saved, context, grad_query)
+            _add_context_gradients(ran, layout, grad, saved, context, grad_query)
         if piece.is_continued:
             kept = contexts.take(layer, piece)
             assert kept.grad_key is not None, "the next slice's backward has not run"
             assert kept.grad_value is not None
-            grad_key, grad_value = grad_key + kept.grad_key, grad_value + kept.grad_value
-        gradients[0] = grad_query, grad_key, grad_value
-        whole = (_join(parts).permute(2, 0, 1, 3) for parts in zip(*gradients, strict=True))
-        return (*whole, None, None, None, None, None)
-
-
-def _join(parts: Sequence[Tensor]) -> Tensor:
-    """Parts [1, heads, t, d] as one [1, heads, T, d], which lies in memory as [T, 1, heads, d]."""
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat([part.permute(2, 0, 1, 3) for part in parts]).permute(1, 2, 0, 3)
+            own = slice(*layout.spans[0])
+            grad_key[:, :, own] += kept.grad_key
+            grad_value[:, :, own] += kept.grad_value
+        whole = (tensor.permute(2, 0, 1, 3) for tensor in (grad_query, grad_key, grad_value))
+        return (*whole, None, None, None, None, None, None)
 
 
 def _compact(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -171,6 +156,7 @@ def slice_attention(
     *,
     layer: int,
     scale: float | None = None,
+    backend: AttentionBackend | None = None,
 ) -> Tensor:
     """Attention of one chunk in one layer.
 
@@ -185,12 +171,16 @@ def slice_attention(
         contexts: of the stage.
         layer: any number that tells the stage's layers apart.
         scale: factor of the scores, ``1/sqrt(d)`` if None.
+        backend: what computes it; None: the fastest that works.
 
     Returns:
         [T, 1, heads * d].
     """
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1])
+    if backend is None:
+        problem = problem_with(*(tensor.permute(1, 2, 0, 3) for tensor in (query, key)))
+        backend = choose(AUTO, replace(problem, varies=True)).backend
     keeps_graph = torch.is_grad_enabled()
-    output = _SliceAttention.apply(query, key, value, scale, layer, layout, contexts, keeps_graph)
+    output = _SliceAttention.apply(query, key, value, scale, layer, layout, contexts, backend, keeps_graph)
     return output.flatten(2)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from helixpipe.commands.parser import flag_of
 from helixpipe.data.prefix import DatasetInfo, check_token_ids, inspect_prefix
+from helixpipe.layers.spec import Implementation, check_implementation
 from helixpipe.plan.build import find_schedule
 from helixpipe.plan.execution import Execution
 from helixpipe.plan.schedules import Schedule
@@ -59,6 +60,8 @@ def parse_arguments(
     args.dataset = args.dataset or _inspect_data(args, args.schedule.execution)
     args.padded_vocab_size = _pad_vocabulary(args)
     args.memory_saving = memory_saving(args)
+    if args.transformer_impl is not None:
+        check_implementation(Implementation(args.transformer_impl))
     _make_output_folders(args)
     return args
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from helixpipe.commands.parser import Parser
 from helixpipe.commands.ranges import GIBIBYTES, LAYERS, RANKS, SEED, Real, Whole
+from helixpipe.layers.attention.choice import AUTO as AUTO_BACKEND
+from helixpipe.layers.attention.choice import BACKENDS
 from helixpipe.plan.schedules.request import ATTENTION_RANGES, HEAD_PLACEMENTS
 from megatron.pretrain.settings.elastic import add_elastic_arguments
 from megatron.pretrain.settings.recomputation import add_memory_arguments
@@ -96,6 +98,12 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     add = group.add_argument
     add("--transformer-impl", choices=("local", "transformer_engine"), help="default: what is installed")
+    add(
+        "--attention-backend",
+        default=AUTO_BACKEND,
+        choices=(AUTO_BACKEND, *BACKENDS),
+        help="default auto: the fastest that works on this GPU; see docs/attention.md",
+    )
     add("--num-layers", type=LAYERS, required=True)
     add("--hidden-size", type=Whole(), required=True)
     add("--ffn-hidden-size", type=Whole())

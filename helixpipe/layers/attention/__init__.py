@@ -1,0 +1,1 @@
+"""Core attention: one interface, its backends, and the choice among them."""

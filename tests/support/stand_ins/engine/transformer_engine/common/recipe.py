@@ -1,0 +1,5 @@
+"""Names that megatron.core derives from."""
+
+
+class DelayedScaling:
+    """Of fp8."""

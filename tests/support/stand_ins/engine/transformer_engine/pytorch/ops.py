@@ -1,0 +1,9 @@
+"""Names of the operation-based interface."""
+
+
+class FusibleOperation:
+    """One operation."""
+
+
+class Sequential:
+    """Several of them."""
