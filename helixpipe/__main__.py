@@ -7,17 +7,17 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from helixpipe.commands import elastic, lengths, measurement, planning, prediction
+from helixpipe.commands import elastic, lengths, measurement, planning, prediction, preflight
 from helixpipe.commands.parser import Parser, UsageError
 from helixpipe.commands.terminal import run_printing
-from helixpipe.reliability.exit_codes import BAD_USAGE
+from helixpipe.reliability.exit_codes import BAD_USAGE, JobError
 
 # What the base install leaves out.
 _OF_TRAINING = ("torch", "megatron", "tokenizers", "psutil")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 if it succeeded, 2 with one line on stderr if the input was wrong.
+    """Run one command; 0 if it succeeded, else its exit code, 2 for wrong input, with one line on stderr.
 
     Without a command it prints the help, as ``--help`` does. If nobody reads the output any more, it is 141.
     """
@@ -49,7 +49,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 def _fail(program: str, error: Exception | str) -> int:
     print(f"{program}: error: {error}", file=sys.stderr)
-    return BAD_USAGE
+    return error.exit_code if isinstance(error, JobError) else BAD_USAGE
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="helixpipe", description="Plan and look at pipeline schedules.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for module in (planning, prediction, measurement, lengths, elastic):
+    for module in (planning, prediction, measurement, lengths, elastic, preflight):
         module.add_parsers(commands.add_parser)
     return parser
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from threads import run_on_threads
 
 from helixpipe.data.prefix import DatasetInfo
-from megatron.pretrain.health import agreement
+from helixpipe.reliability import versions
 from megatron.pretrain.health.agreement import agree_on_arguments, fingerprint
 from megatron.pretrain.settings.arguments import parse_arguments
 
@@ -88,5 +88,5 @@ def test_an_old_copy_of_the_code_is_found(monkeypatch, tmp_path):
     args = parse_arguments(COMMAND.split(), DATASET)
     here = fingerprint(args)["code of helixpipe"]
     (tmp_path / "__init__.py").write_text("# older\n")
-    monkeypatch.setattr(agreement.helixpipe, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(versions.helixpipe, "__file__", str(tmp_path / "__init__.py"))
     assert fingerprint(args)["code of helixpipe"] != here

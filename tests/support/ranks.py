@@ -34,11 +34,12 @@ def run_on_ranks(
     function: Callable[..., Any],
     *args: Any,
     timeout_s: float = 200,
-    backend: str = "gloo",
+    backend: str | None = "gloo",
 ) -> list[Any]:
     """Call ``function(*args)`` on every rank of a fresh group; the results by rank.
 
-    Where there are GPUs, each rank uses one, over gloo together with others.
+    Where there are GPUs, each rank uses one, over gloo together with others. Without a ``backend`` there is
+    no group: the function makes its own.
 
     ``function`` must be importable by name. Raises ``AssertionError`` with the tracebacks of the ranks that
     failed, and kills every rank after ``timeout_s``.
@@ -97,7 +98,7 @@ def _collect(pipes: list[Any], deadline: float) -> list[Any]:
 def _entry(
     rank: int,
     world_size: int,
-    backend: str,
+    backend: str | None,
     rendezvous: str,
     pipe: Any,
     function: Callable[..., Any],
@@ -113,16 +114,18 @@ def _entry(
             host_transport.install()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     try:
-        dist.init_process_group(
-            backend,
-            init_method=f"file://{rendezvous}",
-            rank=rank,
-            world_size=world_size,
-            timeout=datetime.timedelta(seconds=60),
-        )
+        if backend is not None:
+            dist.init_process_group(
+                backend,
+                init_method=f"file://{rendezvous}",
+                rank=rank,
+                world_size=world_size,
+                timeout=datetime.timedelta(seconds=60),
+            )
         _send(pipe, True, function(*args))
-        dist.barrier()
-        dist.destroy_process_group()
+        if backend is not None:
+            dist.barrier()
+            dist.destroy_process_group()
     except Exception:
         _send(pipe, False, traceback.format_exc())
 

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import json
-import platform
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch.distributed import Store
 
-import helixpipe
+from helixpipe.reliability.versions import versions
 
 # Of one rank or one host, or without effect on the numbers.
 _MAY_DIFFER = frozenset((
@@ -53,20 +48,8 @@ def fingerprint(args: argparse.Namespace) -> dict[str, str]:
     found |= {f"data set, {k}": v for k, v in dataclasses.asdict(args.dataset).items() if k != "prefix"}
     if args.schedule.plan is not None:
         found["plan"] = args.schedule.plan.fingerprint[:16]
-    found["version of Python"] = platform.python_version()
-    found["version of torch"] = torch.__version__
-    found["version of megatron-core"] = version("megatron-core")
-    found["code of helixpipe"] = _digest_of_code()
+    found |= versions()
     return {name: str(value) for name, value in found.items()}
-
-
-def _digest_of_code() -> str:
-    """Of the sources: hosts may have copies of their own, one of them old."""
-    folder = Path(helixpipe.__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def _disagreement(store: Store, world_size: int) -> str:
