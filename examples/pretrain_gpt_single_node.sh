@@ -9,7 +9,7 @@ DATA_PREFIX=${1:?usage: $0 DATA_PREFIX [ARGUMENTS...]}
 shift
 GPUS=${GPUS:-8}
 
-export CUDA_DEVICE_MAX_CONNECTIONS=1
+. examples/environment.sh
 torchrun --standalone --nproc-per-node "$GPUS" pretrain_gpt.py \
     --pipeline-schedule helix --pipeline-model-parallel-size "$GPUS" \
     --num-layers 24 --hidden-size 2048 --num-attention-heads 16 --seq-length 16384 \

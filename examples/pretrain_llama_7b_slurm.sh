@@ -5,25 +5,23 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
-# Llama 7B on 64 GPUs: tensor parallel inside a node, helix pipeline across 8 nodes.
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@300
+# Llama 7B on 64 GPUs: tensor parallel inside a node, helix pipeline across 8 nodes. From the checkout:
 #
 #   sbatch examples/pretrain_llama_7b_slurm.sh /data/corpus /checkpoints/7b [more pretrain_gpt.py arguments]
 #
 # Every rank keeps two-fold x 32 layers of activations (see docs/choosing.md): about 36 GB at 32k tokens.
 set -euo pipefail
 
-DATA_PREFIX=${1:?usage: sbatch $0 DATA_PREFIX CHECKPOINT_DIR [ARGUMENTS...]}
-CHECKPOINTS=${2:?usage: sbatch $0 DATA_PREFIX CHECKPOINT_DIR [ARGUMENTS...]}
+usage="usage: sbatch examples/pretrain_llama_7b_slurm.sh DATA_PREFIX CHECKPOINT_DIR [ARGUMENTS...]"
+DATA_PREFIX=${1:?$usage}
+CHECKPOINTS=${2:?$usage}
 shift 2
 
-HEAD_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-# Kernels of communication and compute must be able to run side by side in the order they were launched.
-export CUDA_DEVICE_MAX_CONNECTIONS=1
-
-srun torchrun \
-    --nnodes "$SLURM_NNODES" --nproc-per-node 8 \
-    --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$HEAD_NODE:29500" \
-    pretrain_gpt.py \
+cd "$SLURM_SUBMIT_DIR"
+exec bash examples/slurm/job.sh pretrain_gpt.py \
     --pipeline-schedule helix --num-fold 2 \
     --pipeline-model-parallel-size 8 --tensor-model-parallel-size 8 --sequence-parallel \
     --num-layers 32 --hidden-size 4096 --ffn-hidden-size 11008 --num-attention-heads 32 \

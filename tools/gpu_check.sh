@@ -2,7 +2,7 @@
 # Everything that needs a GPU, in one command: builds the kernels, tests them, measures. PYTHON names an interpreter with torch
 # and megatron-core; results go to $OUT if that is set, else to benchmarks/. QUICK=1 measures short sequences only.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"

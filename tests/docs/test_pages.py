@@ -73,7 +73,12 @@ def check_command(words):
     elif words[0] == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         assert set(words[1:]) <= set(targets)
-    elif words[0] in ("python", "bash", "sbatch"):
+    elif words[0] == "sbatch":
+        script = next(word for word in words if word.endswith(".sh"))
+        assert (ROOT / script).exists(), f"there is no {script}"
+        if words[-1] == "..." and "pretrain_gpt.py" in words:
+            check_training(words[words.index("pretrain_gpt.py") + 1 :])
+    elif words[0] in ("python", "bash"):
         assert (ROOT / words[1]).exists(), f"there is no {words[1]}"
         if words[0] == "python":
             help_text = run([*words[:2], "--help"], ROOT).stdout
