@@ -1,4 +1,4 @@
-"""Every private or patched name of torch, numpy and megatron-core that the project depends on.
+"""Every private or patched name of torch, numpy, megatron-core and flash-attn that the project depends on.
 
 Such a name may move with any release, and nothing promises that it still means the same. Each stands here
 once, with what it is used for and the release with which that was found to hold; a test looks all of them up
@@ -14,6 +14,7 @@ from functools import reduce
 from typing import Any, NamedTuple
 
 _TORCH, _CORE = "torch 2.13.0", "megatron-core 0.16.1"
+_FLASH_2, _FLASH_3 = "flash-attn 2.7", "flash-attn 3"
 
 FACTORIES = ("arange", "empty", "full", "ones", "rand", "randn", "tensor", "zeros")
 LIKE_FACTORIES = ("empty_like", "full_like", "ones_like", "rand_like", "randn_like", "zeros_like")
@@ -37,6 +38,7 @@ class ContactPoint(NamedTuple):
     arguments: tuple[str, ...] | None = None
 
 
+_LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 _FLASH_INPUT = ("query", "key", "value", "dropout_p", "is_causal")
 _OPTIMIZERS = "megatron.core.optimizer"
 
@@ -68,6 +70,26 @@ CALLED = (
         ("grad_out_", "query", "key", "value", "attn_bias", "out", "logsumexp"),
     ),
     ContactPoint(
+        "torch.ops.aten", "_scaled_dot_product_cudnn_attention", "attention by cuDNN", _TORCH,
+        ("query", "key", "value", "attn_bias", "compute_log_sumexp", "dropout_p", "is_causal",
+         "return_debug_mask"),
+    ),
+    ContactPoint(
+        "torch.ops.aten", "_scaled_dot_product_cudnn_attention_backward", "its backward pass", _TORCH,
+        ("grad_out", "query", "key", "value", "out", "logsumexp", "philox_seed", "philox_offset", "attn_bias",
+         "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal"),
+    ),
+    ContactPoint(
+        "torch.ops.aten", "_flash_attention_forward", "attention of packed sequences", _TORCH,
+        ("query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal",
+         "return_debug_mask"),
+    ),
+    ContactPoint(
+        "torch.ops.aten", "_flash_attention_backward", "its backward pass", _TORCH,
+        ("grad_out", "query", "key", "value", "out", "logsumexp", "cum_seq_q", "cum_seq_k", "max_q", "max_k",
+         "dropout_p", "is_causal", "rng_state", "unused"),
+    ),
+    ContactPoint(
         "torch.distributed.distributed_c10d", "_get_default_store",
         "ranks meet there after a gradient that is not finite", _TORCH, (),
     ),
@@ -90,6 +112,33 @@ CALLED = (
         "the end of a layer after an MLP in slices", _CORE, ("self", "mlp_output_with_bias", "residual"),
     ),
     ContactPoint("torch.nn:Module", "_modules", "an MLP without its second product", _TORCH),
+)  # fmt: skip
+
+# Called where the package is installed.
+OPTIONAL = (
+    *(
+        ContactPoint(
+            "flash_attn.flash_attn_interface", f"_flash_attn{kind}_forward",
+            "attention with its log-sum-exp", _FLASH_2, ("q", "k", "v", *lengths, "dropout_p"),
+        )
+        for kind, lengths in (("", ()), ("_varlen", _LENGTHS))
+    ),
+    *(
+        ContactPoint(
+            "flash_attn.flash_attn_interface", f"_flash_attn{kind}_backward", "its backward pass", _FLASH_2,
+            ("dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv", *lengths, "dropout_p"),
+        )
+        for kind, lengths in (("", ()), ("_varlen", _LENGTHS))
+    ),
+    ContactPoint(
+        "flash_attn_interface", "_flash_attn_forward", "attention with its log-sum-exp", _FLASH_3,
+        ("q", "k", "v", "k_new", "v_new", "qv"),
+    ),
+    ContactPoint(
+        "flash_attn_interface", "_flash_attn_backward", "its backward pass", _FLASH_3,
+        ("dout", "q", "k", "v", "out", "softmax_lse", "cu_seqlens_q", "cu_seqlens_k", "sequed_q", "sequed_k",
+         "max_seqlen_q", "max_seqlen_k", "dq", "dk", "dv", "softmax_scale"),
+    ),
 )  # fmt: skip
 
 # Overridden in our subclasses.

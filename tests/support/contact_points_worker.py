@@ -8,7 +8,7 @@ import warnings
 
 warnings.filterwarnings("ignore")
 
-from helixpipe.contact_points import CALLED, OVERRIDDEN, PATCHED, ContactPoint, find  # noqa: E402
+from helixpipe.contact_points import CALLED, OPTIONAL, OVERRIDDEN, PATCHED, ContactPoint, find  # noqa: E402
 
 
 def problem(point: ContactPoint) -> str:
@@ -32,6 +32,6 @@ def problem(point: ContactPoint) -> str:
 
 
 if __name__ == "__main__":
-    points = (*CALLED, *OVERRIDDEN, *PATCHED)
+    points = (*CALLED, *OPTIONAL, *OVERRIDDEN, *PATCHED)
     found = {f"{point.owner} {point.name}": problem(point) for point in points}
     print(json.dumps({name: text for name, text in found.items() if text}))
