@@ -82,9 +82,12 @@ def _write_page(advice: Advice, job: Job, path: Path) -> None:
         candidate = option.candidate
         pieces = job.pieces_for(candidate.micro_batch_size)
         assert pieces is not None
-        simulation = simulate(option.plan, costs_of_plan(pieces, option.plan, candidate.recompute))
+        simulation = simulate(
+            option.plan,
+            costs_of_plan(pieces, option.plan, candidate.levels(job.workload.model.num_layers)),
+        )
         runs = f"no: {candidate.why_not_runnable}" if candidate.why_not_runnable else "yes"
-        facts = {"recompute": candidate.recompute.value, "runs": runs}
+        facts = {"recompute": candidate.recompute_label, "runs": runs}
         entries.append(LabelledTimeline(simulation.timeline, candidate.label, simulation.iteration_ms, facts))
     workload = job.workload
     write_page(

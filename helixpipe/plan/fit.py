@@ -77,8 +77,6 @@ def _check_stages(plan: Plan) -> None:
 
 
 def _check_segments(plan: Plan) -> None:
-    if plan.splits_backward:
-        raise ValueError("layers cut at their attention have no W of their own; plan the whole backward as B")
     num_layers, attention_range = plan.parameters.get("num_layers"), plan.parameters.get("attention_range")
     if not isinstance(num_layers, int) or plan.num_segments != 2 * num_layers + 1:
         raise ValueError(f"{num_layers} layers cut at their attention are not {plan.num_segments} segments")

@@ -12,7 +12,7 @@ from helixpipe.report.console import table_console
 
 GIB = 2**30
 # Piped output has no width of its own; the table needs this much.
-_WIDTH = 132
+_WIDTH = 160
 
 
 def print_advice(advice: Advice, job: Job) -> None:
@@ -49,7 +49,7 @@ def _row(number: int, option: Option, job: Job) -> Iterable[str]:
     candidate = option.candidate
     yield str(number)
     yield candidate.label
-    yield candidate.recompute.value
+    yield candidate.recompute_label
     yield str(candidate.micro_batch_size)
     yield _seconds(option.iteration_ms)
     yield f"{option.tokens_per_second_per_gpu:.0f}"

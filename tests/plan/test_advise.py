@@ -1,12 +1,13 @@
 """Advice: candidates, memory, context parallelism, and what is said about them."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from helixpipe.plan import ScheduleRequest, build_plan
 from helixpipe.plan.advise import Candidate, advise, make_job
-from helixpipe.plan.advise.advice import efficiency
+from helixpipe.plan.advise.advice import Rejection, _pipeline, efficiency
 from helixpipe.plan.advise.candidates import candidates
 from helixpipe.plan.advise.context_parallel import Exchange, predict_context_parallel
 from helixpipe.plan.cost_model import (
@@ -19,6 +20,7 @@ from helixpipe.plan.cost_model import (
     predict_pieces,
 )
 from helixpipe.plan.cost_model.work import PIECES
+from helixpipe.plan.schedules.request import KnownCosts
 from helixpipe.plan.simulation.network import Network
 from helixpipe.plan.simulation.simulate import simulate
 
@@ -50,9 +52,15 @@ def test_an_option_is_what_its_plan_simulates_to(long):
         candidate = option.candidate
         if candidate.schedule in {exchange.value for exchange in Exchange}:
             continue
-        plan = build_plan(candidate.schedule, candidate.request(the_job))
         pieces = the_job.pieces_for(candidate.micro_batch_size)
-        found = simulate(plan, costs_of_plan(pieces, plan, candidate.recompute))
+        levels = candidate.levels(32)
+        # What is fitted to costs is fitted to these: built anew it is the same plan.
+        plan = build_plan(candidate.schedule, candidate.request(the_job), compute_only=True)
+        if candidate.fits_order_to_costs and option.plan != plan:
+            known = KnownCosts(partial(costs_of_plan, pieces, recompute=levels), the_job.memory_limit_bytes)
+            plan = build_plan(candidate.schedule, candidate.request(the_job, known), compute_only=True)
+        assert option.plan == plan
+        found = simulate(option.plan, costs_of_plan(pieces, option.plan, levels))
         assert found.iteration_ms == option.iteration_ms
         assert max(found.peak_bytes) == option.peak_bytes
         assert candidate.micro_batch_size * candidate.num_microbatches == 16
@@ -83,7 +91,7 @@ def test_nothing_fits():
 
 
 def test_the_best_is_the_fastest_that_runs(long):
-    assert long.best.candidate.label == "helix fold=1 block spread head"
+    assert long.best.candidate.label == "helix fold=1 block spread head interlocked W"
     assert long.best.candidate.arguments(job()) == [
         "--pipeline-schedule helix",
         "--pipeline-model-parallel-size 8",
@@ -94,6 +102,8 @@ def test_the_best_is_the_fastest_that_runs(long):
         "--num-fold 1",
         "--attention-range block",
         "--head-placement spread",
+        "--round-order interlocked",
+        "--split-weight-gradients",
         "--no-recompute-without-attention",
     ]
     short = advise(job(seq_length=32768))
@@ -108,6 +118,28 @@ def test_more_recomputation_only_where_memory_forces_it():
     assert {o.candidate.recompute for o in found.options if not o.candidate.why_not_runnable} == {
         Recompute.NONE
     }
+
+
+def test_memory_that_is_left_is_filled_with_layers_that_recompute_less(long):
+    unmixed = {(o.candidate.label, o.candidate.recompute): o for o in long.options if not o.candidate.lighter}
+    mixtures = [option for option in long.options if option.candidate.lighter]
+    assert mixtures
+    for mixed in mixtures:
+        plain = unmixed[mixed.candidate.label, mixed.candidate.recompute]
+        assert mixed.iteration_ms < plain.iteration_ms
+        assert plain.peak_bytes < mixed.peak_bytes <= 91 * GIB
+        count, lighter = mixed.candidate.lighter
+        levels = mixed.candidate.levels(32)
+        assert levels.count(lighter) == count
+        assert levels.count(mixed.candidate.recompute) == 32 - count
+        more = _pipeline(job(), replace(mixed.candidate, lighter=(count + 1, lighter)))
+        assert isinstance(more, Rejection), "one more layer would not fit"
+
+
+def test_lighter_layers_are_spread_evenly():
+    candidate = Candidate("helix", Recompute.PRODUCTS, 1, 16, lighter=(3, Recompute.NONE))
+    assert [level is Recompute.NONE for level in candidate.levels(7)] == [0, 0, 1, 0, 1, 0, 1]
+    assert candidate.recompute_label == "products, in 3 none"
 
 
 def test_accept_narrows_the_search():
@@ -191,11 +223,11 @@ def test_one_rank_has_nothing_to_exchange():
         assert predict_context_parallel(pieces, exchange, 1, 1, Recompute.NONE, slow).exposed_ms == 0
 
 
-def test_context_parallelism_is_ranked_among_the_pipelines():
+def test_context_parallelism_is_ranked_among_the_pipelines(long):
     """At 128k a ring beats stages, and helix beats the ring; at 32k the ring's messages are exposed."""
     stages = advise(job(), accept=lambda candidate: candidate.schedule != "helix")
     assert stages.options[0].candidate.schedule == "context-parallel ring"
-    assert advise(job()).options[0].candidate.schedule == "helix"
+    assert long.options[0].candidate.schedule == "helix"
     short = advise(job(seq_length=32768), accept=lambda candidate: candidate.schedule == "1f1b")
     assert short.options[0].candidate.schedule == "1f1b"
 

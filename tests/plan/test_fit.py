@@ -60,7 +60,7 @@ REFUSED = {
         "5 layers in 2 segments",
     ),
     "loans of stages": (BLOCK, Execution.STAGES, "lends weights, which whole layers do not"),
-    "split backward": (planned("zb-h1"), Execution.SEGMENTS, "have no W of their own"),
+    "stages as segments": (planned("zb-h1"), Execution.SEGMENTS, "cut at their attention are not"),
     "other segments": (
         planned("gpipe"),
         Execution.SEGMENTS,

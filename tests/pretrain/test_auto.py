@@ -48,6 +48,10 @@ def test_given_options_narrow_the_choice():
     assert chosen.attention_range in ("core", "qkv", "block")
     chosen = parsed("--hardware h20 --seq-length 4096 --head-placement spread")
     assert (chosen.pipeline_schedule, chosen.head_placement) == ("helix", "spread")
+    chosen = parsed("--hardware h20 --seq-length 65536 --round-order interlocked")
+    assert chosen.schedule.plan.parameters["round_order"] == "interlocked"
+    chosen = parsed("--hardware h20 --seq-length 65536 --round-order filo")
+    assert "round_order" not in chosen.schedule.plan.parameters
     again = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
     chosen = parsed(f"--hardware h20 --seq-length 4096 {again}")
     assert chosen.pipeline_schedule != "helix"

@@ -13,9 +13,19 @@ from helixpipe.plan.cost_model import Recompute, costs_of_plan
 from helixpipe.plan.operation import Kind
 from helixpipe.plan.plan import Plan
 from helixpipe.plan.schedules import SCHEDULES, ScheduleRequest
+from helixpipe.plan.schedules.request import KnownCosts
 from helixpipe.plan.simulation.costs import Costs
 from helixpipe.plan.simulation.memory import peak_bytes
 from helixpipe.plan.simulation.simulate import simulate
+
+# How many of the fastest get a second look.
+_LOOKED_AT_TWICE = 6
+# What computes less again than a recomputation, and keeps more.
+_LIGHTER = {
+    Recompute.PRODUCTS: Recompute.NONE,
+    Recompute.WITHOUT_ATTENTION: Recompute.PRODUCTS,
+    Recompute.FULL: Recompute.WITHOUT_ATTENTION,
+}
 
 
 @dataclass(frozen=True)
@@ -81,6 +91,8 @@ def advise(job: Job, accept: Callable[[Candidate], bool] = lambda candidate: Tru
     """Try every schedule, option, recomputation and micro batch size for ``job``.
 
     A recomputation that computes more is tried only if nothing that computes less fits and can be executed.
+    What comes close to the fastest is improved: orders are fitted to the costs, and memory that is left is
+    filled by computing less again in some of the layers.
 
     Args:
         job: what is to be trained.
@@ -108,10 +120,58 @@ def advise(job: Job, accept: Callable[[Candidate], bool] = lambda candidate: Tru
         if not why_not or (label, "") not in best or option.iteration_ms < best[label, ""].iteration_ms
     ]
     return Advice(
-        sorted(shown, key=lambda option: option.iteration_ms),
+        sorted(_improved(job, shown), key=lambda option: option.iteration_ms),
         [rejection for label, rejection in closest.items() if label not in fitting],
         len(outcomes),
     )
+
+
+def _improved(job: Job, options: list[Option]) -> Iterator[Option]:
+    """The options, the fastest of them with what a second look makes of them."""
+    ranked = sorted(options, key=lambda option: option.iteration_ms)
+    for number, option in enumerate(ranked):
+        if option.plan is None or number >= _LOOKED_AT_TWICE:
+            yield option
+            continue
+        yield _fitted(job, option)
+        mixture = _mixture(job, option.candidate)
+        if mixture is not None and mixture.iteration_ms < option.iteration_ms:
+            yield mixture
+
+
+def _fitted(job: Job, option: Option) -> Option:
+    """The option with its order fitted to the costs, if its schedule can do that."""
+    if not option.candidate.fits_order_to_costs:
+        return option
+    fitted = _pipeline(job, option.candidate, fits_order=True)
+    if isinstance(fitted, Option) and fitted.iteration_ms < option.iteration_ms:
+        return fitted
+    return option
+
+
+def _mixture(job: Job, candidate: Candidate) -> Option | None:
+    """As many layers with the next lighter recomputation as memory allows; None if there is none such."""
+    lighter = _LIGHTER.get(candidate.recompute)
+    if lighter is None:
+        return None
+    num_layers = job.workload.model.num_layers
+    peaks = [_peak(job, replace(candidate, recompute=level)) for level in (candidate.recompute, lighter)]
+    room, growth = job.memory_limit_bytes - peaks[0], peaks[1] - peaks[0]
+    if room < 0 or growth <= room:
+        return None
+    # Memory grows by about as much with every layer.
+    for count in range(num_layers * room // growth, 0, -1):
+        found = _pipeline(job, replace(candidate, lighter=(count, lighter)))
+        if isinstance(found, Option):
+            return _fitted(job, found)
+    return None
+
+
+def _peak(job: Job, candidate: Candidate) -> int:
+    pieces = job.pieces_for(candidate.micro_batch_size)
+    assert pieces is not None
+    plan = _plan(candidate.schedule, candidate.request(job))
+    return max(peak_bytes(plan, costs_of_plan(pieces, plan, candidate.recompute)))
 
 
 def _closeness(rejection: Rejection) -> tuple[bool, int]:
@@ -123,7 +183,8 @@ def _first_that_fits(job: Job, group: list[Candidate]) -> Iterator[Option | Reje
     for candidate in group:
         outcome = _pipeline(job, candidate)
         yield outcome
-        if isinstance(outcome, Option) and not candidate.why_not_runnable:
+        # Another recomputation may be executed where this one cannot; nothing else changes in the group.
+        if isinstance(outcome, Option) and candidate.why_not_runnable != "recompute":
             return
 
 
@@ -132,14 +193,21 @@ def _plan(schedule: str, request: ScheduleRequest) -> Plan:
     return SCHEDULES[schedule].plan(request)
 
 
-def _pipeline(job: Job, candidate: Candidate) -> Option | Rejection:
-    try:
-        plan = _plan(candidate.schedule, candidate.request(job))
-    except ValueError as error:
-        return Rejection(candidate, str(error))
+def _pipeline(job: Job, candidate: Candidate, *, fits_order: bool = False) -> Option | Rejection:
     pieces = job.pieces_for(candidate.micro_batch_size)
     assert pieces is not None
-    costs = costs_of_plan(pieces, plan, candidate.recompute)
+    levels = candidate.levels(job.workload.model.num_layers)
+
+    def costs_of(plan: Plan) -> Costs:
+        return costs_of_plan(pieces, plan, levels)
+
+    known = KnownCosts(costs_of, job.memory_limit_bytes) if fits_order else None
+    request = candidate.request(job, known)
+    try:
+        plan = SCHEDULES[candidate.schedule].plan(request) if known else _plan(candidate.schedule, request)
+    except ValueError as error:
+        return Rejection(candidate, str(error))
+    costs = costs_of(plan)
     peak = max(peak_bytes(plan, costs))
     if peak > job.memory_limit_bytes:
         return _too_large(job, candidate, peak)
@@ -174,7 +242,7 @@ def _too_large(job: Job, candidate: Candidate, peak: int) -> Rejection:
     return Rejection(
         candidate,
         f"needs {peak / GIB:.1f} GiB, {excess / GIB:.1f} GiB over the limit, recomputing "
-        f"{candidate.recompute.value}",
+        f"{candidate.recompute_label}",
         excess,
     )
 

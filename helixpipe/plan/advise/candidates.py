@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import pairwise, product
 
 from helixpipe.plan.advise.job import Job
 from helixpipe.plan.build import OPTION_FLAGS
 from helixpipe.plan.cost_model import Recompute
 from helixpipe.plan.schedules import SCHEDULES, ScheduleRequest, planned_ahead
-from helixpipe.plan.schedules.request import ATTENTION_RANGES
+from helixpipe.plan.schedules.request import ATTENTION_RANGES, KnownCosts
 
 MICRO_BATCH_FACTORS = (1, 2, 4)
 
-_WITHOUT_MEGATRONS = (Recompute.NONE, Recompute.WITHOUT_ATTENTION)
+_WITHOUT_MEGATRONS = frozenset((Recompute.NONE, Recompute.WITHOUT_ATTENTION))
+_WITH_MEGATRONS = _WITHOUT_MEGATRONS | {Recompute.SELECTIVE, Recompute.FULL}
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,13 @@ class Candidate:
 
     Attributes:
         schedule: a key of ``SCHEDULES``, or a name of context parallelism.
-        recompute: what backward passes compute again.
+        recompute: what backward passes compute again, in all layers but those that ``lighter`` says.
         micro_batch_size: sequences in a micro batch.
         num_microbatches: per replica and iteration.
         options: the schedule's own, by name of :class:`ScheduleRequest`.
         tied: the model's head shares the embedding's weights.
         chunked_loss: the loss is computed in chunks.
+        lighter: in how many layers, spread evenly, a lighter recomputation is used, and which; None for none.
     """
 
     schedule: str
@@ -38,15 +40,41 @@ class Candidate:
     options: Mapping[str, int | str] = field(default_factory=dict)
     tied: bool = False
     chunked_loss: bool = False
+    lighter: tuple[int, Recompute] | None = None
 
-    def request(self, job: Job) -> ScheduleRequest:
-        """What the schedule is asked for."""
+    def request(self, job: Job, costs: KnownCosts | None = None) -> ScheduleRequest:
+        """What the schedule is asked for, with costs to fit its order to if they are to be used."""
+        kinds = tuple(level.value for level in self.levels(job.workload.model.num_layers))
+        takes_kinds = self.lighter is not None and "layer_kinds" in SCHEDULES[self.schedule].options
         return ScheduleRequest(
             num_layers=job.workload.model.num_layers,
             num_ranks=job.num_ranks,
             num_microbatches=self.num_microbatches,
+            layer_kinds=kinds if takes_kinds else None,
+            costs=costs,
             **self.options,  # type: ignore[arg-type]
         )
+
+    def levels(self, num_layers: int) -> list[Recompute]:
+        """The recomputation of every layer."""
+        if self.lighter is None:
+            return [self.recompute] * num_layers
+        count, lighter = self.lighter
+        cuts = [layer * count // num_layers for layer in range(num_layers + 1)]
+        return [lighter if before < after else self.recompute for before, after in pairwise(cuts)]
+
+    @property
+    def fits_order_to_costs(self) -> bool:
+        """True if its order can be made better where costs are known."""
+        return self.options.get("round_order") == "interlocked"
+
+    @property
+    def recompute_label(self) -> str:
+        """What is computed again, for a table."""
+        if self.lighter is None:
+            return self.recompute.value
+        count, lighter = self.lighter
+        return f"{self.recompute.value}, in {count} {lighter.value}"
 
     @property
     def label(self) -> str:
@@ -59,7 +87,8 @@ class Candidate:
         entry = SCHEDULES.get(self.schedule)
         if entry is None or entry.execution is None:
             return "schedule"
-        if not entry.execution.recomputes_whole_layers and self.recompute not in _WITHOUT_MEGATRONS:
+        executed = _WITH_MEGATRONS if entry.execution.recomputes_whole_layers else _WITHOUT_MEGATRONS
+        if self.recompute not in executed or self.lighter is not None:
             return "recompute"
         if self.tied and entry.needs_untied_weights:
             return "tied weights"
@@ -83,6 +112,8 @@ class Candidate:
             if name == "virtual_stages":
                 layers = workload.model.num_layers // (job.num_ranks * int(value))
                 words.append(f"--num-layers-per-virtual-pipeline-stage {layers}")
+            elif value is True:
+                words.append(OPTION_FLAGS[name])
             else:
                 words.append(f"{OPTION_FLAGS[name]} {value}")
         words += _RECOMPUTE_ARGUMENTS[self.recompute]
@@ -111,6 +142,7 @@ def _short(name: str, value: int | str) -> str:
         "virtual_stages": f"v={value}",
         "num_slices": f"K={value}",
         "head_placement": f"{value} head",
+        "split_weight_gradients": "W",
     }.get(name, str(value))
 
 
@@ -146,8 +178,12 @@ def _options(schedule: str, job: Job) -> Iterator[Mapping[str, int | str]]:
     elif "num_slices" in names:
         yield from ({"num_slices": count} for count in (2, 4, 8))
     elif "num_fold" in names:
-        for fold, cut in product((1, 2), ATTENTION_RANGES):
-            yield {"num_fold": fold, "attention_range": cut}
-            yield {"num_fold": fold, "attention_range": cut, "head_placement": "spread"}
+        heads: tuple[dict[str, int | str], ...] = ({}, {"head_placement": "spread"})
+        for fold, cut, head in product((1, 2), ATTENTION_RANGES, heads):
+            yield {"num_fold": fold, "attention_range": cut, **head}
+        # A head on the first rank alone would leave gaps that interlocking is there to fill.
+        interlocked: dict[str, int | str] = {"head_placement": "spread", "round_order": "interlocked"}
+        for cut, splits in product(ATTENTION_RANGES, ({}, {"split_weight_gradients": True})):
+            yield {"num_fold": 1, "attention_range": cut, **interlocked, **splits}
     else:
         yield {}

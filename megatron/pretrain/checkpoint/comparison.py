@@ -20,7 +20,8 @@ from megatron.pretrain.settings.parser import build_parser
 CHANGES_NOTHING = frozenset((
     # Who computes what, when and from which memory.
     "pipeline_schedule", "plan", "hardware", "memory_limit_gib", "num_fold", "attention_range",
-    "head_placement", "tensor_model_parallel_size", "pipeline_model_parallel_size",
+    "head_placement", "round_order", "split_weight_gradients",
+    "tensor_model_parallel_size", "pipeline_model_parallel_size",
     "num_layers_per_virtual_pipeline_stage", "sequence_parallel", "overlap_grad_reduce",
     "overlap_param_gather", "recompute_granularity", "recompute_method", "recompute_num_layers",
     "recompute_modules", "recompute_without_attention", "mlp_chunk_size", "loss_chunk_size",

@@ -30,7 +30,7 @@ from megatron.pretrain.settings.schedule import (
     read_plan,
     settings_for,
 )
-from megatron.pretrain.settings.schedule_choice import choose_schedule
+from megatron.pretrain.settings.schedule_choice import choose_schedule, known_costs
 from megatron.pretrain.settings.sizes import derive_layout, derive_model
 
 
@@ -81,10 +81,15 @@ def _choose_schedule(args: argparse.Namespace) -> ScheduleSettings:
     _check_schedule(args, entry, is_chosen=bool(reason))
     derive_elastic(args)
     _check_recompute(args)
-    if plan is None and args.attention_range == AUTO:
+    is_open = args.attention_range == AUTO
+    if plan is None and (is_open or args.round_order == "interlocked"):
         args.dataset = args.dataset or _inspect_data(args, Execution.SEGMENTS)
         args.padded_vocab_size = _pad_vocabulary(args)
-        plan, reason = choose_range(args, plan_request(args, entry))
+        costs = known_costs(args, entry)
+        if is_open:
+            plan, reason = choose_range(args, plan_request(args, entry, costs))
+        else:
+            plan = plan_ahead(args, entry, costs)
     return settings_for(args, plan or plan_ahead(args, entry), reason)
 
 
@@ -138,9 +143,11 @@ def _check_allowed(args: argparse.Namespace) -> None:
 def _check_schedule(args: argparse.Namespace, entry: Schedule, *, is_chosen: bool) -> None:
     if args.attention_range == AUTO and "attention_range" not in entry.options:
         raise ValueError(f"--attention-range does not apply to {args.pipeline_schedule}; remove it")
-    if args.hardware is not None and not is_chosen and args.attention_range != AUTO:
+    is_used = is_chosen or args.attention_range == AUTO or args.round_order == "interlocked"
+    if args.hardware is not None and not is_used:
         raise ValueError(
-            "--hardware is for --pipeline-schedule auto and --attention-range auto; leave it out"
+            "--hardware is for --pipeline-schedule auto, --attention-range auto and --round-order "
+            "interlocked; leave it out"
         )
     if entry.execution is Execution.SEGMENTS and args.recompute_granularity is not None:
         raise ValueError(

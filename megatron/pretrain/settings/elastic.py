@@ -83,6 +83,8 @@ def _refuse(args: argparse.Namespace) -> None:
         "--num-fold": args.num_fold is not None,
         "--attention-range": args.attention_range is not None,
         "--head-placement": args.head_placement is not None,
+        "--round-order": args.round_order is not None,
+        "--split-weight-gradients": args.split_weight_gradients is not None,
         "--recompute-granularity": args.recompute_granularity is not None,
         "--recompute-without-attention": bool(args.recompute_without_attention),
         "--num-workers": args.num_workers != 0,

@@ -10,7 +10,7 @@ from helixpipe.commands.parser import Parser
 from helixpipe.commands.ranges import GIBIBYTES, LAYERS, RANKS, SEED, Real, Whole
 from helixpipe.layers.attention.choice import AUTO as AUTO_BACKEND
 from helixpipe.layers.attention.choice import BACKENDS
-from helixpipe.plan.schedules.request import ATTENTION_RANGES, HEAD_PLACEMENTS
+from helixpipe.plan.schedules.request import ATTENTION_RANGES, HEAD_PLACEMENTS, ROUND_ORDERS
 from megatron.pretrain.settings.elastic import add_elastic_arguments
 from megatron.pretrain.settings.recomputation import add_memory_arguments
 from megatron.pretrain.settings.schedule import AUTO, DEFAULT_SCHEDULE, executable_schedules
@@ -46,7 +46,9 @@ def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
         help="execute this plan instead, as python -m helixpipe plan writes it or edited",
     )
     add(
-        "--hardware", help="for auto: h20, h100, h200, a800, a file of rates or a profile (default: this GPU)"
+        "--hardware",
+        help="for auto and interlocked rounds: h20, h100, h200, a800, a file of rates or a profile "
+        "(default: this GPU)",
     )
     add(
         "--memory-limit-gib",
@@ -66,6 +68,18 @@ def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
         "--head-placement",
         metavar="{" + ",".join(HEAD_PLACEMENTS) + "}",
         help="helix: ranks that run the head and the loss (default first, with the weights; spread: all)",
+    )
+    add(
+        "--round-order",
+        metavar="{" + ",".join(ROUND_ORDERS) + "}",
+        help="helix: rounds one after the other, or the forwards of one among the backwards of the one "
+        "before, in the best order that --hardware predicts (default filo)",
+    )
+    add(
+        "--split-weight-gradients",
+        action="store_true",
+        default=None,
+        help="helix, interlocked: compute weight gradients apart, where ranks would wait",
     )
     add("--tensor-model-parallel-size", type=RANKS, default=1)
     add("--pipeline-model-parallel-size", type=RANKS, default=1)

@@ -12,6 +12,7 @@ from helixpipe.plan.build import complete, find_schedule
 from helixpipe.plan.execution import Execution
 from helixpipe.plan.fit import check_executable, check_fits, stages_follow_ranks
 from helixpipe.plan.schedules import SCHEDULES, Schedule
+from helixpipe.plan.schedules.request import KnownCosts
 from megatron.pretrain.settings.sizes import nearest
 
 AUTO = "auto"
@@ -19,7 +20,7 @@ DEFAULT_SCHEDULE = "1f1b"
 # What a plan file says by itself.
 _SAID_BY_PLAN = (
     "pipeline_schedule", "num_fold", "attention_range", "head_placement",
-    "num_layers_per_virtual_pipeline_stage",
+    "round_order", "split_weight_gradients", "num_layers_per_virtual_pipeline_stage",
 )  # fmt: skip
 
 
@@ -132,7 +133,9 @@ def read_plan(args: argparse.Namespace) -> Plan:
     return plan
 
 
-def plan_request(args: argparse.Namespace, entry: Schedule) -> ScheduleRequest:
+def plan_request(
+    args: argparse.Namespace, entry: Schedule, costs: KnownCosts | None = None
+) -> ScheduleRequest:
     """What the schedule is asked for; an attention range that is yet to be chosen is left out.
 
     Raises:
@@ -146,12 +149,15 @@ def plan_request(args: argparse.Namespace, entry: Schedule) -> ScheduleRequest:
         virtual_stages=_virtual_stages(args, entry),
         attention_range=None if args.attention_range == AUTO else args.attention_range,
         head_placement=args.head_placement,
+        round_order=args.round_order,
+        split_weight_gradients=args.split_weight_gradients,
+        costs=costs,
     )
 
 
-def plan_ahead(args: argparse.Namespace, entry: Schedule) -> Plan | None:
-    """The plan that the options ask for; None where each batch has its own."""
-    request = plan_request(args, entry)
+def plan_ahead(args: argparse.Namespace, entry: Schedule, costs: KnownCosts | None = None) -> Plan | None:
+    """The plan that the options ask for, its order fitted to costs; None where each batch has its own."""
+    request = plan_request(args, entry, costs)
     return build_plan(args.pipeline_schedule, request) if entry.plans_ahead else None
 
 

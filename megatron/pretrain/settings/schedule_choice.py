@@ -8,10 +8,19 @@ import torch
 
 from helixpipe.plan.advise import Candidate, advise, make_job, read_machine
 from helixpipe.plan.build import complete
-from helixpipe.plan.cost_model import HARDWARE, Hardware, Pieces, Recompute, Workload
+from helixpipe.plan.cost_model import (
+    HARDWARE,
+    Hardware,
+    Pieces,
+    Recompute,
+    Workload,
+    costs_of_plan,
+    predict_pieces,
+)
 from helixpipe.plan.cost_model.model import model_from_arguments
 from helixpipe.plan.plan import Plan
-from helixpipe.plan.schedules import SCHEDULES
+from helixpipe.plan.schedules import SCHEDULES, Schedule
+from helixpipe.plan.schedules.request import KnownCosts
 from megatron.pretrain.settings.schedule import AUTO
 
 _RECOMPUTE = {"selective": Recompute.SELECTIVE, "full": Recompute.FULL}
@@ -88,6 +97,30 @@ def workload_of(args: argparse.Namespace) -> Workload:
     )
 
 
+def known_costs(args: argparse.Namespace, entry: Schedule) -> KnownCosts | None:
+    """What an interlocked order is fitted to; None for other orders, and on hardware that is not known.
+
+    Raises:
+        ValueError: hardware that is not known or was not measured for these sizes.
+    """
+    machine = known_machine(args) if args.round_order == "interlocked" else None
+    if machine is None:
+        return None
+    workload = workload_of(args)
+    if isinstance(machine, Pieces):
+        check_profile(args, machine, workload)
+    pieces = machine if isinstance(machine, Pieces) else predict_pieces(workload, machine)
+    again = args.recompute_without_attention
+    if again is None:
+        again = entry.recomputes_by_default
+    recompute = Recompute.WITHOUT_ATTENTION if again else Recompute.NONE
+    limit_gib = args.memory_limit_gib
+    return KnownCosts(
+        lambda plan: costs_of_plan(pieces, plan, recompute),
+        None if limit_gib is None else int(limit_gib * 2**30),
+    )
+
+
 def check_profile(args: argparse.Namespace, profile: Pieces, workload: Workload) -> None:
     """A profile holds for the sizes it was measured with; depth, names and replicas do not change a layer.
 
@@ -133,6 +166,8 @@ def _is_allowed(args: argparse.Namespace, candidate: Candidate) -> bool:
         and candidate.recompute in _recompute_choices(args)
         and candidate.micro_batch_size == args.micro_batch_size
         and args.head_placement in (None, _head_placement(candidate))
+        and args.round_order in (None, candidate.options.get("round_order", "filo"))
+        and args.split_weight_gradients in (None, candidate.options.get("split_weight_gradients"))
         and all(candidate.options.get(name) == value for name, value in given.items() if value is not None)
         and (args.pipeline_model_parallel_size > 1 or not SCHEDULES[candidate.schedule].options)
     )
