@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 from helixpipe.plan.operation import Kind, Operation
 from helixpipe.plan.plan import Plan
 from helixpipe.reliability.record import NoProgress, Progress
+from helixpipe.runtime.profiler_ranges import range_maker
 from helixpipe.runtime.trace import Trace
 
 _COMPUTE_TIMERS = {"forward-compute": Kind.F, "backward-compute": Kind.B}
@@ -30,6 +32,8 @@ class TracingTimers:
         self.progress = progress or NoProgress()
         self._order = [op for op in plan.orders[rank] if op.kind.is_compute]
         self._next = 0
+        self._make_range = range_maker()
+        self.range = ExitStack()
 
     def __call__(self, name: str, log_level: int | None = None) -> Any:
         """The timer of a name, as Megatron's ``Timers`` would give."""
@@ -41,7 +45,13 @@ class TracingTimers:
     def begin(self) -> None:
         """A new iteration starts."""
         self._next = 0
+        self._make_range = range_maker()
         self.trace.start()
+
+    def open_range(self, operation: Operation) -> None:
+        """Show the operation to a profiler until ``range`` is closed."""
+        if self._make_range is not None:
+            self.range.enter_context(self._make_range(operation))
 
     def next_operation(self, kind: Kind) -> Operation:
         """The operation that runs now."""
@@ -71,12 +81,14 @@ class _ComputeTimer:
 
     def start(self, barrier: bool = False) -> None:
         operation = self.timers.next_operation(self.kind)
+        self.timers.open_range(operation)
         self.timers.progress.begin(operation)
         self.timers.trace.begin(operation)
 
     def stop(self, barrier: bool = False) -> None:
         self.timers.trace.end()
         self.timers.progress.end()
+        self.timers.range.close()
 
 
 class _Ignored:

@@ -17,6 +17,7 @@ from helixpipe.runtime.communicator import Communicator
 from helixpipe.runtime.header import Message
 from helixpipe.runtime.lending import WeightLending
 from helixpipe.runtime.message import MessageLayout
+from helixpipe.runtime.profiler_ranges import with_ranges
 from helixpipe.runtime.steps import (
     Backward,
     BackwardContext,
@@ -109,7 +110,7 @@ class Executor:
         posted = 0
         self.trace.start()
         with torch.set_grad_enabled(self.plan.has_backward):
-            for (operation, step), horizon in zip(self.steps, self._posted_before, strict=True):
+            for (operation, step), horizon in zip(with_ranges(self.steps), self._posted_before, strict=True):
                 self.progress.begin(operation)
                 for post in self._posts[posted:horizon]:
                     post()

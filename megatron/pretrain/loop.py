@@ -38,6 +38,7 @@ from megatron.pretrain.metrics import Planning, Reporter, gather_metrics, mean_l
 from megatron.pretrain.model import TrainingState, build_training_state, describe_attention
 from megatron.pretrain.outputs import Outputs, own_outputs
 from megatron.pretrain.settings.schedule import ScheduleSettings
+from megatron.pretrain.step_profiler import StepProfiler
 
 ForwardStep = Callable[..., Any]
 
@@ -125,9 +126,10 @@ def _iterate(
     while progress.iteration < args.train_iters:
         progress = _after_batch(progress, args)
         try:
-            stops, statuses = run.train_iteration(
-                progress, data, lambda: (bool(request.signal_name), saver.status)
-            )
+            with run.profiler.around(progress.iteration):
+                stops, statuses = run.train_iteration(
+                    progress, data, lambda: (bool(request.signal_name), saver.status)
+                )
         except NumericsError as error:
             # The save that is still under way is of an iteration that was in order.
             monitor.enter("save")
@@ -150,6 +152,7 @@ def _iterate(
             monitor.enter("save")
             saver.save(run.state, progress, is_last=is_last or must_stop)
         if must_stop and not is_last:
+            run.profiler.finish()
             return _leave(args, progress, request, reporter)
     reporter.say(reporter.planning_summary())
     reporter.say(memory.summary())
@@ -195,6 +198,7 @@ class _Run:
         self.monitor = monitor
         self.planning: Callable[[], Planning | None] = lambda: None  # of the present iteration's plan
         self.sums = LayerSums(state.model, forward_backward.trace)
+        self.profiler = StepProfiler(args.profiling, args.rank)
         watch_gradient_norm(state.optimizer)
 
     def train_iteration(

@@ -31,7 +31,8 @@ CHANGES_NOTHING = frozenset((
     # Where files are; what is in the data is compared by itself.
     "data_path", "data_cache_path", "log_interval", "metrics_jsonl", "trace_dir", "failure_dir", "save",
     "save_interval", "keep_checkpoints", "set_aside_checkpoints", "async_save", "on_save_failure",
-    "load", "load_fallback", "allow_changed",
+    "load", "load_fallback", "allow_changed", "profile", "profile_step_start", "profile_step_end",
+    "profile_ranks",
     # What is compared under another name: --num-query-groups, and the padded size of the vocabulary.
     "group_query_attention", "make_vocab_size_divisible_by",
 ))  # fmt: skip

@@ -19,6 +19,7 @@ from megatron.pretrain.checkpoint.comparison import changeable
 from megatron.pretrain.data.gpt import cache_folder, check_split
 from megatron.pretrain.settings.elastic import derive_elastic
 from megatron.pretrain.settings.parser import build_parser
+from megatron.pretrain.settings.profiling import profiling_settings
 from megatron.pretrain.settings.range_choice import choose_range
 from megatron.pretrain.settings.recomputation import memory_saving
 from megatron.pretrain.settings.schedule import (
@@ -62,6 +63,7 @@ def parse_arguments(
     args.memory_saving = memory_saving(args)
     if args.transformer_impl is not None:
         check_implementation(Implementation(args.transformer_impl))
+    args.profiling = profiling_settings(args)
     _make_output_folders(args)
     return args
 

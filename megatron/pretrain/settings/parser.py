@@ -12,6 +12,7 @@ from helixpipe.layers.attention.choice import AUTO as AUTO_BACKEND
 from helixpipe.layers.attention.choice import BACKENDS
 from helixpipe.plan.schedules.request import ATTENTION_RANGES, HEAD_PLACEMENTS, ROUND_ORDERS
 from megatron.pretrain.settings.elastic import add_elastic_arguments
+from megatron.pretrain.settings.profiling import add_profiling_arguments
 from megatron.pretrain.settings.recomputation import add_memory_arguments
 from megatron.pretrain.settings.schedule import AUTO, DEFAULT_SCHEDULE, executable_schedules
 from megatron.pretrain.settings.sizes import ROTARY_BASE
@@ -27,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_training_arguments(parser)
     _add_data_arguments(parser)
     _add_output_arguments(parser)
+    add_profiling_arguments(parser)
     return parser
 
 
