@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Draw the pictures in docs/: helix and 1F1B with the same work per layer (1 before attention, 8 for
-# attention, 3 after it; backward twice forward) and free messages.
+# attention, 3 after it; backward twice forward) and free messages; and rounds of helix one after the other
+# and interlocked, where attention takes most of the time.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -23,5 +24,21 @@ draw() { # schedule title
     "$PYTHON" -m helixpipe draw --plan "$WORK/$1.json" --costs "$WORK/$1-costs.json" --until 800 \
         --title "$2" --output "docs/$1-p4.svg"
 }
+cat > "$WORK/rounds-costs.json" <<'JSON'
+{"segments": {"first": {"F": 1, "B": 2}, "middle": {"F": 2, "B": 2, "W": 2}, "last": {"F": 3, "B": 4, "W": 2},
+              "attention": {"F": 8, "B": 18, "W": 2}}}
+JSON
+draw_rounds() { # round order, name, title, further options
+    local order=$1 name=$2 title=$3
+    shift 3
+    "$PYTHON" -m helixpipe plan --schedule helix --num-layers 8 --pipeline-model-parallel-size 4 --num-fold 1 \
+        --num-microbatches 12 --attention-range block --head-placement spread --round-order "$order" "$@" \
+        --output "$WORK/$name.json"
+    "$PYTHON" -m helixpipe draw --plan "$WORK/$name.json" --costs "$WORK/rounds-costs.json" --until 950 \
+        --title "$title" --output "docs/$name.svg"
+}
+draw_rounds filo rounds-filo "Helix, rounds one after the other: 4 ranks, 8 layers, 12 micro batches"
+draw_rounds interlocked rounds-interlocked "The same work, rounds interlocked, with weight gradients apart" \
+    --split-weight-gradients --costs "$WORK/rounds-costs.json"
 draw helix "Helix: 4 ranks, 8 layers, 8 micro batches, two-fold"
 draw 1f1b "1F1B: 4 ranks, 8 layers, 8 micro batches"

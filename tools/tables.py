@@ -1,4 +1,4 @@
-"""Write the tables of docs/choosing.md anew: closed forms of the schedules, predicted efficiency.
+"""Write the tables of docs/ anew: closed forms of the schedules, predicted efficiency.
 
     python tools/tables.py [--check]
 
@@ -29,14 +29,28 @@ from helixpipe.plan.cost_model import (  # noqa: E402
 )
 from helixpipe.plan.formulas import markdown_table  # noqa: E402
 from helixpipe.plan.schedules import SCHEDULES  # noqa: E402
+from helixpipe.plan.schedules.request import KnownCosts  # noqa: E402
+from helixpipe.plan.simulation.costs import Costs  # noqa: E402
 from helixpipe.plan.simulation.memory import peak_bytes  # noqa: E402
 
 MODEL, MACHINE = "gpt-7b", "h20"
 P, TP, M = 8, 8, 16
+ROUNDS = (16, 32)
 LENGTHS = (32, 64, 96, 128)
 LIMIT_GIB = HARDWARE[MACHINE].memory_gib - 4
 # From what costs no time to what costs most.
-_MARKS = {Recompute.NONE: "", Recompute.WITHOUT_ATTENTION: " *", Recompute.FULL: " †"}
+_MARKS = {
+    Recompute.NONE: "",
+    Recompute.PRODUCTS: " ‡",
+    Recompute.WITHOUT_ATTENTION: " *",
+    Recompute.FULL: " †",
+}
+_INTERLOCKED: dict[str, int | str] = {
+    "num_fold": 1,
+    "attention_range": "block",
+    "head_placement": "spread",
+    "round_order": "interlocked",
+}
 
 
 class Row(NamedTuple):
@@ -68,7 +82,10 @@ ROWS = (
         "helix",
         {"attention_range": "block", "head_placement": "spread"},
     ),
+    Row("**helix**, interlocked, `block` range, spread head", "helix", _INTERLOCKED),
+    Row("the same with W", "helix", {**_INTERLOCKED, "split_weight_gradients": True}),
 )
+FILO = ROWS[-3]
 
 
 def efficiency_table() -> str:
@@ -76,20 +93,50 @@ def efficiency_table() -> str:
     head = ["schedule", *(f"{k}k" for k in LENGTHS), f"{LENGTHS[-1]}k, all recompute *", "GiB"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in ROWS:
-        plan = _plan(row)
-        cells = [_cell(row, plan, k * 1024) for k in LENGTHS]
-        pieces = _pieces(row, LENGTHS[-1] * 1024)
-        costs = costs_of_plan(pieces, plan, Recompute.WITHOUT_ATTENTION)
-        held = max(peak_bytes(plan, costs)) / 2**30
-        cells += [f"{efficiency(plan, costs):.2f}", f"{held:.0f}"]
+        cells = [_cell(row, k * 1024) for k in LENGTHS]
+        plan, costs = _planned(row, LENGTHS[-1] * 1024, Recompute.WITHOUT_ATTENTION)
+        cells += [f"{efficiency(plan, costs):.2f}", f"{_peak_gib(plan, costs):.0f}"]
         lines.append("| " + " | ".join([row.label, *cells]) + " |")
     return "\n".join(lines)
 
 
-def _plan(row: Row) -> Plan:
-    layers = MODELS[MODEL].num_layers
-    request = ScheduleRequest(num_layers=layers, num_ranks=P, num_microbatches=M, **row.options)  # type: ignore[arg-type]
-    return SCHEDULES[row.schedule].plan(request)
+def interlocked_table() -> str:
+    """Efficiency and peak of interlocked rounds at 128k, beside rounds one after the other."""
+    head = ["128k, `block`, spread head", *(f"m = {m}" for m in ROUNDS), "GiB"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    cases = [(FILO, Recompute.WITHOUT_ATTENTION, "FILO, two folds, all but attention recomputed")]
+    for row, label in zip(ROWS[-2:], ("interlocked", "interlocked with W"), strict=True):
+        cases += [
+            (row, Recompute.NONE, f"{label}, nothing recomputed"),
+            (row, Recompute.PRODUCTS, f"{label}, products kept"),
+        ]
+    for row, recompute, label in cases:
+        found = [_planned(row, LENGTHS[-1] * 1024, recompute, m) for m in ROUNDS]
+        cells = [f"{efficiency(plan, costs):.3f}" for plan, costs in found]
+        cells.append(f"{max(_peak_gib(plan, costs) for plan, costs in found):.0f}")
+        lines.append("| " + " | ".join([label, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _planned(
+    row: Row, seq_length: int, recompute: Recompute, m: int = M, *, fits_order: bool = True
+) -> tuple[Plan, Costs]:
+    """A row's plan and its costs; the order of interlocked rounds is fitted to them."""
+    pieces = _pieces(row, seq_length)
+    known = KnownCosts(lambda plan: costs_of_plan(pieces, plan, recompute))
+    request = ScheduleRequest(
+        num_layers=MODELS[MODEL].num_layers,
+        num_ranks=P,
+        num_microbatches=m,
+        costs=known if fits_order and "round_order" in row.options else None,
+        **row.options,  # type: ignore[arg-type]
+    )
+    plan = SCHEDULES[row.schedule].plan(request)
+    return plan, known.of(plan)
+
+
+def _peak_gib(plan: Plan, costs: Costs) -> float:
+    return max(peak_bytes(plan, costs)) / 2**30
 
 
 def _pieces(row: Row, seq_length: int) -> Pieces:
@@ -99,25 +146,26 @@ def _pieces(row: Row, seq_length: int) -> Pieces:
     return predict_pieces(workload, HARDWARE[MACHINE])
 
 
-def _cell(row: Row, plan: Plan, seq_length: int) -> str:
-    pieces = _pieces(row, seq_length)
+def _cell(row: Row, seq_length: int) -> str:
     for recompute, mark in _MARKS.items():
-        costs = costs_of_plan(pieces, plan, recompute)
-        if max(peak_bytes(plan, costs)) <= LIMIT_GIB * 2**30:
-            return f"{efficiency(plan, costs):.2f}{mark}"
+        if _peak_gib(*_planned(row, seq_length, recompute, fits_order=False)) <= LIMIT_GIB:
+            return f"{efficiency(*_planned(row, seq_length, recompute)):.2f}{mark}"
     return "too large"
 
 
-TABLES = {"schedules": markdown_table, "efficiency": efficiency_table}
+TABLES = {
+    "choosing": {"schedules": markdown_table, "efficiency": efficiency_table},
+    "interlocked": {"interlocked": interlocked_table},
+}
 
 
-def updated(text: str) -> str:
-    """``text`` with every table made anew."""
-    for name, make in TABLES.items():
+def updated(text: str, page: str) -> str:
+    """``text`` with every table of a page made anew."""
+    for name, make in TABLES[page].items():
         start, end = f"<!-- table: {name} -->", "<!-- end -->"
         before, found, rest = text.partition(start)
         if not found:
-            raise ValueError(f"docs/choosing.md has no place for the table {name}; add {start} and {end}")
+            raise ValueError(f"docs/{page}.md has no place for the table {name}; add {start} and {end}")
         _, _, after = rest.partition(end)
         text = f"{before}{start}\n{make().rstrip()}\n{end}{after}"
     return text
@@ -131,15 +179,17 @@ def build_parser() -> ScriptParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Rewrite the page, or with ``--check`` only say whether it is up to date."""
+    """Rewrite the pages, or with ``--check`` only say whether they are up to date."""
     options = build_parser().parse_args(arguments)
-    page = ROOT / "docs" / "choosing.md"
-    old = page.read_text(encoding="utf-8")
-    new = updated(old)
-    if options.check:
-        return int(old != new)
-    page.write_text(new, encoding="utf-8")
-    return 0
+    is_old = False
+    for page in TABLES:
+        path = ROOT / "docs" / f"{page}.md"
+        old = path.read_text(encoding="utf-8")
+        new = updated(old, page)
+        is_old |= old != new
+        if not options.check:
+            path.write_text(new, encoding="utf-8")
+    return int(is_old and options.check)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The page shows what the closed forms and the cost model say now."""
+"""The pages show what the closed forms and the cost model say now."""
 
 import functools
 import importlib.util
@@ -11,7 +11,9 @@ SPEC = importlib.util.spec_from_file_location("tables", ROOT / "tools" / "tables
 tables = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(tables)
 # Seconds of simulation, once for all tests.
-tables.TABLES = {name: functools.cache(make) for name, make in tables.TABLES.items()}
+tables.TABLES = {
+    page: {name: functools.cache(make) for name, make in made.items()} for page, made in tables.TABLES.items()
+}
 
 
 def test_the_tables_are_up_to_date():
@@ -22,6 +24,6 @@ def test_the_tables_are_up_to_date():
 def test_an_old_figure_is_noticed():
     text = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
     assert "| 1F1B | 0.64 " in text
-    assert tables.updated(text.replace("| 1F1B | 0.64 ", "| 1F1B | 0.65 ")) == text
+    assert tables.updated(text.replace("| 1F1B | 0.64 ", "| 1F1B | 0.65 "), "choosing") == text
     with pytest.raises(ValueError, match="no place for the table schedules"):
-        tables.updated("no markers")
+        tables.updated("no markers", "choosing")
