@@ -103,7 +103,7 @@ def test_torchrun_ends_with_1_and_slurm_sees_the_ranks_code(slurm, damaged_corpu
 @pytest.mark.parametrize(
     ("fault", "arguments", "seen", "comes_back"),
     [
-        (NO_FAULT, ("--num-layers", "3"), BAD_USAGE, False),
+        (NO_FAULT, ("--hidden-size", "63"), BAD_USAGE, False),
         (f"raise {MIDDLE}", (), 1, False),
         (f"kill {MIDDLE}", (), PEER_LOST, True),
         (f"stop {MIDDLE}", (), HANG, True),
