@@ -1,10 +1,13 @@
-"""What the executor itself costs: processor time per operation when the operations compute nothing.
+"""What the executor itself costs, beside torch's Schedule1F1B and per operation.
 
     python benchmarks/executor.py --ranks 2
 
-Every rank is a process; messages of eight bytes travel over gloo. Each operation is timed on the rank's own
-thread, in processor time, so that waiting for a peer does not count. Also runs a toy plan many times and
-watches the process's memory.
+Every rank is a process; messages travel over gloo. Processor time is counted, so that waiting for a peer does
+not: the thread of the rank, and all threads of its process, to which gloo's own belong.
+
+First, both run 1F1B over the same stages, a small linear layer each, in turn: everything between the start
+and the end of an iteration counts. Then plans whose operations compute nothing, with messages of eight bytes,
+by kind of operation. At last a toy plan runs many times while the process's memory is watched.
 """
 
 from __future__ import annotations
@@ -13,32 +16,78 @@ import argparse
 import datetime
 import gc
 import multiprocessing
+import os
+import platform
 import statistics
 import sys
 import tempfile
 import time
 import tracemalloc
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.nn.functional import mse_loss
 
 from helixpipe.commands.parser import ScriptParser
 from helixpipe.commands.ranges import REPEATS, Whole
 from helixpipe.plan import Plan, ScheduleRequest, build_plan
 from helixpipe.runtime.communicator import TorchCommunicator
-from helixpipe.runtime.executor import Executor
+from helixpipe.runtime.executor import Executor, Segments
 from helixpipe.runtime.message import MessageLayout
 from helixpipe.runtime.steps import Step
 from helixpipe.runtime.trace import NullClock, Trace
 from helixpipe.runtime.weight_gradients import DeferredWeightGradients
 
 SCHEDULES = ("1f1b", "zb-h1", "helix")
+MICRO_BATCHES = 32
+WIDTH, ROWS = 16, 4
+_ROUNDS = 9
+
+
+class LinearSegments:
+    """One linear layer on each rank, and the mean square of the last one's distance from a target."""
+
+    lending = None
+
+    def __init__(self, plan: Plan, rank: int, data: Tensor) -> None:
+        self.last = plan.num_segments - 1
+        self.weight_gradients = DeferredWeightGradients()
+        self.layer = _stage(rank)
+        self._data = data.split(ROWS)
+        self._layout = MessageLayout((torch.Size((ROWS, WIDTH)),), torch.float32)
+
+    def layout(self, edge: int, micro_batch: int) -> MessageLayout:
+        """See :class:`helixpipe.runtime.executor.Segments`."""
+        return self._layout
+
+    def forward(self, segment: int, micro_batch: int, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """See :class:`helixpipe.runtime.executor.Segments`."""
+        (hidden,) = inputs or (self._data[micro_batch],)
+        output = self.layer(hidden)
+        if segment < self.last:
+            return (output,)
+        return (mse_loss(output, self._data[micro_batch]),)
+
+
+def _stage(rank: int) -> torch.nn.Linear:
+    torch.manual_seed(rank)
+    return torch.nn.Linear(WIDTH, WIDTH)
+
+
+class Spent(NamedTuple):
+    """Microseconds of processor time per compute operation."""
+
+    thread: float
+    process: float
 
 
 class EmptySegments:
@@ -81,9 +130,12 @@ class TimedExecutor(Executor):
 
 
 def main() -> int:
-    """Print medians by kind and schedule, then the growth of memory."""
+    """Print the comparison, medians by kind and schedule, and the growth of memory."""
     options = build_parser().parse_args()
-    print(f"{options.ranks} ranks, {options.iterations} iterations; microseconds of processor time, median")
+    print(
+        f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, "
+        f"torch {torch.__version__}"
+    )
     with tempfile.TemporaryDirectory() as folder:
         context = multiprocessing.get_context("fork")
         ranks = [
@@ -115,6 +167,76 @@ def _rank_main(rank: int, options: argparse.Namespace, store: str) -> None:
         world_size=options.ranks,
         timeout=datetime.timedelta(seconds=60),
     )
+    _compare(rank, options)
+    _time_kinds(rank, options)
+    _watch_memory(rank, options)
+    dist.destroy_process_group()
+
+
+def _compare(rank: int, options: argparse.Namespace) -> None:
+    """1F1B by torch and by the executor, in turn, on the same stages and data."""
+    torch.manual_seed(0)
+    data = torch.randn(MICRO_BATCHES * ROWS, WIDTH)
+    plan = build_plan(
+        "1f1b",
+        ScheduleRequest(num_layers=options.ranks, num_ranks=options.ranks, num_microbatches=MICRO_BATCHES),
+    )
+    segments = LinearSegments(plan, rank, data)
+    executor = _make(Executor, plan, segments)
+    stage = _stage(rank)
+    steps = {"torch Schedule1F1B": _torch_step(rank, options.ranks, stage, data), "helixpipe": executor.run}
+    samples: dict[str, list[Spent]] = defaultdict(list)
+    repeats = max(1, options.iterations // _ROUNDS)
+    for name, step in [*steps.items(), *[*steps.items()] * _ROUNDS]:
+        samples[name].append(_spent(step, repeats))
+    for parameter, ours in zip(stage.parameters(), segments.layer.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, parameter.grad, rtol=1e-5, atol=1e-5)
+    medians = {name: [statistics.median(c) for c in zip(*s[1:], strict=True)] for name, s in samples.items()}
+    everyone: list[Any] = [None] * options.ranks
+    dist.all_gather_object(everyone, medians)
+    if rank == 0:
+        _print_comparison(everyone)
+
+
+def _torch_step(rank: int, ranks: int, stage: torch.nn.Module, data: Tensor) -> Callable[[], object]:
+    schedule = Schedule1F1B(
+        PipelineStage(stage, rank, ranks, torch.device("cpu")),
+        MICRO_BATCHES,
+        loss_fn=mse_loss,
+        scale_grads=False,
+    )
+    arguments = {"target": data, "losses": []} if rank == ranks - 1 else {}
+    return partial(schedule.step, *([data] if rank == 0 else []), **arguments)
+
+
+def _spent(step: Callable[[], object], repeats: int) -> Spent:
+    dist.barrier()
+    thread, process = time.thread_time(), time.process_time()
+    for _ in range(repeats):
+        step()
+    per_operation = 1e6 / (repeats * 2 * MICRO_BATCHES)
+    return Spent(
+        (time.thread_time() - thread) * per_operation, (time.process_time() - process) * per_operation
+    )
+
+
+def _print_comparison(by_rank: list[dict[str, list[float]]]) -> None:
+    print(
+        f"1F1B, {len(by_rank)} ranks, {MICRO_BATCHES} micro batches: microseconds of processor time per "
+        "compute operation, the rank's thread (all threads)"
+    )
+    print(f"{'':20}" + "".join(f"{f'rank {rank}':>14}" for rank in range(len(by_rank))))
+    for name in by_rank[0]:
+        cells = (f"{thread:.0f} ({process:.0f})" for thread, process in (row[name] for row in by_rank))
+        print(f"{name:20}" + "".join(f"{cell:>14}" for cell in cells))
+    torchs, ours = by_rank[0]
+    ratios = (row[ours][0] / row[torchs][0] for row in by_rank)
+    print(f"{'ours over torch':20}" + "".join(f"{ratio:>14.2f}" for ratio in ratios))
+
+
+def _time_kinds(rank: int, options: argparse.Namespace) -> None:
+    if rank == 0:
+        print("operations that compute nothing: microseconds of the rank's thread, median")
     for schedule in SCHEDULES:
         executor = _executor(TimedExecutor, schedule, options.ranks)
         started = time.thread_time()
@@ -126,8 +248,6 @@ def _rank_main(rank: int, options: argparse.Namespace, store: str) -> None:
             kinds = ", ".join(f"{k} {statistics.median(v):.0f}" for k, v in sorted(executor.samples.items()))
             every = statistics.median(value for values in executor.samples.values() for value in values)
             print(f"{schedule:6} {every:4.0f} per operation, {total_us / count:4.0f} on average; {kinds}")
-    _watch_memory(rank, options)
-    dist.destroy_process_group()
 
 
 def _watch_memory(rank: int, options: argparse.Namespace) -> None:
@@ -150,9 +270,13 @@ def _watch_memory(rank: int, options: argparse.Namespace) -> None:
 def _executor(kind: type[Executor], schedule: str, ranks: int) -> Any:
     request = ScheduleRequest(num_layers=ranks, num_ranks=ranks, num_microbatches=2 * ranks)
     plan = build_plan(schedule, request)
+    return _make(kind, plan, EmptySegments(plan))
+
+
+def _make(kind: type[Executor], plan: Plan, segments: Segments) -> Executor:
     return kind(
         plan,
-        EmptySegments(plan),
+        segments,
         TorchCommunicator(dist.group.WORLD),
         device=torch.device("cpu"),
         trace=Trace(NullClock()),

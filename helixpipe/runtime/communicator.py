@@ -124,20 +124,16 @@ class TorchCommunicator:
     def __init__(self, group: dist.ProcessGroup, reverse_group: dist.ProcessGroup | None = None) -> None:
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
-        self._global_ranks = dist.get_process_group_ranks(group)
         self._upward = group
         self._downward = group if reverse_group is None else reverse_group
 
     def send(self, buffer: Tensor, peer: int, tag: int) -> Handle:
         """See :class:`Communicator`."""
+        # The group's own call: dist.isend looks up per message what is known here.
         group = self._upward if peer > self.rank else self._downward
-        work = dist.isend(buffer, self._global_ranks[peer], group=group, tag=tag)
-        assert work is not None, "this process is no member of the group"
-        return work
+        return group.send([buffer], peer, tag)
 
     def receive(self, buffer: Tensor, peer: int, tag: int) -> Handle:
         """See :class:`Communicator`."""
         group = self._upward if peer < self.rank else self._downward
-        work = dist.irecv(buffer, self._global_ranks[peer], group=group, tag=tag)
-        assert work is not None, "this process is no member of the group"
-        return work
+        return group.recv([buffer], peer, tag)

@@ -32,9 +32,15 @@ def test_the_benchmark_times_every_kind_of_operation():
     )
     assert done.returncode == 0, done.stderr
     rows = done.stdout.splitlines()
-    assert [row.split()[0] for row in rows[1:]] == ["1f1b", "zb-h1", "helix", "memory:"]
-    for row in rows[1:4]:
+    first = [row.split()[0] for row in rows[1:]]
+    assert first == [
+        *("1F1B,", "rank", "torch", "helixpipe", "ours"),
+        *("operations", "1f1b", "zb-h1", "helix", "memory:"),
+    ]
+    for row in rows[7:10]:
         assert all(f" {kind} " in row for kind in ("F", "B", "post"))
+    # Both computed the same gradients, or the script had failed; a ratio per rank.
+    assert len(rows[5].split()) == 3 + 2
 
 
 def test_nothing_is_left_behind_by_an_iteration():

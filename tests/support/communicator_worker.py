@@ -8,12 +8,12 @@ from __future__ import annotations
 import datetime
 import traceback
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from helixpipe.runtime import communicator as communicator_module
 from helixpipe.runtime.communicator import Communicator, TorchCommunicator
 from helixpipe.runtime.staging import HostStagedCommunicator
 
@@ -204,29 +204,25 @@ def _communicators() -> Iterator[tuple[str, Communicator | None]]:
 
 def groups_of_messages() -> list[str]:
     """Which group each of a rank's messages uses, without sending any."""
-    upward, downward = dist.new_group(), dist.new_group()
-    names = {upward: "upward", downward: "downward"}
     used: list[str] = []
 
     class Recorder:
-        def __getattr__(self, name: str) -> object:
-            return getattr(dist, name)
+        def __init__(self, name: str) -> None:
+            self.name = name
 
-        def isend(self, buffer: Tensor, peer: int, group: dist.ProcessGroup, tag: int) -> object:
-            used.append(f"send to {peer} {names[group]}")
-            return self
+        def send(self, buffers: list[Tensor], peer: int, tag: int) -> None:
+            used.append(f"send to {peer} {self.name}")
 
-        def irecv(self, buffer: Tensor, peer: int, group: dist.ProcessGroup, tag: int) -> object:
-            used.append(f"receive from {peer} {names[group]}")
-            return self
+        def recv(self, buffers: list[Tensor], peer: int, tag: int) -> None:
+            used.append(f"receive from {peer} {self.name}")
 
-    communicator = TorchCommunicator(upward, downward)
-    communicator_module.dist = Recorder()
-    try:
-        for peer in range(communicator.size):
-            if peer != communicator.rank:
-                communicator.send(torch.zeros(1), peer, 0)
-                communicator.receive(torch.zeros(1), peer, 0)
-    finally:
-        communicator_module.dist = dist
+    upward, downward = dist.new_group(), dist.new_group()
+    names = {upward: "upward", downward: "downward"}
+    communicator: Any = TorchCommunicator(upward, downward)
+    for way in ("_upward", "_downward"):
+        setattr(communicator, way, Recorder(names[getattr(communicator, way)]))
+    for peer in range(communicator.size):
+        if peer != communicator.rank:
+            communicator.send(torch.zeros(1), peer, 0)
+            communicator.receive(torch.zeros(1), peer, 0)
     return used
