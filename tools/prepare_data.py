@@ -25,11 +25,13 @@ from helixpipe.data.prepare.corpus import (
     PreparationSummary,
     prepare_dataset,
 )
+from helixpipe.data.prepare.formats import Format
 from helixpipe.data.prepare.tokenizer_training import SMALLEST_BPE_VOCABULARY
 
 _PROGRAM = "prepare_data"
 _TEXT_KEY = "text"
 _RESPONSE_KEY = "response"
+_KINDS = {Format.TEXT: "text", Format.JSONL: "JSON lines"}
 
 
 class _Stopped(BaseException):
@@ -70,8 +72,8 @@ def build_parser() -> ScriptParser:
         action="extend",
         required=True,
         metavar="PATH",
-        help="text files (one document each), .jsonl or .json files (one document per line), "
-        "or directories, which are walked in sorted order",
+        help="text files (one document each), files of JSON lines (one document per line), both plain or "
+        "compressed (gzip, bzip2, xz), or directories, which are walked in sorted order",
     )
     add("--output-prefix", required=True, metavar="PREFIX", help="dataset path without suffix")
     add(
@@ -84,6 +86,12 @@ def build_parser() -> ScriptParser:
         default=[],
         metavar="GLOB",
         help="names of files and folders to leave out of a directory, such as '.*' tests",
+    )
+    add(
+        "--format",
+        choices=("auto", *(name.value for name in Format)),
+        default="auto",
+        help="of all files; auto looks into each (default: %(default)s)",
     )
     add("--json-key", metavar="KEY", help=f"JSONL key of the text (default: {_TEXT_KEY})")
     add(
@@ -152,6 +160,7 @@ def _parse(argv: Sequence[str] | None) -> PreparationOptions:
         vocab_size=DEFAULT_VOCAB_SIZE if given.vocab_size is None else given.vocab_size,
         workers=given.workers,
         min_document_tokens=given.min_document_tokens,
+        format=None if given.format == "auto" else Format(given.format),
         overwrite=given.overwrite,
         progress=True,
     )
@@ -175,6 +184,13 @@ def _print_warnings(summary: PreparationSummary) -> None:
             f"the first is {summary.undecodable_files[0]}",
             file=sys.stderr,
         )
+    if len(summary.formats) > 1:
+        lines = summary.formats[Format.JSONL]
+        print(
+            f"{_PROGRAM}: warning: {lines} of {summary.input_files} files are JSON lines, of which each line "
+            "is a document; of the others each file is one: give --format if they should be read alike",
+            file=sys.stderr,
+        )
     if summary.stale_files:
         print(
             f"{_PROGRAM}: warning: {len(summary.stale_files)} temporary files of a killed run "
@@ -195,11 +211,14 @@ def _print_summary(summary: PreparationSummary) -> None:
     ]
     left_out = f" (left out: {', '.join(skipped)})" if skipped else ""
     files = "1 file" if summary.input_files == 1 else f"{summary.input_files:,} files"
+    kinds = [f"{count:,} {_KINDS[name]}" for name, count in sorted(summary.formats.items())]
+    if summary.compressed_files:
+        kinds.append(f"{summary.compressed_files:,} compressed")
     rows = (
         ("documents", f"{summary.documents:,}{left_out}"),
         ("tokens", f"{summary.tokens:,}"),
         ("vocabulary", f"{summary.vocab_size:,} ({END_OF_DOCUMENT} is id {summary.eod})"),
-        ("input", f"{summary.input_bytes:,} bytes in {files}"),
+        ("input", f"{summary.input_bytes:,} bytes in {files} ({', '.join(kinds)})"),
         (
             "document length",
             f"median {summary.median_length:,}, p99 {summary.p99_length:,}, "

@@ -1,20 +1,5 @@
-"""Checks a dataset prefix: PREFIX.bin, PREFIX.idx and PREFIX.tokenizer.json.
-
-    offset  type                   content
-    ======  =====================  ==================================================
-    0       9 bytes                magic, ``MMIDIDX`` and two zero bytes
-    9       uint64                 version, 1
-    17      uint8                  code of the token type in .bin
-    18      uint64                 S, number of sequences
-    26      uint64                 D, number of document indices (documents + 1)
-    34      int32[S]               tokens in each sequence
-    34+4S   int64[S]               byte offset of each sequence in .bin
-    34+12S  int64[D]               index of each document's first sequence, then S
-    ======  =====================  ==================================================
-
-megatron-core checks this layout with assertions, or not at all: a damaged file gives a bare
-``AssertionError`` or wrong tokens. Here each defect is a DataError, a ValueError, of one line that names the
-file, the defect and the remedy.
+"""Checks a dataset prefix: PREFIX.bin, PREFIX.idx (see :mod:`helixpipe.data.index_file`) and
+PREFIX.tokenizer.json.
 """
 
 import os

@@ -106,7 +106,8 @@ class ShuffledOrder:
     def __init__(self, num_samples: int, seed: int, *, shuffles_first: bool = True) -> None:
         if not 0 <= seed < 2**32:
             raise ValueError(f"--seed must be from 0 to {2**32 - 1}, not {seed}")
-        assert num_samples > 0
+        if num_samples < 1:
+            raise ValueError("there is no sample to put in an order")
         self.num_samples = num_samples
         self.seed = seed
         self._epoch = -1

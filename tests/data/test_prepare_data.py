@@ -165,7 +165,7 @@ def test_standard_library_is_the_same_for_any_number_of_workers(tmp_path):
 
 
 def test_order_is_kept_behind_a_slow_first_chunk(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "_CHUNK_BYTES", 100)
+    monkeypatch.setattr(corpus, "_CHUNK_CHARACTERS", 100)
     texts = ["slow " * 100_000] + [f"{number:0100d}" for number in range(200)]
     source = write_jsonl(tmp_path / "in.jsonl", texts)
     prepare([source], tmp_path / "set", tokenizer="byte", workers=2)
@@ -198,9 +198,9 @@ def test_undecodable_input_is_replaced_and_counted(tmp_path, capsys):
     arguments = ["--output-prefix", str(tmp_path / "set"), "--tokenizer", "byte"]
     assert run_cli(["--input", *inputs, *arguments]) == 0
     assert read_documents(tmp_path / "set") == ["caf\ufffd ?", "fine \ufffd", "half \ufffd", "🙂"]
-    warning = capsys.readouterr().err
-    assert warning.count("\n") == 1
+    warning, mixture = capsys.readouterr().err.splitlines()
     assert "warning" in warning
+    assert "1 of 3 files are JSON lines" in mixture
     assert "2 of 3 files" in warning
     assert inputs[0] in warning
 
@@ -365,8 +365,8 @@ def test_signals_leave_no_dataset(tmp_path):
 
 def test_death_of_an_encoding_process_is_an_error(tmp_path, monkeypatch):
     source = write_jsonl(tmp_path / "in.jsonl", TEXTS)
-    monkeypatch.setattr(corpus, "_CHUNK_BYTES", 1)
-    read = corpus.read_documents
+    monkeypatch.setattr(corpus, "_CHUNK_CHARACTERS", 1)
+    read = corpus.read_pieces
 
     def read_and_kill(*arguments):
         yield from read(*arguments)
@@ -374,7 +374,7 @@ def test_death_of_an_encoding_process_is_an_error(tmp_path, monkeypatch):
             os.kill(process.pid, signal.SIGKILL)
         yield from read(*arguments)
 
-    monkeypatch.setattr(corpus, "read_documents", read_and_kill)
+    monkeypatch.setattr(corpus, "read_pieces", read_and_kill)
     with pytest.raises(RuntimeError, match="died with exit code -9") as error:
         prepare([source], tmp_path / "set", tokenizer="byte", workers=2)
     assert_one_line(error)
@@ -403,7 +403,7 @@ def test_command_runs_from_any_folder(tmp_path):
     lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
     assert lines["documents"] == "1"
     assert lines["tokens"] == "251"
-    assert lines["input"] == "250 bytes in 1 file"
+    assert lines["input"] == "250 bytes in 1 file (1 text)"
     assert lines["file"] == "new/folder/set.tokenizer.json"
     assert inspect_prefix(tmp_path / "new" / "folder" / "set").num_tokens == 251
 

@@ -11,6 +11,7 @@ import os
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,6 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from helixpipe.data.index_file import LOSS_MODE, PROMPT_MODE
 from helixpipe.data.prefix import (
     DatasetPaths,
     dataset_paths,
@@ -28,15 +28,19 @@ from helixpipe.data.prefix import (
     vocabulary_size,
     without_suffix,
 )
-from helixpipe.data.prepare.encoding import Chunk, Encoders
-from helixpipe.data.prepare.sources import Document, Source, find_sources, read_documents, require_jsonl
+from helixpipe.data.prepare.encoding import Encoders
+from helixpipe.data.prepare.formats import Format
+from helixpipe.data.prepare.pieces import PIECE_CHARACTERS, Piece, piece_limit, words_to_train_on
+from helixpipe.data.prepare.sources import Reading, Source, find_sources, read_pieces, require_jsonl
 from helixpipe.data.prepare.staging import Staging, refuse_existing
-from helixpipe.data.prepare.tokenizer_training import byte_tokenizer, train_bpe
+from helixpipe.data.prepare.tokenizer_training import byte_tokenizer
+from helixpipe.data.prepare.training_process import train_bpe_apart
+from helixpipe.data.prepare.writing import DocumentWriter
 
 DEFAULT_VOCAB_SIZE = 4096
 
 
-_CHUNK_BYTES = 1 << 18
+_CHUNK_CHARACTERS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class PreparationOptions:
     """What to prepare.
 
     Attributes:
-        inputs: Text files, JSONL files (by suffix .jsonl or .json) and directories of them.
+        inputs: Text files, files of JSON lines, both plain or compressed, and directories of them.
         output_prefix: Path of the dataset's files without their suffixes.
         pattern: Files of a directory are taken if their name matches this glob.
         exclude: Files and folders of a directory are left out if their name matches one of these.
@@ -55,6 +59,7 @@ class PreparationOptions:
         vocab_size: Entries of the vocabulary to train, with the end-of-document token.
         workers: Encoding processes.
         min_document_tokens: Documents of fewer tokens, end of document not counted, are left out.
+        format: Format of all files; None to look into each.
         overwrite: Replace a dataset that stands at the prefix.
         progress: Show a progress bar if standard error is a terminal.
     """
@@ -70,17 +75,27 @@ class PreparationOptions:
     vocab_size: int = DEFAULT_VOCAB_SIZE
     workers: int = 1
     min_document_tokens: int = 1
+    format: Format | None = None
     overwrite: bool = False
     progress: bool = False
 
 
 @dataclass(frozen=True)
 class PreparationSummary:
-    """What was written; document lengths are in tokens, end of document included."""
+    """What was written; document lengths are in tokens, end of document included.
+
+    Attributes:
+        formats: input files of each format.
+        compressed_files: those that are compressed.
+        undecodable_files: those in which something was replaced by U+FFFD.
+        stale_files: temporary files of earlier runs that were killed.
+    """
 
     paths: DatasetPaths
     input_files: int
     input_bytes: int
+    formats: dict[Format, int]
+    compressed_files: int
     documents: int
     tokens: int
     vocab_size: int
@@ -101,12 +116,12 @@ def prepare_dataset(options: PreparationOptions) -> PreparationSummary:
     Raises:
         ValueError: The options or the input are wrong, a dataset stands at the prefix, or the
             output cannot be written.
-        RuntimeError: An encoding process died.
+        RuntimeError: A process that trains or encodes died.
     """
     started = time.monotonic()
     _check_options(options)
     paths = dataset_paths(options.output_prefix)
-    sources = find_sources(options.inputs, options.pattern, options.exclude, paths)
+    sources = find_sources(options.inputs, options.pattern, options.exclude, paths, options.format)
     if options.prompt_key is not None:
         require_jsonl(sources)
     tokenizer_json = _read_tokenizer(options.tokenizer_file) if options.tokenizer_file else None
@@ -141,6 +156,8 @@ def prepare_dataset(options: PreparationOptions) -> PreparationSummary:
         paths=paths,
         input_files=len(sources),
         input_bytes=sum(source.size for source in sources),
+        formats=dict(Counter(source.format for source in sources)),
+        compressed_files=sum(bool(source.compression) for source in sources),
         documents=len(lengths),
         tokens=int(lengths.sum()),
         vocab_size=vocabulary_size(tokenizer),
@@ -207,16 +224,15 @@ def _read_tokenizer(path: str) -> str:
 def _make_tokenizer(options: PreparationOptions, sources: list[Source], undecodable: set[str]) -> str:
     if options.tokenizer == "byte":
         return byte_tokenizer().to_str(pretty=True)
+    reading = Reading(options.json_key, options.prompt_key, PIECE_CHARACTERS)
     with _progress_bar(options, sources, "training tokenizer") as bar:
 
         def texts() -> Iterator[str]:
-            for document in read_documents(sources, options.json_key, undecodable, options.prompt_key):
-                if document.prompt:
-                    yield document.prompt
-                yield document.text
-                bar.update(document.input_bytes)
+            for piece in read_pieces(sources, reading, undecodable):
+                yield from words_to_train_on(piece.text)
+                bar.update(piece.input_bytes)
 
-        return train_bpe(texts(), options.vocab_size).to_str(pretty=True)
+        return train_bpe_apart(texts(), options.vocab_size)
 
 
 def _progress_bar(options: PreparationOptions, sources: list[Source], label: str) -> tqdm:
@@ -238,56 +254,49 @@ def _write_tokens(
     temporary: DatasetPaths,
 ) -> tuple[np.ndarray, int, int]:
     """Write .bin and .idx; return document lengths and the counts of empty and short documents."""
-    builder_class, dtype_class, torch = _import_megatron()
+    builder_class, dtype_class = _import_megatron()
     tokenizer = Tokenizer.from_str(tokenizer_json)
     dtype = dtype_class.optimal_dtype(vocabulary_size(tokenizer))
-    empty = short = 0
-    documents = read_documents(sources, options.json_key, undecodable, options.prompt_key)
-    chunks = _split_chunks(documents)
-    encoders = Encoders(options.workers, tokenizer_json, dtype, options.min_document_tokens)
+    reading = Reading(options.json_key, options.prompt_key, piece_limit(tokenizer_json))
+    encoders = Encoders(options.workers, tokenizer_json, dtype)
     builder = builder_class(temporary.bin, dtype=dtype, multimodal=options.prompt_key is not None)
+    writer = DocumentWriter(builder, end_of_document_id(tokenizer), options.min_document_tokens)
     try:
         with encoders, _progress_bar(options, sources, "encoding") as bar:
-            for encoded, input_bytes in encoders.encode(chunks):
+            for chunk, encoded in encoders.encode(_split_chunks(read_pieces(sources, reading, undecodable))):
                 start = 0
-                for length, prompt_length in zip(encoded.lengths, encoded.prompt_lengths, strict=True):
-                    # A copy, because torch warns about arrays that cannot be written to.
-                    document = torch.from_numpy(encoded.tokens[start : start + length].copy())
-                    if prompt_length:
-                        builder.add_item(document[:prompt_length], mode=PROMPT_MODE)
-                    builder.add_item(document[prompt_length:], mode=LOSS_MODE)
-                    builder.end_document()
+                for piece, length in zip(chunk, encoded.lengths, strict=True):
+                    writer.add(encoded.tokens[start : start + length], is_prompt=piece.is_prompt)
                     start += length
-                empty += encoded.empty
-                short += encoded.short
-                bar.update(input_bytes)
+                    if piece.is_last:
+                        writer.end_document()
+                    bar.update(piece.input_bytes)
         builder.finalize(temporary.idx)
     finally:
         # finalize() closes it too; on a full disk closing fails again while flushing.
         with contextlib.suppress(OSError):
             builder.data_file.close()
     ends = np.cumsum([0, *builder.sequence_lengths])
-    return np.diff(ends[builder.document_indices]), empty, short
+    return np.diff(ends[builder.document_indices]), writer.empty, writer.short
 
 
-def _import_megatron() -> tuple[Any, Any, Any]:
+def _import_megatron() -> tuple[Any, Any]:
     # Imported here because it takes seconds, which neither wrong options nor the encoding
     # processes should pay for. Its warnings are about optimizers, of no concern to data.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import torch
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-    return IndexedDatasetBuilder, DType, torch
+    return IndexedDatasetBuilder, DType
 
 
-def _split_chunks(documents: Iterable[Document]) -> Iterator[Chunk]:
-    chunk = Chunk([], [], 0)
-    for document in documents:
-        chunk.texts.append(document.text)
-        chunk.prompts.append(document.prompt)
-        chunk = chunk._replace(input_bytes=chunk.input_bytes + document.input_bytes)
-        if chunk.input_bytes >= _CHUNK_BYTES:
+def _split_chunks(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    chunk: list[Piece] = []
+    characters = 0
+    for piece in pieces:
+        chunk.append(piece)
+        characters += len(piece.text)
+        if characters >= _CHUNK_CHARACTERS:
             yield chunk
-            chunk = Chunk([], [], 0)
-    if chunk.texts:
+            chunk, characters = [], 0
+    if chunk:
         yield chunk

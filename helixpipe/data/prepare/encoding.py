@@ -1,4 +1,4 @@
-"""Processes that encode documents into tokens."""
+"""Processes that encode pieces of documents into tokens."""
 
 import contextlib
 import multiprocessing
@@ -8,37 +8,23 @@ from collections import deque
 from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from helixpipe.data.prefix import end_of_document_id
+from helixpipe.data.prepare.pieces import Piece
 
 # Chunks read ahead of the one to be written next, per worker: enough to keep all of them busy
 # behind one slow chunk, and a bound on memory.
 _CHUNKS_AHEAD = 4
 
 
-class Chunk(NamedTuple):
-    """Texts to encode together, the prompts before them, and the bytes of input that were read for both."""
-
-    texts: list[str]
-    prompts: list[str]
-    input_bytes: int
-
-
 class EncodedChunk(NamedTuple):
-    """Tokens of the documents that are kept, their lengths, and how many were left out and why.
-
-    A document begins with its prompt, whose length may be 0.
-    """
+    """Tokens of the pieces of a chunk, one after the other, and how many each has."""
 
     tokens: np.ndarray
     lengths: list[int]
-    prompt_lengths: list[int]
-    empty: int
-    short: int
 
 
 class Encoders:
@@ -48,8 +34,8 @@ class Encoders:
     locks: a worker killed by the system while it holds one would leave the parent waiting for ever.
     """
 
-    def __init__(self, workers: int, tokenizer_json: str, dtype: type[np.generic], min_tokens: int) -> None:
-        self._arguments = (tokenizer_json, np.dtype(dtype).name, min_tokens)
+    def __init__(self, workers: int, tokenizer_json: str, dtype: type[np.generic]) -> None:
+        self._arguments = (tokenizer_json, np.dtype(dtype).name)
         self._workers = workers
         self._processes: dict[Connection, BaseProcess] = {}
 
@@ -80,12 +66,12 @@ class Encoders:
         for process in self._processes.values():
             process.join()
 
-    def encode(self, chunks: Iterator[Chunk]) -> Iterator[tuple[EncodedChunk, int]]:
-        """Yield each chunk encoded, with its input bytes."""
+    def encode(self, chunks: Iterator[list[Piece]]) -> Iterator[tuple[list[Piece], EncodedChunk]]:
+        """Yield each chunk with its tokens."""
         limit = _CHUNKS_AHEAD * len(self._processes)
         idle = list(self._processes)
         busy: dict[Connection, int] = {}
-        sizes: deque[int] = deque()
+        waiting: deque[list[Piece]] = deque()
         encoded: dict[int, EncodedChunk] = {}
         sent = done = 0
         more = True
@@ -96,24 +82,24 @@ class Encoders:
                     more = False
                     break
                 connection = idle.pop()
-                self._exchange(connection, chunk)
+                self._exchange(connection, [piece.text for piece in chunk])
                 busy[connection] = sent
-                sizes.append(chunk.input_bytes)
+                waiting.append(chunk)
                 sent += 1
             while done in encoded:
-                yield encoded.pop(done), sizes.popleft()
+                yield waiting.popleft(), encoded.pop(done)
                 done += 1
             # Nothing is busy if the limit had held all processes back until now.
             for ready in wait(list(busy)) if busy else ():
-                assert isinstance(ready, Connection)
-                encoded[busy.pop(ready)] = self._exchange(ready)
-                idle.append(ready)
+                connection = cast(Connection, ready)
+                encoded[busy.pop(connection)] = self._exchange(connection)
+                idle.append(connection)
 
-    def _exchange(self, connection: Connection, chunk: Chunk | None = None) -> Any:
-        """Send a chunk, or receive an encoded one."""
+    def _exchange(self, connection: Connection, texts: list[str] | None = None) -> Any:
+        """Send texts, or receive them encoded."""
         try:
-            if chunk is not None:
-                return connection.send(chunk)
+            if texts is not None:
+                return connection.send(texts)
             reply = connection.recv()
         except (EOFError, ConnectionError) as error:
             process = self._processes[connection]
@@ -127,7 +113,7 @@ class Encoders:
         return reply
 
 
-def _encode_chunks(connection: Connection, tokenizer_json: str, dtype: str, min_tokens: int) -> None:
+def _encode_chunks(connection: Connection, tokenizer_json: str, dtype: str) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = Tokenizer.from_str(tokenizer_json)
     # "<|endoftext|>" in a text is text; the token itself marks ends of documents alone.
@@ -138,31 +124,17 @@ def _encode_chunks(connection: Connection, tokenizer_json: str, dtype: str, min_
     # The parent closes the pipe, or dies.
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
-            chunk: Chunk = connection.recv()
+            texts: list[str] = connection.recv()
             try:
-                reply: object = _encode(tokenizer, chunk, dtype, min_tokens)
+                reply: object = _encode(tokenizer, texts, dtype)
             except Exception as error:  # the library raises plain Exception
                 reason = " ".join(str(error).split())
                 reply = ValueError(f"the tokenizer cannot encode a document: {reason}")
             connection.send(reply)
 
 
-def _encode(tokenizer: Tokenizer, chunk: Chunk, dtype: str, min_tokens: int) -> EncodedChunk:
-    end = end_of_document_id(tokenizer)
-    # Apart from the response: so is a prompt encoded when the model is asked to go on from it.
-    prompts = iter(tokenizer.encode_batch_fast([p for p in chunk.prompts if p], add_special_tokens=False))
-    documents, prompt_lengths = [], []
-    empty = short = 0
-    texts = tokenizer.encode_batch_fast(chunk.texts, add_special_tokens=False)
-    for encoding, prompt in zip(texts, chunk.prompts, strict=True):
-        before = next(prompts).ids if prompt else []
-        ids = encoding.ids
-        if not ids:
-            empty += 1
-        elif len(before) + len(ids) < min_tokens:
-            short += 1
-        else:
-            documents.append(np.array([*before, *ids, end], dtype=dtype))
-            prompt_lengths.append(len(before))
-    tokens = np.concatenate(documents) if documents else np.empty(0, dtype=dtype)
-    return EncodedChunk(tokens, [len(document) for document in documents], prompt_lengths, empty, short)
+def _encode(tokenizer: Tokenizer, texts: list[str], dtype: str) -> EncodedChunk:
+    # A prompt apart from its response: so is it encoded when the model is asked to go on from it.
+    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    pieces = [np.array(encoding.ids, dtype=dtype) for encoding in encodings]
+    return EncodedChunk(np.concatenate(pieces), [len(piece) for piece in pieces])

@@ -1,30 +1,50 @@
-"""What a corpus is made from: files and folders of text and JSONL, read document by document."""
+"""What a corpus is made from: files and folders of text and JSON lines, read piece by piece."""
 
 from __future__ import annotations
 
+import codecs
 import fnmatch
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import IO, Any, NamedTuple
 
-JSON_SUFFIXES = (".jsonl", ".json")
+from helixpipe.data.prepare.formats import (
+    LONGEST_LINE,
+    Format,
+    damage_of,
+    inspect_file,
+    open_source,
+    refuse_damaged,
+)
+from helixpipe.data.prepare.pieces import Piece, cut
+
+_BLOCK_BYTES = 1 << 20
 
 
 class Source(NamedTuple):
-    """One input file."""
+    """One input file; ``compression`` is empty for a plain one."""
 
     path: str
     size: int
-    is_jsonl: bool
+    format: Format
+    compression: str
 
 
-class Document(NamedTuple):
-    """One text, the prompt before it, and the bytes of input that were read to get them."""
+@dataclass(frozen=True)
+class Reading:
+    """How documents are read.
 
-    text: str
-    input_bytes: int
-    prompt: str = ""
+    Attributes:
+        json_key: key of the text in a JSON line.
+        prompt_key: key of the prompt before the text; None for documents without.
+        limit: characters of a piece; None for documents in one piece.
+    """
+
+    json_key: str
+    prompt_key: str | None = None
+    limit: int | None = None
 
 
 def find_sources(
@@ -32,6 +52,7 @@ def find_sources(
     pattern: str = "*",
     exclude: Sequence[str] = (),
     own: Sequence[str] = (),
+    wanted: Format | None = None,
 ) -> list[Source]:
     """List the input files, in the given order; a directory's files sorted by their path.
 
@@ -41,9 +62,11 @@ def find_sources(
         exclude: Globs for the names of files and folders to leave out of a directory.
         own: Files that are not taken from a directory, and neither are temporaries of them: what
             an earlier run wrote must not become the next one's input.
+        wanted: Format of all files; None to look into each.
 
     Raises:
-        ValueError: An input is missing or cannot be read, or a directory has no matching file.
+        ValueError: An input is missing, cannot be read or is neither text nor JSON lines, or a
+            directory has no matching file.
     """
     sources: list[Source] = []
     for path in inputs:
@@ -63,9 +86,7 @@ def find_sources(
                 raise ValueError(f"{path}: is neither a file nor a directory: give one of these")
             else:
                 raise ValueError(f"{path}: no such file or directory: correct --input")
-            sources.extend(
-                Source(file, os.path.getsize(file), file.endswith(JSON_SUFFIXES)) for file in found
-            )
+            sources.extend(Source(file, os.path.getsize(file), *inspect_file(file, wanted)) for file in found)
         except OSError as error:
             raise _unreadable(error.filename or path, error) from error
     return sources
@@ -78,39 +99,28 @@ def require_jsonl(sources: Sequence[Source]) -> None:
         ValueError: There is one.
     """
     for source in sources:
-        if not source.is_jsonl:
+        if source.format is not Format.JSONL:
             raise ValueError(
-                f"{source.path}: a text file has no prompts: give {' or '.join(JSON_SUFFIXES)} files with "
-                "--prompt-key, or a --pattern that takes them alone"
+                f"{source.path}: a text file has no prompts: give JSON lines with --prompt-key, or a "
+                "--pattern that takes them alone"
             )
 
 
-def read_documents(
-    sources: Iterable[Source], json_key: str, undecodable: set[str], prompt_key: str | None = None
-) -> Iterator[Document]:
-    """Yield the documents of the input in order, empty ones too.
+def read_pieces(sources: Iterable[Source], reading: Reading, undecodable: set[str]) -> Iterator[Piece]:
+    """Yield the documents of the input in order, empty ones too, in pieces.
 
     Args:
         sources: Files to read.
-        json_key: Key of the text in a JSONL object.
+        reading: Keys and sizes.
         undecodable: Receives the files in which something had to be replaced by U+FFFD.
-        prompt_key: Key of the prompt before the text; None for documents without.
 
     Raises:
-        ValueError: A file cannot be read, or a JSONL line has no text under a key.
+        ValueError: A file cannot be read or is mostly no text, or a line has no text under a key.
     """
     for source in sources:
+        read = _read_json_lines if source.format is Format.JSONL else _read_text
         try:
-            if source.is_jsonl:
-                yield from _read_json_lines(source.path, json_key, prompt_key, undecodable)
-            else:
-                with open(source.path, "rb") as stream:
-                    data = stream.read()
-                text = data.decode("utf-8", errors="replace")
-                # The text may hold U+FFFD of its own: only a failed round trip is damage.
-                if "\ufffd" in text and text.encode() != data:
-                    undecodable.add(source.path)
-                yield Document(text, len(data))
+            yield from read(source, reading, undecodable)
         except OSError as error:
             raise _unreadable(source.path, error) from error
 
@@ -140,9 +150,41 @@ def _walk(root: str, pattern: str, exclude: Sequence[str], own: Sequence[str]) -
     return sorted(found, key=lambda path: path.split(os.sep))
 
 
-def _read_json_lines(
-    path: str, json_key: str, prompt_key: str | None, undecodable: set[str]
-) -> Iterator[Document]:
+def _read_text(source: Source, reading: Reading, undecodable: set[str]) -> Iterator[Piece]:
+    with open_source(source.path, source.compression) as (stream, position):
+        reported, before = 0, None
+        for text in cut(_decoded(stream, source.path, undecodable), reading.limit):
+            if before is not None:
+                yield Piece(before, position() - reported, is_last=False)
+                reported = position()
+            before = text
+        assert before is not None
+        yield Piece(before, source.size - reported)
+
+
+def _decoded(stream: IO[bytes], path: str, undecodable: set[str]) -> Iterator[str]:
+    """A text file block by block; what is no UTF-8 is replaced, unless it is most of it."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    damage = characters = 0
+    overlap = b""
+    while block := stream.read(_BLOCK_BYTES):
+        text = decoder.decode(block)
+        # A character may begin in the block before.
+        damage += damage_of(overlap + block, text)
+        characters += len(text)
+        overlap = (overlap + block)[-2:]
+        yield text
+    text = decoder.decode(b"", final=True)
+    damage += text.count("\ufffd")
+    refuse_damaged(path, damage, characters + len(text))
+    if damage:
+        undecodable.add(path)
+    yield text
+
+
+def _read_json_lines(source: Source, reading: Reading, undecodable: set[str]) -> Iterator[Piece]:
+    path, prompt_key = source.path, reading.prompt_key
+
     def text_of(value: dict[str, Any], key: str, option: str) -> str:
         text = _json_text(value, place, key, option)
         if text.isascii():
@@ -153,18 +195,29 @@ def _read_json_lines(
             undecodable.add(path)
         return whole
 
-    with open(path, "rb") as stream:
-        unreported = 0
-        for number, line in enumerate(stream, start=1):
-            unreported += len(line)
+    with open_source(path, source.compression) as (stream, position):
+        reported = 0
+        for number, line in enumerate(iter(lambda: stream.readline(LONGEST_LINE + 1), b""), start=1):
+            place = f"{path}:{number}"
+            if len(line) > LONGEST_LINE:
+                raise ValueError(f"{place}: is longer than {LONGEST_LINE >> 20} MiB: give it as a text file")
             if line.isspace():
                 continue
-            place = f"{path}:{number}"
-            value = _json_object(line, place, json_key)
+            value = _json_object(line, place, reading.json_key)
             prompt = "" if prompt_key is None else text_of(value, prompt_key, "--prompt-key")
             option = "--json-key" if prompt_key is None else "--response-key"
-            yield Document(text_of(value, json_key, option), unreported, prompt)
-            unreported = 0
+            text = text_of(value, reading.json_key, option)
+            read, reported = position() - reported, position()
+            yield from _pieces(prompt, text, reading.limit, read)
+
+
+def _pieces(prompt: str, text: str, limit: int | None, input_bytes: int) -> Iterator[Piece]:
+    for part in cut([prompt], limit) if prompt else ():
+        yield Piece(part, 0, is_prompt=True, is_last=False)
+    *before, last = cut([text], limit)
+    for part in before:
+        yield Piece(part, 0, is_last=False)
+    yield Piece(last, input_bytes)
 
 
 def _json_object(line: bytes, place: str, json_key: str) -> dict[str, Any]:
@@ -174,7 +227,8 @@ def _json_object(line: bytes, place: str, json_key: str) -> dict[str, Any]:
         raise ValueError(f"{place}: is not UTF-8 ({error.reason}): convert the file") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{place}: is not JSON ({error}): a JSONL file has one object on each line"
+            f"{place}: is not JSON ({error}): a file of JSON lines has one object on each line; --format "
+            "text takes it as one document"
         ) from error
     if not isinstance(value, dict):
         raise ValueError(f"{place}: is not a JSON object: write it as {{{json_key!r}: ...}}")
