@@ -87,18 +87,18 @@ def test_a_batch_is_the_one_that_training_draws(dataset, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "words", "code"),
     [
-        (["{}", "--max-seq-length", "0"], "--max-seq-length: must be at least 1"),
-        (["{}", "--seed", "1"], "give --global-batch-size"),
-        (["{}", "--global-batch-size", "0"], "--global-batch-size: must be at least 1"),
-        (["{}", "--global-batch-size", "1", "--seed", "-1"], "--seed: must be at least 0"),
-        (["{}.idx"], "give the prefix without the suffix"),
-        (["{}x"], "cannot be read"),
+        (["{}", "--max-seq-length", "0"], "--max-seq-length: must be at least 1", 2),
+        (["{}", "--seed", "1"], "give --global-batch-size", 2),
+        (["{}", "--global-batch-size", "0"], "--global-batch-size: must be at least 1", 2),
+        (["{}", "--global-batch-size", "1", "--seed", "-1"], "--seed: must be at least 0", 2),
+        (["{}.idx"], "give the prefix without the suffix", 2),
+        (["{}x"], "cannot be read", 3),
     ],
 )
-def test_wrong_input_is_one_line(dataset, capsys, arguments, words):
-    assert run(*(argument.format(dataset) for argument in arguments)) == 2
+def test_wrong_input_is_one_line(dataset, capsys, arguments, words, code):
+    assert run(*(argument.format(dataset) for argument in arguments)) == code
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
@@ -110,7 +110,7 @@ def test_a_damaged_index_is_refused(dataset, tmp_path, capsys):
     data = bytearray(path.read_bytes())
     data[34 + 4 * len(SIZES)] ^= 1
     path.write_bytes(data)
-    assert run(tmp_path / "set") == 2
+    assert run(tmp_path / "set") == 3
     assert "sequence 0 does not start where" in capsys.readouterr().err
 
 
