@@ -91,6 +91,10 @@ CALLED = (
          "dropout_p", "is_causal", "rng_state", "unused"),
     ),
     ContactPoint(
+        "megatron.core.models.common.embeddings.rope_utils", "_apply_rotary_pos_emb_bshd",
+        "what fused rotary positions are held against", _CORE, ("t", "freqs"),
+    ),
+    ContactPoint(
         "torch.distributed.distributed_c10d", "_get_default_store",
         "ranks meet there after a gradient that is not finite", _TORCH, (),
     ),

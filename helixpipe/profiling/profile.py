@@ -19,6 +19,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
 from helixpipe.elastic.costs.fit import Measurement
+from helixpipe.layers.fusions import can_fuse_rope
 from helixpipe.layers.segmented_gpt import SegmentedGPTModel
 from helixpipe.layers.spec import default_implementation
 from helixpipe.megatron_adapter import cpu_backend
@@ -196,6 +197,7 @@ def _config(workload: Workload) -> TransformerConfig:
         use_cpu_initialization=True,
         bias_dropout_fusion=fuse,
         bias_activation_fusion=fuse,
+        apply_rope_fusion=shape.gated and can_fuse_rope(torch.bfloat16 if bf16 else torch.float32),
     )
 
 

@@ -17,12 +17,14 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
-from helixpipe.layers.attention.choice import choose, problem_of
+from helixpipe.kernels.extension import load as load_kernels
+from helixpipe.layers.attention.choice import Choice, choose, problem_of
+from helixpipe.layers.fusions import can_fuse_rope, fuse_weight_gradients, has_apex_accumulation
 from helixpipe.layers.initialization import deferred_initialization, initialize_weights
-from helixpipe.layers.optional_packages import APEX_ACCUMULATION, why_not_usable
 from helixpipe.layers.recomputing_layer import MemorySaving
 from helixpipe.layers.spec import (
     LOCAL,
+    TRANSFORMER_ENGINE,
     Implementation,
     default_implementation,
     leaves_attention_to_engine,
@@ -43,7 +45,6 @@ def build_config(args: argparse.Namespace) -> TransformerConfig:
     """Megatron's model configuration."""
     # Fused kernels compile through torch.compile, which a CPU run does without.
     fuse = torch.cuda.is_available()
-    fuse_accumulation = not why_not_usable(APEX_ACCUMULATION)
     config = TransformerConfig(
         num_layers=args.num_layers,
         hidden_size=args.hidden_size,
@@ -81,7 +82,8 @@ def build_config(args: argparse.Namespace) -> TransformerConfig:
         bias_dropout_fusion=fuse,
         bias_activation_fusion=fuse and (args.swiglu or args.add_bias_linear),
         # The fused accumulation is part of Megatron's whole backward pass.
-        gradient_accumulation_fusion=fuse_accumulation and not args.schedule.splits_backward,
+        gradient_accumulation_fusion=has_apex_accumulation() and not args.schedule.splits_backward,
+        apply_rope_fusion=args.position_embedding_type == "rope" and can_fuse_rope(args.params_dtype),
     )
     config.finalize_model_grads_func = finalize_model_grads
     return config
@@ -89,9 +91,15 @@ def build_config(args: argparse.Namespace) -> TransformerConfig:
 
 def build_training_state(args: argparse.Namespace) -> TrainingState:
     """Model chunks, wrapped for mixed precision and data parallelism, with optimizer and scheduler."""
+    if torch.cuda.is_available():
+        # Now, as their self-test waits for the GPU, which may be waiting for a peer later.
+        load_kernels()
     config = build_config(args)
+    # Here an error is one line; Megatron adds the modules that it was building.
+    _choose_attention(args, config)
     with deferred_initialization(config):
         models = _build_chunks(args, config)
+    fuse_weight_gradients(models)
     chunks = [_wrap(args, config, model, index) for index, model in enumerate(models)]
     if args.overlap_grad_reduce:
         holds = [chunk.no_sync for chunk in chunks]
@@ -121,12 +129,18 @@ def implementation_of(args: argparse.Namespace) -> Implementation:
 
 def describe_attention(args: argparse.Namespace, state: TrainingState) -> tuple[str, str]:
     """The attention backend of this rank's layers, and with it why not a faster one."""
-    config = unwrap(state.model[0]).config
+    choice = _choose_attention(args, unwrap(state.model[0]).config)
+    if choice is None:
+        return TRANSFORMER_ENGINE.modules, f"{TRANSFORMER_ENGINE.modules} (its own module chooses)"
+    return choice.backend.name, str(choice)
+
+
+def _choose_attention(args: argparse.Namespace, config: TransformerConfig) -> Choice | None:
+    """What the layers will choose, or None where Transformer Engine's own attention runs."""
     varies = not args.schedule.execution.joins_documents
     if not varies and leaves_attention_to_engine(config, implementation_of(args)):
-        return "transformer_engine", "transformer_engine (its own module chooses)"
-    choice = choose(args.attention_backend, problem_of(config, varies=varies))
-    return choice.backend.name, str(choice)
+        return None
+    return choose(args.attention_backend, problem_of(config, varies=varies))
 
 
 def _build_chunks(args: argparse.Namespace, config: TransformerConfig) -> list[torch.nn.Module]:
