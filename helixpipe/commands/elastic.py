@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import warnings
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from helixpipe.commands.job import add_workload_arguments, read_workload
 from helixpipe.commands.planning import read_text
 from helixpipe.commands.ranges import GIBIBYTES, LAYERS, RANKS, REPEATS, Real, Whole
 from helixpipe.plan.cost_model import Hardware, Workload, read_model
+from helixpipe.plan.json_input import parse_json
 
 if TYPE_CHECKING:
     from helixpipe.elastic.costs.fit import Fit
@@ -115,10 +115,7 @@ def _elastic(args: argparse.Namespace) -> None:
 def _read_lengths(path: Path) -> tuple[int, ...]:
     from helixpipe.elastic.job import check_lengths
 
-    try:
-        found = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: invalid JSON ({error})") from None
+    found = parse_json(read_text(path), str(path))
     try:
         return check_lengths(found)
     except ValueError as error:

@@ -7,6 +7,7 @@ import argparse
 from helixpipe.commands.ranges import RANKS, Whole
 from helixpipe.plan.advise import read_machine
 from helixpipe.plan.cost_model import HARDWARE, MODELS, Hardware, Pieces, Workload, read_model
+from helixpipe.refusals import refuse
 
 
 def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,13 +81,12 @@ def _profiled_workload(args: argparse.Namespace, profile: Pieces) -> Workload:
                 f"{args.hardware} was measured with {flag} {measured}, not {wanted}; profile again, or leave "
                 "it out"
             )
-    for flag, is_set in (
-        ("--model", args.model),
-        ("--vocab-size", args.vocab_size),
-        ("--no-sequence-parallel", args.no_sequence_parallel),
-        ("--use-distributed-optimizer", args.use_distributed_optimizer),
-        ("--chunked-loss", args.chunked_loss),
-    ):
-        if is_set:
-            raise ValueError(f"{flag} is part of the profile {args.hardware}; leave it out")
+    of_profile = {
+        "--model": args.model,
+        "--vocab-size": args.vocab_size,
+        "--no-sequence-parallel": args.no_sequence_parallel,
+        "--use-distributed-optimizer": args.use_distributed_optimizer,
+        "--chunked-loss": args.chunked_loss,
+    }
+    refuse(of_profile, f"{{}} is part of the profile {args.hardware}; leave it out")
     return workload

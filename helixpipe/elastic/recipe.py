@@ -10,6 +10,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from helixpipe.elastic.chunks import Chunk, Piece
+from helixpipe.plan.json_input import parse_json
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,7 @@ class Recipe:
     @classmethod
     def from_json(cls, text: str) -> Recipe:
         """Read a recipe; ``ValueError`` if it is none, or does not hold every token once."""
-        try:
-            return cls.from_dict(json.loads(text))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"not a recipe: invalid JSON ({error})") from None
+        return cls.from_dict(parse_json(text, "not a recipe"))
 
     @classmethod
     def from_dict(cls, data: Any) -> Recipe:

@@ -17,6 +17,7 @@ from helixpipe.kernels.choice import activate, fused_form
 from helixpipe.layers.recompute import Tensors, recompute
 from helixpipe.layers.rotary import rotate
 from helixpipe.layers.slices import SlicedFunction, in_slices, mark_sliced
+from helixpipe.refusals import refuse
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def check_supported(config: TransformerConfig, saving: MemorySaving) -> None:
     recompute_of_mlp = config.recompute_granularity == "selective" and "mlp" in (
         config.recompute_modules or ()
     )
-    refused = {
+    unsupported = {
         "mixture of experts": config.num_moe_experts is not None,
         "multi-latent attention": config.multi_latent_attention,
         "output-gated attention": config.attention_output_gate,
@@ -66,11 +67,7 @@ def check_supported(config: TransformerConfig, saving: MemorySaving) -> None:
         "Megatron's activation recomputation": saving.recompute_without_attention
         and config.recompute_granularity is not None,
     }
-    for option, is_set in refused.items():
-        if is_set:
-            raise ValueError(
-                f"recomputation without attention and chunked MLP do not support {option}; leave one out"
-            )
+    refuse(unsupported, "recomputation without attention and chunked MLP do not support {}; leave one out")
 
 
 class SavingTransformerLayer(TransformerLayer):

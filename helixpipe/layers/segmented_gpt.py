@@ -41,6 +41,7 @@ from helixpipe.layers.spec import (
     layer_spec,
     partial_layer_spec,
 )
+from helixpipe.refusals import refuse
 
 Tensors = tuple[Tensor, ...]
 
@@ -406,7 +407,7 @@ class SegmentedGPTModel(LanguageModule):
 
 def check_supported(config: TransformerConfig, position_embedding_type: str) -> None:
     """``ValueError`` for options that would be ignored or wrong when a layer runs in segments."""
-    refused = {
+    unsupported = {
         "mixture of experts": config.num_moe_experts is not None,
         "multi-latent attention": config.multi_latent_attention,
         "multi-token prediction": bool(config.mtp_num_layers),
@@ -424,6 +425,4 @@ def check_supported(config: TransformerConfig, position_embedding_type: str) -> 
         f"position embedding {position_embedding_type!r}": position_embedding_type
         not in ("learned_absolute", "rope", "none"),
     }
-    for option, is_set in refused.items():
-        if is_set:
-            raise ValueError(f"the helix schedule does not support {option}; leave it out or use 1f1b")
+    refuse(unsupported, "the helix schedule does not support {}; leave it out or use 1f1b")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from helixpipe.contact_points import replace
 from helixpipe.layers.slices import is_sliced
+from helixpipe.refusals import refuse
 
 Defer = Callable[[Callable[[], None]], None]
 
@@ -52,14 +53,12 @@ def defer_weight_gradients(model: torch.nn.Module, defer: Defer) -> None:
 
 def _check(name: str, module: ColumnParallelLinear | RowParallelLinear) -> None:
     config = module.config
-    refused = {
+    unsupported = {
         "gradient_accumulation_fusion": config.gradient_accumulation_fusion,
         "defer_embedding_wgrad_compute": config.defer_embedding_wgrad_compute,
         "enable_autocast": config.enable_autocast,
     }
-    for option, is_set in refused.items():
-        if is_set:
-            raise ValueError(f"{name}: {option} does not go with split backward passes; switch it off")
+    refuse(unsupported, f"{name}: {{}} does not go with split backward passes; switch it off")
     if module.is_expert:
         raise ValueError(f"{name}: mixture of experts is not supported with split backward passes; use 1f1b")
 

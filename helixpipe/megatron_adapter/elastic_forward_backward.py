@@ -14,10 +14,11 @@ from helixpipe.elastic.chunk_schedule import SCHEDULE
 from helixpipe.megatron_adapter.elastic_batch import ElasticBatch
 from helixpipe.megatron_adapter.forward_step import IterationInput
 from helixpipe.megatron_adapter.pipeline_group import agree
-from helixpipe.megatron_adapter.planned_iteration import PlannedIterations, refuse_arguments
+from helixpipe.megatron_adapter.planned_iteration import PlannedIterations
 from helixpipe.megatron_adapter.segments.elastic import ElasticSegments
 from helixpipe.megatron_adapter.segments.stages import check_supported
 from helixpipe.plan import Plan
+from helixpipe.refusals import refuse
 from helixpipe.reliability.record import Progress
 from helixpipe.runtime.trace import Clock, Trace
 
@@ -70,9 +71,8 @@ class ElasticForwardBackward:
         Raises:
             ValueError: a batch or an option that this schedule cannot honour, on every rank of a replica.
         """
-        refuse_arguments(
-            SCHEDULE, {name: value is not None for name, value in sizes.items() if name not in _SIZES}
-        )
+        given = {name: value is not None for name, value in sizes.items() if name not in _SIZES}
+        refuse(given, f"the {SCHEDULE} schedule does not support {{}}")
         (chunk,) = model if isinstance(model, list) else [model]
         (iterator,) = data_iterator if isinstance(data_iterator, list) else [data_iterator]
         config = get_model_config(chunk)

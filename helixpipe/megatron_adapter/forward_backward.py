@@ -15,11 +15,12 @@ from helixpipe.layers.weight_gradient import defer_weight_gradients
 from helixpipe.megatron_adapter.forward_step import IterationInput
 from helixpipe.megatron_adapter.pipeline_group import agree_on_plan
 from helixpipe.megatron_adapter.plan_source import GivenPlan, PlanOnDemand, PlanSource
-from helixpipe.megatron_adapter.planned_iteration import PlannedIterations, refuse_arguments
+from helixpipe.megatron_adapter.planned_iteration import PlannedIterations
 from helixpipe.megatron_adapter.segments.contract import IterationSize, ModelSegments
 from helixpipe.megatron_adapter.segments.helix import GPTSegments
 from helixpipe.megatron_adapter.segments.stages import StageSegments
 from helixpipe.plan import Plan
+from helixpipe.refusals import refuse
 from helixpipe.reliability.record import Progress
 from helixpipe.runtime.executor import Executor
 from helixpipe.runtime.trace import Clock, Trace
@@ -91,14 +92,14 @@ class PlannedForwardBackward:
         Raises:
             ValueError: an argument that this schedule cannot honour.
         """
-        refuse_arguments(
-            self.name,
+        refuse(
             {
                 "decoder_seq_length": decoder_seq_length not in (None, seq_length),
                 "adjust_tensor_shapes_fn": adjust_tensor_shapes_fn is not None,
                 "p2p_communicator": p2p_communicator is not None,
                 "pg_collection": pg_collection is not None,
             },
+            f"the {self.name} schedule does not support {{}}",
         )
         chunks = self._per_chunk(model, "model chunk")
         size = IterationSize(num_microbatches, seq_length, micro_batch_size, forward_only)

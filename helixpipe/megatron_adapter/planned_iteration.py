@@ -69,10 +69,3 @@ class PlannedIterations:
             finalize(chunks, segments, bool(force_all_reduce))
         executor.check_messages()
         return segments.result.loss_data
-
-
-def refuse_arguments(schedule: str, given: dict[str, bool]) -> None:
-    """``ValueError`` for the first of Megatron's arguments that is given and cannot be honoured."""
-    for name, is_given in given.items():
-        if is_given:
-            raise ValueError(f"the {schedule} schedule does not support {name}")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
+from helixpipe.plan.json_input import parse_object
 from helixpipe.plan.loan import Loan
 from helixpipe.plan.operation import Kind, Operation, message_of
 from helixpipe.plan.rows import json_rows
@@ -175,11 +176,8 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> Plan:
         """Read a plan; ``ValueError`` names the field that is wrong. Does not validate the schedule."""
-        try:
-            data = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"not a plan: invalid JSON ({error})") from None
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
+        data = parse_object(text, "not a plan")
+        if data.get("format") != FORMAT:
             raise ValueError(f'not a plan: "format" must be "{FORMAT}"')
         if data.get("version") != VERSION:
             raise ValueError(f"plan version {data.get('version')!r}; this program reads {VERSION}")

@@ -191,7 +191,7 @@ def test_unwritable_output(tmp_path, capsys):
     [
         (b"{", "not a plan: invalid JSON"),
         (b"\xff\xfe\x00", "not a text file"),
-        (b"[]", '"format" must be "helixpipe-plan"'),
+        (b"[]", "not a plan: expected a JSON object"),
         (b'{"format": "helixpipe-plan", "version": 99}', "plan version 99; this program reads 1"),
         (b'{"format": "helixpipe-plan", "version": 1}', '"num_microbatches" must be of type int, found None'),
     ],

@@ -372,7 +372,7 @@ def test_every_edge_by_name_needs_no_default():
         ),
         ('{"segments": []}', "segments must be an object"),
         ('{"segments": {"stage0": 3, "stage1": 3}}', "segment stage0 must be an object, found 3"),
-        ("[]", "expected an object"),
+        ("[]", "expected a JSON object"),
         ("{", "invalid JSON"),
     ],
 )

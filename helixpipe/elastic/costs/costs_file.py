@@ -16,6 +16,7 @@ from dataclasses import MISSING, asdict, fields
 from typing import Any
 
 from helixpipe.elastic.costs.chunk_costs import ChunkCosts, PassTime
+from helixpipe.plan.json_input import parse_object
 from helixpipe.plan.simulation.network import Network
 
 FORMAT = "helixpipe-chunk-costs"
@@ -38,11 +39,8 @@ def costs_to_json(costs: ChunkCosts) -> str:
 
 def costs_from_json(text: str) -> ChunkCosts:
     """Read the file; ``ValueError`` names the key that is wrong."""
-    try:
-        data = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"costs: invalid JSON ({error})") from None
-    if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("version") != VERSION:
+    data = parse_object(text, "costs")
+    if data.get("format") != FORMAT or data.get("version") != VERSION:
         raise ValueError(
             f'costs: "format" must be "{FORMAT}" and "version" {VERSION}; costs of a plan\'s segments are '
             "another file"

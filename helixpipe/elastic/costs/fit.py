@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helixpipe.elastic.costs.chunk_costs import ChunkCosts, PassTime
+from helixpipe.plan.json_input import parse_json
 
 # One of so many records is kept from the regression to tell its error.
 HELD_OUT = 4
@@ -151,10 +152,7 @@ def measurements_from_json(text: str) -> tuple[Measurement, ...]:
     Raises:
         ValueError: it is none; the message names the record.
     """
-    try:
-        data = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"measurements: invalid JSON ({error})") from None
+    data = parse_json(text, "measurements")
     if not isinstance(data, list):
         raise ValueError("measurements: expected a list of records")
     return tuple(_measurement(number, record) for number, record in enumerate(data))

@@ -16,6 +16,7 @@ from helixpipe.layers.elastic.layout import ChunkLayout
 from helixpipe.layers.gpt import ChunkedLossGPTModel
 from helixpipe.layers.recomputing_layer import NOTHING_SAVED, MemorySaving
 from helixpipe.layers.spec import Implementation, block_spec
+from helixpipe.refusals import refuse
 
 
 class ChunkRun(NamedTuple):
@@ -116,7 +117,7 @@ def build_elastic_gpt(
 
 def check_supported(config: TransformerConfig, position_embedding_type: str) -> None:
     """``ValueError`` for options that elastic models would ignore or get wrong."""
-    refused = {
+    unsupported = {
         "recomputation by arguments (the plan decides which layers of which chunk are recomputed)": bool(
             config.recompute_granularity
         ),
@@ -130,6 +131,4 @@ def check_supported(config: TransformerConfig, position_embedding_type: str) -> 
         f"{position_embedding_type} positions": position_embedding_type
         not in ("learned_absolute", "rope", "none"),
     }
-    for option, is_set in refused.items():
-        if is_set:
-            raise ValueError(f"the elastic schedule does not support {option}; leave it out")
+    refuse(unsupported, "the elastic schedule does not support {}; leave it out")

@@ -11,6 +11,7 @@ from megatron.core.utils import get_model_config
 
 from helixpipe.megatron_adapter.forward_step import IterationInput, IterationResult
 from helixpipe.plan import Plan
+from helixpipe.refusals import refuse
 from helixpipe.runtime.executor import Tensors
 from helixpipe.runtime.lending import WeightLending
 from helixpipe.runtime.message import MessageLayout
@@ -104,7 +105,7 @@ class StageSegments:
 
 def check_supported(config: TransformerConfig, schedule: str) -> None:
     """``ValueError`` for options that a plan of stages would ignore or get wrong."""
-    refused = {
+    unsupported = {
         "mixture of experts": config.num_moe_experts is not None,
         "multi-latent attention": config.multi_latent_attention,
         "multi-token prediction": bool(config.mtp_num_layers),
@@ -118,6 +119,4 @@ def check_supported(config: TransformerConfig, schedule: str) -> None:
         "CPU offloading": config.cpu_offloading or config.fine_grained_activation_offloading,
         "CUDA graphs": config.cuda_graph_impl != "none",
     }
-    for option, is_set in refused.items():
-        if is_set:
-            raise ValueError(f"the {schedule} schedule does not support {option}; leave it out or use 1f1b")
+    refuse(unsupported, f"the {schedule} schedule does not support {{}}; leave it out or use 1f1b")

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from helixpipe.plan.cost_model import HARDWARE, Hardware, Pieces, Workload, predict_pieces, read_hardware
 from helixpipe.plan.cost_model.analytic import pipeline_network
-from helixpipe.plan.cost_model.hardware import hardware_from, read_object
+from helixpipe.plan.cost_model.hardware import hardware_from
 from helixpipe.plan.cost_model.pieces import FORMAT
+from helixpipe.plan.json_input import read_json
 from helixpipe.plan.simulation.network import Network
 
 GIB = 2**30
@@ -73,7 +74,7 @@ def read_machine(source: str) -> Hardware | Pieces:
     path = Path(source)
     if source in HARDWARE or not path.is_file():
         return read_hardware(source)
-    found = read_object(path)
+    found = read_json(path, "hardware")
     if isinstance(found, dict) and found.get("format") == FORMAT:
         return Pieces.from_object(found)
     return hardware_from(found, source)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from helixpipe.plan.json_input import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,15 +137,7 @@ def read_hardware(source: str) -> Hardware:
         close = difflib.get_close_matches(source, HARDWARE, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise ValueError(f"unknown hardware {source!r}; {hint}give a file, or one of {', '.join(HARDWARE)}")
-    return hardware_from(read_object(path), source)
-
-
-def read_object(path: Path) -> Any:
-    """What a JSON file holds that describes a machine."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise ValueError(f"hardware {path}: not a JSON file") from None
+    return hardware_from(read_json(path, "hardware"), source)
 
 
 def hardware_from(found: Any, source: str) -> Hardware:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple, TypeVar
 
+from helixpipe.plan.json_input import parse_object
 from helixpipe.plan.operation import Kind
 from helixpipe.plan.plan import Plan
 from helixpipe.plan.simulation.network import Network
@@ -167,12 +168,7 @@ def parse_costs(text: str, plan: Plan) -> Costs:
             lists the plan's names. ``p2p_ms`` may be left out (free messages); once it names an edge, every
             edge needs a value, its own or that of ``*``. ``network`` with ``message_bytes`` takes its place.
     """
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"costs: invalid JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise ValueError('costs: expected an object with "segments" and "p2p_ms"')
+    data = parse_object(text, "costs")
     _check_names(
         data,
         {"segments", "p2p_ms", "message_bytes", "network", "ranks", "loan_bytes"},

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from helixpipe.plan.json_input import parse_object
 from helixpipe.plan.operation import Operation
 from helixpipe.plan.rows import json_rows
 from helixpipe.plan.segment_names import role_of
@@ -92,8 +93,8 @@ class Timeline:
     @classmethod
     def from_json(cls, text: str) -> Timeline:
         """Read a timeline; ``ValueError`` if the text is not one."""
+        data = parse_object(text, "not a timeline")
         try:
-            data: Any = json.loads(text)
             timeline = cls(
                 _read_spans(data["ranks"]),
                 str(data["source"]),

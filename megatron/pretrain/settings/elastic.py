@@ -6,9 +6,11 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from helixpipe.commands.parser import flag_of
 from helixpipe.commands.ranges import Whole
 from helixpipe.elastic import ElasticJob, costs_from_json
 from helixpipe.plan.schedules import SCHEDULES
+from helixpipe.refusals import refuse
 
 _ONLY_ELASTIC = ("elastic_costs", "max_seq_length")
 
@@ -37,9 +39,8 @@ def derive_elastic(args: argparse.Namespace) -> None:
     """
     args.elastic_job = None
     if SCHEDULES[args.pipeline_schedule].plans_ahead:
-        for name in _ONLY_ELASTIC:
-            if getattr(args, name) is not None:
-                raise ValueError(f"{_flag(name)} is for --pipeline-schedule elastic; leave it out")
+        given = {flag_of(name): getattr(args, name) is not None for name in _ONLY_ELASTIC}
+        refuse(given, "{} is for --pipeline-schedule elastic; leave it out")
         return
     _refuse(args)
     if args.elastic_costs is None or args.memory_limit_gib is None:
@@ -78,8 +79,12 @@ def _job(args: argparse.Namespace) -> ElasticJob:
 
 
 def _refuse(args: argparse.Namespace) -> None:
+    sentence = (
+        "the elastic schedule cannot honour {}: batches are whole documents, and plans decide how they are "
+        "cut, packed and recomputed"
+    )
+    refuse({"--micro-batch-size": args.micro_batch_size != 1}, f"{sentence}; give 1")
     unused = {
-        "--micro-batch-size": args.micro_batch_size != 1,
         "--num-fold": args.num_fold is not None,
         "--attention-range": args.attention_range is not None,
         "--head-placement": args.head_placement is not None,
@@ -91,14 +96,4 @@ def _refuse(args: argparse.Namespace) -> None:
         "--data-cache-path": args.data_cache_path is not None,
         "--eod-mask-loss": args.eod_mask_loss,
     }
-    for flag, is_used in unused.items():
-        if is_used:
-            advice = "give 1" if flag == "--micro-batch-size" else "leave it out"
-            raise ValueError(
-                f"the elastic schedule cannot honour {flag}: batches are whole documents, and plans decide "
-                f"how they are cut, packed and recomputed; {advice}"
-            )
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    refuse(unused, f"{sentence}; leave it out")
