@@ -69,6 +69,10 @@ CALLED = (
         "torch.ops.aten", "_scaled_dot_product_efficient_attention_backward", "its backward pass", _TORCH,
         ("grad_out_", "query", "key", "value", "attn_bias", "out", "logsumexp"),
     ),
+    ContactPoint(
+        "torch.autograd:Variable", "_execution_engine", "runs a backward pass without what its caller adds",
+        _TORCH,
+    ),
     ContactPoint("torch.autograd", "_profiler_enabled", "ranges only where a profiler sees them", _TORCH),
     ContactPoint(
         "torch.ops.aten", "_scaled_dot_product_cudnn_attention", "attention by cuDNN", _TORCH,
