@@ -34,7 +34,7 @@ from torch import Tensor
 from helixpipe.commands.parser import ScriptParser
 from helixpipe.commands.ranges import LAYERS, REPEATS, Real, Whole
 from helixpipe.plan import Plan, ScheduleRequest, build_plan
-from helixpipe.plan.build import find_schedule
+from helixpipe.plan.build import complete, find_schedule
 from helixpipe.plan.execution import Execution
 from helixpipe.plan.simulation.costs import ANY_EDGE, Costs, SegmentCost
 from helixpipe.plan.simulation.simulate import simulate
@@ -127,9 +127,10 @@ def _sleep_until(instant: float) -> None:
 
 
 class DelayedCommunicator:
-    """A communicator whose messages arrive ``delay_ms`` after they were sent, or later if the wire is slower.
+    """A communicator whose messages arrive ``delay_ms`` after they were sent and their receives posted.
 
-    The time of sending travels with the message, by a clock that all processes of a machine share.
+    Like NCCL's, a message travels from when both ranks have it. They arrive later if the wire is slower. The
+    time of sending travels with the message, by a clock that all processes of a machine share.
     """
 
     def __init__(self, inner: Communicator, delay_ms: float) -> None:
@@ -144,7 +145,8 @@ class DelayedCommunicator:
     def receive(self, buffer: Tensor, peer: int, tag: int) -> Handle:
         """See :class:`helixpipe.runtime.communicator.Communicator`."""
         stamped = buffer.new_empty(len(buffer) + 1)
-        return _Delayed(self.inner.receive(stamped, peer, tag), stamped, buffer, self.delay_ms)
+        posted = time.perf_counter()
+        return _Delayed(self.inner.receive(stamped, peer, tag), stamped, buffer, posted, self.delay_ms)
 
 
 class _Sent(NamedTuple):
@@ -154,17 +156,24 @@ class _Sent(NamedTuple):
     def wait(self) -> None:
         self.handle.wait()
 
+    def is_completed(self) -> bool:
+        return self.handle.is_completed()
+
 
 class _Delayed(NamedTuple):
     handle: Handle
     stamped: Tensor
     buffer: Tensor
+    posted: float
     delay_ms: float
 
     def wait(self) -> None:
         self.handle.wait()
         self.buffer.copy_(self.stamped[1:])
-        _sleep_until(float(self.stamped[0]) + self.delay_ms / 1e3)
+        _sleep_until(max(float(self.stamped[0]), self.posted) + self.delay_ms / 1e3)
+
+    def is_completed(self) -> bool:
+        return False  # the message is delayed by whoever waits for it
 
 
 def main() -> int:
@@ -223,7 +232,7 @@ def _case(name: str, message_units: float, options: argparse.Namespace) -> Case:
         num_microbatches=options.num_microbatches,
         **arguments,
     )
-    plan = build_plan(schedule, request)
+    plan = build_plan(schedule, request, compute_only=True)
     unit = options.unit_ms
     weighted = {"first": PRE, "middle": PRE + POST, "last": POST}
     costs = {part: SegmentCost(t * unit, t * unit, t * unit) for part, t in weighted.items()}
@@ -234,7 +243,8 @@ def _case(name: str, message_units: float, options: argparse.Namespace) -> Case:
             (PRE + ATTENTION + POST) * layers, (PRE + 2 * ATTENTION + POST) * layers, (PRE + POST) * layers
         )
         costs = dict.fromkeys(plan.segment_names, whole)
-    return Case(name, message_units, plan, Costs(costs, {ANY_EDGE: message_units * unit}))
+    known = Costs(costs, {ANY_EDGE: message_units * unit})
+    return Case(name, message_units, complete(plan, known), known)
 
 
 def _run_on_processes(options: argparse.Namespace, cases: list[Case]) -> int:

@@ -61,7 +61,7 @@ def packed_plan(lengths: Sequence[int], job: ElasticJob) -> ElasticPlan:
     """
     chunks = pack_to_length(lengths, max(lengths))
     recipe = _static(order_chunks(chunks, job.costs), job)
-    plan = ready_plan(recipe, job.num_layers)
+    plan = ready_plan(recipe, job.num_layers, job.costs)
     return ElasticPlan(recipe, plan, predict(recipe, plan, job)[0])
 
 

@@ -87,9 +87,16 @@ def elastic_plan(recipe: Recipe, num_layers: int) -> Plan:
     )
 
 
-def ready_plan(recipe: Recipe, num_layers: int) -> Plan:
-    """The plan of a recipe with its messages, validated."""
-    return complete(elastic_plan(recipe, num_layers))
+def ready_plan(recipe: Recipe, num_layers: int, costs: ChunkCosts | None = None) -> Plan:
+    """The plan of a recipe with its messages, validated.
+
+    Args:
+        recipe: chunks and pipelines.
+        num_layers: of the model.
+        costs: of chunks, where they are known: they say where receives are posted.
+    """
+    known = None if costs is None else costs_of_recipe(recipe, num_layers, costs)
+    return complete(elastic_plan(recipe, num_layers), known)
 
 
 def costs_of_recipe(recipe: Recipe, num_layers: int, costs: ChunkCosts) -> Costs:

@@ -7,6 +7,7 @@ import difflib
 from helixpipe.plan.lower import lower
 from helixpipe.plan.plan import Plan
 from helixpipe.plan.schedules import SCHEDULES, Schedule, ScheduleRequest
+from helixpipe.plan.simulation.costs import Costs
 from helixpipe.plan.validate import validate
 
 OPTION_FLAGS = {
@@ -43,12 +44,17 @@ def build_plan(schedule: str, request: ScheduleRequest, *, compute_only: bool = 
     if compute_only:
         validate(plan)
         return plan
-    return complete(plan)
+    return complete(plan, None if request.costs is None else request.costs.of(plan))
 
 
-def complete(plan: Plan) -> Plan:
-    """A compute-only plan with its messages, validated; :class:`PlanError` if it must not run."""
-    lowered = lower(plan)
+def complete(plan: Plan, costs: Costs | None = None) -> Plan:
+    """A compute-only plan with its messages, validated; :class:`PlanError` if it must not run.
+
+    Args:
+        plan: without messages.
+        costs: of its operations and messages, where they are known: they say where receives are posted.
+    """
+    lowered = lower(plan, costs)
     validate(lowered)
     return lowered
 

@@ -19,6 +19,9 @@ class Handle(Protocol):
         On CUDA the current stream waits, not the host.
         """
 
+    def is_completed(self) -> bool:
+        """True once the message has been sent or received; never waits, and may be late to tell."""
+
 
 class Communicator(Protocol):
     """Messages of bytes between ``size`` ranks; between two ranks they keep their order."""
@@ -93,6 +96,9 @@ class _Done:
     def wait(self) -> None:
         pass
 
+    def is_completed(self) -> bool:
+        return True
+
 
 class _MailboxReceive:
     def __init__(self, fabric: InMemoryFabric, key: tuple[int, int, int], buffer: Tensor) -> None:
@@ -107,6 +113,9 @@ class _MailboxReceive:
             )
         self.buffer.copy_(message)
 
+    def is_completed(self) -> bool:
+        return False  # the message is taken by whoever waits for it
+
 
 class TorchCommunicator:
     """Messages over torch.distributed (gloo or NCCL).
@@ -114,7 +123,8 @@ class TorchCommunicator:
     NCCL runs all messages between two ranks of a group one after the other, so a send posted early could
     stand before the receive that the peer needs first. With one group for messages to higher ranks and
     one for messages to lower ranks, every ordered pair has a stream of its own, in which both ends post
-    in the plan's order: no wait cycle can form. gloo matches messages by tag and needs one group.
+    in the plan's order. What streams hold up beyond that, a valid plan allows for. gloo matches messages by
+    tag and needs one group.
 
     Args:
         group: the pipeline-parallel group.

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import torch
 
@@ -18,6 +16,7 @@ from helixpipe.runtime.header import Message
 from helixpipe.runtime.lending import WeightLending
 from helixpipe.runtime.message import MessageLayout
 from helixpipe.runtime.profiler_ranges import with_ranges
+from helixpipe.runtime.run_ahead import RUN_AHEAD, DeviceEvent, RunAhead, record_cuda_event
 from helixpipe.runtime.steps import (
     Backward,
     BackwardContext,
@@ -49,8 +48,9 @@ class Executor:
         device: where received tensors live.
         trace: records what was run.
         progress: told of every operation and wait as it begins, for whoever watches this rank.
-        receive_ahead: how many compute operations before its consumer's turn a receive is posted at the
-            latest, so that the message travels while others are computed. Each receive ahead holds a buffer.
+        run_ahead: how many compute operations the host may have started that the device has not ended.
+        record_event: marks the present end of the device's work; None marks it where ``device`` is a GPU and
+            does without elsewhere, where the host computes itself and is never ahead.
         backward_context: entered around each B and W; lets the caller hold back gradient reduction.
     """
 
@@ -67,7 +67,8 @@ class Executor:
         device: torch.device,
         trace: Trace,
         progress: Progress | None = None,
-        receive_ahead: int = 4,
+        run_ahead: int = RUN_AHEAD,
+        record_event: Callable[[], DeviceEvent] | None = None,
         backward_context: BackwardContext | None = None,
     ) -> None:
         assert plan.is_lowered
@@ -91,6 +92,10 @@ class Executor:
             trace,
             self.progress,
         )
+        if record_event is None and device.type == "cuda":
+            record_event = record_cuda_event
+        if record_event is not None:
+            self.mail.run_ahead = RunAhead(run_ahead, record_event, self.mail.release, self.progress)
         self._sends = {op: Send(self.mail, op, found) for op, found in messages.items() if op.kind.is_send}
         self._receives = {
             op: Receive(self.mail, op, found) for op, found in messages.items() if op.kind.is_receive
@@ -98,8 +103,6 @@ class Executor:
         self._slots = {op: Slot() for op in self._order if output_edge(op, plan.num_segments)}
         self._returned: deque[Operation] = deque()
         self.steps = self._bind()
-        self._posts = [receive.post for receive in self._receives.values()]
-        self._posted_before = _posting_horizon(self._order, receive_ahead)
 
     def run(self) -> None:
         """Execute this rank's operations of one iteration.
@@ -107,19 +110,17 @@ class Executor:
         Raises:
             ValueError: a message is not the one that the plan expects, see :meth:`check_messages`.
         """
-        posted = 0
         self.trace.start()
         with torch.set_grad_enabled(self.plan.has_backward):
-            for (operation, step), horizon in zip(with_ranges(self.steps), self._posted_before, strict=True):
+            for operation, step in with_ranges(self.steps):
                 self.progress.begin(operation)
-                for post in self._posts[posted:horizon]:
-                    post()
-                posted = max(posted, horizon)
                 step()
                 self.trace.operations.append(operation)
             self.mail.finish()
             while self._returned:
                 self._take_back()
+        if self.mail.run_ahead is not None:
+            self.mail.run_ahead.finish()
         self.trace.stop()
         self.progress.end()
         self._assert_empty()
@@ -160,6 +161,9 @@ class Executor:
         for loan in self.plan.loans:
             if loan.borrower == self.communicator.rank:
                 self._bind_loan(loan, steps)
+        if self.mail.run_ahead is not None:
+            for op in filter(lambda op: op.kind.is_compute, steps):
+                steps[op] = _followed(steps[op], self.mail.run_ahead.started)
         return list(steps.items())
 
     def _forward(self, operation: Operation) -> Step:
@@ -209,7 +213,7 @@ class Executor:
         return lambda: send.post(slot.take())
 
     def _receive(self, operation: Operation) -> Step:
-        return partial(_assert_posted, self._receives[operation])
+        return self._receives[operation].post
 
     def _lend(self, operation: Operation) -> Step:
         lending, send = self._lending, self._sends[operation]
@@ -222,7 +226,7 @@ class Executor:
 
     def _receive_gradients(self, operation: Operation) -> Step:
         def step() -> None:
-            _assert_posted(self._receives[operation])
+            self._receives[operation].post()
             self._returned.append(operation)
             if len(self._returned) > self.MAX_UNADDED_GRADIENTS:
                 self._take_back()
@@ -274,20 +278,9 @@ class Executor:
         return layout.split() if is_kept else (layout,)
 
 
-def _assert_posted(receive: Receive) -> None:
-    assert receive.is_posted, f"{receive.operation} was not posted"
+def _followed(step: Step, then: Step) -> Step:
+    def both() -> None:
+        step()
+        then()
 
-
-def _posting_horizon(order: tuple[Operation, ...], ahead: int) -> list[int]:
-    """For each position of an order, how many of the order's receives are posted before it is executed.
-
-    A receive is posted once no more than ``ahead`` compute operations stand before it.
-    """
-    receives = [index for index, op in enumerate(order) if op.kind.is_receive]
-    computes = [index for index, op in enumerate(order) if op.kind.is_compute]
-    horizons = []
-    for index in range(len(order)):
-        reached = bisect_right(computes, index - 1) + ahead
-        last = computes[reached] if reached < len(computes) else len(order)
-        horizons.append(bisect_right(receives, last))
-    return horizons
+    return both

@@ -52,6 +52,9 @@ class _StagedSend:
         self.handle.wait()
         self.staged = None
 
+    def is_completed(self) -> bool:
+        return self.handle.is_completed()
+
 
 class _StagedReceive:
     def __init__(self, handle: Handle, staged: Tensor, buffer: Tensor) -> None:
@@ -61,3 +64,6 @@ class _StagedReceive:
         self.handle.wait()
         # On the current stream; the staged buffer outlives it in this handle or in the pinned allocator.
         self.buffer.copy_(self.staged, non_blocking=True)
+
+    def is_completed(self) -> bool:
+        return False  # it is copied to the device by whoever waits for it

@@ -18,6 +18,7 @@ from helixpipe.reliability.record import Progress
 from helixpipe.runtime.communicator import Communicator, Handle
 from helixpipe.runtime.header import HeaderCheck, Message
 from helixpipe.runtime.message import MessageBuffer, MessageLayout
+from helixpipe.runtime.run_ahead import RunAhead
 from helixpipe.runtime.trace import Trace
 
 Tensors: TypeAlias = tuple[Tensor, ...]
@@ -66,6 +67,9 @@ class Mail:
         messages: every buffer of this rank, in any order.
         device: where buffers are.
         trace, progress: told of waits.
+
+    Attributes:
+        run_ahead: where the host only enqueues, told of what the device waits for; else None.
     """
 
     # Sends complete in order per peer; beyond so many unfinished ones, or so many bytes of more than one, the
@@ -94,6 +98,7 @@ class Mail:
         self._unfinished: deque[tuple[Message, Handle, MessageBuffer]] = deque()
         self._unfinished_bytes = 0
         self._idle: deque[tuple[MessageLayout, MessageBuffer]] = deque(maxlen=self.MAX_IDLE)
+        self.run_ahead: RunAhead | None = None
 
     def send(self, message: Message, number: int, tensors: Sequence[Tensor]) -> None:
         """Start sending tensors."""
@@ -120,10 +125,19 @@ class Mail:
 
     def _finish_oldest(self) -> None:
         """Wait for a send; on a GPU the current stream waits, so whatever is written next follows it."""
-        message, handle, buffer = self._unfinished.popleft()
+        message, handle, _ = self._unfinished[0]
         self.progress.wait(message.operation)
         handle.wait()
         self.progress.resume()
+        self._reuse_oldest()
+
+    def release(self) -> None:
+        """Take back the buffers of sends that have ended."""
+        while self._unfinished and self._unfinished[0][1].is_completed():
+            self._reuse_oldest()
+
+    def _reuse_oldest(self) -> None:
+        message, _, buffer = self._unfinished.popleft()
         self._unfinished_bytes -= message.layout.num_bytes
         self._idle.append((message.layout, buffer))
 
@@ -171,6 +185,8 @@ class Receive:
             handle.wait()
         mail.trace.waited(self.operation, start)
         mail.progress.resume()
+        if mail.run_ahead is not None:
+            mail.run_ahead.await_message(self.operation, [handle for _, handle, _ in incoming])
         self._incoming = []
         for number, _, buffer in incoming:
             mail.headers.compare(number, buffer)

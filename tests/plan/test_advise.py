@@ -20,6 +20,7 @@ from helixpipe.plan.cost_model import (
     predict_pieces,
 )
 from helixpipe.plan.cost_model.work import PIECES
+from helixpipe.plan.lower import lower
 from helixpipe.plan.schedules.request import KnownCosts
 from helixpipe.plan.simulation.network import Network
 from helixpipe.plan.simulation.simulate import simulate
@@ -64,6 +65,12 @@ def test_an_option_is_what_its_plan_simulates_to(long):
         assert found.iteration_ms == option.iteration_ms
         assert max(found.peak_bytes) == option.peak_bytes
         assert candidate.micro_batch_size * candidate.num_microbatches == 16
+
+
+def test_the_best_keeps_its_time_with_receives_posted_where_its_plan_has_them(long):
+    assert long.best is not None
+    plan, costs = long.best.plan, long.best.costs
+    assert simulate(lower(plan, costs), costs).iteration_ms == long.best.iteration_ms
 
 
 def test_rejections_say_why(long):

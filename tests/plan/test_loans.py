@@ -222,8 +222,8 @@ def test_gradients_wait_for_weight_gradient_operations():
     lowered = lower(plan)
     validate(lowered)
     assert lowered.to_csv().splitlines() == [
-        "1SEND_P0@1,0F0,0SEND_F0@1,0F1,0SEND_F1@1,0RECV_B0@1,0B0,0RECV_B1@1,0B1,1RECV_G0@1,0W0,0W1",
-        "1RECV_P0@0,0RECV_F0@0,1F0,0RECV_F1@0,1F1,1B0,0SEND_B0@0,1B1,0SEND_B1@0,1W1,1W0,1SEND_G0@0",
+        "1SEND_P0@1,0F0,0SEND_F0@1,0F1,0SEND_F1@1,0RECV_B0@1,0RECV_B1@1,0B0,1RECV_G0@1,0B1,0W0,0W1",
+        "1RECV_P0@0,0RECV_F0@0,0RECV_F1@0,1F0,1F1,1B0,0SEND_B0@0,1B1,0SEND_B1@0,1W1,1W0,1SEND_G0@0",
     ]
 
 

@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 
 from helixpipe.plan import Kind, Operation, Plan, ScheduleRequest, build_plan, validate
 from helixpipe.plan.lower import lower
+from helixpipe.plan.simulation.costs import Costs, SegmentCost, uniform_costs
+from helixpipe.plan.simulation.simulate import simulate
 
 
 def compute_only(schedule, p, layers, m, **options):
@@ -73,8 +75,40 @@ def test_lowered_text():
     plan = lower(compute_only("1f1b", 2, 2, 2))
     assert plan.to_csv().splitlines() == [
         "0F0,0SEND_F0@1,0F1,0SEND_F1@1,0RECV_B0@1,0B0,0RECV_B1@1,0B1",
-        "0RECV_F0@0,1F0,0RECV_F1@0,1B0,0SEND_B0@0,1F1,1B1,0SEND_B1@0",
+        "0RECV_F0@0,0RECV_F1@0,1F0,1B0,0SEND_B0@0,1F1,1B1,0SEND_B1@0",
     ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(compute_plans(), st.data())
+def test_a_receive_is_posted_when_its_message_is_sent_if_costs_are_known(plan, data):
+    """No message waits for its receive: with and without posts, the plan takes the same time."""
+    time = st.integers(0, 12).map(lambda n: n / 4)
+    costs = Costs(
+        {name: SegmentCost(data.draw(time), data.draw(time)) for name in plan.cost_names},
+        {"*": data.draw(time)},
+    )
+    assert simulate(lower(plan, costs), costs) == simulate(plan, costs)
+
+
+@settings(max_examples=60, deadline=None)
+@given(compute_plans())
+def test_no_more_receives_wait_than_messages_can_be_sent_meanwhile(plan):
+    """A receive that waits takes multiprocessors from computing: it is posted one operation ahead at most."""
+    costs = uniform_costs(plan)
+    lowered = lower(plan, costs)
+    ends = {span.operation: span.end_ms for spans in simulate(plan, costs).timeline.spans for span in spans}
+    for order in lowered.orders:
+        for index, op in enumerate(order):
+            if op.kind is Kind.RECV_F:
+                sent_ms = ends[Operation(op.segment, Kind.F, op.micro_batch)]
+                begun_ms = max(
+                    (ends[before] for before in order[:index] if before.kind.is_compute), default=0
+                )
+                next_ms = min(
+                    (ends[later] for later in order[index:] if later.kind.is_compute), default=sent_ms
+                )
+                assert begun_ms <= sent_ms < next_ms
 
 
 def test_one_rank_needs_no_messages():

@@ -220,7 +220,8 @@ def test_deadlock_only_when_sends_wait():
     assert find_deadlock(plan, rendezvous=False) == {}
     assert find_deadlock(plan, rendezvous=True) == {0: 1, 1: 1}
     assert refused(plan) == (
-        "deadlock when sends wait for their receives:\n"
+        "deadlock when sends wait for their receives (on GPUs: one hardware queue "
+        "(CUDA_DEVICE_MAX_CONNECTIONS=1); connections made at the first message):\n"
         "  rank 0: 0F0 0SEND_F0@1 <-- here 0RECV_F1@1 1F1\n"
         "  rank 1: 0F1 0SEND_F1@0 <-- here 0RECV_F0@0 1F0"
     )

@@ -1,14 +1,12 @@
 """The executor on toy segments: ranks are threads, the reference is one plain autograd graph."""
 
-from bisect import bisect_left
 from collections import deque
 from contextlib import contextmanager
 from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from nccl_like import NcclLikeFabric
 from split_plans import with_weight_gradients
 from threads import run_on_threads
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -25,7 +23,6 @@ from toy_segments import (
 from helixpipe.plan import Kind, ScheduleRequest, build_plan
 from helixpipe.plan.simulation.memory import peak_activations
 from helixpipe.runtime.communicator import InMemoryFabric
-from helixpipe.runtime.executor import _posting_horizon
 from helixpipe.runtime.message import HEADER_WORDS
 from helixpipe.runtime.transfers import Mail
 
@@ -68,12 +65,27 @@ one_of_each = pytest.mark.parametrize(
 )
 
 
+TRANSPORTS = {
+    "in-memory": InMemoryFabric,
+    # Needs no time limit: it knows when nobody can go on.
+    "nccl-like": lambda size, timeout_s: NcclLikeFabric(size),
+}
+
+
+@pytest.fixture(autouse=True, params=TRANSPORTS)
+def transport(request, monkeypatch):
+    """Every test runs over both, unless it brings its own."""
+    monkeypatch.setattr(Ranks, "make_fabric", TRANSPORTS[request.param])
+
+
 class Ranks:
     """The executors of all ranks of a plan, each with segments of its own."""
 
-    def __init__(self, plan, make=None, fabric=None, executor=make_executor, **options):
+    make_fabric = None
+
+    def __init__(self, plan, make=None, fabric=None, executor=make_executor, timeout_s=TIMEOUT_S, **options):
         self.plan = plan
-        self.fabric = fabric or InMemoryFabric(plan.num_ranks, TIMEOUT_S)
+        self.fabric = fabric or type(self).make_fabric(plan.num_ranks, timeout_s)
         make = make or partial(ToySegments, plan.num_segments)
         self.segments = [make() for _ in range(plan.num_ranks)]
         self.executors = [
@@ -82,7 +94,9 @@ class Ranks:
         ]
 
     def run(self):
-        run_on_threads(self.plan.num_ranks, lambda rank: self.executors[rank].run())
+        # A device ends what its host has enqueued; in memory there is none.
+        run = getattr(self.fabric, "run", lambda rank, function: function())
+        run_on_threads(self.plan.num_ranks, lambda rank: run(rank, self.executors[rank].run))
         return collect(self.segments)
 
 
@@ -175,40 +189,6 @@ def test_a_segment_may_have_nothing_to_train(plan):
         torch.testing.assert_close(gradient, wanted, rtol=1e-11, atol=1e-13)
 
 
-@one_of_each
-def test_posting_receives_earlier_changes_nothing(plan):
-    runs = [Ranks(plan, receive_ahead=ahead).run() for ahead in (0, 1, 4, 100)]
-    for run in runs[1:]:
-        assert run.losses == runs[0].losses
-        assert all(torch.equal(a, b) for a, b in zip(run.gradients, runs[0].gradients, strict=True))
-
-
-@st.composite
-def orders(draw):
-    p, rounds = draw(st.integers(1, 4)), draw(st.integers(1, 2))
-    schedule = draw(st.sampled_from(["gpipe", "1f1b", "interleaved", "helix"]))
-    if schedule == "helix":
-        fold = draw(st.integers(1, 3))
-        plan = plan_of("helix", p, p, p * fold * rounds, num_fold=fold)
-    else:
-        plan = plan_of(schedule, p, 2 * p, p * rounds)
-    return plan.orders[draw(st.integers(0, p - 1))]
-
-
-@settings(max_examples=100, deadline=None)
-@given(orders(), st.integers(0, 12))
-def test_receives_are_posted_as_far_ahead_as_asked(order, ahead):
-    horizons = _posting_horizon(order, ahead)
-    receives = [index for index, op in enumerate(order) if op.kind.is_receive]
-    assert horizons == sorted(horizons)
-    for index, horizon in enumerate(horizons):
-        # Its own position at the latest, or it could never arrive.
-        assert horizon >= bisect_left(receives, index + 1)
-        for number, receive in enumerate(receives):
-            between = sum(op.kind.is_compute for op in order[index:receive])
-            assert (number < horizon) == (between <= ahead)
-
-
 def watch(executor, kinds, look):
     """Let ``look(operation, step)`` run the steps of some kinds."""
     executor.steps = [
@@ -272,10 +252,9 @@ def test_every_message_has_a_tag_of_its_own_at_both_ends(plan):
 
 
 @every_plan
-@pytest.mark.parametrize("ahead", [0, 4])
-def test_no_plan_blocks_when_every_send_waits_for_its_receive(plan, ahead):
+def test_no_plan_blocks_when_every_send_waits_for_its_receive(plan):
     def patient(plan, segments, communicator):
-        executor = make_executor(plan, segments, communicator, receive_ahead=ahead)
+        executor = make_executor(plan, segments, communicator)
         executor.mail.MAX_UNFINISHED_SENDS = 0
         return executor
 
@@ -309,33 +288,23 @@ def test_the_data_of_an_output_is_freed_once_it_is_sent(forward_only):
     plan = plan.forward_only() if forward_only else plan
     Ranks(plan, partial(WatchedOutputs, 2, hold=False)).run()
     with pytest.raises(AssertionError, match="still held"):
-        Ranks(plan, partial(WatchedOutputs, 2, hold=True), InMemoryFabric(2, timeout_s=0.2)).run()
+        Ranks(plan, partial(WatchedOutputs, 2, hold=True), timeout_s=0.2).run()
 
 
 @pytest.mark.parametrize("plan", [HELIX, plan_of("helix", 4, 4, 8)], ids=["3 ranks", "4 ranks"])
 def test_of_an_input_only_what_the_backward_pass_needs_is_kept(plan):
     """Whether it has come as a message or from the same rank; also where a residual was only passed on."""
-    fabric = InMemoryFabric(plan.num_ranks)
+    looks = {}
+    ranks = Ranks(plan)
+    for executor in ranks.executors:
 
-    def run(rank):
-        executor = make_executor(plan, ToySegments(plan.num_segments), fabric.communicator(rank))
-        looks = {}
-
-        def look(operation, step):
-            saved = executor.store._values[operation.segment, operation.micro_batch]
+        def look(operation, step, store=executor.store):
+            saved = store._values[operation.segment, operation.micro_batch]
             looks[operation] = [tensor.untyped_storage().nbytes() for tensor in saved.inputs]
             step()
 
         watch(executor, {Kind.B}, look)
-        executor.run()
-        return executor.segments, looks
-
-    ranks = run_on_threads(plan.num_ranks, run)
-    assert_same(
-        collect([segments for segments, _ in ranks]),
-        run_whole(lambda: ToySegments(plan.num_segments), plan.num_microbatches),
-    )
-    looks = {operation: found for _, of_rank in ranks for operation, found in of_rank.items()}
+    assert_same(ranks.run(), run_whole(partial(ToySegments, plan.num_segments), plan.num_microbatches))
     assert len(looks) == plan.num_segments * plan.num_microbatches
     for operation, found in looks.items():
         if operation.segment == 0:
@@ -408,9 +377,8 @@ def test_an_error_inside_a_segment_reaches_the_caller(plan, where):
             raise ArithmeticError("segment failed")
 
     # Short, because the other ranks wait in vain; long enough for a busy machine to reach the failure.
-    fabric = InMemoryFabric(plan.num_ranks, timeout_s=1.5)
     with pytest.raises(ArithmeticError, match="segment failed"):
-        Ranks(plan, partial(Failing, plan.num_segments), fabric=fabric).run()
+        Ranks(plan, partial(Failing, plan.num_segments), timeout_s=1.5).run()
 
 
 def test_an_output_of_another_shape_is_refused_before_it_is_sent():
@@ -420,7 +388,7 @@ def test_an_output_of_another_shape_is_refused_before_it_is_sent():
             return (outputs[0][:-1], *outputs[1:]) if segment == 0 else outputs
 
     with pytest.raises(ValueError, match=r"message holds \[\(2, 4\)\].*expects \[\(3, 4\)\]"):
-        Ranks(plan_of("1f1b", 2, 2, 1), partial(Short, 2), fabric=InMemoryFabric(2, 0.5)).run()
+        Ranks(plan_of("1f1b", 2, 2, 1), partial(Short, 2), timeout_s=0.5).run()
 
 
 def poison(ranks):

@@ -157,6 +157,8 @@ def make_executor(
     kind: type[Executor] = Executor,
     **options: object,
 ) -> Executor:
+    # Where the transport has a device, what the host does is work of that device.
+    options.setdefault("record_event", getattr(communicator, "record_event", None))
     return kind(plan, segments, communicator, device=torch.device("cpu"), trace=Trace(HostClock()), **options)
 
 
@@ -202,3 +204,6 @@ class RendezvousSend:
 
     def wait(self) -> None:
         self.fabric.wait_for_receiver(self.key)
+
+    def is_completed(self) -> bool:
+        return False

@@ -127,7 +127,7 @@ def best_plan(chunkings: Chunkings, reasons: Sequence[str], job: ElasticJob) -> 
         raise ValueError(f"no plan fits; with {min(failures)[1] if failures else reasons[-1]}")
     recipe, prediction, seconds = _fastest(candidates, job)
     assert max(prediction.peak_bytes) <= job.memory_limit_bytes
-    return ElasticPlan(recipe, ready_plan(recipe, job.num_layers), prediction, seconds)
+    return ElasticPlan(recipe, ready_plan(recipe, job.num_layers, job.costs), prediction, seconds)
 
 
 def _fastest(candidates: Sequence[Candidate], job: ElasticJob) -> tuple[Recipe, Prediction, float]:

@@ -59,7 +59,7 @@ def _plan(chunks: tuple[Chunk, ...], job: ElasticJob) -> ElasticPlan:
     recipe, _ = checkpoint_pipelines(chunks, pipelines, job, _uniform)
     prediction, _ = predict(recipe, elastic_plan(recipe, job.num_layers), job)
     assert max(prediction.peak_bytes) <= job.memory_limit_bytes
-    return ElasticPlan(recipe, ready_plan(recipe, job.num_layers), prediction)
+    return ElasticPlan(recipe, ready_plan(recipe, job.num_layers, job.costs), prediction)
 
 
 def _uniform(memory: PipelineMemory, part: Sequence[Chunk]) -> Checkpointing:

@@ -40,6 +40,7 @@ class Option:
         tokens_per_second_per_gpu: throughput.
         mfu: model FLOPs over what the GPUs could do, 0 to 1; 0 if their peak is unknown.
         plan: what was simulated, without messages; None for context parallelism.
+        costs: with which; None for context parallelism.
     """
 
     candidate: Candidate
@@ -49,6 +50,7 @@ class Option:
     tokens_per_second_per_gpu: float
     mfu: float
     plan: Plan | None = None
+    costs: Costs | None = None
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,7 @@ def _pipeline(job: Job, candidate: Candidate, *, fits_order: bool = False) -> Op
         return _too_large(job, candidate, peak)
     simulation = simulate(plan, costs)
     found = _option(job, candidate, simulation.iteration_ms, simulation.timeline.bubble_ratio, peak)
-    return replace(found, plan=plan)
+    return replace(found, plan=plan, costs=costs)
 
 
 def _context_parallel(job: Job) -> Iterator[Option | Rejection]:

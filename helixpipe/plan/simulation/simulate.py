@@ -51,11 +51,12 @@ class Simulation:
 def simulate(plan: Plan, costs: Costs) -> Simulation:
     """Run ``plan`` against a clock, in time that grows with its operations (n log p).
 
-    An operation starts when its rank is free and its inputs have arrived. A message leaves when its
-    producer ends and overlaps compute; within a rank it is free. With ``p2p_ms`` it takes the time of its
-    edge whatever else is under way; with a network it queues for its links. After its last operation a
-    rank reduces its gradients; when all have, the optimizer runs. Weights on loan and their gradients take
-    the network's links like other messages; without a network they are free.
+    An operation starts when its rank is free and its inputs have arrived. A message leaves when its producer
+    has ended and its receive is posted, and overlaps compute; within a rank it is free. A lowered plan posts
+    a receive when the computation before it ends, a compute-only plan always in time. With ``p2p_ms`` a
+    message takes the time of its edge whatever else is under way; with a network it queues for its links.
+    After its last operation a rank reduces its gradients; when all have, the optimizer runs. Weights on loan
+    and their gradients take the network's links like other messages; without a network they are free.
 
     Args:
         plan: a valid plan, lowered or compute-only (the messages follow from the placement).
@@ -126,6 +127,9 @@ class _Clock:
             loan: len(loan.micro_batches) for loan in plan.loans if plan.has_backward
         }  # backwards until the gradients can be returned
         self.returned_ms = [0.0] * plan.num_ranks  # when the last gradients have come back
+        self.posted_after = _posts(plan)
+        # (receiver, operations that end there first) -> results whose receives are not posted, and senders
+        self.unposted: dict[tuple[int, int], list[tuple[Operation, int]]] = {}
         self._duration_ms = {
             (kind, name, splits): costs.duration_ms(kind, name, splits_backward=splits)
             for kind in {op.kind for order in self.orders for op in order}
@@ -143,6 +147,7 @@ class _Clock:
                 self.weights_ms[event] = self._lent_ms(event, now_ms)
                 waiter = self.waiting_for_weights.pop(event, None)
             else:
+                self._post(rank, now_ms)
                 waiter = self._deliver(rank, event, now_ms)
                 self._give_back(event, now_ms)
                 self._start(rank)
@@ -213,13 +218,50 @@ class _Clock:
         peer = self.plan.rank_of(edge[1], op.micro_batch)
         if peer == rank:
             self.arrival_ms[op] = end_ms
-        else:
-            first, second = (self.plan.cost_name(segment, op.micro_batch) for segment in sorted(edge))
-            if self.links is None:
-                self.arrival_ms[op] = end_ms + self.costs.transfer_ms(first, second)
-            else:
-                num_bytes = self.costs.num_bytes(first, second)
-                self.free_ms[rank] += self.links.network.send_ms(num_bytes)
-                self._receive_ms[op] = self.links.network.receive_ms(num_bytes)
-                self.arrival_ms[op] = self.links.send(num_bytes, rank, peer, self.free_ms[rank])
+            return self.waiting.pop(op, None)
+        if self.links is not None:
+            self.free_ms[rank] += self.links.network.send_ms(self._num_bytes(edge, op.micro_batch))
+        start_ms = max(end_ms, self.free_ms[rank])
+        posted_after = self.posted_after.get((peer, self.plan.receive_of(op)), 0)
+        if not self._has_ended(peer, posted_after, start_ms):
+            self.unposted.setdefault((peer, posted_after), []).append((op, rank))
+            return None
+        self._transfer(op, rank, peer, start_ms)
         return self.waiting.pop(op, None)
+
+    def _has_ended(self, rank: int, count: int, now_ms: float) -> bool:
+        """True if so many operations of a rank end by now, even if the event of the last is still to come."""
+        spans = self.spans[rank]
+        return count == 0 or (len(spans) >= count and spans[count - 1].end_ms <= now_ms)
+
+    def _post(self, rank: int, now_ms: float) -> None:
+        """Let messages leave whose receives follow the operation that has just ended on ``rank``."""
+        for op, sender in self.unposted.pop((rank, len(self.spans[rank])), ()):
+            self._transfer(op, sender, rank, now_ms)
+
+    def _transfer(self, op: Operation, rank: int, peer: int, start_ms: float) -> None:
+        edge = output_edge(op, self.plan.num_segments)
+        assert edge is not None
+        if self.links is None:
+            first, second = (self.plan.cost_name(segment, op.micro_batch) for segment in sorted(edge))
+            self.arrival_ms[op] = start_ms + self.costs.transfer_ms(first, second)
+            return
+        num_bytes = self._num_bytes(edge, op.micro_batch)
+        self._receive_ms[op] = self.links.network.receive_ms(num_bytes)
+        self.arrival_ms[op] = self.links.send(num_bytes, rank, peer, start_ms)
+
+    def _num_bytes(self, edge: tuple[int, int], micro_batch: int) -> int:
+        return self.costs.num_bytes(*(self.plan.cost_name(segment, micro_batch) for segment in sorted(edge)))
+
+
+def _posts(plan: Plan) -> dict[tuple[int, Operation], int]:
+    """How many computations precede each receive on its rank; empty for a plan without messages."""
+    posts = {}
+    for rank, order in enumerate(plan.orders):
+        num_computed = 0
+        for op in order:
+            if op.kind.is_compute:
+                num_computed += 1
+            elif op.kind.is_receive:
+                posts[rank, op] = num_computed
+    return posts

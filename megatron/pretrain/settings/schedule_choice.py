@@ -66,7 +66,7 @@ def choose_schedule(args: argparse.Namespace) -> tuple[Plan, str]:
     _apply(args, best.candidate)
     assert best.plan is not None, "what can be executed has a plan"
     return (
-        complete(best.plan),
+        complete(best.plan, best.costs),
         f"auto chose {best.candidate.label}: predicted {best.iteration_ms:.0f} ms per iteration, "
         f"{best.peak_bytes / 2**30:.1f} GiB on the worst rank",
     )
