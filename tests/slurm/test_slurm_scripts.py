@@ -256,6 +256,12 @@ def test_at_the_end_of_its_time_every_rank_saves_and_the_job_comes_back(submit):
     assert "queued again: its time is over" in ended.output
 
 
+def test_a_rank_that_does_not_listen_yet_goes_on(submit):
+    """It has nothing to save, and would be lost to a signal that nobody handles."""
+    ended = submit(JOB, "pretrain_gpt.py", CODES="early", during=signal_once_ranks_listen(1, signal.SIGUSR1))
+    assert (ended.code, ended.requeues) == (0, [])
+
+
 def test_a_job_that_is_cancelled_does_not_come_back(submit):
     def during(process, records):
         signal_once_ranks_listen(1, signal.SIGTERM)(process, records)
