@@ -36,7 +36,8 @@ _NEUTRAL_SWITCHES = frozenset(
         "overlap-p2p-communication-warmup-flush", "overlap-param-gather",
         "overlap-param-gather-with-optimizer-step", "profile", "qk-layernorm", "recompute-activations",
         "recompute-without-attention", "reset-attention-mask", "reset-position-ids", "sequence-parallel",
-        "standalone", "tp-comm-overlap", "use-cpu-initialization", "use-distributed-optimizer",
+        "set-aside-checkpoints", "split-weight-gradients", "standalone", "tp-comm-overlap",
+        "use-cpu-initialization", "use-distributed-optimizer",
         "use-flash-attn", "use-mcore-models", "use-persistent-ckpt-worker", "use-rope-scaling",
         "use-rotary-position-embeddings",
     )
@@ -65,7 +66,7 @@ _NEUTRAL_VALUES = frozenset(
         "profile-ranks", "profile-step-end", "profile-step-start", "rdzv-backend", "rdzv-conf",
         "rdzv-endpoint", "rdzv-id", "recompute-granularity", "recompute-method", "recompute-modules",
         "recompute-num-layers", "redirects", "role", "rotary-base", "rotary-percent",
-        "rotary-seq-len-interpolation-factor", "save", "save-interval", "seed", "seq-length",
+        "rotary-seq-len-interpolation-factor", "round-order", "save", "save-interval", "seed", "seq-length",
         "sgd-momentum", "split", "start-method", "tee", "tensor-model-parallel-size", "tensorboard-dir",
         "tensorboard-log-interval", "test-data-path", "tiktoken-pattern", "timing-log-level",
         "tokenizer-model", "tokenizer-type", "trace-dir", "train-data-path", "train-iters", "train-samples",
