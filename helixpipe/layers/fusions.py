@@ -22,6 +22,9 @@ def fuse_weight_gradients(models: Sequence[torch.nn.Module]) -> None:
     Megatron's option for it, ``gradient_accumulation_fusion``, would ask it of the head, too, which is
     Megatron's own. Every weight must have a ``main_grad``, as Megatron's data-parallel wrapper gives it.
     Modules with borrowed weights, which have none, are no submodules of a model.
+
+    The gradient of a forward pass that is marked as the first would replace the sum, and a plan may run its
+    backward pass last. Megatron's switch of the cache for fp8, which the mark serves, takes the mark away.
     """
     if why_not_usable(TRANSFORMER_ENGINE):
         return
@@ -31,6 +34,7 @@ def fuse_weight_gradients(models: Sequence[torch.nn.Module]) -> None:
         for module in model.modules():
             if isinstance(module, (Linear, LayerNormLinear)):
                 module.fuse_wgrad_accumulation = True
+                module.disable_parameter_transpose_cache = True
 
 
 @cache

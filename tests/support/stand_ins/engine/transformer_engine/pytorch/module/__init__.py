@@ -19,25 +19,36 @@ class _LinearFunction(torch.autograd.Function):
     """Adds the weight's gradient to ``main_grad`` if it is told to; then what it returns means nothing."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Parameter, input: Tensor, fuse_wgrad_accumulation: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        weight: Parameter,
+        input: Tensor,
+        fuse_wgrad_accumulation: bool,
+        is_first_microbatch: bool | None,
+    ) -> Tensor:
         ctx.save_for_backward(input, weight)
         ctx.weight = weight
+        # The gradient of the first micro batch replaces what is there; None: none is the first.
+        ctx.accumulate = not is_first_microbatch
         # Read before the backward pass, as the package does: a weight without it cannot be fused.
         ctx.main_grad = weight.main_grad if fuse_wgrad_accumulation and weight.requires_grad else None
         return input @ weight.t()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         input, weight = ctx.saved_tensors
         wgrad = grad.flatten(0, -2).t() @ input.flatten(0, -2)
         if ctx.main_grad is not None:
-            ctx.main_grad.add_(wgrad)
+            if ctx.accumulate:
+                ctx.main_grad.add_(wgrad)
+            else:
+                ctx.main_grad.copy_(wgrad)
             fused.append(wgrad.shape)
             assert hasattr(ctx.weight, "grad_added_to_main_grad"), "Megatron's wrapper marks its weights"
             ctx.weight.grad_added_to_main_grad = True
             zero = getattr(ctx.weight, "zero_out_wgrad", False)
             wgrad = get_dummy_wgrad(list(weight.shape), weight.dtype, zero)
-        return wgrad, grad @ weight, None
+        return wgrad, grad @ weight, None, None
 
 
 class _Linear(TransformerEngineBaseModule):
@@ -82,8 +93,9 @@ class _Linear(TransformerEngineBaseModule):
         if self.use_bias and not is_row:
             vars(self.bias).update(marks)
 
-    def _linear(self, input: Tensor) -> Any:
-        output = _LinearFunction.apply(self.weight, input, self.fuse_wgrad_accumulation)
+    def _linear(self, input: Tensor, is_first_microbatch: bool | None) -> Any:
+        fuse = self.fuse_wgrad_accumulation
+        output = _LinearFunction.apply(self.weight, input, fuse, is_first_microbatch)
         if self.use_bias and not self.return_bias:
             output = output + self.bias
         return (output, self.bias) if self.return_bias else output
@@ -119,7 +131,7 @@ class Linear(_Linear):
         )  # fmt: skip
 
     def forward(self, inp: Tensor, is_first_microbatch: bool | None = None) -> Any:
-        return self._linear(inp)
+        return self._linear(inp, is_first_microbatch)
 
 
 class LayerNormLinear(_Linear):
@@ -168,7 +180,7 @@ class LayerNormLinear(_Linear):
             normed = functional.layer_norm(inp, size, self.layer_norm_weight, self.layer_norm_bias, self.eps)
         else:
             normed = functional.rms_norm(inp, size, self.layer_norm_weight, self.eps)
-        return self._linear(normed)
+        return self._linear(normed, is_first_microbatch)
 
 
 class LayerNorm(torch.nn.LayerNorm):
