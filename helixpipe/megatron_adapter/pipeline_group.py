@@ -58,13 +58,12 @@ def make_communicator(group: dist.ProcessGroup, *, has_two_ways: bool | None = N
     """
     backend = dist.get_backend(group)
     if backend == "nccl" if has_two_ways is None else has_two_ways:
-        options = message_options(getattr(dist, "ProcessGroupNCCL", None)) if backend == "nccl" else None
-        return TorchCommunicator(*(_new_group_per_pipeline(group, backend, options) for _ in range(2)))
+        return TorchCommunicator(*(_new_group_per_pipeline(group, backend) for _ in range(2)))
     communicator = TorchCommunicator(group)
     return HostStagedCommunicator(communicator) if torch.cuda.is_available() else communicator
 
 
-def message_options(backend_class: Any) -> Any:
+def message_options(backend_class: Any, timeout: timedelta) -> Any:
     """Options of a process group for messages, as far as this torch has them; None where it has none.
 
     Messages run on a high-priority stream: one that is ready must not queue behind blocks of a long kernel.
@@ -72,10 +71,13 @@ def message_options(backend_class: Any) -> Any:
 
     Args:
         backend_class: ``torch.distributed.ProcessGroupNCCL``, or None where torch was built without it.
+        timeout: of the group; torch warns where options have another.
     """
     if backend_class is None or not hasattr(backend_class, "Options"):
         return None
     options = backend_class.Options()
+    if hasattr(options, "_timeout"):
+        options._timeout = timeout
     if hasattr(options, "is_high_priority_stream"):
         options.is_high_priority_stream = True
     if hasattr(options, "config") and hasattr(options.config, "max_ctas"):
@@ -83,7 +85,7 @@ def message_options(backend_class: Any) -> Any:
     return options
 
 
-def _new_group_per_pipeline(group: dist.ProcessGroup, backend: str, options: Any) -> dist.ProcessGroup:
+def _new_group_per_pipeline(group: dist.ProcessGroup, backend: str) -> dist.ProcessGroup:
     """Make a group of the ranks of every pipeline, on all ranks in one order; the one that this rank is in.
 
     ``use_local_synchronization`` would spare ranks the groups of others, but names a group by how many its
@@ -92,12 +94,15 @@ def _new_group_per_pipeline(group: dist.ProcessGroup, backend: str, options: Any
     everyone: list[Any] = [None] * dist.get_world_size()
     mine = tuple(dist.get_process_group_ranks(group))
     dist.all_gather_object(everyone, mine)
+    backend_class = getattr(dist, "ProcessGroupNCCL", None) if backend == "nccl" else None
+    timeout = _timeout_of(group)
     made = {
         ranks: dist.new_group(
             list(ranks),
-            timeout=_timeout_of(group),
+            timeout=timeout,
             backend=backend,
-            pg_options=options,
+            # Of its own: torch writes the group's name and ranks into it.
+            pg_options=message_options(backend_class, timeout),
             group_desc="PIPELINE_MESSAGES",
         )
         for ranks in sorted(set(everyone))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from types import SimpleNamespace
 
 import torch
@@ -42,4 +43,8 @@ class OptionsOfTorch26(SimpleNamespace):
     """``ProcessGroupNCCL.Options`` as torch 2.6 to 2.13 have it."""
 
     def __init__(self) -> None:
-        super().__init__(is_high_priority_stream=False, config=SimpleNamespace(max_ctas=-2147483648))
+        super().__init__(
+            is_high_priority_stream=False,
+            config=SimpleNamespace(max_ctas=-2147483648),
+            _timeout=timedelta(minutes=10),
+        )
