@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Imports take seconds; who interrupts them wants no traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # megatron.core warns at import about every optional package that is not installed.
 warnings.filterwarnings("ignore", module="megatron.core")
@@ -22,7 +27,7 @@ logging.getLogger("megatron.core").setLevel(logging.ERROR)
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from helixpipe.reliability.exit_codes import PEER_LOST, exit_code_of, leave_exit_code  # noqa: E402
+from helixpipe.reliability.exit_codes import INTERRUPTED, PEER_LOST, exit_code_of, leave_exit_code  # noqa: E402
 from megatron.pretrain.health.exit_barrier import ExitBarrier  # noqa: E402
 from megatron.pretrain.health.monitoring import PROGRAM, PeerLost  # noqa: E402
 from megatron.pretrain.loop import pretrain  # noqa: E402
@@ -59,6 +64,8 @@ def forward_step(data_iterator: Iterator[dict[str, Tensor]] | None, model: Any) 
 
 def main() -> int:
     """Run the job; its exit code, see :mod:`helixpipe.reliability.exit_codes`, after one line on stderr."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     exit_barrier = ExitBarrier()
     code = _run(exit_barrier)
     if code:
@@ -74,6 +81,10 @@ def _run(exit_barrier: ExitBarrier) -> int:
         return pretrain(args, forward_step, exit_barrier.leave)
     except (ValueError, OSError) as error:
         return _fail(str(error), exit_code_of(error))
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"{PROGRAM}: stopped by SIGINT before the first iteration\n")
+        return INTERRUPTED
     except PeerLost as error:
         return _fail(str(error), PEER_LOST)
     except Exception:

@@ -14,6 +14,7 @@ BAD_NUMERICS = 6  # a loss or gradient that is not finite, or ranks whose number
 OUT_OF_MEMORY = 7  # of a device
 BAD_HOST = 8  # a machine that should not run this job: preflight says which
 PREEMPTED = 75  # saved on request of the scheduler: start the same command again (EX_TEMPFAIL)
+INTERRUPTED = 130  # saved on Ctrl-C: whoever pressed it does not want it started again by itself
 
 
 class JobError(ValueError):

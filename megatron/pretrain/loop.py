@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from helixpipe.megatron_adapter.schedule import ForwardBackward, chunk_iterators, make_forward_backward
-from helixpipe.reliability.exit_codes import PREEMPTED, DataError, NumericsError
+from helixpipe.reliability.exit_codes import DataError, NumericsError
 from helixpipe.reliability.monitor import Monitor
 from helixpipe.runtime.trace import NullClock, default_clock
 from megatron.pretrain.checkpoint.checkpoint import Loaded, Progress, load_checkpoint
@@ -56,7 +56,8 @@ def pretrain(
         before_exit: called before the process ends because of another rank.
 
     Returns:
-        the job's exit code: 0, or 75 after a stop on request, saved if ``--save`` is given.
+        the job's exit code: 0, or 75 after a stop on request of the scheduler and 130 after Ctrl-C, saved if
+        ``--save`` is given.
 
     Raises:
         ValueError: bad input found after the arguments were parsed.
@@ -128,7 +129,7 @@ def _iterate(
         try:
             with run.profiler.around(progress.iteration):
                 stops, statuses = run.train_iteration(
-                    progress, data, lambda: (bool(request.signal_name), saver.status)
+                    progress, data, lambda: (request.exit_code, saver.status)
                 )
         except NumericsError as error:
             # The save that is still under way is of an iteration that was in order.
@@ -153,7 +154,8 @@ def _iterate(
             saver.save(run.state, progress, is_last=is_last or must_stop)
         if must_stop and not is_last:
             run.profiler.finish()
-            return _leave(args, progress, request, reporter)
+            _announce_stop(args, progress, request, reporter)
+            return max(stops)
     reporter.say(reporter.planning_summary())
     reporter.say(memory.summary())
     reporter.say(reporter.summary())
@@ -168,14 +170,15 @@ def _after_batch(progress: Progress, args: argparse.Namespace) -> Progress:
     )
 
 
-def _leave(args: argparse.Namespace, progress: Progress, request: StopRequest, reporter: Reporter) -> int:
+def _announce_stop(
+    args: argparse.Namespace, progress: Progress, request: StopRequest, reporter: Reporter
+) -> None:
     reason = request.signal_name or "a signal on another rank"
     if args.save is None:
         what = "nothing is saved, there is no --save"
     else:
         what = f"the same command with --load {args.save} goes on from there"
     reporter.say(f"stopped by {reason} after iteration {progress.iteration}: {what}")
-    return PREEMPTED
 
 
 class _Run:

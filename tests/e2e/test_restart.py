@@ -231,3 +231,48 @@ if "pretrain_gpt.py" in sys.orig_argv:  # not in the processes that it starts
     assert finished.output.splitlines()[-2] == f"saved checkpoint {tracked(saved)}"
     assert finished.output.splitlines()[-1].startswith(f"stopped by SIGUSR1 after iteration {stopped}: ")
     assert tracked(saved).name == f"iter_{stopped:07d}"
+
+
+@pytest.mark.parametrize(
+    "sign", ["owner.json", pytest.param("metrics", marks=pytest.mark.slow)], ids=["building", "training"]
+)
+def test_ctrl_c_at_a_terminal_is_one_line(corpus, tmp_path, sign):
+    """SIGINT to the whole foreground group, sentinels included, once the sign of a phase is there."""
+    metrics, saved = tmp_path / "metrics.jsonl", tmp_path / "saved"
+    command = [
+        sys.executable,
+        "pretrain_gpt.py",
+        *MODEL,
+        "--data-path",
+        str(corpus),
+        "--train-iters",
+        "100000",
+    ]
+    command += ["--save", str(saved), "--metrics-jsonl", str(metrics)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MASTER_PORT": str(free_port())}
+    job = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    is_there = {
+        "owner.json": (saved / sign).exists,
+        "metrics": lambda: metrics.exists() and metrics.read_text(),
+    }
+    try:
+        end = time.monotonic() + 60
+        while not is_there[sign]():
+            assert time.monotonic() < end
+            assert job.poll() is None, job.communicate()
+            time.sleep(0.01)
+        os.killpg(job.pid, signal.SIGINT)
+        output, errors = job.communicate(timeout=60)
+    finally:
+        job.kill()
+    assert job.returncode == 130, errors
+    if sign == "metrics":
+        assert errors == ""
+        assert output.splitlines()[-1].startswith("stopped by SIGINT after iteration ")
+        assert tracked(saved).name == f"iter_{len(metrics_of(metrics)):07d}"
+    else:
+        assert errors == "pretrain_gpt: stopped by SIGINT before the first iteration\n"
+        assert list(saved.iterdir()) == []

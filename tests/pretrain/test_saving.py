@@ -22,7 +22,7 @@ from training_worker import (
 from megatron.pretrain.checkpoint.files import check_file, manifest_of, tracked, usable
 
 LAYOUT = "--pipeline-model-parallel-size 2 --pipeline-schedule helix --save-interval 1"
-TERM, USR1 = signal.SIGTERM, signal.SIGUSR1
+TERM, USR1, INT = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
 NAN = float("nan")
 
 CASES = {
@@ -50,6 +50,7 @@ CASES = {
         "--async-save --save-interval 100",
         Signalled((0, 1, USR1), (1, 2, TERM), (1, 2, TERM), (0, 2, TERM)),
     ),
+    "interrupted": ("--save-interval 100", Signalled((1, 2, INT))),
     "signalled at the end": ("", Signalled((0, 3, TERM))),
     "bad numbers": ("--async-save", BadModule("decoder.layers.0.mlp.linear_fc1", micro_batch=0, value=NAN)),
 }  # fmt: skip
@@ -180,6 +181,12 @@ def test_a_signal_saves_and_stops_all_ranks_together(runs, case, reason):
     assert whole(folder) == [last]
     line = f"stopped by {reason} after iteration {last}: the same command with --load {folder} goes on"
     assert outcomes[0]["lines"][-1] == f"{line} from there"
+
+
+def test_ctrl_c_saves_and_is_not_to_be_started_again(runs):
+    folder, outcomes = runs["interrupted"]
+    assert codes(outcomes) == [130, 130]
+    assert whole(folder) == [2]
 
 
 def test_a_signal_in_the_last_iteration_changes_nothing(runs):

@@ -56,7 +56,11 @@ def monitored(args: argparse.Namespace, before_exit: Callable[[], None]) -> Iter
     )
     try:
         yield monitor
-    except (SystemExit, KeyboardInterrupt):
+    except KeyboardInterrupt:
+        # From a terminal it reaches every rank: none is to blame.
+        monitor.close()
+        raise
+    except SystemExit:
         monitor.report_failure("it was told to stop")
         raise
     except Exception as error:
