@@ -33,6 +33,7 @@ from megatron.pretrain.health.memory_report import MemoryWatch, explains_out_of_
 from megatron.pretrain.health.monitoring import monitored
 from megatron.pretrain.health.preemption import StopRequest
 from megatron.pretrain.health.replicas import check_replicas
+from megatron.pretrain.health.second_computation import SecondComputation
 from megatron.pretrain.initialize import finalize, initialize, seed_random_states
 from megatron.pretrain.metrics import Planning, Reporter, gather_metrics, mean_loss
 from megatron.pretrain.model import TrainingState, build_training_state, describe_attention
@@ -202,6 +203,9 @@ class _Run:
         self.planning: Callable[[], Planning | None] = lambda: None  # of the present iteration's plan
         self.sums = LayerSums(state.model, forward_backward.trace)
         self.profiler = StepProfiler(args.profiling, args.rank)
+        self.second_computation = SecondComputation(
+            state.model, forward_backward.trace, args.check_layers_every
+        )
         watch_gradient_norm(state.optimizer)
 
     def train_iteration(
@@ -224,7 +228,9 @@ class _Run:
         if data is not None:
             data.forget()
         self.sums.forget()
-        losses = self._compute_gradients(iteration, data)
+        with self.second_computation.watching(iteration):
+            losses = self._compute_gradients(iteration, data)
+        self.second_computation.check(iteration)
         every = self.args.check_gradients_every
         if every is not None and iteration % every == 0:
             check_replicas(

@@ -117,6 +117,72 @@ class FlippedBit(Fault):
             bits[7] ^= 1 << 3
 
 
+class WrongOnce(Fault):
+    """One bit of what a module puts out is wrong once in a micro batch of iteration 2."""
+
+    def __init__(self, name: str, rank: int) -> None:
+        self.name, self.rank = name, rank
+
+    def on_build(self, state: Any, schedule: Any) -> None:
+        for chunk in state.model:
+            module = dict(unwrap(chunk).named_modules()).get(self.name)
+            if module is not None and dist.get_rank() == self.rank:
+                self._spoil(module)
+
+    def _spoil(self, module: Any) -> None:
+        forward, done = module.forward, []
+
+        def forward_once_wrong(*arguments: Any, **named: Any) -> Any:
+            output = forward(*arguments, **named)
+            if self.iteration == 2 and not done:
+                done.append(True)
+                with torch.no_grad():
+                    first = output[0] if isinstance(output, tuple) else output
+                    first.detach().view(-1).view(torch.int32)[7] ^= 1
+            return output
+
+        module.forward = forward_once_wrong
+
+
+class FlippedCopy(Fault):
+    """One bit changes in the copy in host memory that is about to be written."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def on_build(self, state: Any, schedule: Any) -> None:
+        if dist.get_rank() == self.rank:
+            original = shards.PlannedSave.host_copy
+
+            def spoiled(plan: Any, **options: Any) -> Any:
+                shards.PlannedSave.host_copy = original
+                buckets = original(plan, **options)
+                _, _, (_, ((_, tensor), *_)) = buckets[0]
+                tensor.view(-1).view(torch.int32)[0] ^= 1
+                return buckets
+
+            shards.PlannedSave.host_copy = spoiled
+
+
+class FlippedStates(Fault):
+    """One bit of an optimizer state changes on one rank while a checkpoint is put together."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def on_build(self, state: Any, schedule: Any) -> None:
+        if dist.get_rank() == self.rank:
+            load = state.optimizer.load_state_dict
+
+            def loaded(states: Any) -> None:
+                load(states)
+                (optimizer,) = state.optimizer.chained_optimizers
+                moments = next(iter(optimizer.optimizer.state.values()))
+                moments["exp_avg"].view(-1).view(torch.int32)[0] ^= 1
+
+            state.optimizer.load_state_dict = loaded
+
+
 class Signalled(Fault):
     """Signals reach one rank, or each rank in an iteration of its own."""
 

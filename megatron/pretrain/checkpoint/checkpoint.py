@@ -35,6 +35,7 @@ from megatron.pretrain.checkpoint.files import (
 )
 from megatron.pretrain.checkpoint.safe_pickle import find_unsafe_content, no_code_from_disk, read_table
 from megatron.pretrain.checkpoint.shards import describe
+from megatron.pretrain.checkpoint.sums import differing, global_sums
 from megatron.pretrain.model import TrainingState, unwrap
 from megatron.pretrain.side_outputs import say
 
@@ -180,10 +181,23 @@ def _load_from(folder: Path, args: argparse.Namespace, state: TrainingState) -> 
     else:
         state.optimizer.load_state_dict(loaded["optimizer"])
     state.scheduler.load_state_dict(loaded["opt_param_scheduler"])
+    _check_sums(folder, saved["sums"], args, state)
     progress = Progress(loaded["iteration"], **loaded["samples"])
     if any(change.reorders for change in changes):
         progress = progress._replace(position=0, evaluated_samples=0)
     return Loaded(progress, folder, tuple(changes))
+
+
+def _check_sums(folder: Path, saved: dict[str, int], args: argparse.Namespace, state: TrainingState) -> None:
+    """Refuse weights or states in memory that are not those that were in memory when they were saved."""
+    found = global_sums(sharded_state(state, Progress(), args, is_loading=False))
+    names = differing(saved, found)
+    if names:
+        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        raise DataError(
+            f"{folder}: {names[0]}{more} has another sum than when it was saved, and its files are whole: a "
+            "bit changed in memory; load again, and if that does not help use another checkpoint"
+        )
 
 
 def sharded_state(

@@ -27,7 +27,8 @@ CHANGES_NOTHING = frozenset((
     "recompute_modules", "recompute_without_attention", "mlp_chunk_size", "loss_chunk_size",
     "transformer_impl", "attention_backend", "elastic_costs", "num_workers",
     # What watches the job.
-    "distributed_timeout_minutes", "hang_timeout_s", "check_gradients_every", "eval_interval", "eval_iters",
+    "distributed_timeout_minutes", "hang_timeout_s", "check_gradients_every", "check_layers_every",
+    "eval_interval", "eval_iters",
     # Where files are; what is in the data is compared by itself.
     "data_path", "data_cache_path", "log_interval", "metrics_jsonl", "trace_dir", "failure_dir", "save",
     "save_interval", "keep_checkpoints", "set_aside_checkpoints", "async_save", "on_save_failure",

@@ -21,6 +21,7 @@ from megatron.pretrain.checkpoint.checkpoint import Progress, content_metadata, 
 from megatron.pretrain.checkpoint.files import digest, folder_of
 from megatron.pretrain.checkpoint.publishing import publish, saving_folder, start_saving
 from megatron.pretrain.checkpoint.shards import BACKEND, VERSION, PlannedSave, Written, describe
+from megatron.pretrain.checkpoint.sums import global_sums
 from megatron.pretrain.model import TrainingState
 from megatron.pretrain.outputs import Outputs
 
@@ -134,7 +135,8 @@ class Saver:
                 if args.overlap_param_gather:
                     # Parameters may still be on their way from the optimizer's shards.
                     chunk.disable_forward_pre_hook(param_sync=True)  # type: ignore[operator]
-            error = plan.plan(sharded_state(state, progress, args, is_loading=False), folder)
+            content = sharded_state(state, progress, args, is_loading=False)
+            error = plan.plan(content | {"sums": global_sums(content)}, folder)
             for chunk in state.model:
                 if args.overlap_param_gather:
                     chunk.enable_forward_pre_hook()  # type: ignore[operator]

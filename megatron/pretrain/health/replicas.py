@@ -12,8 +12,7 @@ from megatron.core import parallel_state
 from helixpipe.megatron_adapter.schedule import device
 from helixpipe.reliability.exit_codes import NumericsError
 from megatron.pretrain.checkpoint.parameter_names import canonical_names
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+from megatron.pretrain.checkpoint.sums import bit_sum
 
 
 def check_replicas(chunks: list[torch.nn.Module], iteration: int, *, with_gradients: bool) -> None:
@@ -53,16 +52,11 @@ def _checksums(chunks: list[torch.nn.Module], with_gradients: bool) -> tuple[lis
     for chunk in chunks:
         for name, parameter in canonical_names(chunk):
             names.append(f"the weight {name}")
-            sums.append(_checksum(parameter))
+            sums.append(bit_sum(parameter))
             if with_gradients:
                 names.append(f"the gradient of {name}")
-                sums.append(_checksum(parameter.main_grad))
+                sums.append(bit_sum(parameter.main_grad))
     return names, torch.stack(sums)
-
-
-def _checksum(tensor: torch.Tensor) -> torch.Tensor:
-    bits = tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()])
-    return bits.sum(dtype=torch.int64)
 
 
 def _describe(name: str, ranks: list[int], sums: list[int]) -> str:

@@ -178,6 +178,12 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="compare gradients and weights of data-parallel ranks every so many iterations",
     )
+    add(
+        "--check-layers-every",
+        type=Whole(),
+        metavar="N",
+        help="every so many iterations, compute the output of one layer per rank twice and compare the bits",
+    )
     add("--eval-interval", type=Whole(), default=1000)
     add("--eval-iters", type=Whole(least=0), default=0)
 
