@@ -33,7 +33,7 @@ from megatron.core import parallel_state  # noqa: E402
 from helixpipe.commands.parser import ScriptParser  # noqa: E402
 from helixpipe.commands.ranges import LAYERS, RANKS, REPEATS, Whole  # noqa: E402
 from helixpipe.data.prefix import DatasetInfo  # noqa: E402
-from helixpipe.megatron_adapter.schedule import chunk_iterators, device, make_forward_backward, needs_data  # noqa: E402
+from helixpipe.megatron_adapter.schedule import chunk_iterators, device, make_forward_backward  # noqa: E402
 from helixpipe.plan.build import find_schedule  # noqa: E402
 from helixpipe.plan.cost_model import Recompute, Workload, costs_of_plan  # noqa: E402
 from helixpipe.plan.cost_model.model import model_from_arguments  # noqa: E402
@@ -203,7 +203,8 @@ def _random_batches(args: argparse.Namespace, seed: int) -> Iterator[dict[str, t
 def _iteration(contender: Contender, round_number: int) -> Sample:
     _, args, schedule, state = contender
     parallel_state.set_virtual_pipeline_model_parallel_world_size(args.schedule.virtual_stages)
-    data = _random_batches(args, round_number) if needs_data(args.schedule.plan) else None
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    data = _random_batches(args, round_number) if args.schedule.plan.read_by(rank) else None
     for chunk in state.model:
         chunk.zero_grad_buffer()  # type: ignore[operator]
     state.optimizer.zero_grad()

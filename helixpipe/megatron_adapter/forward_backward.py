@@ -180,7 +180,6 @@ class SegmentForwardBackward(PlannedForwardBackward):
         """See :class:`PlannedForwardBackward`."""
         (model,) = chunks
         segmented = _segmented(model)
-        losses = plan.placement[plan.num_segments - 1]
         return GPTSegments(
             model,
             segmented,
@@ -189,7 +188,7 @@ class SegmentForwardBackward(PlannedForwardBackward):
             dtype,
             self._weight_gradients,
             has_loans=bool(plan.loans),
-            losses_here=[micro_batch for micro_batch, home in enumerate(losses) if home == rank],
+            losses_here=plan.losses_of(rank),
         )
 
     def modules_with_weights(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:

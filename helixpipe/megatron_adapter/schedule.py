@@ -104,11 +104,6 @@ def make_forward_backward(
     return _FROM_PLAN[execution](plan, clock=clock, progress=progress)
 
 
-def needs_data(plan: Plan) -> bool:
-    """True if this rank's share of a plan reads the data set (tokens or labels)."""
-    return parallel_state.get_pipeline_model_parallel_rank() in plan.data_ranks
-
-
 def chunk_iterators(data: Iterator[Any] | None, model: list[torch.nn.Module]) -> Any:
     """The data iterator in the form that Megatron's schedules take.
 

@@ -69,15 +69,14 @@ class Plan:
             (loan.owner for loan in self.loans if loan.segment == segment), self.placement[segment][0]
         )
 
-    @cached_property
-    def loss_ranks(self) -> frozenset[int]:
-        """The ranks that compute losses."""
-        return frozenset(self.placement[-1])
+    def losses_of(self, rank: int) -> tuple[int, ...]:
+        """The micro batches whose losses a rank computes, in order."""
+        return tuple(i for i, home in enumerate(self.placement[-1]) if home == rank)
 
-    @cached_property
-    def data_ranks(self) -> frozenset[int]:
-        """The ranks that read data: tokens for the first segment, labels for the last."""
-        return self.loss_ranks | frozenset(self.placement[0])
+    def read_by(self, rank: int) -> tuple[int, ...]:
+        """The micro batches whose tokens or labels a rank needs, in order."""
+        ends = zip(self.placement[0], self.placement[-1], strict=True)
+        return tuple(i for i, homes in enumerate(ends) if rank in homes)
 
     def receive_of(self, result: Operation) -> Operation:
         """The receive that brings ``result``, a forward or backward on another rank, to its neighbour."""

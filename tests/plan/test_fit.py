@@ -120,10 +120,14 @@ def test_a_plan_is_for_one_size_of_job():
 
 
 def test_who_reads_and_who_has_losses_follows_from_the_plan():
-    assert (planned("1f1b").data_ranks, planned("1f1b").loss_ranks) == ({0, 1}, {1})
-    assert (HELIX.data_ranks, HELIX.loss_ranks) == ({0}, {0})
-    assert (SPREAD.data_ranks, SPREAD.loss_ranks) == ({0, 1}, {0, 1})
-    assert (planned("zb-v").data_ranks, planned("zb-v").loss_ranks) == ({0}, {0})
+    everything = tuple(range(8))
+
+    def found(plan):
+        return [(plan.read_by(rank), plan.losses_of(rank)) for rank in (0, 1)]
+
+    assert found(planned("1f1b")) == [(everything, ()), (everything, everything)]
+    assert found(HELIX) == found(planned("zb-v")) == [(everything, everything), ((), ())]
+    assert found(SPREAD) == [(everything, (0, 1, 4, 5)), ((2, 3, 6, 7), (2, 3, 6, 7))]
 
 
 def test_stages_follow_ranks_only_where_each_rank_has_its_own():

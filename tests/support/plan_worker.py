@@ -1,19 +1,25 @@
-"""Whole training runs that watch which plan object they execute."""
+"""Whole training runs that watch which plan object they execute, and which samples they read."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+from megatron.core.datasets.gpt_dataset import GPTDataset
 from training_worker import Fault, run_cases
 
 
 class WatchPlan(Fault):
     """No fault: notes in every iteration whether the plan that ran is the one that parsing validated."""
 
+    def __init__(self, read: list[int]) -> None:
+        self.all_read = read
+
     def on_build(self, state: Any, forward_backward: Any) -> None:
         self.forward_backward = forward_backward
+        self.first_read = len(self.all_read)
 
     def on_gradients(self, state: Any) -> None:
         self.seen.append(self.forward_backward.plan is self.args.schedule.plan)
@@ -21,13 +27,22 @@ class WatchPlan(Fault):
 
 def train_and_watch(folder: Path, common: str, runs: dict[str, str]) -> dict[str, dict[str, Any]]:
     """Train with each run's options on two pipeline ranks; what came of it, with the losses of rank 0."""
-    watches = {name: WatchPlan() for name in runs}
+    read: list[int] = []
+    watches = {name: WatchPlan(read) for name in runs}
+    get_sample = GPTDataset.__getitem__
+
+    def note(dataset: Any, index: Any) -> Any:
+        read.append(int(index))
+        return get_sample(dataset, index)
+
     cases: list[tuple[str, Fault]] = [
         (f"{options} --metrics-jsonl {folder / name}.jsonl", watches[name]) for name, options in runs.items()
     ]
-    finished = run_cases(cases, 1, 2, f"{common} --pipeline-model-parallel-size 2")
+    with mock.patch.object(GPTDataset, "__getitem__", note):
+        finished = run_cases(cases, 1, 2, f"{common} --pipeline-model-parallel-size 2")
     found = {}
-    for (name, watch), run in zip(watches.items(), finished, strict=True):
+    ends = [*[watch.first_read for watch in watches.values()][1:], len(read)]
+    for (name, watch), run, end in zip(watches.items(), finished, ends, strict=True):
         planned = watch.args.schedule.plan
         rows = (
             (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
@@ -37,5 +52,6 @@ def train_and_watch(folder: Path, common: str, runs: dict[str, str]) -> dict[str
         losses = [json.loads(row)["lm_loss"] for row in rows]
         # True only if the run has ended with an evaluation.
         evaluated = watch.forward_backward.plan == planned.forward_only()
-        found[name] = {**run, "losses": losses, "evaluated": evaluated}
+        samples = read[watch.first_read : end]
+        found[name] = {**run, "losses": losses, "evaluated": evaluated, "read": samples}
     return found

@@ -117,11 +117,20 @@ class GPTSegments:
         return self._losses_here is None or micro_batch in self._losses_here
 
     def _read_to(self, count: int) -> None:
-        """Call the forward step for the first ``count`` micro batches, and keep what is used on this rank."""
+        """Call the forward step for those of the first ``count`` micro batches that are used on this rank.
+
+        The others are passed over, without being read where the iterator can do that.
+        """
+        assert self._input is not None
+        (data_iterator,) = self._input.data_iterators
+        skip = getattr(data_iterator, "skip", None)
         while self._num_read < count:
-            call = self._next_call(self._num_read)
             if self.segmented.pre_process or self._has_loss(self._num_read):
-                self._pending[self._num_read] = call
+                self._pending[self._num_read] = self._next_call(self._num_read)
+            elif skip is not None:
+                skip()
+            else:
+                self._next_call(self._num_read)
             self._num_read += 1
 
     def _lent_parameters(self, segment: int) -> list[torch.nn.Parameter]:

@@ -2,7 +2,7 @@
 
 A schedule is a function from a :class:`ScheduleRequest` to a compute-only plan, and its entry here says the
 rest. Messages, buffers and checks come from the passes that all schedules share. Who reads data and where
-losses are follows from a plan, see :attr:`Plan.data_ranks` and :attr:`Plan.loss_ranks`.
+losses are follows from a plan, see :meth:`Plan.read_by` and :meth:`Plan.losses_of`.
 """
 
 from __future__ import annotations

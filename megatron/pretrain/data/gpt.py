@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader
 from helixpipe.data.index_file import hash_of_file
 from helixpipe.data.prefix import DatasetInfo, dataset_paths
 from helixpipe.data.samples import ShuffledOrder
-from helixpipe.megatron_adapter.schedule import needs_data
+from helixpipe.plan import Plan
 from megatron.pretrain.data.index_cache import build_datasets
 
 Batch = dict[str, torch.Tensor]
@@ -72,12 +73,13 @@ def build_iterators(
     Raises:
         DataError: an index cache that is damaged or cannot be written.
     """
-    reads_data = needs_data(args.schedule.plan)
-    train, valid, _ = build_datasets(_dataset_config(args), _ONE_EPOCH, reads_data=reads_data)
+    plan: Plan = args.schedule.plan
+    reads = plan.read_by(parallel_state.get_pipeline_model_parallel_rank())
+    train, valid, _ = build_datasets(_dataset_config(args), _ONE_EPOCH, reads_data=bool(reads))
     if train is None:
         return None, None
-    train_batches = _batches(args, train, position)
-    return train_batches, _batches(args, valid, evaluated) if args.eval_iters else None
+    train_batches = _batches(args, train, position, reads)
+    return train_batches, _batches(args, valid, evaluated, reads) if args.eval_iters else None
 
 
 def _dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
@@ -123,16 +125,40 @@ def _documents_in(bounds: tuple[float, float], info: DatasetInfo) -> int:
     return last - first
 
 
-def _batches(args: argparse.Namespace, dataset: GPTDataset, position: int) -> Iterator[Batch]:
+class OwnMicroBatches(Iterator[Batch]):
+    """Those micro batches of every iteration that this rank reads; for the others, :meth:`skip` is called.
+
+    Args:
+        batches: the rank's own, one after the other.
+        reads: which they are of an iteration.
+        count: micro batches of an iteration.
+    """
+
+    def __init__(self, batches: Iterator[Batch], reads: Collection[int], count: int) -> None:
+        self._batches = batches
+        self._is_own = cycle([i in reads for i in range(count)])
+
+    def __next__(self) -> Batch:
+        assert next(self._is_own), "this micro batch is another rank's"
+        return next(self._batches)
+
+    def skip(self) -> None:
+        """Pass over a micro batch, which the sampler has left out."""
+        assert not next(self._is_own), "this micro batch must be read"
+
+
+def _batches(
+    args: argparse.Namespace, dataset: GPTDataset, position: int, reads: Collection[int]
+) -> Iterator[Batch]:
     loader: DataLoader[Any] = DataLoader(
         dataset,
-        batch_sampler=_sampler(args, len(dataset), position),
+        batch_sampler=_sampler(args, len(dataset), position, frozenset(reads)),
         num_workers=args.num_workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=args.num_workers > 0,
         worker_init_fn=_leave_process_group if args.num_workers > 0 else None,
     )
-    return iter(loader)
+    return OwnMicroBatches(iter(loader), reads, args.num_microbatches)
 
 
 def _leave_process_group(worker: int) -> None:
@@ -140,8 +166,12 @@ def _leave_process_group(worker: int) -> None:
     os.setpgid(0, 0)
 
 
-def _sampler(args: argparse.Namespace, length: int, position: int) -> Iterator[list[int]]:
-    """Sample numbers of this data-parallel rank, micro batch by micro batch, epoch after epoch.
+def _sampler(
+    args: argparse.Namespace, length: int, position: int, reads: Collection[int]
+) -> Iterator[list[int]]:
+    """Sample numbers of this rank, micro batch by micro batch, epoch after epoch.
+
+    Of the micro batches of an iteration only those that the rank ``reads``.
 
     Consecutive micro batches of a global batch interleave over data-parallel ranks, so a job that
     goes on with another data-parallel size sees the same global batches.
@@ -150,6 +180,7 @@ def _sampler(args: argparse.Namespace, length: int, position: int) -> Iterator[l
     # Megatron has shuffled the first epoch.
     order = ShuffledOrder(length, args.seed, shuffles_first=False)
     position += rank * size
-    while True:
-        yield order.samples(position, size).tolist()
+    for micro_batch in cycle(range(args.num_microbatches)):
+        if micro_batch in reads:
+            yield order.samples(position, size).tolist()
         position += size * parallel_state.get_data_parallel_world_size()

@@ -79,13 +79,30 @@ class KeptBatches:
         self._batches.append(batch)
         return batch
 
+    def skip(self) -> None:
+        """Pass over a micro batch that this rank does not read."""
+        self._data.skip()  # type: ignore[attr-defined]
+
     def forget(self) -> None:
         """A new iteration begins."""
         self._batches.clear()
 
     def again(self) -> Iterator[Any]:
         """The batches since :meth:`forget`."""
-        return iter(list(self._batches))
+        return KeptAgain(self._batches)
+
+
+class KeptAgain(Iterator[Any]):
+    """Batches that were read before; the ones that were not are not here either."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self._batches = iter(list(batches))
+
+    def __next__(self) -> Any:
+        return next(self._batches)
+
+    def skip(self) -> None:
+        """Pass over a micro batch that this rank does not read."""
 
 
 class _Report(NamedTuple):
