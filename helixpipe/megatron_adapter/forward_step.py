@@ -116,7 +116,6 @@ class IterationResult:
     loss_data: list[Any] = field(default_factory=list)
     num_tokens: Tensor | None = None
 
-    def add_tokens(self, num_tokens: Tensor, loss: Tensor) -> None:
-        """Count a micro batch's tokens, where its loss is."""
-        num_tokens = num_tokens.to(loss.device)
+    def add_tokens(self, num_tokens: Tensor) -> None:
+        """Count a micro batch's tokens, where they were counted: Megatron's own zero is on the host."""
         self.num_tokens = num_tokens if self.num_tokens is None else self.num_tokens + num_tokens

@@ -25,9 +25,10 @@ def finalize(chunks: list[torch.nn.Module], segments: ModelSegments, force_all_r
     num_tokens = None
     if config.calculate_per_token_loss:
         # Megatron takes the count from the last pipeline rank; here it is known where the loss is.
-        num_tokens = segments.result.num_tokens
+        device, num_tokens = next(chunks[0].parameters()).device, segments.result.num_tokens
         if num_tokens is None:
-            num_tokens = torch.zeros((), dtype=torch.int, device=next(chunks[0].parameters()).device)
+            num_tokens = torch.zeros((), dtype=torch.int, device=device)
+        num_tokens = num_tokens.to(device, non_blocking=True)
         dist.all_reduce(num_tokens, group=parallel_state.get_pipeline_model_parallel_group())
     config.finalize_model_grads_func(chunks, num_tokens, force_all_reduce=force_all_reduce)
 

@@ -25,7 +25,11 @@ def angles_at(rotary: RotaryEmbedding, positions: Tensor) -> Tensor:
     rows = positions.view(-1).to(rotary.inv_freq.dtype)
     if rotary.seq_len_interpolation_factor is not None:
         rows = rows * (1 / rotary.seq_len_interpolation_factor)
-    angles = torch.outer(rows, rotary.inv_freq.to(positions.device))
+    if rotary.inv_freq.device != positions.device:
+        # Megatron makes it on the host, and moves it for good at its first use, too: a copy for every layer
+        # and chunk would each time wait for the device.
+        rotary.inv_freq = rotary.inv_freq.to(positions.device)
+    angles = torch.outer(rows, rotary.inv_freq)
     if rotary.rotary_interleaved:
         angles = angles.repeat_interleave(2, dim=-1)
     else:

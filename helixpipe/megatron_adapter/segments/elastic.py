@@ -104,7 +104,7 @@ class ElasticSegments:
             self._stage.contexts.forget(chunk.pieces[0].sequence)
         if not is_last:
             return (output,)
-        self.result.add_tokens(num_tokens, output)
+        self.result.add_tokens(num_tokens)
         return (self._input.loss_to_differentiate(output, self.config),)
 
     def finish(self) -> None:

@@ -176,5 +176,5 @@ class GPTSegments:
             cp_group_size=1,
             is_last_stage=True,
         )
-        self.result.add_tokens(num_tokens, loss)
+        self.result.add_tokens(num_tokens)
         return self._input.loss_to_differentiate(loss, self.config)

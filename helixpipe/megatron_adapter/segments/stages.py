@@ -96,7 +96,7 @@ class StageSegments:
         )
         if not is_last:
             return (output,)
-        self.result.add_tokens(num_tokens, output)
+        self.result.add_tokens(num_tokens)
         return (self._input.loss_to_differentiate(output, self.config),)
 
     def finish(self) -> None:
