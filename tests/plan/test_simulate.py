@@ -195,12 +195,37 @@ def test_two_folds_hide_what_one_exposes():
     assert makespan(one, message=1) == makespan(one) + 2 * 4 * 16  # 2 rounds x 4 messages per layer
 
 
-def test_messages_do_not_change_the_clock():
-    """A lowered plan and its compute-only form take the same time: messages follow from the placement."""
+def test_messages_posted_in_time_do_not_change_the_clock():
+    """A lowered plan and its compute-only form then take the same time."""
     for schedule, options in [("1f1b", {}), ("interleaved", {}), ("helix", {})]:
         plan = built(schedule, 4, 8, 8, compute_only=False, **options)
         costs = Costs(uniform_costs(plan).segments, {"*": 0.5})
         assert simulate(plan, costs) == simulate(plan.compute_only(), costs)
+
+
+@pytest.mark.parametrize(
+    ("order", "start_ms"),
+    [
+        ("0RECV_F0@0 0F1 0F2 1F0 1F1 1F2", 6),
+        ("0F1 0RECV_F0@0 0F2 1F0 1F1 1F2", 6),
+        ("0F1 0F2 0RECV_F0@0 1F0 1F1 1F2", 8),
+    ],
+)
+def test_a_message_leaves_once_its_receive_is_posted(order, start_ms):
+    """It is ready at 3 and takes 2; each operation takes 3."""
+    orders = ["0F0 0SEND_F0@1", order]
+    plan = Plan(
+        "by hand",
+        2,
+        3,
+        ("a", "b"),
+        ((0, 1, 1), (1, 1, 1)),
+        tuple(tuple(Operation.parse(word) for word in words.split()) for words in orders),
+    )
+    costs = Costs(uniform_costs(plan, forward=3).segments, {"*": 2})
+    timeline = simulate(plan, costs).timeline
+    assert {span.operation: span.start_ms for span in timeline.spans[1]}[Operation(1, Kind.F, 0)] == start_ms
+    assert timeline.waits[1] == (() if start_ms == 6 else (Span(Operation(0, Kind.RECV_F, 0, 0), 6, 8),))
 
 
 def test_edges_have_their_own_times():
