@@ -81,7 +81,7 @@ def transport(request, monkeypatch):
 class Ranks:
     """The executors of all ranks of a plan, each with segments of its own."""
 
-    make_fabric = None
+    make_fabric = InMemoryFabric
 
     def __init__(self, plan, make=None, fabric=None, executor=make_executor, timeout_s=TIMEOUT_S, **options):
         self.plan = plan
