@@ -9,8 +9,8 @@ a prompt and a response, and training has no loss on the prompt.
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 # Works from a checkout that is not installed, too.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -93,29 +93,8 @@ def build_parser() -> ScriptParser:
         default="auto",
         help="of all files; auto looks into each (default: %(default)s)",
     )
-    add("--json-key", metavar="KEY", help=f"JSONL key of the text (default: {_TEXT_KEY})")
-    add(
-        "--prompt-key",
-        metavar="KEY",
-        help="JSONL key of a prompt, on which there is no loss (only for elastic training)",
-    )
-    add(
-        "--response-key",
-        metavar="KEY",
-        help=f"with --prompt-key: JSONL key of the response (default: {_RESPONSE_KEY})",
-    )
-    add(
-        "--tokenizer",
-        choices=("bpe", "byte"),
-        help="train a byte-level BPE on the input, or use bytes as they are (default: bpe)",
-    )
-    add("--tokenizer-file", metavar="FILE", help="use this tokenizer.json instead")
-    add(
-        "--vocab-size",
-        type=Whole(least=SMALLEST_BPE_VOCABULARY, most=2**24),
-        metavar="N",
-        help=f"vocabulary of the BPE, {END_OF_DOCUMENT} included (default: {DEFAULT_VOCAB_SIZE})",
-    )
+    _add_keys(add)
+    _add_tokenizer(add)
     add(
         "--workers",
         type=Whole(most=1024),
@@ -132,6 +111,35 @@ def build_parser() -> ScriptParser:
     )
     add("--overwrite", action="store_true", help="replace a dataset that stands at PREFIX")
     return parser
+
+
+def _add_keys(add: Callable[..., Any]) -> None:
+    add("--json-key", metavar="KEY", help=f"JSONL key of the text (default: {_TEXT_KEY})")
+    add(
+        "--prompt-key",
+        metavar="KEY",
+        help="JSONL key of a prompt, on which there is no loss (only for elastic training)",
+    )
+    add(
+        "--response-key",
+        metavar="KEY",
+        help=f"with --prompt-key: JSONL key of the response (default: {_RESPONSE_KEY})",
+    )
+
+
+def _add_tokenizer(add: Callable[..., Any]) -> None:
+    add(
+        "--tokenizer",
+        choices=("bpe", "byte"),
+        help="train a byte-level BPE on the input, or use bytes as they are (default: bpe)",
+    )
+    add("--tokenizer-file", metavar="FILE", help="use this tokenizer.json instead")
+    add(
+        "--vocab-size",
+        type=Whole(least=SMALLEST_BPE_VOCABULARY, most=2**24),
+        metavar="N",
+        help=f"vocabulary of the BPE, {END_OF_DOCUMENT} included (default: {DEFAULT_VOCAB_SIZE})",
+    )
 
 
 def _parse(argv: Sequence[str] | None) -> PreparationOptions:

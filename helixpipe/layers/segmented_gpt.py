@@ -114,14 +114,8 @@ class SegmentedGPTModel(LanguageModule):
             )
         self.rotary_pos_emb: RotaryEmbedding | None = None
         if position_embedding_type == "rope":
-            self.rotary_pos_emb = RotaryEmbedding(
-                kv_channels=config.kv_channels,
-                rotary_percent=rotary_percent,
-                rotary_interleaved=config.rotary_interleaved,
-                seq_len_interpolation_factor=seq_len_interpolation_factor,
-                rotary_base=rotary_base,
-                use_cpu_initialization=config.use_cpu_initialization,
-                cp_group=self.pg_collection.cp,
+            self.rotary_pos_emb = self._build_rotary(
+                rotary_percent, rotary_base, seq_len_interpolation_factor
             )
         spec = layer_spec(config, implementation, saving)
         self._attention_part = ATTENTION_PARTS[attention_range]
@@ -131,12 +125,7 @@ class SegmentedGPTModel(LanguageModule):
             owned_parts(config.num_layers, owned_segments, self._attention_part),
             final_norm(implementation) if self.post_process else None,
         )
-        # By segment, attention under 1; in a dictionary, as they are no submodules: they have no weights.
-        self._borrowed: dict[int, BorrowedModules] = {}
-        if self._attention_part:
-            self._borrowed[1] = self._borrowed_attention(spec)
-        if lends_head:
-            self._borrowed[self.num_segments - 1] = self._borrowed_last(spec, final_norm(implementation))
+        self._borrowed = self._build_borrowed(spec, final_norm(implementation) if lends_head else None)
         # Every rank runs the core attention of every layer; it has no weights and is no submodule.
         self._cores = [self._build_core(spec, number) for number in range(config.num_layers)]
         if self.post_process:
@@ -144,6 +133,32 @@ class SegmentedGPTModel(LanguageModule):
             if saving.loss_chunk_size is not None:
                 mark_sliced([self.output_layer])
         self._mark_embedding_parameters()
+
+    def _build_rotary(self, percent: float, base: int, interpolation_factor: float | None) -> RotaryEmbedding:
+        config = self.config
+        return RotaryEmbedding(
+            kv_channels=config.kv_channels,
+            rotary_percent=percent,
+            rotary_interleaved=config.rotary_interleaved,
+            seq_len_interpolation_factor=interpolation_factor,
+            rotary_base=base,
+            use_cpu_initialization=config.use_cpu_initialization,
+            cp_group=self.pg_collection.cp,
+        )
+
+    def _build_borrowed(self, spec: ModuleSpec, norm: type | None) -> dict[int, BorrowedModules]:
+        """By segment, attention under 1; in a dictionary, as they are no submodules: they have no weights.
+
+        Args:
+            spec: of a whole layer.
+            norm: class of the norm before a head that is lent; None if it is not.
+        """
+        borrowed = {}
+        if self._attention_part:
+            borrowed[1] = self._borrowed_attention(spec)
+        if norm is not None:
+            borrowed[self.num_segments - 1] = self._borrowed_last(spec, norm)
+        return borrowed
 
     def _build_core(self, spec: ModuleSpec, number: int) -> torch.nn.Module:
         return spec.submodules.self_attention.submodules.core_attention(

@@ -136,9 +136,8 @@ def prepare_dataset(options: PreparationOptions) -> PreparationSummary:
         try:
             with open(staging.temporary.tokenizer, "w", encoding="utf-8") as stream:
                 stream.write(tokenizer_json)
-            lengths, empty, short = _write_tokens(
-                options, sources, undecodable, tokenizer_json, staging.temporary
-            )
+            written = _write_tokens(options, sources, undecodable, tokenizer_json, staging.temporary)
+            lengths, empty, short = written
             if not len(lengths):
                 raise ValueError(
                     f"no document is left to write ({empty} empty, {short} shorter than "

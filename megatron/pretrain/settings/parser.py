@@ -22,6 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser alone."""
     parser = Parser(prog="pretrain_gpt.py", description="Pre-train a GPT under a pipeline schedule.")
     _add_schedule_arguments(parser)
+    _add_parallel_arguments(parser)
     _add_model_arguments(parser)
     add_memory_arguments(parser)
     add_elastic_arguments(parser)
@@ -33,8 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("parallelism and schedule")
-    add = group.add_argument
+    add = parser.add_argument_group("schedule").add_argument
     add(
         "--pipeline-schedule",
         metavar="{" + ",".join((AUTO, *executable_schedules())) + "}",
@@ -58,6 +58,7 @@ def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
         help="of one GPU: elastic and auto stay below it, the others warn close to it (default: all that the "
         "GPU has; auto: the hardware's less 4 GiB)",
     )
+    add("--num-layers-per-virtual-pipeline-stage", type=LAYERS, help="interleaved: layers per model chunk")
     add("--num-fold", type=Whole(), help="helix: micro batches per slot (default 2)")
     add(
         "--attention-range",
@@ -83,9 +84,12 @@ def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="helix, interlocked: compute weight gradients apart, where ranks would wait",
     )
+
+
+def _add_parallel_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("parallelism").add_argument
     add("--tensor-model-parallel-size", type=RANKS, default=1)
     add("--pipeline-model-parallel-size", type=RANKS, default=1)
-    add("--num-layers-per-virtual-pipeline-stage", type=LAYERS, help="interleaved: layers per model chunk")
     add("--sequence-parallel", action="store_true")
     add("--use-distributed-optimizer", action="store_true")
     add("--overlap-grad-reduce", action="store_true")

@@ -1,0 +1,192 @@
+"""The layout shows the design: which room may use which, no circles, nothing too long or written twice."""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from functools import cache
+
+import pytest
+from sources import PACKAGES, PROGRAMS, parsed, relative, sources
+
+# Every arrow that there may be between rooms; whatever is not here is an import in the wrong direction.
+ARROWS = {
+    "contact_points": (),
+    "refusals": (),
+    "reliability": (),
+    "plan": (),
+    "command_line": ("reliability",),
+    "data": ("reliability",),
+    "elastic": ("plan",),
+    "report": ("plan", "elastic", "data"),
+    "kernels": (),
+    "runtime": ("plan", "elastic", "kernels", "reliability"),
+    "layers": ("elastic", "kernels", "contact_points", "refusals"),
+    "megatron_adapter": (
+        "plan", "elastic", "runtime", "layers", "reliability", "contact_points", "refusals",
+    ),
+    "profiling": ("plan", "elastic", "runtime", "layers", "megatron_adapter"),
+    "preflight": ("plan", "runtime", "reliability"),
+    # This fork's own training program.
+    "pretrain": (
+        "plan", "elastic", "runtime", "layers", "kernels", "megatron_adapter", "data", "reliability",
+        "contact_points", "refusals", "command_line",
+    ),
+    # The subcommands of `helixpipe`; preflight looks at a job before it trains, with the job's own parser.
+    "commands": (
+        "plan", "elastic", "report", "data", "runtime", "profiling", "preflight", "reliability", "refusals",
+        "command_line", "pretrain",
+    ),
+}  # fmt: skip
+# How options are read, which other programs share with the subcommands.
+COMMAND_LINE = ("helixpipe.commands.parser", "helixpipe.commands.ranges")
+# Planning, drawing and advising need no more than the base install.
+WITHOUT_TORCH = ("plan", "elastic", "report", "data", "reliability", "command_line", "refusals")
+# Through Megatron's own builder of indexed datasets.
+WRITES_DATASETS = "helixpipe.data.prepare"
+
+MOST_LINES_OF_A_FUNCTION = 60
+MOST_LINES_OF_A_FILE = 500
+MOST_SHARED_LINES = 12
+
+
+@cache
+def modules():
+    """Modules of the packages by name, with their trees."""
+    return {
+        relative(path)[: -len(".py")].replace("/", ".").removesuffix(".__init__"): parsed(path)
+        for path in sources(*PACKAGES)
+    }
+
+
+def imports_of(tree, known):
+    """Names of the known modules that a module imports, anywhere in it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                if whole in known or node.module in known:
+                    yield whole if whole in known else node.module
+
+
+def room_of(module):
+    if module in COMMAND_LINE:
+        return "command_line"
+    return (
+        "pretrain" if module.startswith("megatron.pretrain") else module.partition(".")[2].partition(".")[0]
+    )
+
+
+def test_rooms_use_only_the_rooms_below_them():
+    wrong = sorted(
+        f"{module} imports {found}"
+        for module, tree in modules().items()
+        for found in imports_of(tree, modules())
+        if room_of(module) not in ("", "__main__") and room_of(found)
+        if room_of(found) != room_of(module) and room_of(found) not in ARROWS[room_of(module)]
+    )
+    assert wrong == []
+
+
+def test_every_arrow_is_used():
+    used = {
+        (room_of(module), room_of(found))
+        for module, tree in modules().items()
+        for found in imports_of(tree, modules())
+    }
+    assert {(room, below) for room, rooms in ARROWS.items() for below in rooms} - used == set()
+
+
+def circle_in(arrows):
+    """One circle of a graph, as the names along it; empty if there is none."""
+    state = {}
+
+    def visit(node, path):
+        state[node] = "open"
+        for following in arrows[node]:
+            if state.get(following) == "open":
+                return [*path[path.index(following) :], following] if following in path else [node, following]
+            if following not in state and (found := visit(following, [*path, following])):
+                return found
+        state[node] = "done"
+        return []
+
+    for node in arrows:
+        if node not in state and (found := visit(node, [node])):
+            return found
+    return []
+
+
+def test_no_circle_among_rooms_or_modules():
+    assert circle_in(ARROWS) == []
+    assert (
+        circle_in({name: set(imports_of(tree, modules())) - {name} for name, tree in modules().items()}) == []
+    )
+    assert circle_in({"a": ["b"], "b": ["c"], "c": ["b"]}) == ["b", "c", "b"]
+
+
+@pytest.mark.parametrize("room", WITHOUT_TORCH)
+def test_rooms_of_the_base_install_do_not_import_torch(room):
+    wrong = [
+        f"{module}: {name}"
+        for module, tree in modules().items()
+        if room_of(module) == room and not module.startswith(WRITES_DATASETS)
+        for node in ast.walk(tree)
+        for name in (
+            [alias.name for alias in node.names] if isinstance(node, ast.Import)
+            else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        )
+        if name.partition(".")[0] == "torch" or name.startswith("megatron.core")
+    ]  # fmt: skip
+    assert wrong == []
+
+
+def test_no_function_and_no_file_is_too_long():
+    wrong = []
+    for path in sources(*PACKAGES, *PROGRAMS):
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        if lines > MOST_LINES_OF_A_FILE:
+            wrong.append(f"{relative(path)}: {lines} lines")
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                assert node.end_lineno is not None
+                length = node.end_lineno - node.lineno + 1
+                if length > MOST_LINES_OF_A_FUNCTION:
+                    wrong.append(f"{relative(path)}: {node.name} has {length} lines")
+    assert wrong == []
+
+
+def code_lines(path):
+    """(number, text) of the lines that are code: no blanks, comments, docstrings or imports."""
+    left_out = set()
+    for node in ast.walk(parsed(path)):
+        is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if is_docstring or isinstance(node, (ast.Import, ast.ImportFrom)):
+            left_out |= set(range(node.lineno, node.end_lineno + 1))
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        text = line.strip()
+        if text and not text.startswith("#") and number not in left_out:
+            yield number, text
+
+
+def shared_runs(paths, length):
+    """Places where the same ``length`` lines of code stand twice."""
+    seen = defaultdict(list)
+    for path in paths:
+        lines = list(code_lines(path))
+        for first in range(len(lines) - length + 1):
+            run = tuple(text for _, text in lines[first : first + length])
+            seen[run].append(f"{relative(path)}:{lines[first][0]}")
+    return sorted(places for places in seen.values() if len(places) > 1)
+
+
+def test_no_two_places_share_code():
+    found = shared_runs(sources(*PACKAGES, *PROGRAMS), MOST_SHARED_LINES + 1)
+    assert found == []
+
+
+def test_shared_code_is_noticed():
+    """Shorter runs do stand twice: the search is not blind."""
+    assert shared_runs(sources(*PACKAGES), 6)
