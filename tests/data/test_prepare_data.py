@@ -243,6 +243,14 @@ def test_own_output_is_not_input_of_the_next_run(tmp_path):
     assert summary.stale_files == (str(tmp_path / "set.bin.tmp-0000"),)
 
 
+def test_own_output_is_no_input(copy, tmp_path):
+    """Compared as files: under another name it is the same one."""
+    (tmp_path / "link").symlink_to(tmp_path)
+    for name in ("set.tokenizer.json", "link/set.idx"):
+        with pytest.raises(ValueError, match="is a file of the dataset to be written: give another --input"):
+            prepare([tmp_path / name], tmp_path / "set", tokenizer="byte", overwrite=True)
+
+
 # Refusing and overwriting
 
 

@@ -1,6 +1,7 @@
 """The simulator: equal, not close, to closed forms and to a recurrence that is written out here again."""
 
 import json
+from dataclasses import replace
 from graphlib import TopologicalSorter
 
 import pytest
@@ -415,3 +416,13 @@ def test_an_edge_without_a_time_is_an_error():
 
 def _ops(text):
     return tuple(Operation.parse(word) for word in text.split())
+
+
+def test_a_plan_that_deadlocks_has_no_times():
+    """It was not validated; half of a timeline would be taken for a whole one."""
+    plan = build_plan(
+        "1f1b", ScheduleRequest(num_layers=2, num_ranks=2, num_microbatches=2), compute_only=True
+    )
+    first, second = plan.orders
+    with pytest.raises(ValueError, match="the plan deadlocks; validate it first"):
+        simulate(replace(plan, orders=(first[::-1], second)), uniform_costs(plan, 1.0, 1.0, 1.0))

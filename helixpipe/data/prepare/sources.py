@@ -80,6 +80,8 @@ def find_sources(
                         + ": give another pattern or directory"
                     )
             elif os.path.isfile(path):
+                if any(os.path.exists(file) and os.path.samefile(file, path) for file in own):
+                    raise ValueError(f"{path}: is a file of the dataset to be written: give another --input")
                 found = [path]
             elif os.path.lexists(path):
                 # A pipe cannot be read twice, once to train and once to encode.

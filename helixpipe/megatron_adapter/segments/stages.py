@@ -52,7 +52,10 @@ class StageSegments:
         self.weight_gradients = weight_gradients
         self._chunks = chunks
         own = [segment for segment in range(plan.num_segments) if plan.owner_of(segment) == rank]
-        assert len(own) == len(chunks)
+        if len(own) != len(chunks):
+            raise ValueError(
+                f"the plan has {len(own)} stages on rank {rank}, the model has {len(chunks)} chunks"
+            )
         self._index = {segment: index for index, segment in enumerate(own)}
         self._last = plan.num_segments - 1
         length = seq_length

@@ -153,9 +153,8 @@ class _Clock:
                 self._start(rank)
             if waiter is not None:
                 self._start(waiter)
-        assert all(len(s) == len(o) for s, o in zip(self.spans, self.orders, strict=True)), (
-            "the plan deadlocks; validate it first"
-        )
+        if any(len(s) != len(o) for s, o in zip(self.spans, self.orders, strict=True)):
+            raise ValueError("the plan deadlocks; validate it first")
 
     def _start(self, rank: int) -> None:
         """Start the rank's next operation if it has its input."""
