@@ -46,7 +46,8 @@ _NEUTRAL_SWITCHES = frozenset(
 _NEUTRAL_VALUES = frozenset(
     (
         "adam-beta1", "adam-beta2", "adam-eps", "allow-changed", "attention-backend", "attention-dropout",
-        "attention-range", "check-gradients-every", "check-weight-hash-across-dp-replicas-interval",
+        "attention-range", "check-gradients-every", "check-layers-every",
+        "check-weight-hash-across-dp-replicas-interval",
         "ckpt-format", "clip-grad", "context-parallel-size", "cp-comm-type", "data-cache-path",
         "data-parallel-size", "data-path", "dataloader-type", "decoupled-lr", "decoupled-min-lr",
         "dist-ckpt-strictness", "distributed-backend", "distributed-timeout-minutes", "elastic-costs",
