@@ -10,6 +10,7 @@ import torch
 from helixpipe.plan.loan import Loan
 from helixpipe.plan.operation import Kind, Operation, input_of, output_edge
 from helixpipe.plan.plan import Plan
+from helixpipe.plan.simulation.message_buffers import MAX_UNADDED_GRADIENTS
 from helixpipe.reliability.record import NoProgress, Progress
 from helixpipe.runtime.communicator import Communicator
 from helixpipe.runtime.header import Message
@@ -53,10 +54,6 @@ class Executor:
             does without elsewhere, where the host computes itself and is never ahead.
         backward_context: entered around each B and W; lets the caller hold back gradient reduction.
     """
-
-    # Returned gradients are waited for and added when this many more have been asked for, or at the end: the
-    # borrower may only just have sent them when their turn comes.
-    MAX_UNADDED_GRADIENTS = 2
 
     def __init__(
         self,
@@ -228,7 +225,7 @@ class Executor:
         def step() -> None:
             self._receives[operation].post()
             self._returned.append(operation)
-            if len(self._returned) > self.MAX_UNADDED_GRADIENTS:
+            if len(self._returned) > MAX_UNADDED_GRADIENTS:
                 self._take_back()
 
         return step

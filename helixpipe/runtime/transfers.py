@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from helixpipe.plan.operation import Operation
+from helixpipe.plan.simulation.message_buffers import UnfinishedSends
 from helixpipe.reliability.record import Progress
 from helixpipe.runtime.communicator import Communicator, Handle
 from helixpipe.runtime.header import HeaderCheck, Message
@@ -56,6 +57,14 @@ class Slot:
         return self._tensors is None
 
 
+class _Sent(NamedTuple):
+    """A buffer under way, which must not change before its handle was waited for."""
+
+    handle: Handle
+    layout: MessageLayout
+    buffer: MessageBuffer
+
+
 class Mail:
     """One rank's messages of a plan, with all that sending and receiving them needs.
 
@@ -71,11 +80,6 @@ class Mail:
     Attributes:
         run_ahead: where the host only enqueues, told of what the device waits for; else None.
     """
-
-    # Sends complete in order per peer; beyond so many unfinished ones, or so many bytes of more than one, the
-    # oldest is waited for. A valid plan cannot deadlock even if every send were waited for at once.
-    MAX_UNFINISHED_SENDS = 16
-    MAX_UNFINISHED_BYTES = 2 * 2**30
 
     # Buffers of finished sends that wait for a message of their size.
     MAX_IDLE = 2
@@ -95,25 +99,25 @@ class Mail:
         self.progress = progress
         self.headers = HeaderCheck(plan_digest, messages, device)
         self.numbers = {message.tag: number for number, message in enumerate(messages)}
-        self._unfinished: deque[tuple[Message, Handle, MessageBuffer]] = deque()
-        self._unfinished_bytes = 0
+        self.unfinished: UnfinishedSends[tuple[Operation, list[_Sent]]] = UnfinishedSends()
         self._idle: deque[tuple[MessageLayout, MessageBuffer]] = deque(maxlen=self.MAX_IDLE)
         self.run_ahead: RunAhead | None = None
 
-    def send(self, message: Message, number: int, tensors: Sequence[Tensor]) -> None:
-        """Start sending tensors."""
+    def send(self, message: Message, number: int, tensors: Sequence[Tensor]) -> _Sent:
+        """Start sending the tensors of one buffer."""
         layout, peer = message.layout, message.operation.peer
         assert peer is not None
         layout.check(tensors)
         buffer = self._idle_buffer(layout) or layout.empty(self.device)
         buffer.fill(tensors)
         self.headers.write(number, buffer)
-        handle = self.communicator.send(buffer.data, peer, message.tag)
-        self._unfinished.append((message, handle, buffer))
-        self._unfinished_bytes += layout.num_bytes
-        while len(self._unfinished) > self.MAX_UNFINISHED_SENDS or (
-            self._unfinished_bytes > self.MAX_UNFINISHED_BYTES and len(self._unfinished) > 1
-        ):
+        return _Sent(self.communicator.send(buffer.data, peer, message.tag), layout, buffer)
+
+    def bound(self, operation: Operation, sent: list[_Sent]) -> None:
+        """Note what has been sent, and wait for the oldest if too much is unfinished."""
+        num_bytes = sum(part.layout.num_elements * part.layout.dtype.itemsize for part in sent)
+        self.unfinished.add(num_bytes, (operation, sent))
+        while self.unfinished.are_too_many:
             self._finish_oldest()
 
     def _idle_buffer(self, layout: MessageLayout) -> MessageBuffer | None:
@@ -125,25 +129,25 @@ class Mail:
 
     def _finish_oldest(self) -> None:
         """Wait for a send; on a GPU the current stream waits, so whatever is written next follows it."""
-        message, handle, _ = self._unfinished[0]
-        self.progress.wait(message.operation)
-        handle.wait()
+        operation, sent = self.unfinished.oldest
+        self.progress.wait(operation)
+        for part in sent:
+            part.handle.wait()
         self.progress.resume()
         self._reuse_oldest()
 
     def release(self) -> None:
         """Take back the buffers of sends that have ended."""
-        while self._unfinished and self._unfinished[0][1].is_completed():
+        while self.unfinished and all(part.handle.is_completed() for part in self.unfinished.oldest[1]):
             self._reuse_oldest()
 
     def _reuse_oldest(self) -> None:
-        message, _, buffer = self._unfinished.popleft()
-        self._unfinished_bytes -= message.layout.num_bytes
-        self._idle.append((message.layout, buffer))
+        _, sent = self.unfinished.take_oldest()
+        self._idle.extend((part.layout, part.buffer) for part in sent)
 
     def finish(self) -> None:
         """Wait for all sends, at the end of an iteration."""
-        while self._unfinished:
+        while self.unfinished:
             self._finish_oldest()
         # Between iterations others may need their memory.
         self._idle.clear()
@@ -205,9 +209,10 @@ class Send:
 
     def post(self, tensors: Tensors) -> None:
         """Begin to send the tensors of all its buffers."""
-        first = 0
+        first, sent = 0, []
         for message, number in self._messages:
             last = first + len(message.layout.shapes)
-            self._mail.send(message, number, tensors[first:last])
+            sent.append(self._mail.send(message, number, tensors[first:last]))
             first = last
         assert first == len(tensors)
+        self._mail.bound(self.operation, sent)

@@ -22,9 +22,9 @@ from toy_segments import (
 
 from helixpipe.plan import Kind, ScheduleRequest, build_plan
 from helixpipe.plan.simulation.memory import peak_activations
+from helixpipe.plan.simulation.message_buffers import UnfinishedSends
 from helixpipe.runtime.communicator import InMemoryFabric
 from helixpipe.runtime.message import HEADER_WORDS
-from helixpipe.runtime.transfers import Mail
 
 
 def plan_of(schedule, p, layers, m, **options):
@@ -239,7 +239,9 @@ def recorded(plan):
 
 def test_unfinished_sends_are_bounded_and_all_waited_for():
     recorders = recorded(plan_of("gpipe", 2, 2, 40))
-    assert [recorder.most_unfinished for recorder in recorders] == [Mail.MAX_UNFINISHED_SENDS + 1] * 2
+    # Forward messages are two buffers.
+    most = UnfinishedSends.max_count + 1
+    assert [recorder.most_unfinished for recorder in recorders] == [2 * most, most]
     assert not any(recorder.unfinished for recorder in recorders)
 
 
@@ -255,7 +257,7 @@ def test_every_message_has_a_tag_of_its_own_at_both_ends(plan):
 def test_no_plan_blocks_when_every_send_waits_for_its_receive(plan):
     def patient(plan, segments, communicator):
         executor = make_executor(plan, segments, communicator)
-        executor.mail.MAX_UNFINISHED_SENDS = 0
+        executor.mail.unfinished.max_count = 0
         return executor
 
     expected = run_whole(partial(ToySegments, plan.num_segments), plan.num_microbatches)
