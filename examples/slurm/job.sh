@@ -23,7 +23,7 @@ fail() {
 # By what says most: ranks that were only held up end with 4 or 75, whatever the cause.
 code_of_ranks() {
     local code
-    for code in 7 6 3 2 8 1 5 4 75; do
+    for code in 7 6 3 2 8 1 130 5 4 75; do
         if grep -qsx -- "$code" "$codes"/rank_*; then
             echo "$code"
             return
