@@ -149,6 +149,19 @@ def test_lighter_layers_are_spread_evenly():
     assert candidate.recompute_label == "products, in 3 none"
 
 
+def test_layers_with_windows_are_planned_and_never_said_to_run():
+    windows = replace(MODELS["gpt-7b"], windows=(4096, 4096, 4096, 0) * 8)
+    workload = Workload(model=windows, seq_length=131072, tensor_parallel=8)
+    the_job = make_job(HARDWARE["h20"], workload, num_ranks=8, num_microbatches=16)
+    found = advise(the_job, accept=lambda candidate: candidate.micro_batch_size == 1)
+    assert found.best is None
+    fastest = found.options[0]
+    assert fastest.candidate.options["round_order"] == "interlocked"
+    assert fastest.candidate.why_not_runnable == "windows"
+    assert "attention.window4096" in fastest.plan.segment_names
+    assert {r.candidate.label for r in found.rejections} >= {exchange.value for exchange in Exchange}
+
+
 def test_accept_narrows_the_search():
     found = advise(job(), accept=lambda candidate: candidate.schedule == "1f1b")
     pipelines = {o.candidate.schedule for o in found.options} - {exchange.value for exchange in Exchange}

@@ -370,6 +370,44 @@ def test_products_compute_norms_and_the_activation_function_again():
     assert without.recompute / 4 == pytest.approx(34, abs=6)
 
 
+def test_windows_leave_a_band_of_attention():
+    s, window = 1000, 100
+    seen = sum(min(token + 1, window) for token in range(s))
+    share = replace(GPT, windows=(window,) * 32).core_share(0, s)
+    assert share == pytest.approx(seen / (s * s / 2), rel=0.01)
+    assert replace(GPT, windows=(0, s) * 16).core_share(1, s) == 1.0
+    mixed = replace(GPT, windows=(0, 2048) * 16)
+    whole, band = GPT.core_flops(65536), mixed.core_share(1, 65536)
+    assert GPT.forward_flops(65536) - mixed.forward_flops(65536) == pytest.approx(16 * whole * (1 - band))
+    with pytest.raises(ValueError, match="windows must be 32 numbers of tokens"):
+        replace(GPT, windows=(0, 2048))
+
+
+def test_layers_with_windows_take_less_time_and_the_same_memory():
+    mixed = replace(GPT, windows=(0, 2048) * 16)
+    found, alike = pieces(mixed, seq_length=65536), pieces(seq_length=65536)
+    assert Pieces.from_object(json.loads(found.to_json())) == found
+    core, share = alike.times["core"].forward, mixed.core_share(1, 65536)
+    plan = planned("helix", attention_range="block", layer_kinds=mixed.layer_kinds)
+    costs = costs_of_plan(found, plan, Recompute.NONE).segments
+    full, window = costs["attention.full"], costs["attention.window2048"]
+    assert (
+        full
+        == costs_of_plan(alike, planned("helix", attention_range="block"), Recompute.NONE).segments[
+            "attention"
+        ]
+    )
+    assert full.forward - window.forward == pytest.approx(core * (1 - share))
+    assert full.bytes == window.bytes
+    stages = costs_of_plan(found, planned("1f1b"), Recompute.NONE).segments["stage1"]
+    whole = costs_of_plan(alike, planned("1f1b"), Recompute.NONE).segments["stage1"]
+    assert whole.forward - stages.forward == pytest.approx(2 * core * (1 - share))
+    with pytest.raises(ValueError, match="segments named attention differ in what they recompute or in"):
+        costs_of_plan(found, planned("helix"), Recompute.NONE)
+    with pytest.raises(ValueError, match="not for windows"):
+        costs_of_plan(found, planned("seq1f1b"), Recompute.NONE)
+
+
 def test_layers_may_recompute_differently():
     found = pieces(seq_length=65536)
     levels = [Recompute.NONE, Recompute.PRODUCTS, Recompute.WITHOUT_ATTENTION, Recompute.FULL] * 8
@@ -388,7 +426,7 @@ def test_layers_may_recompute_differently():
     layers = [costs_of_plan(found, stages, level).segments["stage1"] for level in levels[:4]]
     assert mixed.bytes == sum(layer.bytes for layer in layers) // 4
     assert mixed.recompute == pytest.approx(sum(layer.recompute for layer in layers) / 4)
-    with pytest.raises(ValueError, match="segments named middle recompute differently; plan with a kind"):
+    with pytest.raises(ValueError, match="segments named middle differ in what they recompute or in"):
         costs_of_plan(found, planned("helix"), levels)
     with pytest.raises(ValueError, match="2 ways of recomputing for 32 layers"):
         costs_of_plan(found, stages, levels[:2])

@@ -102,6 +102,20 @@ def test_published_configs(read):
     assert sizes(read({**GPT2, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})) == sizes(gpt2)
 
 
+def test_windows_of_layers(read):
+    """As the architectures read them: Mistral all layers, Qwen those from max_window_layers on."""
+    assert read(QWEN).windows == ()
+    mistral = {**LLAMA, "model_type": "mistral", "sliding_window": 4096}
+    assert read(mistral).windows == (4096,) * LLAMA["num_hidden_layers"]
+    assert read({**mistral, "sliding_window": None}).windows == ()
+    qwen = {**QWEN, "use_sliding_window": True, "sliding_window": 8192, "max_window_layers": 30}
+    assert read(qwen).windows == (0,) * 30 + (8192,) * 6
+    kinds = ["sliding_attention", "full_attention"] * 18
+    mixed = read({**QWEN, "use_sliding_window": True, "sliding_window": 512, "layer_types": kinds})
+    assert mixed.windows == (512, 0) * 18
+    assert mixed.layer_kinds == ("window512", "full") * 18
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -114,9 +128,13 @@ def test_published_configs(read):
         ({**LLAMA, "model_type": "gemma2"}, "the architecture 'gemma2' is not understood; known: llama"),
         ({**LLAMA, "model_type": "mixtral"}, "the architecture 'mixtral'"),
         ({**LLAMA, "model_type": ["llama"]}, "the architecture ['llama']"),
-        ({**LLAMA, "model_type": "mistral", "sliding_window": 4096}, "'sliding_window' 4096"),
-        ({**QWEN, "use_sliding_window": True, "sliding_window": 4096}, "'sliding_window' 4096"),
-        ({**QWEN, "layer_types": ["full_attention", "sliding_attention"]}, "'layer_types'"),
+        ({**LLAMA, "model_type": "mistral", "sliding_window": "4k"}, "sliding_window must be a whole number"),
+        ({**QWEN, "layer_types": ["chunked_attention"] * 36}, "'layer_types' beside full_attention and"),
+        ({**QWEN, "layer_types": ["sliding_attention"] * 36}, "sliding_window is missing"),
+        (
+            {**QWEN, "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 4096},
+            "2 'layer_types' for 36 layers",
+        ),
         ({**QWEN, "architectures": ["Qwen3ForSequenceClassification"]}, "of qwen3 only Qwen3ForCausalLM is"),
         ({**QWEN, "hidden_act": "relu2"}, "the activation 'relu2' of qwen3"),
         ({**QWEN, "tie_word_embeddings": "no"}, "'tie_word_embeddings' must be true or false"),

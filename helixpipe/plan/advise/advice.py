@@ -18,8 +18,10 @@ from helixpipe.plan.simulation.costs import Costs
 from helixpipe.plan.simulation.memory import peak_bytes
 from helixpipe.plan.simulation.simulate import simulate
 
-# How many of the fastest get a second look.
-_LOOKED_AT_TWICE = 6
+# What fitting an order to costs may gain where layers are alike, and where keys alone do not know them.
+_FITTING_GAINS, _FITTING_GAINS_OF_KINDS = 1.02, 1.2
+# In how many of the fastest memory that is left is filled.
+_FILLED_UP = 6
 # What computes less again than a recomputation, and keeps more.
 _LIGHTER = {
     Recompute.PRODUCTS: Recompute.NONE,
@@ -93,8 +95,8 @@ def advise(job: Job, accept: Callable[[Candidate], bool] = lambda candidate: Tru
     """Try every schedule, option, recomputation and micro batch size for ``job``.
 
     A recomputation that computes more is tried only if nothing that computes less fits and can be executed.
-    What comes close to the fastest is improved: orders are fitted to the costs, and memory that is left is
-    filled by computing less again in some of the layers.
+    What comes close to the fastest is improved: orders are fitted to the costs, and memory that the fastest
+    leave is filled by computing less again in some of the layers.
 
     Args:
         job: what is to be trained.
@@ -131,11 +133,12 @@ def advise(job: Job, accept: Callable[[Candidate], bool] = lambda candidate: Tru
 def _improved(job: Job, options: list[Option]) -> Iterator[Option]:
     """The options, the fastest of them with what a second look makes of them."""
     ranked = sorted(options, key=lambda option: option.iteration_ms)
+    gains = _FITTING_GAINS_OF_KINDS if any(job.workload.model.layer_kinds) else _FITTING_GAINS
     for number, option in enumerate(ranked):
-        if option.plan is None or number >= _LOOKED_AT_TWICE:
-            yield option
+        is_close = option.iteration_ms <= gains * ranked[0].iteration_ms
+        yield _fitted(job, option) if is_close else option
+        if option.plan is None or number >= _FILLED_UP:
             continue
-        yield _fitted(job, option)
         mixture = _mixture(job, option.candidate)
         if mixture is not None and mixture.iteration_ms < option.iteration_ms:
             yield mixture
@@ -209,7 +212,10 @@ def _pipeline(job: Job, candidate: Candidate, *, fits_order: bool = False) -> Op
         plan = SCHEDULES[candidate.schedule].plan(request) if known else _plan(candidate.schedule, request)
     except ValueError as error:
         return Rejection(candidate, str(error))
-    costs = costs_of(plan)
+    try:
+        costs = costs_of(plan)
+    except ValueError as error:
+        return Rejection(candidate, str(error))
     peak = max(peak_bytes(plan, costs))
     if peak > job.memory_limit_bytes:
         return _too_large(job, candidate, peak)

@@ -30,6 +30,7 @@ class Candidate:
         options: the schedule's own, by name of :class:`ScheduleRequest`.
         tied: the model's head shares the embedding's weights.
         chunked_loss: the loss is computed in chunks.
+        has_windows: attention of some layers sees a window of the tokens before.
         lighter: in how many layers, spread evenly, a lighter recomputation is used, and which; None for none.
     """
 
@@ -40,14 +41,17 @@ class Candidate:
     options: Mapping[str, int | str] = field(default_factory=dict)
     tied: bool = False
     chunked_loss: bool = False
+    has_windows: bool = False
     lighter: tuple[int, Recompute] | None = None
 
     def request(self, job: Job, costs: KnownCosts | None = None) -> ScheduleRequest:
         """What the schedule is asked for, with costs to fit its order to if they are to be used."""
-        kinds = tuple(level.value for level in self.levels(job.workload.model.num_layers))
-        takes_kinds = self.lighter is not None and "layer_kinds" in SCHEDULES[self.schedule].options
+        model = job.workload.model
+        levels = [level.value if self.lighter else "" for level in self.levels(model.num_layers)]
+        kinds = tuple("-".join(filter(None, both)) for both in zip(model.layer_kinds, levels, strict=True))
+        takes_kinds = any(kinds) and "layer_kinds" in SCHEDULES[self.schedule].options
         return ScheduleRequest(
-            num_layers=job.workload.model.num_layers,
+            num_layers=model.num_layers,
             num_ranks=job.num_ranks,
             num_microbatches=self.num_microbatches,
             layer_kinds=kinds if takes_kinds else None,
@@ -90,6 +94,8 @@ class Candidate:
         executed = _WITH_MEGATRONS if entry.execution.recomputes_whole_layers else _WITHOUT_MEGATRONS
         if self.recompute not in executed or self.lighter is not None:
             return "recompute"
+        if self.has_windows:
+            return "windows"
         if self.tied and entry.needs_untied_weights:
             return "tied weights"
         return ""
@@ -165,6 +171,7 @@ def candidates(job: Job) -> Iterator[list[Candidate]]:
                         options,
                         job.workload.model.tied,
                         not job.workload.whole_logits,
+                        any(job.workload.model.windows),
                     )
                     for recompute in Recompute
                 ]

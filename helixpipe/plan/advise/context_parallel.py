@@ -62,6 +62,10 @@ def predict_context_parallel(
         ValueError: heads that cannot be divided, for all-to-all.
     """
     model, workload = pieces.workload.model, pieces.workload
+    if any(model.windows):
+        raise ValueError(
+            "context parallelism is predicted for attention to all tokens before, not for windows"
+        )
     heads, t = model.num_kv_heads, workload.tensor_parallel
     if exchange is Exchange.ALL_TO_ALL and heads % (t * size):
         raise ValueError(

@@ -153,7 +153,6 @@ def _from_hugging_face(source: str, config: Mapping[str, Any], vocab_size: int |
         if key not in _UNDERSTOOD and key not in _NO_SIZE:
             raise _not_understood(source, repr(key))
     family = _family_of(source, given)
-    _check_attention(source, given)
     given = dict(_with_vocabulary(source, given, vocab_size, ("vocab_size",)))
 
     def size(*keys: str, default: int | None = None) -> int:
@@ -173,6 +172,7 @@ def _from_hugging_face(source: str, config: Mapping[str, Any], vocab_size: int |
         vocab_size=size("vocab_size"),
         gated=family.gated,
         tied=_flag(source, given, "tie_word_embeddings", family.tied),
+        windows=_windows(source, given, size("num_hidden_layers", "n_layer")),
     )
 
 
@@ -207,14 +207,24 @@ def _family_of(source: str, given: Mapping[str, Any]) -> _Family:
     return family
 
 
-def _check_attention(source: str, given: Mapping[str, Any]) -> None:
-    """Every layer attends to everything before: windows cost less, and are not planned for."""
+def _windows(source: str, given: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
+    """How far every layer's attention reaches; empty if all layers attend to everything before."""
     has_windows = _flag(source, given, "use_sliding_window", "use_sliding_window" not in given)
-    kinds = given.get("layer_types", [])
-    if "sliding_window" in given and has_windows:
-        raise _not_understood(source, f"'sliding_window' {given['sliding_window']!r:.20}")
-    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
-        raise _not_understood(source, "'layer_types' beside full_attention")
+    kinds = given.get("layer_types")
+    if kinds is None:
+        # Qwen2's first layers have none.
+        first = size_of(source, given, ("max_window_layers",), 0) if "use_sliding_window" in given else 0
+        kinds = ["full_attention"] * first + ["sliding_attention"] * (num_layers - first)
+        kinds = kinds[:num_layers] if "sliding_window" in given and has_windows else []
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(kinds, list) or any(kind not in known for kind in kinds):
+        raise _not_understood(source, f"'layer_types' beside {' and '.join(known)}")
+    if "sliding_attention" not in kinds:
+        return ()
+    if len(kinds) != num_layers:
+        raise ValueError(f"model {source}: {len(kinds)} 'layer_types' for {num_layers} layers")
+    window = size_of(source, given, ("sliding_window",))
+    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
 
 def _head_dim(source: str, hidden: int, heads: int) -> int:

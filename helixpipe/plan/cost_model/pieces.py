@@ -82,7 +82,7 @@ class Pieces:
             times = {name: PieceCost(**_times(cost)) for name, cost in data["times"].items()}
             pieces = cls(
                 source=str(data["source"]),
-                workload=Workload(**{**workload, "model": ModelShape(**workload["model"])}),
+                workload=Workload(**{**workload, "model": _shape(workload["model"])}),
                 times=times,
                 network=Network(**data["network"]),
                 reduction_gb_per_s=_positive(data["reduction_gb_per_s"]),
@@ -94,6 +94,10 @@ class Pieces:
         if set(times) != set(PIECES):
             raise ValueError(f"profile: times must be given for {', '.join(PIECES)}")
         return pieces
+
+
+def _shape(sizes: Any) -> ModelShape:
+    return ModelShape(**{**sizes, "windows": tuple(sizes.get("windows", ()))})
 
 
 def _times(cost: Any) -> dict[str, float]:

@@ -46,12 +46,13 @@ class _Builder:
     def segment(self, parts: Sequence[Part], part_of: _Slice = _WHOLE) -> SegmentCost:
         """The cost of parts that run on one rank, one after the other."""
         names = [piece for part in parts for piece in part.pieces]
-        again = [piece for part in parts for piece in part.recomputed]
+        costs = [self._time(piece, part_of, part.core_share) for part in parts for piece in part.pieces]
+        recompute = sum(
+            self._again_ms(piece, part_of, part.core_share) for part in parts for piece in part.recomputed
+        )
         if "head" in names and not self.workload.whole_logits:
             # A loss in chunks computes each chunk's logits again in the backward pass.
-            again.append("head")
-        costs = [self._time(piece, part_of) for piece in names]
-        recompute = sum(self._again_ms(piece, part_of) for piece in again)
+            recompute += self._again_ms("head", part_of)
         overhead = self.pieces.overhead_ms
         kept = sum(self.tensors[name] for part in parts for name in part.kept)
         for_weight = sum(self.tensors[n] for piece in names for n in FOR_WEIGHT.get(piece, ()))
@@ -81,15 +82,15 @@ class _Builder:
             workspace += self.tensors["activation"]
         return max(workspace, self.workload.head_workspace_bytes if "head" in names else 0)
 
-    def _time(self, piece: str, part_of: _Slice) -> PieceCost:
+    def _time(self, piece: str, part_of: _Slice, core_share: float = 1.0) -> PieceCost:
         cost = self.pieces.times[piece]
-        share = part_of.area if piece == "core" else part_of.tokens
+        share = part_of.area * core_share if piece == "core" else part_of.tokens
         return PieceCost(cost.forward * share, cost.backward * share, cost.weight * share)
 
-    def _again_ms(self, name: str, part_of: _Slice) -> float:
+    def _again_ms(self, name: str, part_of: _Slice, core_share: float = 1.0) -> float:
         """Milliseconds of computing a piece again, or the activation function without its product."""
         if name != ACTIVATION:
-            return self._time(name, part_of).forward
+            return self._time(name, part_of, core_share).forward
         # It reads and writes at the rate of a norm, which reads and writes a residual.
         moved = self.tensors["fc1 output"] + self.tensors["activation"]
         return self._time("norm1", part_of).forward * moved / (2 * self.workload.unit_bytes)
@@ -116,8 +117,8 @@ def costs_of_plan(pieces: Pieces, plan: Plan, recompute: Recompute | Sequence[Re
         recompute: the same in every layer, or one for each.
 
     Raises:
-        ValueError: the plan is for another number of layers, or gives one name to segments whose layers
-            recompute differently.
+        ValueError: the plan is for another number of layers, gives one name to segments whose layers differ,
+            or slices sequences that attention sees through windows.
     """
     layers = pieces.workload.model.num_layers
     if plan.parameters.get("num_layers") != layers:
@@ -151,9 +152,11 @@ def _stage_costs(
 ) -> tuple[dict[str, SegmentCost], dict[str, int]]:
     per_stage = len(levels) // plan.num_segments
     slices = _slices(builder.pieces, plan)
+    shares = _core_shares(builder.workload)
     segments = {}
     for number, name in enumerate(plan.segment_names):
-        layers = [whole_layer(level) for level in levels[number * per_stage : (number + 1) * per_stage]]
+        own = range(number * per_stage, (number + 1) * per_stage)
+        layers = [whole_layer(levels[layer])._replace(core_share=shares[layer]) for layer in own]
         parts = [_EMBEDDING] * (number == 0) + layers + [_HEAD] * (number == plan.num_segments - 1)
         for kind, part_of in slices.items():
             segments[f"{name}/{kind}" if kind else name] = builder.segment(parts, part_of)
@@ -173,15 +176,19 @@ def _helix_costs(
 ) -> tuple[dict[str, SegmentCost], dict[str, int]]:
     attention_range = str(plan.parameters["attention_range"])
     cuts = [cut(attention_range, level) for level in levels]
+    shares = _core_shares(builder.workload)
     before = [_EMBEDDING, *(found.post for found in cuts)]
     after = [*(found.pre for found in cuts), _HEAD]
     parts: dict[str, list[Part]] = {}
     for segment, name in enumerate(plan.segment_names):
         layer, is_attention = divmod(segment, 2)
-        own = [cuts[layer].attention] if is_attention else [before[layer], after[layer]]
+        own = [before[layer], after[layer]]
+        if is_attention:
+            own = [cuts[layer].attention._replace(core_share=shares[layer])]
         if parts.setdefault(name, own) != own:
             raise ValueError(
-                f"segments named {name} recompute differently; plan with a kind for each way of recomputing"
+                f"segments named {name} differ in what they recompute or in their attention's window; plan "
+                "with a kind for each kind of layer"
             )
     into, out = builder.message_bytes(cuts[0].into), builder.message_bytes(cuts[0].out)
     messages = {
@@ -190,6 +197,12 @@ def _helix_costs(
         if plan.placement[segment] != plan.placement[segment + 1]
     }
     return {name: builder.segment(own) for name, own in parts.items()}, messages
+
+
+def _core_shares(workload: Workload) -> list[float]:
+    return [
+        workload.model.core_share(layer, workload.seq_length) for layer in range(workload.model.num_layers)
+    ]
 
 
 def _num_layers(plan: Plan) -> int:
@@ -203,6 +216,10 @@ def _slices(pieces: Pieces, plan: Plan) -> dict[str, _Slice]:
     """
     if not plan.micro_batch_names:
         return {"": _WHOLE}
+    if any(pieces.workload.model.windows):
+        raise ValueError(
+            "slices of sequences are planned for attention to all tokens before, not for windows"
+        )
     kinds = list(dict.fromkeys(plan.micro_batch_names))
     core = pieces.times["core"].total
     linear = sum(pieces.times[piece].total for piece in LAYER_PIECES) - core

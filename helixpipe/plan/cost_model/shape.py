@@ -22,6 +22,7 @@ class ModelShape:
         vocab_size: words.
         gated: the MLP has a gate (SwiGLU): its first matrix is twice as wide.
         tied: the head shares the embedding's weights.
+        windows: of every layer, how many tokens its attention sees, 0 for all before; empty if all see all.
     """
 
     name: str
@@ -34,8 +35,14 @@ class ModelShape:
     vocab_size: int
     gated: bool
     tied: bool
+    windows: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if len(self.windows) not in (0, self.num_layers) or min(self.windows, default=0) < 0:
+            raise ValueError(
+                f"model {self.name}: windows must be {self.num_layers} numbers of tokens, one for each "
+                f"layer, 0 for all tokens; found {self.windows!r:.60}"
+            )
         for key, value in self.__dict__.items():
             if type(value) is int and value < 1:
                 raise ValueError(f"model {self.name}: {key} must be at least 1, not {value}")
@@ -94,11 +101,26 @@ class ModelShape:
     def forward_flops(self, seq_length: int) -> float:
         """Floating-point operations of one sequence's forward pass, causal attention at half its square."""
         linear = 2.0 * seq_length * (self.num_layers * self.layer_parameters + self.embedding_parameters)
-        return linear + self.num_layers * self.core_flops(seq_length)
+        shares = (self.core_share(layer, seq_length) for layer in range(self.num_layers))
+        return linear + sum(shares) * self.core_flops(seq_length)
 
     def core_flops(self, seq_length: int) -> float:
         """Operations of one layer's causal attention forward: two products over half of the s x s square."""
         return 2.0 * seq_length * seq_length * self.query_size
+
+    def core_share(self, layer: int, seq_length: int) -> float:
+        """What a layer's window leaves of causal attention: of the triangle, a band along its long side."""
+        window = self.windows[layer] if self.windows else 0
+        if window == 0 or window >= seq_length:
+            return 1.0
+        return (2 * seq_length - window) * window / seq_length**2
+
+    @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """``full``, or ``window`` and its tokens, for every layer; empty names where all layers are alike."""
+        if len(set(self.windows)) < 2:
+            return ("",) * self.num_layers
+        return tuple(f"window{window}" if window else "full" for window in self.windows)
 
 
 def _llama(
