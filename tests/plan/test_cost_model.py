@@ -85,7 +85,7 @@ def test_hardware_files(tmp_path):
         ('{"base": "h20", "tflops": "1"}', "tflops must be a number"),
         ('{"base": "h20", "tflops": 0}', "tflops must be above 0"),
         ('{"base": "h20", "matmul_efficiency": 1.2}', "matmul_efficiency is a share of 1"),
-        ("{", "not a JSON file"),
+        ("{", "invalid JSON"),
     ]:
         path.write_text(text)
         with pytest.raises(ValueError, match=r"^hardware ") as caught:
