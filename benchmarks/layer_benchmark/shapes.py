@@ -11,6 +11,7 @@ from torch.nn.functional import silu
 
 from helixpipe.layers.recomputing_layer import MemorySaving
 from helixpipe.layers.slices import automatic_size
+from helixpipe.plan.cost_model import Recompute
 
 
 @dataclass(frozen=True)
@@ -79,4 +80,4 @@ def saving_of(shape: Shape, method: str, seq_length: int, *, loss: bool = False)
     if method != "ours":
         return MemorySaving(loss_chunk_size=loss_chunk)
     mlp_chunk = automatic_size(seq_length, 2 * shape.ffn_hidden_size, shape.hidden_size)
-    return MemorySaving(True, mlp_chunk, loss_chunk)
+    return MemorySaving(Recompute.WITHOUT_ATTENTION, mlp_chunk, loss_chunk)

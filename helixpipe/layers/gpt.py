@@ -20,6 +20,7 @@ def build_gpt(
     saving: MemorySaving = NOTHING_SAVED,
     *,
     vp_stage: int | None = None,
+    pp_rank: int | None = None,
     **arguments: Any,
 ) -> GPTModel:
     """The GPTModel of this rank's stage.
@@ -29,9 +30,10 @@ def build_gpt(
         implementation: whose modules compute the layers, and which attention.
         saving: what to do to keep less for the backward pass.
         vp_stage: number of the model chunk on this rank in an interleaved schedule.
+        pp_rank: place of the stage in the pipeline; this rank's if None.
         arguments: the rest of GPTModel's.
     """
-    spec = block_spec(config, implementation, vp_stage, saving)
+    spec = block_spec(config, implementation, vp_stage, pp_rank, saving)
     if saving.loss_chunk_size is None:
         return GPTModel(config, spec, vp_stage=vp_stage, **arguments)
     return ChunkedLossGPTModel(saving.loss_chunk_size, config, spec, vp_stage=vp_stage, **arguments)

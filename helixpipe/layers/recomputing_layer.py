@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core import tensor_parallel
@@ -17,7 +18,11 @@ from helixpipe.kernels.choice import activate, fused_form
 from helixpipe.layers.recompute import Tensors, recompute
 from helixpipe.layers.rotary import rotate
 from helixpipe.layers.slices import SlicedFunction, in_slices, mark_sliced
+from helixpipe.plan.cost_model import Recompute
+from helixpipe.plan.cost_model.levels import LEVELS
 from helixpipe.refusals import refuse
+
+Module = TypeVar("Module", bound=torch.nn.Module)
 
 
 @dataclass(frozen=True)
@@ -25,19 +30,36 @@ class MemorySaving:
     """What a model does to keep less.
 
     Attributes:
-        recompute_without_attention: backward passes compute norms, QKV and the MLP's first half again.
+        recompute: what backward passes compute again, in every layer or in each: ``NONE``; ``PRODUCTS``:
+            norms, rotary positions and activation functions; ``WITHOUT_ATTENTION``: QKV and fc1 besides.
         mlp_chunk_size: tokens of the sequence for which norm2 and MLP run at a time; None: all.
         loss_chunk_size: tokens of the sequence whose logits exist at a time; None: all.
     """
 
-    recompute_without_attention: bool = False
+    recompute: Recompute | tuple[Recompute, ...] = Recompute.NONE
     mlp_chunk_size: int | None = None
     loss_chunk_size: int | None = None
 
+    def __post_init__(self) -> None:
+        assert set(self.levels) <= set(LEVELS)
+
     @property
-    def changes_layers(self) -> bool:
-        """True if layers run otherwise than Megatron's."""
-        return self.recompute_without_attention or self.mlp_chunk_size is not None
+    def levels(self) -> tuple[Recompute, ...]:
+        """The levels that occur: one for all layers, or one for each."""
+        return (self.recompute,) if isinstance(self.recompute, Recompute) else self.recompute
+
+    @property
+    def recomputes(self) -> bool:
+        """True if some layer computes something again."""
+        return set(self.levels) != {Recompute.NONE}
+
+    def level(self, layer: int) -> Recompute:
+        """What layer ``layer`` of the whole model, from 0, computes again."""
+        return self.recompute if isinstance(self.recompute, Recompute) else self.recompute[layer]
+
+    def changes_layer(self, layer: int) -> bool:
+        """True if that layer runs otherwise than Megatron's."""
+        return self.level(layer) is not Recompute.NONE or self.mlp_chunk_size is not None
 
 
 NOTHING_SAVED = MemorySaving()
@@ -48,7 +70,7 @@ def local_size(chunk_size: int, config: TransformerConfig) -> int:
     return max(1, chunk_size // (config.tensor_model_parallel_size if config.sequence_parallel else 1))
 
 
-def check_supported(config: TransformerConfig, saving: MemorySaving) -> None:
+def check_supported(config: TransformerConfig, level: Recompute) -> None:
     """``ValueError`` for options that a :class:`SavingTransformerLayer` would ignore or get wrong."""
     recompute_of_mlp = config.recompute_granularity == "selective" and "mlp" in (
         config.recompute_modules or ()
@@ -64,33 +86,35 @@ def check_supported(config: TransformerConfig, saving: MemorySaving) -> None:
         "CPU offloading": config.cpu_offloading or config.fine_grained_activation_offloading,
         "CUDA graphs": config.cuda_graph_impl != "none",
         "Megatron's recomputation of the MLP": recompute_of_mlp,
-        "Megatron's activation recomputation": saving.recompute_without_attention
+        "Megatron's activation recomputation": level is not Recompute.NONE
         and config.recompute_granularity is not None,
     }
-    refuse(unsupported, "recomputation without attention and chunked MLP do not support {}; leave one out")
+    refuse(unsupported, "layers that recompute, or chunk their MLP, do not support {}; leave one out")
 
 
 class SavingTransformerLayer(TransformerLayer):
     """Computes what Megatron's layer computes.
 
-    With recomputation, between forward and backward a layer keeps its input, attention output with
-    log-sum-exp, and the input of norm2: 3 units of 17. Masks of hidden dropout are kept; nothing that is
-    computed again draws random numbers.
+    Between forward and backward a layer keeps its input, attention output with log-sum-exp, and the input of
+    norm2: 3 units of 17. Where matrix products are kept, it keeps the results of QKV and fc1, too. Masks of
+    hidden dropout are kept; nothing that is computed again draws random numbers.
 
     Args:
-        saving: what to do to keep less.
+        level: what the backward pass computes again.
+        mlp_chunk_size: tokens of the sequence for which norm2 and MLP run at a time; None: all.
         arguments: Megatron's.
 
     Raises:
         ValueError: options that do not go with it, or an MLP that cannot run in slices.
     """
 
-    def __init__(self, *, saving: MemorySaving, **arguments: Any) -> None:
+    def __init__(self, *, level: Recompute, mlp_chunk_size: int | None, **arguments: Any) -> None:
         super().__init__(**arguments)
-        check_supported(self.config, saving)
-        self.saving = saving
+        check_supported(self.config, level)
+        self.level = level
+        self.mlp_chunk_size = mlp_chunk_size
         has_mlp = hasattr(self.mlp, "linear_fc1")
-        if saving.mlp_chunk_size is not None and has_mlp:
+        if mlp_chunk_size is not None and has_mlp:
             linears = (self.mlp.linear_fc1, self.mlp.linear_fc2)
             if type(linears[0]) is not ColumnParallelLinear or type(linears[1]) is not RowParallelLinear:
                 raise ValueError(
@@ -101,14 +125,14 @@ class SavingTransformerLayer(TransformerLayer):
     def query_key_value(self, hidden: Tensor) -> Tensors:
         """norm1 and QKV; [s, b, h] -> query [s, b, heads, d], key and value [s, b, groups, d]."""
         project = self.self_attention.get_query_key_value_tensors
-        if not self.saving.recompute_without_attention:
+        if self.level is Recompute.NONE:
             return project(self.input_layernorm(hidden))
         # QKV's weight gradient needs the norm's output; QKV's own is sent away.
         return recompute(lambda hidden: (self.input_layernorm(hidden),), project, hidden)
 
     def _forward_attention(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """Megatron's, with the core attention as the consumer of recomputed queries, keys and values."""
-        if not (self.saving.recompute_without_attention and torch.is_grad_enabled()):
+        if self.level is Recompute.NONE or not torch.is_grad_enabled():
             return super()._forward_attention(hidden_states, *args, **kwargs)
         mask = args[0] if args else kwargs.pop("attention_mask", None)
         angles = kwargs.pop("rotary_pos_emb", None)
@@ -118,19 +142,16 @@ class SavingTransformerLayer(TransformerLayer):
             raise ValueError(f"recomputation without attention does not support {named}; leave it out")
         attention = self.self_attention
 
-        def produce(hidden: Tensor) -> Tensors:
-            query, key, value = attention.get_query_key_value_tensors(self.input_layernorm(hidden))
+        def rotated(query: Tensor, key: Tensor, value: Tensor) -> Tensors:
             if angles is not None:
                 group = attention.pg_collection.cp
                 query, key = (rotate(tensor, angles, self.config, group) for tensor in (query, key))
             return query, key, value
 
-        def consume(query: Tensor, key: Tensor, value: Tensor) -> Tensors:
-            return (
-                attention.core_attention(query, key, value, mask, attn_mask_type=attention.attn_mask_type),
-            )
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return attention.core_attention(query, key, value, mask, attn_mask_type=attention.attn_mask_type)
 
-        (output,) = recompute(produce, consume, hidden_states)
+        output = attend_to(self, self.level, hidden_states, rotated, attend)
         add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
         with self.bias_dropout_add_exec_handler():
             return add(attention.linear_proj(output), hidden_states, self.hidden_dropout), None
@@ -141,14 +162,17 @@ class SavingTransformerLayer(TransformerLayer):
         """Megatron's, with fc2 as the consumer of a recomputed activation, or in slices."""
         if inference_context is not None or padding_mask is not None:
             return super()._forward_mlp(hidden_states, inference_context, padding_mask)
-        if self.saving.mlp_chunk_size is not None:
-            output = self._sliced_mlp(hidden_states, self.saving.mlp_chunk_size)
-        elif self.saving.recompute_without_attention:
-            (output,) = recompute(
-                lambda hidden: (self._first_half(hidden),),
-                lambda activation: (self.mlp.linear_fc2(activation)[0],),
+        if self.mlp_chunk_size is not None:
+            output = self._sliced_mlp(hidden_states, self.mlp_chunk_size)
+        elif self.level is Recompute.PRODUCTS:
+            (wide,) = recompute(
+                lambda hidden: (self.pre_mlp_layernorm(hidden),),
+                lambda normed: (self.mlp.linear_fc1(normed)[0],),
                 hidden_states,
             )
+            output = self._second_half(self._activation, wide)
+        elif self.level is Recompute.WITHOUT_ATTENTION:
+            output = self._second_half(self._first_half, hidden_states)
         else:
             return super()._forward_mlp(hidden_states)
         # fc2 leaves its bias to the addition that follows; Transformer Engine's is never None.
@@ -157,14 +181,25 @@ class SavingTransformerLayer(TransformerLayer):
 
     def _first_half(self, hidden: Tensor) -> Tensor:
         """norm2, fc1 and the activation function; [s, b, h] -> [s, b, ffn]."""
-        normed = self.pre_mlp_layernorm(hidden)
-        form = fused_form(self.mlp, normed)
+        return self._activation(self.mlp.linear_fc1(self.pre_mlp_layernorm(hidden))[0])
+
+    def _activation(self, wide: Tensor) -> Tensor:
+        """What stands between the products of fc1 and fc2, fc1's bias included; [s, b, .] -> [s, b, ffn]."""
+        # Transformer Engine's bias is never None.
+        bias = self.mlp.linear_fc1.bias if self.config.add_bias_linear else None
+        form = fused_form(self.mlp, wide)
         if form is not None:
-            wide, bias = self.mlp.linear_fc1(normed)
             return activate(wide, bias, form)
-        half = copy(self.mlp)
-        half._modules = {**self.mlp._modules, "linear_fc2": _PassThrough()}
-        return half(normed)[0]
+        return _without_products(self.mlp, linear_fc1=bias, linear_fc2=None)(wide)[0]
+
+    def _second_half(self, produce: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+        """fc2, as the consumer of an activation that is computed again."""
+        (output,) = recompute(
+            lambda given: (produce(given),),
+            lambda activation: (self.mlp.linear_fc2(activation)[0],),
+            input,
+        )
+        return output
 
     def _sliced_mlp(self, hidden: Tensor, chunk_size: int) -> Tensor:
         linear = self.mlp.linear_fc2
@@ -182,12 +217,60 @@ class SavingTransformerLayer(TransformerLayer):
         return in_slices(function, hidden)
 
 
-class _PassThrough(torch.nn.Module):
-    """In the place of fc2."""
+def attend_to(
+    layer: TransformerLayer,
+    level: Recompute,
+    hidden: Tensor,
+    rotated: Callable[[Tensor, Tensor, Tensor], Tensors],
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """norm1, QKV, rotary positions and the core attention, of which the backward pass computes some again.
 
-    def forward(self, activation: Tensor) -> tuple[Tensor, None]:
-        """The activation itself, and no bias."""
-        return activation, None
+    Args:
+        layer: norm1 and QKV are its own, or have borrowed weights.
+        level: ``PRODUCTS`` or ``WITHOUT_ATTENTION``.
+        hidden: [s, b, h].
+        rotated: query, key and value with their positions.
+        attend: the core attention.
+
+    Returns:
+        Attention's output, [s, b, heads * d].
+    """
+    attention, norm = layer.self_attention, layer.input_layernorm
+
+    def consume(*values: Tensor) -> Tensors:
+        return (attend(*values),)
+
+    if level is Recompute.WITHOUT_ATTENTION:
+        project = attention.get_query_key_value_tensors
+        (output,) = recompute(lambda hidden: rotated(*project(norm(hidden))), consume, hidden)
+        return output
+    (mixed,) = recompute(
+        lambda hidden: (norm(hidden),), lambda normed: (attention.linear_qkv(normed)[0],), hidden
+    )
+    split = _without_products(attention, linear_qkv=None).get_query_key_value_tensors
+    (output,) = recompute(lambda mixed: rotated(*split(mixed)), consume, mixed)
+    return output
+
+
+def _without_products(module: Module, **biases: Tensor | None) -> Module:
+    """A module of Megatron's in which some linear layers pass on what they are given, with these biases."""
+    half = copy(module)
+    passing = {name: _PassThrough(bias) for name, bias in biases.items()}
+    half._modules = {**module._modules, **passing}
+    return half
+
+
+class _PassThrough(torch.nn.Module):
+    """In the place of a linear layer whose product is there already, or is not wanted."""
+
+    def __init__(self, bias: Tensor | None) -> None:
+        super().__init__()
+        self.given = (bias,)  # in a tuple: no parameter of this module
+
+    def forward(self, given: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What is given, and the bias that the next step adds."""
+        return given, self.given[0]
 
 
 class _BackwardOfLinear(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ class SegmentedDecoder(MegatronModule):
 
     Args:
         config: the model's configuration.
-        spec: spec of a whole layer.
+        specs: of every whole layer of the model.
         parts: layer number (from 0) -> the parts that are here.
         norm: class of the norm before the head, or None where the head is elsewhere.
     """
@@ -29,7 +29,7 @@ class SegmentedDecoder(MegatronModule):
     def __init__(
         self,
         config: TransformerConfig,
-        spec: ModuleSpec,
+        specs: Sequence[ModuleSpec],
         parts: dict[int, LayerPart],
         norm: type | None,
     ) -> None:
@@ -39,7 +39,7 @@ class SegmentedDecoder(MegatronModule):
         self.layers = torch.nn.ModuleDict(
             {
                 str(number): build_module(
-                    partial_layer_spec(spec, part), config=config, layer_number=number + 1 - offset
+                    partial_layer_spec(specs[number], part), config=config, layer_number=number + 1 - offset
                 )
                 for number, part in sorted(parts.items())
             }

@@ -28,8 +28,12 @@ from torch import Tensor
 
 from helixpipe.layers.borrowed_modules import BorrowedModules
 from helixpipe.layers.chunked_loss import chunked_loss
-from helixpipe.layers.recompute import recompute
-from helixpipe.layers.recomputing_layer import NOTHING_SAVED, MemorySaving, SavingTransformerLayer
+from helixpipe.layers.recomputing_layer import (
+    NOTHING_SAVED,
+    MemorySaving,
+    SavingTransformerLayer,
+    attend_to,
+)
 from helixpipe.layers.rotary import rotate
 from helixpipe.layers.segmented_decoder import SegmentedDecoder, build_norm, owned_parts
 from helixpipe.layers.slices import mark_sliced
@@ -41,6 +45,7 @@ from helixpipe.layers.spec import (
     layer_spec,
     partial_layer_spec,
 )
+from helixpipe.plan.cost_model import Recompute
 from helixpipe.refusals import refuse
 
 Tensors = tuple[Tensor, ...]
@@ -117,17 +122,17 @@ class SegmentedGPTModel(LanguageModule):
             self.rotary_pos_emb = self._build_rotary(
                 rotary_percent, rotary_base, seq_len_interpolation_factor
             )
-        spec = layer_spec(config, implementation, saving)
+        specs = [layer_spec(config, implementation, saving, layer) for layer in range(config.num_layers)]
         self._attention_part = ATTENTION_PARTS[attention_range]
         self.decoder = SegmentedDecoder(
             config,
-            spec,
+            specs,
             owned_parts(config.num_layers, owned_segments, self._attention_part),
             final_norm(implementation) if self.post_process else None,
         )
-        self._borrowed = self._build_borrowed(spec, final_norm(implementation) if lends_head else None)
+        self._borrowed = self._build_borrowed(specs, final_norm(implementation) if lends_head else None)
         # Every rank runs the core attention of every layer; it has no weights and is no submodule.
-        self._cores = [self._build_core(spec, number) for number in range(config.num_layers)]
+        self._cores = [self._build_core(spec, number) for number, spec in enumerate(specs)]
         if self.post_process:
             self.output_layer = self._build_output_layer(config, share_embeddings_and_output_weights)
             if saving.loss_chunk_size is not None:
@@ -146,18 +151,18 @@ class SegmentedGPTModel(LanguageModule):
             cp_group=self.pg_collection.cp,
         )
 
-    def _build_borrowed(self, spec: ModuleSpec, norm: type | None) -> dict[int, BorrowedModules]:
+    def _build_borrowed(self, specs: Sequence[ModuleSpec], norm: type | None) -> dict[int, BorrowedModules]:
         """By segment, attention under 1; in a dictionary, as they are no submodules: they have no weights.
 
         Args:
-            spec: of a whole layer.
+            specs: of every whole layer.
             norm: class of the norm before a head that is lent; None if it is not.
         """
         borrowed = {}
         if self._attention_part:
-            borrowed[1] = self._borrowed_attention(spec)
+            borrowed[1] = self._borrowed_attention(specs[0])
         if norm is not None:
-            borrowed[self.num_segments - 1] = self._borrowed_last(spec, norm)
+            borrowed[self.num_segments - 1] = self._borrowed_last(specs[-1], norm)
         return borrowed
 
     def _build_core(self, spec: ModuleSpec, number: int) -> torch.nn.Module:
@@ -322,17 +327,17 @@ class SegmentedGPTModel(LanguageModule):
         """The attention range of layer ``number``, with the weights of ``layer`` where it has any."""
         before, core = LayerPart.PRE & self._attention_part, self._cores[number]
 
-        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensors:
-            return (core(query, key, value, None, attn_mask_type=AttnMaskType.causal),)
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return core(query, key, value, None, attn_mask_type=AttnMaskType.causal)
 
-        if before and self.saving.recompute_without_attention:
+        level = self.saving.level(number)
+        if before and level is not Recompute.NONE:
+            assert layer is not None
             (residual,) = inputs
-            (output,) = recompute(
-                lambda hidden: self._run_parts(layer, before, (hidden,))[:-1], attend, residual
-            )
+            output = attend_to(layer, level, residual, self._rotated, attend)
         else:
             *attended, residual = self._run_parts(layer, before, inputs)
-            (output,) = attend(*attended)
+            output = attend(*attended)
         return self._run_parts(layer, LayerPart.POST & self._attention_part, (output, residual))
 
     def _run_parts(self, layer: TransformerLayer | None, part: LayerPart, values: Tensors) -> Tensors:

@@ -15,6 +15,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from helixpipe.layers.attention.choice import AUTO
 from helixpipe.layers.attention.core import FlashCoreAttention
@@ -79,13 +80,15 @@ def layer_spec(
     config: TransformerConfig,
     implementation: Implementation,
     saving: MemorySaving = NOTHING_SAVED,
+    layer: int = 0,
 ) -> ModuleSpec:
     """The spec of one whole transformer layer.
 
     Args:
         config: decides the norm, query-key norm, and whether our core attention can do what is asked for.
         implementation: whose modules, and which attention.
-        saving: what the layer does to keep less for the backward pass.
+        saving: what layers do to keep less for the backward pass.
+        layer: its number in the whole model, from 0: each may keep something else.
 
     Raises:
         ValueError: Transformer Engine where it cannot be used, or an attention backend that cannot do what
@@ -96,8 +99,9 @@ def layer_spec(
         spec.submodules.self_attention.submodules.core_attention = partial(
             FlashCoreAttention, backend=implementation.attention
         )
-    if saving.changes_layers:
-        spec.module, spec.params = SavingTransformerLayer, {"saving": saving}
+    if saving.changes_layer(layer):
+        spec.module = SavingTransformerLayer
+        spec.params = {"level": saving.level(layer), "mlp_chunk_size": saving.mlp_chunk_size}
     return spec
 
 
@@ -149,12 +153,16 @@ def block_spec(
     config: TransformerConfig,
     implementation: Implementation,
     vp_stage: int | None = None,
+    pp_rank: int | None = None,
     saving: MemorySaving = NOTHING_SAVED,
 ) -> TransformerBlockSubmodules:
     """The spec of this rank's layers for Megatron's own GPTModel."""
-    count = get_num_layers_to_build(config, vp_stage)
+    first = get_transformer_layer_offset(config, vp_stage, pp_rank)
+    count = get_num_layers_to_build(config, vp_stage, pp_rank)
     return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(config, implementation, saving)] * count,
+        layer_specs=[
+            layer_spec(config, implementation, saving, layer) for layer in range(first, first + count)
+        ],
         layer_norm=final_norm(implementation),
     )
 

@@ -67,6 +67,7 @@ def build_stage(
         config,
         implementation,
         saving,
+        pp_rank=stage,
         pre_process=stage == 0,
         post_process=stage == num_stages - 1,
         share_embeddings_and_output_weights=False,

@@ -11,6 +11,7 @@ from conftest import MODEL, ROOT, free_port, run
 
 from helixpipe.layers.recomputing_layer import MemorySaving
 from helixpipe.plan import Kind, Operation, ScheduleRequest, build_plan
+from helixpipe.plan.cost_model import Recompute
 from helixpipe.plan.execution import Execution
 from helixpipe.runtime.out_of_memory import OutOfMemory, amount_asked, describe, naming_operation
 from helixpipe.runtime.trace import NullClock, Trace
@@ -129,8 +130,16 @@ ELASTIC = ScheduleSettings("elastic", Execution.CHUNKS, None)
     ("changes", "advised", "not_advised"),
     [
         ({}, ["--mlp-chunk-size auto", "--loss-chunk-size auto", "--num-fold 1"], ["--micro-batch-size"]),
-        ({"memory_saving": MemorySaving(True, 64, 1)}, ["--mlp-chunk-size 32"], ["--loss-chunk-size"]),
-        ({"memory_saving": MemorySaving(True)}, ["--attention-range block"], ["--recompute"]),
+        (
+            {"memory_saving": MemorySaving(Recompute.WITHOUT_ATTENTION, 64, 1)},
+            ["--mlp-chunk-size 32"],
+            ["--loss-chunk-size"],
+        ),
+        (
+            {"memory_saving": MemorySaving(Recompute.WITHOUT_ATTENTION)},
+            ["--attention-range block"],
+            ["--recompute"],
+        ),
         ({"schedule": helix(attention_range="block")}, ["--recompute-without-attention"], ["block"]),
         ({"schedule": helix(attention_range="qkv")}, ["--attention-range block"], []),
         ({"transformer_impl": "transformer_engine"}, ["--loss-chunk-size auto"], ["--mlp-chunk-size"]),
@@ -143,7 +152,7 @@ ELASTIC = ScheduleSettings("elastic", Execution.CHUNKS, None)
         ({"schedule": helix(num_fold=1)}, [], ["--num-fold"]),
         ({"micro_batch_size": 4}, ["--micro-batch-size 1"], []),
         (
-            {"schedule": ONE_F_ONE_B, "memory_saving": MemorySaving(True)},
+            {"schedule": ONE_F_ONE_B, "memory_saving": MemorySaving(Recompute.WITHOUT_ATTENTION)},
             ["--recompute-granularity full", "--no-recompute-without-attention"],
             ["--num-fold", "--attention-range"],
         ),

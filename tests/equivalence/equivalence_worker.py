@@ -48,6 +48,7 @@ def _reference_of(case: Case) -> Case:
         attention_range="core",
         head_placement="first",
         without_attention=False,
+        levels="none",
         mlp_chunk=None,
         loss_chunk=None,
     )

@@ -143,6 +143,34 @@ def test_only_what_the_backward_pass_needs_runs_twice():
         assert per_layer == dict(zip(kinds, (2, 2, qkv, 1, 2, 1), strict=True))
 
 
+def test_products_never_run_twice():
+    case = Case(pp=1, levels="products", num_layers=2)
+    kinds = ("input_layernorm", "pre_mlp_layernorm", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+    for build in BUILDS:
+        calls = Counter()
+        with pretend_rank(case):
+            model = build(case)
+            for name, module in model.named_modules():
+                if name.endswith(kinds):
+                    kind = name.split(".")[-1]
+                    module.register_forward_hook(lambda *_, kind=kind, calls=calls: calls.update([kind]))
+            losses_of(model, case).sum().backward()
+        assert [calls[kind] / case.num_layers for kind in kinds] == [2, 2, 1, 1, 1, 1]
+
+
+MIXTURE = "products:1,none:1,without-attention:2"
+
+
+@every_build
+@every_style
+def test_levels_may_differ_by_layer(build, style):
+    case = Case(pp=1, style=style, seq_length=127)
+    with pretend_rank(case):
+        reference = gradients_of(case, build)
+        mixed = replace(case, levels=MIXTURE)
+        check(mixed, compare(gradients_of(mixed, build), reference))
+
+
 def planned_costs(case, schedule, recompute, **options):
     """What the planner believes of the case's model in fp32."""
     llama = case.style == "llama"
@@ -232,6 +260,35 @@ def test_wider_ranges_keep_what_the_planner_believes(style, attention_range):
     units = {"qkv": 4, "block": 3}[attention_range]
     layer = planned["middle"].bytes + planned["attention"].bytes
     assert layer == units * workload.unit_bytes + workload.kept_tensors["log-sum-exp"]
+
+
+@every_style
+@pytest.mark.parametrize("attention_range", ["core", "qkv", "block"])
+def test_products_keep_what_the_planner_believes(style, attention_range):
+    """Inputs of norms, attention's output, and the results of QKV and fc1, to the byte."""
+    case = Case(
+        pp=1, style=style, seq_length=128, attention_range=attention_range, levels="products", loss_chunk=16
+    )
+    kept = kept_by_segment(case)
+    _, planned = planned_costs(case, "helix", Recompute.PRODUCTS, attention_range=attention_range)
+    for segment in range(2, 2 * case.num_layers, 2):
+        assert kept[segment] == planned["middle"].bytes
+        assert kept[segment - 1] == planned["attention"].bytes
+
+
+@every_style
+@pytest.mark.parametrize("level", [Recompute.PRODUCTS, Recompute.WITHOUT_ATTENTION])
+def test_whole_layers_keep_what_the_planner_believes(style, level):
+    def kept(num_layers):
+        case = Case(pp=1, style=style, num_layers=num_layers, seq_length=128, levels=level.value)
+        with pretend_rank(case):
+            model = gpt_stage(case)
+            with Kept(model) as saved:
+                losses_of(model, case)
+            return saved.bytes(), planned_costs(case, "1f1b", level)[1]["stage0"].bytes
+
+    (two, planned_two), (four, planned_four) = kept(2), kept(4)
+    assert four - two == planned_four - planned_two
 
 
 @every_style
@@ -332,10 +389,10 @@ def test_what_a_layer_cannot_honour_is_refused():
     ids=lambda value: str(value),
 )
 def test_options_that_would_be_wrong_are_refused(values, named):
-    saving = MemorySaving(recompute_without_attention=True)
-    check_supported(configured(Case(pp=1)), saving)
+    level = Recompute.PRODUCTS
+    check_supported(configured(Case(pp=1)), level)
     with pytest.raises(ValueError, match=f"do not support .*{named}.*; leave one out"):
-        check_supported(configured(Case(pp=1), **values), saving)
+        check_supported(configured(Case(pp=1), **values), level)
 
 
 def test_megatrons_recomputation_goes_with_a_chunked_mlp():
@@ -361,5 +418,5 @@ def test_layers_are_megatrons_own_where_nothing_is_saved():
     case = Case(pp=1, loss_chunk=4)
     with pretend_rank(case):
         assert not any(isinstance(m, SavingTransformerLayer) for m in gpt_stage(case).modules())
-    assert not MemorySaving(loss_chunk_size=4).changes_layers
-    assert MemorySaving(mlp_chunk_size=4).changes_layers
+    assert not MemorySaving(loss_chunk_size=4).changes_layer(0)
+    assert MemorySaving(mlp_chunk_size=4).changes_layer(0)

@@ -12,6 +12,7 @@ from helixpipe.data.prefix import DatasetInfo, inspect_prefix
 from helixpipe.data.prepare.corpus import PreparationOptions, prepare_dataset
 from helixpipe.layers.recomputing_layer import MemorySaving
 from helixpipe.megatron_adapter.schedule import make_forward_backward
+from helixpipe.plan.cost_model import Recompute
 from helixpipe.runtime.trace import NullClock
 from megatron.pretrain.settings.arguments import parse_arguments
 
@@ -130,20 +131,23 @@ def test_the_heads_placement_reaches_the_schedule(parse):
     ("arguments", "saving"),
     [
         ("", MemorySaving()),
-        ("--pipeline-schedule helix", MemorySaving(recompute_without_attention=True)),
+        ("--pipeline-schedule helix", MemorySaving(Recompute.WITHOUT_ATTENTION)),
         ("--pipeline-schedule helix --no-recompute-without-attention", MemorySaving()),
         (
             "--pipeline-schedule helix --attention-range block --head-placement spread --loss-chunk-size 8",
-            MemorySaving(True, None, 8),
+            MemorySaving(Recompute.WITHOUT_ATTENTION, None, 8),
         ),
-        ("--recompute-without-attention", MemorySaving(recompute_without_attention=True)),
-        ("--mlp-chunk-size 8 --loss-chunk-size 100", MemorySaving(False, 8, 100)),
+        ("--recompute-without-attention", MemorySaving(Recompute.WITHOUT_ATTENTION)),
+        ("--mlp-chunk-size 8 --loss-chunk-size 100", MemorySaving(Recompute.NONE, 8, 100)),
         # 384 words in two precisions and 64 channels; 256 in the MLP.
-        ("--seq-length 32768 --mlp-chunk-size auto", MemorySaving(False, 8192)),
-        ("--seq-length 32768 --loss-chunk-size auto", MemorySaving(False, None, 32768 * 64 // (3 * 384))),
-        ("--seq-length 32768 --swiglu --mlp-chunk-size auto", MemorySaving(False, 4096)),
-        ("--mlp-chunk-size auto", MemorySaving(False, 32)),
-        ("--recompute-granularity selective --mlp-chunk-size 8", MemorySaving(False, 8)),
+        ("--seq-length 32768 --mlp-chunk-size auto", MemorySaving(Recompute.NONE, 8192)),
+        (
+            "--seq-length 32768 --loss-chunk-size auto",
+            MemorySaving(Recompute.NONE, None, 32768 * 64 // (3 * 384)),
+        ),
+        ("--seq-length 32768 --swiglu --mlp-chunk-size auto", MemorySaving(Recompute.NONE, 4096)),
+        ("--mlp-chunk-size auto", MemorySaving(Recompute.NONE, 32)),
+        ("--recompute-granularity selective --mlp-chunk-size 8", MemorySaving(Recompute.NONE, 8)),
     ],
 )
 def test_what_is_done_to_save_memory(parse, arguments, saving):

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from helixpipe.data.prefix import DatasetInfo
-from helixpipe.plan.cost_model import HARDWARE, Workload, predict_pieces
+from helixpipe.plan.cost_model import HARDWARE, Recompute, Workload, predict_pieces
 from helixpipe.plan.cost_model.model import model_from_arguments
 from megatron.pretrain.settings.arguments import parse_arguments
 from megatron.pretrain.settings.schedule import executable_schedules
@@ -59,11 +59,13 @@ def test_given_options_narrow_the_choice():
 
 def test_recomputation_is_as_given_or_where_memory_needs_it():
     long = "--hardware h20 --seq-length 131072"
-    assert not parsed(long).memory_saving.recompute_without_attention
-    assert parsed(f"{long} --memory-limit-gib 16").memory_saving.recompute_without_attention
-    assert parsed(f"{long} --recompute-without-attention").memory_saving.recompute_without_attention
+    assert parsed(long).memory_saving.recompute is Recompute.NONE
+    assert parsed(f"{long} --memory-limit-gib 16").memory_saving.recompute is Recompute.WITHOUT_ATTENTION
+    assert (
+        parsed(f"{long} --recompute-without-attention").memory_saving.recompute is Recompute.WITHOUT_ATTENTION
+    )
     never = f"{long} --memory-limit-gib 16 --no-recompute-without-attention"
-    assert not parsed(never).memory_saving.recompute_without_attention
+    assert parsed(never).memory_saving.recompute is Recompute.NONE
     assert parsed(never).schedule.reason != parsed(f"{long} --memory-limit-gib 16").schedule.reason
 
 

@@ -12,6 +12,7 @@ from training_worker import small_model
 from helixpipe.data.prefix import DatasetInfo
 from helixpipe.plan import Plan, ScheduleRequest, build_plan
 from helixpipe.plan.build import complete
+from helixpipe.plan.cost_model import Recompute
 from helixpipe.plan.execution import Execution
 from megatron.pretrain.health.agreement import fingerprint
 from megatron.pretrain.settings.arguments import parse_arguments
@@ -51,7 +52,7 @@ def test_the_plan_of_a_file_is_the_jobs(parse):
     args = parse(plan)
     assert args.schedule.plan == plan
     assert (args.pipeline_schedule, args.schedule.execution) == ("helix", Execution.SEGMENTS)
-    assert args.memory_saving.recompute_without_attention, "helix does so by itself"
+    assert args.memory_saving.recompute is Recompute.WITHOUT_ATTENTION, "helix does so by itself"
 
 
 def test_messages_are_added_to_a_plan_without_them(parse):

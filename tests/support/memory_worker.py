@@ -17,9 +17,11 @@ from helixpipe.layers.initialization import initialize_weights
 # Slices that do not divide the sequence, and one of nearly all of it.
 SAVINGS: list[dict[str, Any]] = [
     {"without_attention": True},
+    {"levels": "products"},
     {"mlp_chunk": 24},
     {"loss_chunk": 126},
     {"without_attention": True, "mlp_chunk": 100, "loss_chunk": 10},
+    {"levels": "products", "mlp_chunk": 100, "loss_chunk": 10},
 ]
 
 

@@ -44,6 +44,8 @@ from helixpipe.megatron_adapter.forward_backward import (  # noqa: E402
 )
 from helixpipe.megatron_adapter.plan_source import PlanOnDemand  # noqa: E402
 from helixpipe.plan import Plan, ScheduleRequest, build_plan  # noqa: E402
+from helixpipe.plan.cost_model import Recompute  # noqa: E402
+from helixpipe.plan.cost_model.levels import parse_levels  # noqa: E402
 from helixpipe.plan.schedules import SCHEDULES  # noqa: E402
 from helixpipe.runtime.trace import HostClock  # noqa: E402
 
@@ -76,6 +78,7 @@ class Case:
     attention_range: str = "core"
     head_placement: str = "first"
     without_attention: bool = False
+    levels: str = "none"
     mlp_chunk: int | None = None
     loss_chunk: int | None = None
     hidden_dropout: float = 0.0
@@ -101,7 +104,12 @@ class Case:
     @property
     def saving(self) -> MemorySaving:
         """What the planned model does to keep less; the reference does nothing."""
-        return MemorySaving(self.without_attention, self.mlp_chunk, self.loss_chunk)
+        levels = (
+            Recompute.WITHOUT_ATTENTION
+            if self.without_attention
+            else parse_levels(self.levels, self.num_layers)
+        )
+        return MemorySaving(levels, self.mlp_chunk, self.loss_chunk)
 
     @property
     def chunks_per_rank(self) -> int:

@@ -99,10 +99,9 @@ def build_elastic_gpt(
     Raises:
         ValueError: an option that would be ignored or wrong.
     """
-    if saving.recompute_without_attention:
+    if saving.recomputes:
         raise ValueError(
-            "the elastic schedule recomputes whole layers, as its plan says; leave "
-            "--recompute-without-attention out"
+            "the elastic schedule recomputes whole layers, as its plan says; leave --recompute-levels out"
         )
     check_supported(config, arguments.get("position_embedding_type", "learned_absolute"))
     contexts = ContextStore()

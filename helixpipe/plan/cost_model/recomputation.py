@@ -12,10 +12,10 @@ from helixpipe.plan.cost_model.work import LAYER_PIECES
 class Recompute(str, Enum):
     """What a backward computes again instead of having kept it.
 
-    ``PRODUCTS`` keeps the results of matrix products and of attention, and computes norms and activation
-    functions again; q and k are kept rotated, as attention takes them, since a rotation's backward needs
-    neither. ``SELECTIVE`` is Megatron's core attention; ``WITHOUT_ATTENTION`` is what is cheap: attention's
-    output and log-sum-exp are kept (HelixPipe); ``FULL`` keeps only a segment's or layer's input.
+    ``PRODUCTS`` keeps the results of matrix products and of attention, and computes norms, rotary positions
+    and activation functions again. ``SELECTIVE`` is Megatron's core attention; ``WITHOUT_ATTENTION`` is what
+    is cheap: attention's output and log-sum-exp are kept (HelixPipe); ``FULL`` keeps only a segment's or
+    layer's input.
     """
 
     NONE = "none"

@@ -24,8 +24,8 @@ CHANGES_NOTHING = frozenset((
     "tensor_model_parallel_size", "pipeline_model_parallel_size",
     "num_layers_per_virtual_pipeline_stage", "sequence_parallel", "overlap_grad_reduce",
     "overlap_param_gather", "recompute_granularity", "recompute_method", "recompute_num_layers",
-    "recompute_modules", "recompute_without_attention", "mlp_chunk_size", "loss_chunk_size",
-    "transformer_impl", "attention_backend", "elastic_costs", "num_workers",
+    "recompute_modules", "recompute_without_attention", "recompute_levels", "mlp_chunk_size",
+    "loss_chunk_size", "transformer_impl", "attention_backend", "elastic_costs", "num_workers",
     # What watches the job.
     "distributed_timeout_minutes", "hang_timeout_s", "check_gradients_every", "check_layers_every",
     "eval_interval", "eval_iters",

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from helixpipe.layers.recomputing_layer import MemorySaving
 from helixpipe.megatron_adapter.schedule import device
 from helixpipe.plan.cost_model import HARDWARE, Recompute, costs_of_plan, predict_pieces
 from helixpipe.plan.simulation.memory import peak_bytes
@@ -91,9 +92,10 @@ class MemoryWatch:
         return f"the plan's estimate is {peak / _GIB:.2f} GiB"
 
 
-def _recompute(args: argparse.Namespace) -> Recompute:
-    if args.memory_saving.recompute_without_attention:
-        return Recompute.WITHOUT_ATTENTION
+def _recompute(args: argparse.Namespace) -> Recompute | tuple[Recompute, ...]:
+    saving: MemorySaving = args.memory_saving
+    if saving.recomputes:
+        return saving.recompute
     return {None: Recompute.NONE, "selective": Recompute.SELECTIVE, "full": Recompute.FULL}[
         args.recompute_granularity
     ]
@@ -137,12 +139,12 @@ def what_to_change(args: argparse.Namespace) -> str:
     parameters = {} if plan is None else plan.parameters
     if plan is None:
         advice.append("a lower --memory-limit-gib")
-    elif args.recompute_granularity is None and not saving.recompute_without_attention:
-        advice.append("--recompute-without-attention")
+    elif args.recompute_granularity is None and saving.recompute is not Recompute.WITHOUT_ATTENTION:
+        advice.append("--recompute-levels without-attention")
     elif execution.recomputes_whole_layers and args.recompute_granularity != "full":
         advice.append(
             "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-            + (" --no-recompute-without-attention" if saving.recompute_without_attention else "")
+            + (" --recompute-levels none" if saving.recomputes else "")
         )
     if parameters.get("attention_range", "block") != "block":
         advice.append("--attention-range block")

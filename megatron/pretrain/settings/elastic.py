@@ -92,6 +92,7 @@ def _refuse(args: argparse.Namespace) -> None:
         "--split-weight-gradients": args.split_weight_gradients is not None,
         "--recompute-granularity": args.recompute_granularity is not None,
         "--recompute-without-attention": bool(args.recompute_without_attention),
+        "--recompute-levels": args.recompute_levels is not None,
         "--num-workers": args.num_workers != 0,
         "--data-cache-path": args.data_cache_path is not None,
         "--eod-mask-loss": args.eod_mask_loss,

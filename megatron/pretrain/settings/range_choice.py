@@ -13,6 +13,7 @@ from helixpipe.plan.cost_model import Pieces, Recompute, costs_of_plan, predict_
 from helixpipe.plan.schedules.helix import DEFAULT_FOLD
 from helixpipe.plan.schedules.request import ATTENTION_RANGES, ScheduleRequest
 from helixpipe.plan.simulation.simulate import simulate
+from megatron.pretrain.settings.recomputation import asked_levels
 from megatron.pretrain.settings.schedule_choice import check_profile, known_machine, workload_of
 
 
@@ -40,8 +41,7 @@ def choose_range(args: argparse.Namespace, request: ScheduleRequest) -> tuple[Pl
         pieces = machine
     else:
         pieces = predict_pieces(workload, machine)
-    keeps = args.recompute_without_attention in (None, True)
-    recompute = Recompute.WITHOUT_ATTENTION if keeps else Recompute.NONE
+    recompute = asked_levels(args) or Recompute.WITHOUT_ATTENTION
     plans = {
         name: build_plan(args.pipeline_schedule, replace(request, attention_range=name))
         for name in ATTENTION_RANGES

@@ -7,6 +7,8 @@ import argparse
 from helixpipe.commands.ranges import Whole
 from helixpipe.layers.recomputing_layer import MemorySaving
 from helixpipe.layers.slices import automatic_size
+from helixpipe.plan.cost_model import Recompute
+from helixpipe.plan.cost_model.levels import parse_levels
 from helixpipe.plan.schedules import SCHEDULES
 
 AUTO_SIZE = "auto"
@@ -21,8 +23,14 @@ def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--recompute-without-attention",
         action=argparse.BooleanOptionalAction,
-        help="keep attention's output and compute norms, QKV and the MLP's first half again "
-        "(default: on for helix, else off)",
+        help="the same as --recompute-levels without-attention; --no-…: as --recompute-levels none",
+    )
+    add(
+        "--recompute-levels",
+        metavar="LEVEL[:LAYERS,LEVEL:LAYERS…]",
+        help="what backward passes compute again. products: norms, rotary positions, activation functions; "
+        "without-attention: QKV and the MLP's first product, too; none. For all layers, or for so many each, "
+        "from the first on, like products:20,none:12 (default: without-attention for helix, else none)",
     )
     add(
         "--mlp-chunk-size",
@@ -44,13 +52,15 @@ def memory_saving(args: argparse.Namespace) -> MemorySaving:
     Raises:
         ValueError: options that contradict each other or do not go with the model's implementation.
     """
-    again = args.recompute_without_attention
-    if again is None:
-        again = SCHEDULES[args.pipeline_schedule].recomputes_by_default
-    if again and args.recompute_granularity is not None:
+    levels = asked_levels(args)
+    if levels is None:
+        by_default = SCHEDULES[args.pipeline_schedule].recomputes_by_default
+        levels = Recompute.WITHOUT_ATTENTION if by_default else Recompute.NONE
+    if levels is not Recompute.NONE and args.recompute_granularity is not None:
+        flag = "--recompute-levels" if args.recompute_levels else "--recompute-without-attention"
         raise ValueError(
-            f"--recompute-without-attention and --recompute-granularity {args.recompute_granularity} are two "
-            "ways to do the same; leave one out"
+            f"{flag} and --recompute-granularity {args.recompute_granularity} are two ways to do the same; "
+            "leave one out"
         )
     if args.mlp_chunk_size is not None:
         if args.transformer_impl == "transformer_engine":
@@ -61,7 +71,24 @@ def memory_saving(args: argparse.Namespace) -> MemorySaving:
             raise ValueError(
                 "--mlp-chunk-size recomputes the MLP by itself; leave mlp out of --recompute-modules"
             )
-    return MemorySaving(again, _mlp_chunk_size(args), _loss_chunk_size(args))
+    return MemorySaving(levels, _mlp_chunk_size(args), _loss_chunk_size(args))
+
+
+def asked_levels(args: argparse.Namespace) -> Recompute | tuple[Recompute, ...] | None:
+    """What layers shall compute again, all or each; None without a word.
+
+    Raises:
+        ValueError: a level that is unknown, or layers that are not those of the model.
+    """
+    text, again = args.recompute_levels, args.recompute_without_attention
+    if text is None:
+        return None if again is None else Recompute.WITHOUT_ATTENTION if again else Recompute.NONE
+    if again is not None:
+        raise ValueError("--recompute-levels says what --recompute-without-attention says; leave one out")
+    try:
+        return parse_levels(text, args.num_layers)
+    except ValueError as error:
+        raise ValueError(f"--recompute-levels {error}") from None
 
 
 def _mlp_chunk_size(args: argparse.Namespace) -> int | None:

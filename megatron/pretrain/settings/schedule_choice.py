@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import torch
 
@@ -17,10 +18,12 @@ from helixpipe.plan.cost_model import (
     costs_of_plan,
     predict_pieces,
 )
+from helixpipe.plan.cost_model.levels import LEVELS, spell_levels
 from helixpipe.plan.cost_model.model import model_from_arguments
 from helixpipe.plan.plan import Plan
 from helixpipe.plan.schedules import SCHEDULES, Schedule
 from helixpipe.plan.schedules.request import KnownCosts
+from megatron.pretrain.settings.recomputation import asked_levels
 from megatron.pretrain.settings.schedule import AUTO
 
 _RECOMPUTE = {"selective": Recompute.SELECTIVE, "full": Recompute.FULL}
@@ -145,13 +148,12 @@ def check_profile(args: argparse.Namespace, profile: Pieces, workload: Workload)
             )
 
 
-def _recompute_choices(args: argparse.Namespace) -> set[Recompute]:
+def _recompute_choices(args: argparse.Namespace) -> set[Any]:
     """What was asked for; without a word, the cheap parts are computed again where memory needs it."""
     if args.recompute_granularity is not None:
         return {_RECOMPUTE[args.recompute_granularity]}
-    if args.recompute_without_attention is None:
-        return {Recompute.NONE, Recompute.WITHOUT_ATTENTION}
-    return {Recompute.WITHOUT_ATTENTION if args.recompute_without_attention else Recompute.NONE}
+    levels = asked_levels(args)
+    return set(LEVELS) if levels is None else {levels}
 
 
 def _is_allowed(args: argparse.Namespace, candidate: Candidate) -> bool:
@@ -182,7 +184,8 @@ def _head_placement(candidate: Candidate) -> str | None:
 
 def _apply(args: argparse.Namespace, candidate: Candidate) -> None:
     args.pipeline_schedule = candidate.schedule
-    args.recompute_without_attention = candidate.recompute is Recompute.WITHOUT_ATTENTION
+    args.recompute_without_attention = None
+    args.recompute_levels = spell_levels(candidate.recompute) if candidate.recompute in LEVELS else None
     options = dict(candidate.options)
     if args.attention_range == AUTO:
         args.attention_range = None  # the candidate's, if it has one
