@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
 from models import (
     Case,
     build_optimizer,
@@ -42,8 +43,10 @@ def _reference_of(case: Case) -> Case:
         case,
         schedule="helix",
         split="none",
+        interlocked=False,
+        extra=case.num_microbatches,
         fold=1,
-        rounds=case.fold * case.rounds,
+        rounds=0,
         overlap=False,
         attention_range="core",
         head_placement="first",
@@ -56,9 +59,14 @@ def _reference_of(case: Case) -> Case:
 
 @cache
 def _run_reference(case: Case) -> tuple[list[Any], dict[str, torch.Tensor]]:
-    """Losses and gradients of Megatron's own schedule function."""
-    reference = build_reference(case)
-    losses = everywhere(run_iteration(case, reference, get_forward_backward_func()))
+    """Losses and gradients of Megatron's own schedule function.
+
+    Megatron cuts layers evenly: where ranks have different numbers of them, each runs the whole model.
+    """
+    whole = case.num_layers % case.pp != 0
+    reference = build_reference(case, whole=whole)
+    function = forward_backward_no_pipelining if whole else get_forward_backward_func()
+    losses = everywhere(run_iteration(case, reference, function))
     return losses, gather_gradients(reference)
 
 
@@ -68,7 +76,8 @@ def _compare(case: Case, tamper: bool) -> dict[str, Any]:
     planned = build_planned(case)
     schedule = planned_schedule(case)
     with counting_deferred() as deferred:
-        losses = everywhere(run_iteration(case, planned, schedule, tamper=tamper), case.fold_of_losses)
+        own = run_iteration(case, planned, schedule, tamper=tamper)
+    losses = everywhere(own, schedule.plan)
     found = gather_gradients(planned)
     rank = parallel_state.get_pipeline_model_parallel_rank()
     assert schedule.plan is not None
@@ -101,18 +110,19 @@ def compare_training(case: Case, steps: int) -> dict[str, Any]:
     """Losses and gradient norms of ``steps`` training steps under both."""
     initialize(case)
     result = {}
-    for name, build, schedule, fold in (
-        ("reference", build_reference, get_forward_backward_func(), None),
-        ("planned", build_planned, planned_schedule(case), case.fold_of_losses),
+    for name, build, schedule in (
+        ("reference", build_reference, get_forward_backward_func()),
+        ("planned", build_planned, planned_schedule(case)),
     ):
         chunks = build(case)
         optimizer = build_optimizer(case, chunks)
         history = []
         for step in range(steps):
             optimizer.zero_grad()
-            losses = everywhere(run_iteration(case, chunks, schedule, step), fold)
+            losses = everywhere(run_iteration(case, chunks, schedule, step), getattr(schedule, "plan", None))
             _, norm, _ = optimizer.step()
             history.append((losses, float(norm)))
-        evaluation = everywhere(run_iteration(case, chunks, schedule, steps, forward_only=True), fold)
+        own = run_iteration(case, chunks, schedule, steps, forward_only=True)
+        evaluation = everywhere(own, getattr(schedule, "plan", None))
         result[name] = (history, evaluation)
     return result

@@ -129,6 +129,36 @@ def splitting_cases_of(layout: Case) -> list[Case]:
     return cases
 
 
+def interlocked_cases_of(layout: Case) -> list[Case]:
+    """Rounds among each other, weight gradients and products kept, layers and micro batches of any number."""
+    layout = replace(layout, num_layers=6 if layout.pp == 3 else 4)
+    base = replace(layout, interlocked=True, rounds=2, fold=1)
+    block = replace(base, attention_range="block", head_placement="spread")
+    cases = [
+        base,
+        replace(base, fold=2, style="llama", dtype=torch.float64, levels="products"),
+        replace(base, split="planned", rounds=3, overlap=True, per_token_loss=True),
+        replace(base, attention_range="qkv", split="planned", style="llama", extra=1),
+        replace(
+            base,
+            num_layers=layout.num_layers + 1,
+            head_placement="spread",
+            dtype=torch.float64,
+            style="llama",
+        ),
+        replace(block, split="planned", levels="products", dtype=torch.float64, style="llama"),
+        replace(
+            block, split="planned", levels="products:2,none:1,without-attention:1", num_layers=4, tied=False
+        ),
+        replace(block, fold=2, extra=layout.pp, without_attention=True, loss_chunk=10, overlap=True),
+        replace(layout, extra=1, num_layers=layout.num_layers + 1, style="llama"),
+        replace(layout, rounds=0, extra=layout.pp, attention_range="block", levels="products", mlp_chunk=7),
+    ]
+    if layout.tp > 1:
+        cases += [replace(case, sequence_parallel=True) for case in (cases[2], cases[5], cases[7])]
+    return cases
+
+
 def stage_cases_of(layout: Case) -> list[Case]:
     """Schedules of stages: zero bubble with one option at a time, the others briefly."""
     zb = replace(layout, schedule="zb-h1")
@@ -172,6 +202,10 @@ def saving_cases_of(layout: Case) -> list[Case]:
         replace(helix, schedule="zb-v", style="llama", tied=False),
         replace(helix, schedule="gpipe", dtype=torch.float64),
         replace(layout, without_attention=True, schedule="zb-h1", style="llama"),
+        replace(layout, levels="products", schedule="zb-h1"),
+        replace(layout, levels="products:1,none:3", schedule="gpipe", style="llama", dtype=torch.float64),
+        replace(helix, without_attention=False, levels="products", style="llama", overlap=True),
+        replace(helix, without_attention=False, levels="products", mlp_chunk=None, dtype=torch.float64),
     ]
     if layout.pp > 1:
         # With borrowed weights, which the backward pass computes with again.
@@ -218,6 +252,17 @@ def test_folds_rounds_and_sizes_equal_megatrons(layout):
 )
 def test_weight_gradients_apart_equal_megatrons(layout):
     check(splitting_cases_of(layout), SAVING_TOLERANCE, SAVING_LOSS_TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [Case(pp=2), *map(slow, (Case(pp=3), Case(pp=4), Case(pp=2, tp=2), Case(pp=2, dp=2), Case(pp=1)))],
+    ids=layout_name,
+)
+def test_interlocked_rounds_equal_megatrons(layout):
+    # More layers than elsewhere add a little more rounding: 1.2e-6 at most.
+    tolerance = {**SAVING_TOLERANCE, torch.float32: 3e-6}
+    check(interlocked_cases_of(layout), tolerance, SAVING_LOSS_TOLERANCE)
 
 
 @pytest.mark.parametrize(

@@ -37,13 +37,12 @@ from helixpipe.layers.segmented_gpt import SegmentedGPTModel  # noqa: E402
 from helixpipe.layers.spec import LOCAL, Implementation  # noqa: E402
 from helixpipe.layers.stage import build_stage  # noqa: E402
 from helixpipe.megatron_adapter.forward_backward import (  # noqa: E402
-    HelixForwardBackward,
     PlannedForwardBackward,
     SegmentForwardBackward,
     StageForwardBackward,
 )
 from helixpipe.megatron_adapter.plan_source import PlanOnDemand  # noqa: E402
-from helixpipe.plan import Plan, ScheduleRequest, build_plan  # noqa: E402
+from helixpipe.plan import Kind, Plan, ScheduleRequest, build_plan  # noqa: E402
 from helixpipe.plan.cost_model import Recompute  # noqa: E402
 from helixpipe.plan.cost_model.levels import parse_levels  # noqa: E402
 from helixpipe.plan.schedules import SCHEDULES  # noqa: E402
@@ -83,8 +82,11 @@ class Case:
     loss_chunk: int | None = None
     hidden_dropout: float = 0.0
     modules: str = LOCAL.modules
-    # Micro batches of helix with W: of all rounds, of the last, or none.
+    # Micro batches of helix with W: of all rounds, of the last, as the schedule itself has them, or none.
     split: str = "none"
+    interlocked: bool = False
+    # Micro batches beyond whole rounds.
+    extra: int = 0
 
     @property
     def has_weight_gradients(self) -> bool:
@@ -120,13 +122,8 @@ class Case:
         return self.pp * self.tp * self.dp
 
     @property
-    def fold_of_losses(self) -> int | None:
-        """How many losses of a round each rank has; None if one rank has all of them."""
-        return self.fold if self.head_placement == "spread" else None
-
-    @property
     def num_microbatches(self) -> int:
-        return self.pp * self.fold * self.rounds
+        return self.pp * self.fold * self.rounds + self.extra
 
     def __str__(self) -> str:
         default = Case(pp=self.pp)
@@ -203,20 +200,25 @@ def _model_arguments(case: Case) -> dict[str, Any]:
     }
 
 
-def build_reference(case: Case, saving: MemorySaving = NOTHING_SAVED, **values: Any) -> list[torch.nn.Module]:
-    """Megatron's GPTModel for this rank's stage, with the same core attention, wrapped for training.
+def build_reference(
+    case: Case, saving: MemorySaving = NOTHING_SAVED, *, whole: bool = False, **values: Any
+) -> list[torch.nn.Module]:
+    """Megatron's GPTModel with the same core attention, wrapped for training: a stage, or all of it.
 
     ``values`` are set in its configuration afterwards.
     """
     config = make_config(case)
     vars(config).update(values)
+    if whole:
+        assert not case.is_tied, "Megatron would add up the gradients of embedding and head over ranks"
+        config.pipeline_model_parallel_size = 1
     with deferred_initialization(config):
         model = build_gpt(
             config,
             case.implementation,
             saving,
-            pre_process=parallel_state.is_pipeline_first_stage(),
-            post_process=parallel_state.is_pipeline_last_stage(),
+            pre_process=whole or parallel_state.is_pipeline_first_stage(),
+            post_process=whole or parallel_state.is_pipeline_last_stage(),
             **_model_arguments(case),
         )
     return _wrap(case, config, [model])
@@ -244,7 +246,9 @@ def build_planned(case: Case) -> list[torch.nn.Module]:
 def _build_helix(case: Case) -> list[torch.nn.Module]:
     config = make_config(case)
     rank = parallel_state.get_pipeline_model_parallel_rank()
-    owned = [2 * layer for layer in range(case.num_layers + 1) if layer % case.pp == rank]
+    owned = [2 * layer for layer in range(case.num_layers) if layer % case.pp == rank]
+    if rank == 0:
+        owned.append(2 * case.num_layers)
     with deferred_initialization(config):
         model = SegmentedGPTModel(
             config,
@@ -366,21 +370,22 @@ def run_iteration(
     return [entry["lm loss"].tolist() for entry in losses]
 
 
-def everywhere(values: list[Any], fold: int | None = None) -> list[Any]:
-    """Losses from the pipeline rank that has them, on all.
-
-    With ``fold``, every rank has those of a slot of so many micro batches, in each round.
-    """
+def everywhere(values: list[Any], plan: Plan | None = None) -> list[Any]:
+    """Losses by micro batch, on all ranks: from the one that has them, or from where a plan computes them."""
     gathered: list[Any] = [None] * parallel_state.get_pipeline_model_parallel_world_size()
     dist.all_gather_object(gathered, values, group=parallel_state.get_pipeline_model_parallel_group())
-    if fold is None:
+    if plan is None:
         return next(entry for entry in gathered if entry)
-    return [
-        entry
-        for first in range(0, len(values), fold)
-        for rank in gathered
-        for entry in rank[first : first + fold]
-    ]
+    losses = {
+        op.micro_batch: loss
+        for order, found in zip(plan.orders, gathered, strict=True)
+        for op, loss in zip(
+            (op for op in order if op.kind is Kind.F and op.segment == plan.num_segments - 1),
+            found,
+            strict=True,
+        )
+    }
+    return [losses[micro_batch] for micro_batch in range(plan.num_microbatches)]
 
 
 def gather_gradients(chunks: list[torch.nn.Module]) -> dict[str, torch.Tensor]:
@@ -402,21 +407,13 @@ def gather_gradients(chunks: list[torch.nn.Module]) -> dict[str, torch.Tensor]:
 
 def planned_schedule(case: Case) -> PlannedForwardBackward:
     """The case's schedule, executed from its plan."""
-    if case.split != "none":
-        return SegmentForwardBackward(_split_helix(case), clock=HostClock())
     if case.schedule == "helix":
-        return HelixForwardBackward(
-            num_fold=case.fold,
-            attention_range=case.attention_range,
-            head_placement=case.head_placement,
-            clock=HostClock(),
-        )
+        return SegmentForwardBackward(_helix_plan(case), clock=HostClock())
     plans = PlanOnDemand(case.schedule, chunks_per_rank=case.chunks_per_rank)
     return StageForwardBackward(plans, clock=HostClock())
 
 
-def _split_helix(case: Case) -> Plan:
-    """Helix with each W some backwards after its own B."""
+def _helix_plan(case: Case) -> Plan:
     request = ScheduleRequest(
         num_layers=case.num_layers,
         num_ranks=case.pp,
@@ -424,10 +421,15 @@ def _split_helix(case: Case) -> Plan:
         num_fold=case.fold,
         attention_range=case.attention_range,
         head_placement=case.head_placement,
+        round_order="interlocked" if case.interlocked else None,
+        split_weight_gradients=case.split == "planned" or None,
     )
+    plan = build_plan("helix", request)
+    if case.split not in ("all", "last"):
+        return plan
+    # Each W some backwards after its own B.
     first = case.num_microbatches - case.pp * case.fold if case.split == "last" else 0
-    only = range(first, case.num_microbatches)
-    return with_weight_gradients(build_plan("helix", request), 3, only)
+    return with_weight_gradients(plan, 3, range(first, case.num_microbatches))
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
