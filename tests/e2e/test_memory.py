@@ -140,7 +140,7 @@ ELASTIC = ScheduleSettings("elastic", Execution.CHUNKS, None)
             ["--attention-range block"],
             ["--recompute"],
         ),
-        ({"schedule": helix(attention_range="block")}, ["--recompute-without-attention"], ["block"]),
+        ({"schedule": helix(attention_range="block")}, ["--recompute-levels without-attention"], ["block"]),
         ({"schedule": helix(attention_range="qkv")}, ["--attention-range block"], []),
         ({"transformer_impl": "transformer_engine"}, ["--loss-chunk-size auto"], ["--mlp-chunk-size"]),
         (
@@ -153,7 +153,7 @@ ELASTIC = ScheduleSettings("elastic", Execution.CHUNKS, None)
         ({"micro_batch_size": 4}, ["--micro-batch-size 1"], []),
         (
             {"schedule": ONE_F_ONE_B, "memory_saving": MemorySaving(Recompute.WITHOUT_ATTENTION)},
-            ["--recompute-granularity full", "--no-recompute-without-attention"],
+            ["--recompute-granularity full", "--recompute-levels none"],
             ["--num-fold", "--attention-range"],
         ),
         ({"schedule": ONE_F_ONE_B, "recompute_granularity": "full"}, ["ranks"], ["--recompute"]),

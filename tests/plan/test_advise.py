@@ -111,7 +111,7 @@ def test_the_best_is_the_fastest_that_runs(long):
         "--head-placement spread",
         "--round-order interlocked",
         "--split-weight-gradients",
-        "--no-recompute-without-attention",
+        "--recompute-levels none",
     ]
     short = advise(job(seq_length=32768))
     assert short.best.candidate.label == "helix fold=2 block spread head"
@@ -183,8 +183,8 @@ def test_arguments_say_what_helix_recomputes_and_how_the_loss_is_computed():
     def words(recompute, **changes):
         return Candidate("helix", recompute, 2, 8, options).arguments(job(**changes))
 
-    assert words(Recompute.NONE)[-1] == "--no-recompute-without-attention"
-    assert words(Recompute.WITHOUT_ATTENTION)[-1] == "--recompute-without-attention"
+    assert words(Recompute.NONE)[-1] == "--recompute-levels none"
+    assert words(Recompute.WITHOUT_ATTENTION)[-1] == "--recompute-levels without-attention"
     assert words(Recompute.NONE, whole_logits=False)[-1] == "--loss-chunk-size auto"
     assert not Candidate("helix", Recompute.WITHOUT_ATTENTION, 2, 8, options).why_not_runnable
     block = {**options, "attention_range": "block", "head_placement": "spread"}

@@ -124,13 +124,13 @@ def advise(job: Job, accept: Callable[[Candidate], bool] = lambda candidate: Tru
         if not why_not or (label, "") not in best or option.iteration_ms < best[label, ""].iteration_ms
     ]
     return Advice(
-        sorted(_improved(job, shown), key=lambda option: option.iteration_ms),
+        sorted(_improved(job, shown, accept), key=lambda option: option.iteration_ms),
         [rejection for label, rejection in closest.items() if label not in fitting],
         len(outcomes),
     )
 
 
-def _improved(job: Job, options: list[Option]) -> Iterator[Option]:
+def _improved(job: Job, options: list[Option], accept: Callable[[Candidate], bool]) -> Iterator[Option]:
     """The options, the fastest of them with what a second look makes of them."""
     ranked = sorted(options, key=lambda option: option.iteration_ms)
     gains = _FITTING_GAINS_OF_KINDS if any(job.workload.model.layer_kinds) else _FITTING_GAINS
@@ -140,7 +140,9 @@ def _improved(job: Job, options: list[Option]) -> Iterator[Option]:
         if option.plan is None or number >= _FILLED_UP:
             continue
         mixture = _mixture(job, option.candidate)
-        if mixture is not None and mixture.iteration_ms < option.iteration_ms:
+        if mixture is None or mixture.iteration_ms >= option.iteration_ms:
+            continue
+        if accept(mixture.candidate):
             yield mixture
 
 

@@ -9,13 +9,11 @@ from itertools import pairwise, product
 from helixpipe.plan.advise.job import Job
 from helixpipe.plan.build import OPTION_FLAGS
 from helixpipe.plan.cost_model import Recompute
+from helixpipe.plan.cost_model.levels import LEVELS, spell_levels
 from helixpipe.plan.schedules import SCHEDULES, ScheduleRequest, planned_ahead
 from helixpipe.plan.schedules.request import ATTENTION_RANGES, KnownCosts
 
 MICRO_BATCH_FACTORS = (1, 2, 4)
-
-_WITHOUT_MEGATRONS = frozenset((Recompute.NONE, Recompute.WITHOUT_ATTENTION))
-_WITH_MEGATRONS = _WITHOUT_MEGATRONS | {Recompute.SELECTIVE, Recompute.FULL}
 
 
 @dataclass(frozen=True)
@@ -68,6 +66,12 @@ class Candidate:
         return [lighter if before < after else self.recompute for before, after in pairwise(cuts)]
 
     @property
+    def has_our_levels(self) -> bool:
+        """True if layers of ours recompute, where Megatron's arguments have no say."""
+        levels = {self.recompute} if self.lighter is None else {self.recompute, self.lighter[1]}
+        return levels <= set(LEVELS)
+
+    @property
     def fits_order_to_costs(self) -> bool:
         """True if its order can be made better where costs are known."""
         return self.options.get("round_order") == "interlocked"
@@ -91,8 +95,8 @@ class Candidate:
         entry = SCHEDULES.get(self.schedule)
         if entry is None or entry.execution is None:
             return "schedule"
-        executed = _WITH_MEGATRONS if entry.execution.recomputes_whole_layers else _WITHOUT_MEGATRONS
-        if self.recompute not in executed or self.lighter is not None:
+        takes_megatrons = entry.execution.recomputes_whole_layers and self.lighter is None
+        if not self.has_our_levels and not takes_megatrons:
             return "recompute"
         if self.has_windows:
             return "windows"
@@ -122,18 +126,23 @@ class Candidate:
                 words.append(OPTION_FLAGS[name])
             else:
                 words.append(f"{OPTION_FLAGS[name]} {value}")
-        words += _RECOMPUTE_ARGUMENTS[self.recompute]
-        if SCHEDULES[self.schedule].recomputes_by_default and self.recompute is Recompute.NONE:
-            words.append("--no-recompute-without-attention")
+        words += self._recompute_arguments(workload.model.num_layers)
         if not workload.whole_logits:
             words.append("--loss-chunk-size auto")
         return words
 
+    def _recompute_arguments(self, num_layers: int) -> list[str]:
+        if self.lighter is not None:
+            return [f"--recompute-levels {spell_levels(self.levels(num_layers))}"]
+        if not self.has_our_levels:
+            return _MEGATRONS_ARGUMENTS[self.recompute]
+        if self.recompute is Recompute.NONE and not SCHEDULES[self.schedule].recomputes_by_default:
+            return []
+        return [f"--recompute-levels {self.recompute.value}"]
 
-_RECOMPUTE_ARGUMENTS: Mapping[Recompute, list[str]] = {
-    Recompute.NONE: [],
+
+_MEGATRONS_ARGUMENTS: Mapping[Recompute, list[str]] = {
     Recompute.SELECTIVE: ["--recompute-granularity selective"],
-    Recompute.WITHOUT_ATTENTION: ["--recompute-without-attention"],
     Recompute.FULL: [
         "--recompute-granularity full",
         "--recompute-method uniform",

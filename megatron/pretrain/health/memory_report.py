@@ -87,7 +87,11 @@ class MemoryWatch:
             return "every batch is planned to stay below the limit, by the bytes of --elastic-costs"
         # Bytes do not depend on rates.
         pieces = predict_pieces(workload_of(self._args), HARDWARE["h100"])
-        costs = costs_of_plan(pieces, plan, _recompute(self._args))
+        try:
+            costs = costs_of_plan(pieces, plan, _recompute(self._args))
+        except ValueError as error:
+            # A plan from a file knows nothing of layers that recompute differently.
+            return f"there is no estimate of the plan's: {error}"
         peak = peak_bytes(plan, costs)[parallel_state.get_pipeline_model_parallel_rank()]
         return f"the plan's estimate is {peak / _GIB:.2f} GiB"
 

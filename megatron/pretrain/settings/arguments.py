@@ -87,7 +87,7 @@ def _choose_schedule(args: argparse.Namespace) -> ScheduleSettings:
     if plan is None and (is_open or args.round_order == "interlocked"):
         args.dataset = args.dataset or _inspect_data(args, Execution.SEGMENTS)
         args.padded_vocab_size = _pad_vocabulary(args)
-        costs = known_costs(args, entry)
+        costs = known_costs(args)
         if is_open:
             plan, reason = choose_range(args, plan_request(args, entry, costs))
         else:

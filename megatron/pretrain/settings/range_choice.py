@@ -9,11 +9,11 @@ import torch
 
 from helixpipe.plan import Plan, build_plan
 from helixpipe.plan.attention_range import AttentionSizes, cheapest_range
-from helixpipe.plan.cost_model import Pieces, Recompute, costs_of_plan, predict_pieces
+from helixpipe.plan.cost_model import Pieces, costs_of_plan, predict_pieces
 from helixpipe.plan.schedules.helix import DEFAULT_FOLD
 from helixpipe.plan.schedules.request import ATTENTION_RANGES, ScheduleRequest
 from helixpipe.plan.simulation.simulate import simulate
-from megatron.pretrain.settings.recomputation import asked_levels
+from megatron.pretrain.settings.recomputation import job_levels
 from megatron.pretrain.settings.schedule_choice import check_profile, known_machine, workload_of
 
 
@@ -41,7 +41,7 @@ def choose_range(args: argparse.Namespace, request: ScheduleRequest) -> tuple[Pl
         pieces = machine
     else:
         pieces = predict_pieces(workload, machine)
-    recompute = asked_levels(args) or Recompute.WITHOUT_ATTENTION
+    recompute = job_levels(args)
     plans = {
         name: build_plan(args.pipeline_schedule, replace(request, attention_range=name))
         for name in ATTENTION_RANGES

@@ -52,10 +52,7 @@ def memory_saving(args: argparse.Namespace) -> MemorySaving:
     Raises:
         ValueError: options that contradict each other or do not go with the model's implementation.
     """
-    levels = asked_levels(args)
-    if levels is None:
-        by_default = SCHEDULES[args.pipeline_schedule].recomputes_by_default
-        levels = Recompute.WITHOUT_ATTENTION if by_default else Recompute.NONE
+    levels = job_levels(args)
     if levels is not Recompute.NONE and args.recompute_granularity is not None:
         flag = "--recompute-levels" if args.recompute_levels else "--recompute-without-attention"
         raise ValueError(
@@ -72,6 +69,15 @@ def memory_saving(args: argparse.Namespace) -> MemorySaving:
                 "--mlp-chunk-size recomputes the MLP by itself; leave mlp out of --recompute-modules"
             )
     return MemorySaving(levels, _mlp_chunk_size(args), _loss_chunk_size(args))
+
+
+def job_levels(args: argparse.Namespace) -> Recompute | tuple[Recompute, ...]:
+    """What layers compute again, all or each: as asked for, else by the schedule's default."""
+    levels = asked_levels(args)
+    if levels is None:
+        by_default = SCHEDULES[args.pipeline_schedule].recomputes_by_default
+        levels = Recompute.WITHOUT_ATTENTION if by_default else Recompute.NONE
+    return levels
 
 
 def asked_levels(args: argparse.Namespace) -> Recompute | tuple[Recompute, ...] | None:

@@ -13,6 +13,7 @@ from helixpipe.plan.execution import Execution
 from helixpipe.plan.fit import check_executable, check_fits, stages_follow_ranks
 from helixpipe.plan.schedules import SCHEDULES, Schedule
 from helixpipe.plan.schedules.request import KnownCosts
+from megatron.pretrain.settings.recomputation import asked_levels
 from megatron.pretrain.settings.sizes import nearest
 
 AUTO = "auto"
@@ -141,10 +142,16 @@ def plan_request(
     Raises:
         ValueError: virtual stages that do not fit, or another schedule's.
     """
+    levels = asked_levels(args)
+    # Layers that keep more than others take other times, and need other names in the plan.
+    kinds = None
+    if isinstance(levels, tuple) and "layer_kinds" in entry.options:
+        kinds = tuple(level.value for level in levels)
     return ScheduleRequest(
         num_layers=args.num_layers,
         num_ranks=args.pipeline_model_parallel_size,
         num_microbatches=args.num_microbatches,
+        layer_kinds=kinds,
         num_fold=args.num_fold,
         virtual_stages=_virtual_stages(args, entry),
         attention_range=None if args.attention_range == AUTO else args.attention_range,

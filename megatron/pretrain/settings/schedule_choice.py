@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 import torch
 
@@ -18,12 +17,12 @@ from helixpipe.plan.cost_model import (
     costs_of_plan,
     predict_pieces,
 )
-from helixpipe.plan.cost_model.levels import LEVELS, spell_levels
+from helixpipe.plan.cost_model.levels import spell_levels
 from helixpipe.plan.cost_model.model import model_from_arguments
 from helixpipe.plan.plan import Plan
-from helixpipe.plan.schedules import SCHEDULES, Schedule
+from helixpipe.plan.schedules import SCHEDULES
 from helixpipe.plan.schedules.request import KnownCosts
-from megatron.pretrain.settings.recomputation import asked_levels
+from megatron.pretrain.settings.recomputation import asked_levels, job_levels
 from megatron.pretrain.settings.schedule import AUTO
 
 _RECOMPUTE = {"selective": Recompute.SELECTIVE, "full": Recompute.FULL}
@@ -50,6 +49,11 @@ def choose_schedule(args: argparse.Namespace) -> tuple[Plan, str]:
         raise ValueError(
             "--pipeline-schedule auto needs --hardware: "
             f"{', '.join(HARDWARE)}, a file of rates, or a profile (python -m helixpipe profile)"
+        )
+    if isinstance(asked_levels(args), tuple):
+        raise ValueError(
+            f"--recompute-levels {args.recompute_levels} goes with a schedule that is named; auto chooses "
+            "the level of each layer, or give one for all"
         )
     workload = workload_of(args)
     if isinstance(machine, Pieces):
@@ -100,7 +104,7 @@ def workload_of(args: argparse.Namespace) -> Workload:
     )
 
 
-def known_costs(args: argparse.Namespace, entry: Schedule) -> KnownCosts | None:
+def known_costs(args: argparse.Namespace) -> KnownCosts | None:
     """What an interlocked order is fitted to; None for other orders, and on hardware that is not known.
 
     Raises:
@@ -113,10 +117,7 @@ def known_costs(args: argparse.Namespace, entry: Schedule) -> KnownCosts | None:
     if isinstance(machine, Pieces):
         check_profile(args, machine, workload)
     pieces = machine if isinstance(machine, Pieces) else predict_pieces(workload, machine)
-    again = args.recompute_without_attention
-    if again is None:
-        again = entry.recomputes_by_default
-    recompute = Recompute.WITHOUT_ATTENTION if again else Recompute.NONE
+    recompute = job_levels(args)
     limit_gib = args.memory_limit_gib
     return KnownCosts(
         lambda plan: costs_of_plan(pieces, plan, recompute),
@@ -148,12 +149,14 @@ def check_profile(args: argparse.Namespace, profile: Pieces, workload: Workload)
             )
 
 
-def _recompute_choices(args: argparse.Namespace) -> set[Any]:
-    """What was asked for; without a word, the cheap parts are computed again where memory needs it."""
+def _recomputes_as_asked(args: argparse.Namespace, candidate: Candidate) -> bool:
+    """Without a word, as much is computed again as memory needs, in as many layers."""
     if args.recompute_granularity is not None:
-        return {_RECOMPUTE[args.recompute_granularity]}
+        return candidate.recompute is _RECOMPUTE[args.recompute_granularity]
     levels = asked_levels(args)
-    return set(LEVELS) if levels is None else {levels}
+    if levels is None:
+        return candidate.has_our_levels
+    return candidate.lighter is None and candidate.recompute is levels
 
 
 def _is_allowed(args: argparse.Namespace, candidate: Candidate) -> bool:
@@ -165,7 +168,7 @@ def _is_allowed(args: argparse.Namespace, candidate: Candidate) -> bool:
         given["virtual_stages"] = args.num_layers // stages
     return (
         not candidate.why_not_runnable
-        and candidate.recompute in _recompute_choices(args)
+        and _recomputes_as_asked(args, candidate)
         and candidate.micro_batch_size == args.micro_batch_size
         and args.head_placement in (None, _head_placement(candidate))
         and args.round_order in (None, candidate.options.get("round_order", "filo"))
@@ -184,8 +187,10 @@ def _head_placement(candidate: Candidate) -> str | None:
 
 def _apply(args: argparse.Namespace, candidate: Candidate) -> None:
     args.pipeline_schedule = candidate.schedule
-    args.recompute_without_attention = None
-    args.recompute_levels = spell_levels(candidate.recompute) if candidate.recompute in LEVELS else None
+    args.recompute_without_attention = args.recompute_levels = None
+    if candidate.has_our_levels:
+        levels = candidate.levels(args.num_layers) if candidate.lighter else candidate.recompute
+        args.recompute_levels = spell_levels(levels)
     options = dict(candidate.options)
     if args.attention_range == AUTO:
         args.attention_range = None  # the candidate's, if it has one
