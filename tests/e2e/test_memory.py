@@ -97,9 +97,9 @@ def test_operations_are_named_and_other_errors_left_alone():
             raise torch.OutOfMemoryError(CUDA_SAYS)
     operation = Operation(4, Kind.B, 1)
     assert describe(operation, plan) == "4B1, the backward of segment 4 (last), micro batch 1"
+    trace.begin(operation)
     with pytest.raises(OutOfMemory, match="rank 3, 4B1, the backward"):  # noqa: SIM117
         with naming_operation(plan, 3, trace):
-            trace.begin(operation)
             raise torch.OutOfMemoryError(CUDA_SAYS)
     trace.end()
     with pytest.raises(RuntimeError, match=r"^a shape is wrong$"):  # noqa: SIM117
