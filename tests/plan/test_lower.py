@@ -111,6 +111,26 @@ def test_no_more_receives_wait_than_messages_can_be_sent_meanwhile(plan):
                 assert begun_ms <= sent_ms < next_ms
 
 
+def test_few_receives_wait_at_once():
+    """Each that waits for its message holds multiprocessors."""
+    schedules = (("gpipe", {}), ("1f1b", {}), ("zb-v", {}), ("helix", {"num_fold": 1}), ("helix", {}))
+    for schedule, options in schedules:
+        plan = lower(compute_only(schedule, 8, 16, 16, **options))
+        nominal = dict.fromkeys(plan.cost_names, SegmentCost(1, 1, 1))
+        timeline = simulate(plan, Costs(nominal, {"*": 0.5})).timeline
+        ends = {span.operation: span.end_ms for spans in timeline.spans for span in spans}
+        for order in plan.orders:
+            posted_ms, waits = 0.0, []
+            for op in order:
+                if op.kind.is_compute:
+                    posted_ms = ends[op]
+                elif op.kind.is_receive:
+                    step, kind = (0, Kind.F) if op.kind is Kind.RECV_F else (1, Kind.B)
+                    waits.append((posted_ms, ends[Operation(op.segment + step, kind, op.micro_batch)]))
+            most = max(sum(begin <= now < end for begin, end in waits) for now, _ in waits)
+            assert most <= 3, schedule
+
+
 def test_one_rank_needs_no_messages():
     plan = compute_only("helix", 1, 3, 4)
     assert lower(plan) == plan

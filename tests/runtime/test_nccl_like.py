@@ -56,7 +56,7 @@ def check(plan, **devices):
 STAGES = ["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "dualpipe-v"]
 
 
-@pytest.mark.parametrize("p", [2, 3, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("p", [2, 3, 4, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("schedule", STAGES)
 def test_stages(schedule, p):
     check(plan_of(schedule, p, 2 * p))
@@ -75,7 +75,7 @@ HELIX = [
 ]
 
 
-@pytest.mark.parametrize("p", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("p", [2, 3, 4, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("options", HELIX, ids=lambda options: "-".join(map(str, options.values())))
 def test_helix(options, p):
     check(plan_of("helix", p, p * options["num_fold"], p, **options))
