@@ -118,7 +118,6 @@ class TimedExecutor(Executor):
         super().__init__(*args, **kwargs)
         self.samples: dict[str, list[float]] = defaultdict(list)
         self.steps = [(op, self._timed(op.kind.value, step)) for op, step in self.steps]
-        self._posts = [self._timed("post", post) for post in self._posts]
 
     def _timed(self, name: str, step: Step) -> Step:
         def timed() -> None:

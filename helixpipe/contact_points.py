@@ -73,6 +73,10 @@ CALLED = (
         "torch.autograd:Variable", "_execution_engine", "runs a backward pass without what its caller adds",
         _TORCH,
     ),
+    ContactPoint(
+        "torch.autograd:Variable", "_execution_engine", "a backward pass without a look at each argument",
+        _TORCH,
+    ),
     ContactPoint("torch.autograd", "_profiler_enabled", "ranges only where a profiler sees them", _TORCH),
     ContactPoint(
         "torch.ops.aten", "_scaled_dot_product_cudnn_attention", "attention by cuDNN", _TORCH,

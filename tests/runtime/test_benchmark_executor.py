@@ -38,7 +38,7 @@ def test_the_benchmark_times_every_kind_of_operation():
         *("operations", "1f1b", "zb-h1", "helix", "memory:"),
     ]
     for row in rows[7:10]:
-        assert all(f" {kind} " in row for kind in ("F", "B", "post"))
+        assert all(f" {kind} " in row for kind in ("F", "B", "RECV_B"))
     # Both computed the same gradients, or the script had failed; a ratio per rank.
     assert len(rows[5].split()) == 3 + 2
 
