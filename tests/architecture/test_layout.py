@@ -21,7 +21,7 @@ ARROWS = {
     "report": ("plan", "elastic", "data"),
     "kernels": (),
     "runtime": ("plan", "elastic", "kernels", "reliability"),
-    "layers": ("elastic", "kernels", "contact_points", "refusals"),
+    "layers": ("plan", "elastic", "kernels", "contact_points", "refusals"),
     "megatron_adapter": (
         "plan", "elastic", "runtime", "layers", "reliability", "contact_points", "refusals",
     ),
