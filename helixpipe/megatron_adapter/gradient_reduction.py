@@ -47,6 +47,7 @@ def hold_gradient_reduction(
     hold = get_model_config(chunks[0]).no_sync_func
     if hold is None:
         return lambda operation: nullcontext()
+    holds: list[Callable[[], AbstractContextManager[object]]]
     holds = hold if isinstance(hold, list) else [hold]
     assert len(holds) == len(chunks)
     final: dict[tuple[int, Kind], Operation] = {}

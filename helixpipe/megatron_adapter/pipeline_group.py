@@ -96,7 +96,7 @@ def _new_group_per_pipeline(group: dist.ProcessGroup, backend: str) -> dist.Proc
     dist.all_gather_object(everyone, mine)
     backend_class = getattr(dist, "ProcessGroupNCCL", None) if backend == "nccl" else None
     timeout = _timeout_of(group)
-    made = {
+    made: dict[tuple[int, ...], dist.ProcessGroup] = {
         ranks: dist.new_group(
             list(ranks),
             timeout=timeout,

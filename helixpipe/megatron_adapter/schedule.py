@@ -65,7 +65,8 @@ class MegatronForwardBackward:
         config.timers = TracingTimers(plan, rank, self.trace, self._progress)
         try:
             with naming_operation(plan, rank, self.trace):
-                return _original_function()(forward_only=forward_only, **arguments)
+                losses: list[Any] = _original_function()(forward_only=forward_only, **arguments)
+                return losses
         finally:
             config.timers = None
 

@@ -49,7 +49,8 @@ class CudaClock:
         assert isinstance(start, torch.cuda.Event)
         assert isinstance(end, torch.cuda.Event)
         end.synchronize()
-        return start.elapsed_time(end)
+        elapsed: float = start.elapsed_time(end)
+        return elapsed
 
 
 class NullClock:

@@ -166,7 +166,7 @@ def _wrap(
     model = model.cuda()
     if args.bf16:
         model = Float16Module(config, model)
-    return DistributedDataParallel(
+    wrapped: torch.nn.Module = DistributedDataParallel(
         config,
         DistributedDataParallelConfig(
             use_distributed_optimizer=args.use_distributed_optimizer,
@@ -177,6 +177,7 @@ def _wrap(
         model,
         disable_bucketing=index > 0,
     )
+    return wrapped
 
 
 def _optimizer_config(args: argparse.Namespace) -> OptimizerConfig:

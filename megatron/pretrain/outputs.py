@@ -76,8 +76,9 @@ def _take(args: argparse.Namespace, job: str, locks: Locks) -> Path | None:
         locks.take(lock_in(args.trace_dir), f"--trace-dir {args.trace_dir}")
     if args.metrics_jsonl is not None:
         locks.take(lock_beside(args.metrics_jsonl), f"--metrics-jsonl {args.metrics_jsonl}")
+    load: Path | None = args.load
     if args.save is None:
-        return args.load
+        return load
     locks.take(lock_in(args.save), f"--save {args.save}")
     for note in finish_publishing(args.save):
         say(note)
@@ -91,13 +92,14 @@ def _source(args: argparse.Namespace, job: str) -> Path | None:
         ValueError: ``--save`` holds checkpoints that the job does not go on from, and is not told to leave.
     """
     save: Path = args.save
+    load: Path | None = args.load
     there = usable(save)
-    if not there or (args.load is not None and is_same_folder(args.load, save)):
-        return args.load
+    if not there or (load is not None and is_same_folder(load, save)):
+        return load
     if _is_saved_by(job, save):
         return save
     if args.set_aside_checkpoints:
-        return args.load
+        return load
     raise ValueError(
         f"--save {save} holds checkpoints of another job, up to {there[-1].name}: give --load {save} to go "
         "on from them, another folder, or --set-aside-checkpoints to keep them under other names"

@@ -131,7 +131,7 @@ def _tracked_by_all(args: argparse.Namespace) -> Path | None:
     for _, problem in seen.values():
         if problem:
             raise DataError(problem)
-    folders = {rank: folder for rank, (folder, _) in seen.items()}
+    folders: dict[int, Path | None] = {rank: folder for rank, (folder, _) in seen.items()}
     if len(set(folders.values())) > 1:
         shown = "; ".join(f"rank {r}: {f.name if f else 'no checkpoint'}" for r, f in sorted(folders.items()))
         raise DataError(

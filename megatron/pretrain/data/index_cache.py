@@ -60,7 +60,8 @@ class CachedGPTDataset(GPTDataset):
         shared, self.config = self.config, copy.copy(self.config)
         self.config.path_to_cache = ""
         try:
-            return super()._build_document_sample_shuffle_indices()
+            computed: Indices = super()._build_document_sample_shuffle_indices()
+            return computed
         finally:
             self.config = shared
 
@@ -183,7 +184,8 @@ def _save_array(path: Path, array: np.ndarray) -> None:
 
 def _load_array(path: Path) -> np.ndarray:
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        return array
     except (ValueError, EOFError) as error:
         reason = str(error).partition("\n")[0]
         raise DataError(

@@ -178,7 +178,7 @@ def _virtual_stages(args: argparse.Namespace, entry: Schedule) -> int | None:
         )
     if not has_them:
         return None
-    stages = None
+    stages: int | None = None
     if per_chunk is not None:
         step = args.pipeline_model_parallel_size * per_chunk
         stages, rest = divmod(args.num_layers, step)
