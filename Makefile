@@ -11,7 +11,7 @@ RUN    := runs/quickstart
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.installed
 
-.PHONY: quickstart test test-all lint kernels benchmark layer-benchmark elastic elastic-benchmark overlap tables pictures docs clean
+.PHONY: quickstart test test-all lint kernels benchmark layer-benchmark elastic elastic-benchmark overlap rounds tables pictures docs clean
 
 # Two minutes on 2 cores: a corpus, 1F1B and helix on the same batches, a picture of what both ran.
 quickstart: $(READY)
@@ -47,6 +47,10 @@ layer-benchmark: kernels
 # The executor against the simulator: eight ranks whose operations sleep, with real messages as long as a segment's forward. Five minutes.
 overlap: $(READY)
 	OMP_NUM_THREADS=1 $(PY) benchmarks/overlap.py --num-layers 16 --unit-ms 40 --iterations 3 --schedules helix-1 helix-2
+
+# Interlocked rounds against rounds one after the other, in the same way, with the cost model's times. Two minutes.
+rounds: $(READY)
+	OMP_NUM_THREADS=1 $(PY) benchmarks/rounds.py
 
 # A training job on the standard library's files as they are, each batch planned while the one before trains. Three minutes on 2 cores.
 elastic: $(READY)

@@ -40,6 +40,7 @@ from helixpipe.plan.simulation.costs import ANY_EDGE, Costs, SegmentCost
 from helixpipe.plan.simulation.simulate import simulate
 from helixpipe.runtime.communicator import Communicator, Handle, TorchCommunicator
 from helixpipe.runtime.executor import Executor, Tensors
+from helixpipe.runtime.lending import WeightLending
 from helixpipe.runtime.message import MessageLayout
 from helixpipe.runtime.trace import HostClock, Trace
 from helixpipe.runtime.weight_gradients import DeferredWeightGradients
@@ -57,7 +58,7 @@ class Case(NamedTuple):
     """One plan with one set of costs."""
 
     name: str
-    message_units: float
+    message_ms: float
     plan: Plan
     costs: Costs
 
@@ -75,7 +76,11 @@ class SleepingSegments:
     def __init__(self, case: Case, message_elements: int) -> None:
         self.plan, self.costs = case.plan, case.costs
         self.weight_gradients = DeferredWeightGradients()
-        self.lending = None
+        self.lending: WeightLending | None = None
+        if case.plan.loans:
+            # Weights in name only: they travel, and their gradients return.
+            weight, shape = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64)), torch.Size((1,))
+            self.lending = WeightLending(lambda _: [weight], lambda _: [shape], weight.dtype, weight.dtype)
         self._layout = MessageLayout((torch.Size((message_elements,)),), torch.float64)
 
     def layout(self, edge: int, micro_batch: int) -> MessageLayout:
@@ -189,12 +194,7 @@ def main() -> int:
         f"unit {options.unit_ms:g} ms, messages of {options.message_kib} KiB; "
         f"median of {options.iterations} iterations"
     )
-    print(
-        f"{'schedule':9} {'message ms':>10} {'simulated ms':>13} {'measured ms':>12} {'ratio':>7}"
-        f" {'range':>15}  waits per rank ms, simulated and measured",
-        flush=True,
-    )
-    return _run_on_processes(options, cases)
+    return int(run_on_processes(options, cases) is None)
 
 
 def build_parser() -> ScriptParser:
@@ -244,11 +244,26 @@ def _case(name: str, message_units: float, options: argparse.Namespace) -> Case:
         )
         costs = dict.fromkeys(plan.segment_names, whole)
     known = Costs(costs, {ANY_EDGE: message_units * unit})
-    return Case(name, message_units, complete(plan, known), known)
+    return Case(name, message_units * unit, complete(plan, known), known)
 
 
-def _run_on_processes(options: argparse.Namespace, cases: list[Case]) -> int:
-    """Measure and report each case; 1 if a rank has failed, which says why itself."""
+def run_on_processes(options: argparse.Namespace, cases: list[Case]) -> dict[str, float] | None:
+    """Measure and report each case.
+
+    Args:
+        options: ``ranks``, ``iterations`` and ``message_kib``.
+        cases: by a name each.
+
+    Returns:
+        The median of every case in milliseconds; None if a rank has failed, which says why itself.
+    """
+    width = max(9, *(len(case.name) for case in cases))
+    print(
+        f"{'schedule':{width}} {'message ms':>10} {'simulated ms':>13} {'measured ms':>12} {'ratio':>7}"
+        f" {'range':>15}  waits per rank ms, simulated and measured",
+        flush=True,
+    )
+    medians: dict[str, float] = {}
     # Forked from a process that has imported torch and done nothing with it: ranks start at once.
     context = multiprocessing.get_context("fork")
     results: Any = context.SimpleQueue()
@@ -265,12 +280,12 @@ def _run_on_processes(options: argparse.Namespace, cases: list[Case]) -> int:
             if samples is None:
                 failed = True
                 break
-            _report(case, samples)
+            medians[case.name] = _report(case, samples, width)
         for process in ranks:
             if failed:
                 process.terminate()
             process.join()
-    return int(failed)
+    return None if failed else medians
 
 
 def _rank_main(rank: int, options: argparse.Namespace, cases: list[Case], store: str, results: Any) -> None:
@@ -296,7 +311,7 @@ def _measure(case: Case, options: argparse.Namespace) -> list[list[Sample]]:
     executor = Executor(
         case.plan,
         SleepingSegments(case, options.message_kib * 1024 // 8),
-        DelayedCommunicator(communicator, case.message_units * options.unit_ms),
+        DelayedCommunicator(communicator, case.message_ms),
         device=torch.device("cpu"),
         trace=Trace(HostClock()),
     )
@@ -321,20 +336,20 @@ def _start_together() -> float:
     return float(instant)
 
 
-def _report(case: Case, samples: list[list[Sample]]) -> None:
+def _report(case: Case, samples: list[list[Sample]], width: int) -> float:
     simulation = simulate(case.plan, case.costs).timeline
     expected = simulation.makespan_ms
     ends = [max(sample.end_ms for sample in ranks) for ranks in samples]
     ratios = sorted(end / expected for end in ends)
     planned = sum(wait.end_ms - wait.start_ms for waits in simulation.waits for wait in waits)
     waited = statistics.median(sum(sample.wait_ms for sample in ranks) for ranks in samples)
-    message_ms = case.costs.p2p_ms[ANY_EDGE]
     print(
-        f"{case.name:9} {message_ms:10.0f} {expected:13.1f} {statistics.median(ends):12.1f} "
+        f"{case.name:{width}} {case.message_ms:10.1f} {expected:13.1f} {statistics.median(ends):12.1f} "
         f"{statistics.median(ratios):7.4f} {ratios[0]:7.4f}-{ratios[-1]:.4f}  "
         f"{planned / len(simulation.spans):.0f} {waited / len(simulation.spans):.0f}",
         flush=True,
     )
+    return statistics.median(ends)
 
 
 if __name__ == "__main__":

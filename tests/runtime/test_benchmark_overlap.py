@@ -14,9 +14,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(*arguments):
+def run(*arguments, script="overlap"):
     return subprocess.run(
-        [sys.executable, "benchmarks/overlap.py", *map(str, arguments)],
+        [sys.executable, f"benchmarks/{script}.py", *map(str, arguments)],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -49,3 +49,23 @@ def test_sizes_that_do_not_fit_are_refused():
     assert finished.returncode == 2
     assert finished.stderr.startswith("benchmark_overlap: error: ")
     assert finished.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_rounds_are_executed_as_planned():
+    """With loans, W and an order fitted to the cost model's times."""
+    finished = run(
+        *("--ranks", 4, "--num-microbatches", 8, "--scale", 0.005, "--message-kib", 1, "--iterations", 1),
+        script="rounds",
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr == ""
+    lines = finished.stdout.splitlines()[2:]
+    assert [line.split(",")[0] for line in lines[:3]] == ["filo", "interlocked", "interlocked-w"]
+    assert lines[3].endswith("1.000x filo, without-attention")
+
+
+def test_rounds_that_do_not_fit_are_refused():
+    finished = run("--memory-limit-gib", 1, script="rounds")
+    assert finished.returncode == 2
+    assert finished.stderr.startswith("benchmark_rounds: error: filo does not fit into 1 GiB")
