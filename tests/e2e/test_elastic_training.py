@@ -99,7 +99,8 @@ def test_evaluation_is_megatrons_loss_of_whole_documents(two_stages, corpus):
     first, last = (round(bound / 11 * count) for bound in (8, 10))
     words = [
         *MODEL, "--data-path", corpus, "--pipeline-schedule", "1f1b", "--max-position-embeddings", LONGEST,
-        "--load", folder / "saved",
+        "--load", folder / "saved", "--allow-changed", "calculate-per-token-loss", "global-batch-size",
+        "max-seq-length", "split", "pipeline-schedule",
     ]  # fmt: skip
     position = 2 * BATCH
     (expected,) = run_on_ranks(
