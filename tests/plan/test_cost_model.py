@@ -21,6 +21,7 @@ from helixpipe.plan.cost_model.analytic import pipeline_network
 from helixpipe.plan.cost_model.segments import rank_parameters
 from helixpipe.plan.cost_model.work import LAYER_PIECES, PIECES
 from helixpipe.plan.schedules import planned_ahead
+from helixpipe.plan.simulation.costs import parse_costs
 from helixpipe.plan.simulation.memory import peak_bytes
 
 GPT = MODELS["gpt-7b"]
@@ -368,6 +369,13 @@ def test_products_compute_norms_and_the_activation_function_again():
     assert block["attention"].recompute + block["middle"].recompute == pytest.approx(expected)
     without = costs_of_plan(found, plan, Recompute.WITHOUT_ATTENTION).segments["stage1"]
     assert without.recompute / 4 == pytest.approx(34, abs=6)
+
+
+def test_costs_of_a_spread_head_are_read_back():
+    """Its last segment follows attention on the same rank: there is no edge to name."""
+    plan = planned("helix", head_placement="spread", attention_range="block")
+    costs = costs_of_plan(pieces(), plan, Recompute.NONE)
+    assert parse_costs(costs.to_json(), plan) == costs
 
 
 def test_windows_leave_a_band_of_attention():
