@@ -12,7 +12,7 @@ from helixpipe.report.console import table_console
 
 GIB = 2**30
 # Piped output has no width of its own; the table needs this much.
-_WIDTH = 160
+_WIDTH = 184
 
 
 def print_advice(advice: Advice, job: Job) -> None:
@@ -36,7 +36,7 @@ def _table(advice: Advice, job: Job) -> Table:
     )
     for name in ("", "schedule", "recompute"):
         table.add_column(name, no_wrap=True)
-    for name in ("b", "iteration", "tokens/s/GPU", "MFU", "bubble", "peak GiB", "headroom"):
+    for name in ("b", "iteration", "tokens/s/GPU", "MFU", "bubble", "peak GiB", "messages", "headroom"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("runs", no_wrap=True)
     for number, option in enumerate(advice.options, 1):
@@ -56,7 +56,9 @@ def _row(number: int, option: Option, job: Job) -> Iterable[str]:
     yield f"{option.mfu:.1%}" if option.mfu else "?"
     yield f"{option.bubble:.1%}"
     yield f"{option.peak_bytes / GIB:.1f}"
-    yield f"{(job.memory_limit_bytes - option.peak_bytes) / GIB:.1f}"
+    messages = option.message_bytes
+    yield "" if messages is None else f"{messages / GIB:.1f}"
+    yield f"{(job.memory_limit_bytes - option.peak_bytes - (messages or 0)) / GIB:.1f}"
     yield f"no: {candidate.why_not_runnable}" if candidate.why_not_runnable else "yes"
 
 
@@ -69,7 +71,7 @@ def _lines(advice: Advice, job: Job) -> Iterable[str]:
     yield ""
     yield (
         f"{advice.num_candidates} candidates; memory limit {limit:.1f} GiB per GPU. b: sequences in a micro "
-        "batch."
+        "batch. messages: what buffers of messages add to the peak, in GiB, of the fastest."
     )
     if advice.rejections:
         yield "Rejected:"

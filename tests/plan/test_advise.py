@@ -10,6 +10,7 @@ from helixpipe.plan.advise import Candidate, advise, make_job
 from helixpipe.plan.advise.advice import Rejection, _pipeline, efficiency
 from helixpipe.plan.advise.candidates import candidates
 from helixpipe.plan.advise.context_parallel import Exchange, predict_context_parallel
+from helixpipe.plan.advise.messages import peak_with_messages
 from helixpipe.plan.cost_model import (
     HARDWARE,
     MODELS,
@@ -268,3 +269,23 @@ def test_efficiency_is_one_over_the_bubble_without_recomputation():
     assert efficiency(plan, costs) == pytest.approx(1 - simulate(plan, costs).timeline.bubble_ratio)
     again = costs_of_plan(pieces, plan, Recompute.FULL)
     assert efficiency(plan, again) < 0.9 * efficiency(plan, costs)
+
+
+# Buffers of messages.
+
+
+def test_messages_of_the_fastest_count_and_must_fit(long):
+    """As the executor's own rule counts them, on the plan with its messages."""
+    for option in long.options[:10]:
+        if option.plan is None:
+            continue
+        worst = peak_with_messages(option.plan, option.costs, 8)
+        assert option.message_bytes == worst - option.peak_bytes > 0
+        assert worst <= job().memory_limit_bytes
+    first = long.options[0]
+    tight = replace(job(), memory_limit_bytes=first.peak_bytes + first.message_bytes // 2)
+    label = first.candidate.label
+    again = advise(tight, accept=lambda candidate: candidate.label == label)
+    # It would fit without them: more is computed again instead.
+    assert again.best.candidate.recompute_label != first.candidate.recompute_label
+    assert again.best.peak_bytes + again.best.message_bytes <= tight.memory_limit_bytes

@@ -9,6 +9,7 @@ from functools import lru_cache
 from helixpipe.plan.advise.candidates import Candidate, candidates
 from helixpipe.plan.advise.context_parallel import Exchange, predict_context_parallel
 from helixpipe.plan.advise.job import GIB, Job
+from helixpipe.plan.advise.messages import peak_with_messages
 from helixpipe.plan.cost_model import Recompute, costs_of_plan
 from helixpipe.plan.operation import Kind
 from helixpipe.plan.plan import Plan
@@ -22,6 +23,8 @@ from helixpipe.plan.simulation.simulate import simulate
 _FITTING_GAINS, _FITTING_GAINS_OF_KINDS = 1.02, 1.2
 # In how many of the fastest memory that is left is filled.
 _FILLED_UP = 6
+# Of how many of the fastest the buffers of messages are counted: they need a plan with its messages.
+_WITH_MESSAGES = 10
 # What computes less again than a recomputation, and keeps more.
 _LIGHTER = {
     Recompute.PRODUCTS: Recompute.NONE,
@@ -38,7 +41,8 @@ class Option:
         candidate: how to run.
         iteration_ms: the whole iteration.
         bubble: share of the ranks' time without compute; for context parallelism that of exposed messages.
-        peak_bytes: on the worst rank.
+        peak_bytes: on the worst rank, without buffers of messages.
+        message_bytes: what those add to the peak; None where they were not looked at: beyond the fastest.
         tokens_per_second_per_gpu: throughput.
         mfu: model FLOPs over what the GPUs could do, 0 to 1; 0 if their peak is unknown.
         plan: what was simulated, without messages; None for context parallelism.
@@ -53,6 +57,7 @@ class Option:
     mfu: float
     plan: Plan | None = None
     costs: Costs | None = None
+    message_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -123,8 +128,9 @@ def advise(job: Job, accept: Callable[[Candidate], bool] = lambda candidate: Tru
         # What cannot be executed is of interest only if it would be faster.
         if not why_not or (label, "") not in best or option.iteration_ms < best[label, ""].iteration_ms
     ]
+    improved = sorted(_improved(job, shown, accept), key=lambda option: option.iteration_ms)
     return Advice(
-        sorted(_improved(job, shown, accept), key=lambda option: option.iteration_ms),
+        sorted(_with_messages(job, improved, accept), key=lambda option: option.iteration_ms),
         [rejection for label, rejection in closest.items() if label not in fitting],
         len(outcomes),
     )
@@ -144,6 +150,28 @@ def _improved(job: Job, options: list[Option], accept: Callable[[Candidate], boo
             continue
         if accept(mixture.candidate):
             yield mixture
+
+
+def _with_messages(job: Job, ranked: list[Option], accept: Callable[[Candidate], bool]) -> Iterator[Option]:
+    """The options; the fastest with their messages, and with more computed again where these do not fit."""
+    for number, option in enumerate(ranked):
+        if option.plan is None or option.costs is None or number >= _WITH_MESSAGES:
+            yield option
+            continue
+        peak = peak_with_messages(option.plan, option.costs, job.workload.tensor_parallel)
+        counted = replace(option, message_bytes=peak - option.peak_bytes)
+        if peak <= job.memory_limit_bytes:
+            yield counted
+            continue
+        assert counted.message_bytes is not None
+        tight = replace(job, memory_limit_bytes=job.memory_limit_bytes - counted.message_bytes)
+        # Messages are the same whatever is computed again; a mixture falls back to its heavier level.
+        levels = list(Recompute)
+        heavier = levels[levels.index(option.candidate.recompute) + (option.candidate.lighter is None) :]
+        group = [replace(option.candidate, recompute=level, lighter=None) for level in heavier]
+        for outcome in _first_that_fits(tight, [candidate for candidate in group if accept(candidate)]):
+            if isinstance(outcome, Option):
+                yield replace(outcome, message_bytes=counted.message_bytes)
 
 
 def _fitted(job: Job, option: Option) -> Option:

@@ -1,0 +1,27 @@
+"""What buffers of messages add to a plan's memory."""
+
+from __future__ import annotations
+
+from helixpipe.plan.lower import lower
+from helixpipe.plan.plan import Plan
+from helixpipe.plan.simulation.costs import Costs
+from helixpipe.plan.simulation.memory import held_bytes
+from helixpipe.plan.simulation.message_buffers import buffer_bytes
+
+
+def peak_with_messages(plan: Plan, costs: Costs, gpus_per_rank: int) -> int:
+    """Peak bytes of a GPU on the worst rank, unfinished sends and posted receives included.
+
+    Args:
+        plan: without messages.
+        costs: what segments keep on one GPU, and what a message of all GPUs of a rank has.
+        gpus_per_rank: GPUs that share the messages of a pipeline rank.
+    """
+    lowered = lower(plan, costs)
+    return max(
+        held.during + buffers // gpus_per_rank
+        for rank in range(plan.num_ranks)
+        for held, buffers in zip(
+            held_bytes(lowered, costs, rank), buffer_bytes(lowered, costs, rank), strict=True
+        )
+    )
