@@ -157,11 +157,18 @@ class SavingTransformerLayer(TransformerLayer):
             return add(attention.linear_proj(output), hidden_states, self.hidden_dropout), None
 
     def _forward_mlp(
-        self, hidden_states: Tensor, inference_context: Any = None, padding_mask: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        inference_context: Any = None,
+        padding_mask: Tensor | None = None,
+        **later: Any,
     ) -> Tensor:
-        """Megatron's, with fc2 as the consumer of a recomputed activation, or in slices."""
-        if inference_context is not None or padding_mask is not None:
-            return super()._forward_mlp(hidden_states, inference_context, padding_mask)
+        """Megatron's, with fc2 as the consumer of a recomputed activation, or in slices.
+
+        ``later`` takes what newer releases pass, like 0.19's ``packed_seq_params``.
+        """
+        if any(value is not None for value in (inference_context, padding_mask, *later.values())):
+            return super()._forward_mlp(hidden_states, inference_context, padding_mask, **later)
         if self.mlp_chunk_size is not None:
             output = self._sliced_mlp(hidden_states, self.mlp_chunk_size)
         elif self.level is Recompute.PRODUCTS:

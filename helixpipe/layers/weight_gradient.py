@@ -85,8 +85,16 @@ def _linear(
     tp_group: dist.ProcessGroup | None = None,
     grad_output_buffer: None = None,
     wgrad_deferral_limit: int | None = None,
+    **later: int,
 ) -> Tensor:
-    """Stands for a layer's ``_forward_impl``, with its signature; ``unsplit`` is Megatron's own."""
+    """Stands for a layer's ``_forward_impl``, with its signature; ``unsplit`` is Megatron's own.
+
+    ``later`` takes what newer releases pass: since 0.19 over how many ranks a weight is sharded besides.
+    """
+    refuse(
+        {name: value != 1 for name, value in later.items()},
+        "{} does not go with split backward passes; leave it out",
+    )
     # Without an input gradient there is nothing to split: the backward pass is the weight gradient.
     if torch.is_grad_enabled() and weight.requires_grad and input.requires_grad:
         layer = _Layer(weight, allreduce_dgrad, sequence_parallel, tp_group, defer)
@@ -101,6 +109,7 @@ def _linear(
         tp_group=tp_group,
         grad_output_buffer=grad_output_buffer,
         wgrad_deferral_limit=wgrad_deferral_limit,
+        **later,
     )
 
 

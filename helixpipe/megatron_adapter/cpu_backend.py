@@ -48,6 +48,17 @@ def _redirect_devices() -> None:
     replace("torch.cuda", "current_device", lambda: _CPU)
     replace("torch.cuda", "synchronize", lambda device=None: None)
     replace("torch.cuda", "set_device", lambda device: None)
+    replace("torch.cuda", "current_stream", lambda device=None: _Stream())
+
+
+class _Stream:
+    """Work of a CPU is done when it has been called."""
+
+    def wait_stream(self, stream: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
 
 
 def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
