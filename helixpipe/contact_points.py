@@ -9,6 +9,7 @@ through :func:`replace` only.
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from functools import reduce
 from typing import Any, NamedTuple
@@ -197,6 +198,7 @@ PATCHED = (
     ContactPoint("torch.cuda", "current_device", "without a GPU: the CPU", _TORCH),
     ContactPoint("torch.cuda", "synchronize", "without a GPU: nothing to wait for", _TORCH),
     ContactPoint("torch.cuda", "set_device", "without a GPU: nothing to choose", _TORCH),
+    ContactPoint("torch.cuda", "current_stream", "without a GPU: nothing to wait for", _TORCH),
     ContactPoint("torch.cuda", "get_rng_state", "without a GPU: the CPU's generator", _TORCH),
     ContactPoint("torch.cuda", "manual_seed", "without a GPU: the CPU's generator", _TORCH),
     ContactPoint(
@@ -254,13 +256,33 @@ PATCHED = (
         "the same function under a second name",
         _CORE,
     ),
+    *(
+        ContactPoint(
+            "megatron.core.pipeline_parallel.schedules", name,
+            "stops a step that another program makes without the schedule that it asked for", _CORE,
+        )
+        for name in ("forward_backward_no_pipelining", "forward_backward_pipelining_without_interleaving",
+                     "forward_backward_pipelining_with_interleaving")
+    ),
+    ContactPoint(
+        "megatron.core.models.gpt:GPTModel", "__new__",
+        "another program's model in segments, wherever it has the class from", _CORE,
+    ),
     ContactPoint(
         "megatron.core.dist_checkpointing.strategies.filesystem_async", "_results_queue",
         "keeps Megatron from starting a process that writes", _CORE,
     ),
 )  # fmt: skip
 
-_PATCHED = {(point.owner, point.name) for point in PATCHED}
+# The same, where megatron-core has its training program: since 0.17.
+PATCHED_IN_PROGRAM = (
+    ContactPoint(
+        "megatron.training.training", "build_train_valid_test_data_iterators",
+        "data on every rank, for a head on every rank", "megatron-core 0.17.1",
+    ),
+)  # fmt: skip
+
+_PATCHED = {(point.owner, point.name) for point in (*PATCHED, *PATCHED_IN_PROGRAM)}
 
 
 def find(owner: str) -> Any:
@@ -295,7 +317,44 @@ def replace(owner: str, name: str, value: Any, *, on: Any = None) -> Callable[[]
     def undo() -> None:
         if is_own:
             setattr(target, name, original)
+        elif name == "__new__":
+            # CPython does not go back to the inherited one: it would refuse the constructor's arguments.
+            setattr(target, name, lambda cls, *args, **kwargs: object.__new__(cls))
         else:
             delattr(target, name)
+
+    return undo
+
+
+def replace_everywhere(module: str, name: str, value: Any) -> Callable[[], None]:
+    """Put ``value`` in the place of a function of :data:`PATCHED`, also where it was imported from there.
+
+    Args:
+        module, name: of the contact point.
+        value: what comes in its place in every module that holds the function now, under whatever name; an
+            object of its own, by which it is found again.
+
+    Returns:
+        A function that gives the original back.
+    """
+    assert (module, name) in _PATCHED, f"{module} {name} is no contact point"
+    original = getattr(find(module), name)
+    held = [
+        (holder, alias)
+        for holder in list(sys.modules.values())
+        for alias, found in list(getattr(holder, "__dict__", {}).items())
+        if found is original
+    ]
+    for holder, alias in held:
+        setattr(holder, alias, value)
+
+    def undo() -> None:
+        for holder, alias in held:
+            setattr(holder, alias, original)
+        # Modules that came later imported what was here then.
+        for holder in list(sys.modules.values()):
+            for alias, found in list(getattr(holder, "__dict__", {}).items()):
+                if found is value:
+                    setattr(holder, alias, original)
 
     return undo

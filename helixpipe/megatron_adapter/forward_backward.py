@@ -13,7 +13,7 @@ from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from helixpipe.layers.segmented_gpt import SegmentedGPTModel
 from helixpipe.layers.weight_gradient import defer_weight_gradients
 from helixpipe.megatron_adapter.forward_step import IterationInput
-from helixpipe.megatron_adapter.pipeline_group import agree_on_plan
+from helixpipe.megatron_adapter.pipeline_group import agree_on_plan, check_groups
 from helixpipe.megatron_adapter.plan_source import GivenPlan, PlanOnDemand, PlanSource
 from helixpipe.megatron_adapter.planned_iteration import PlannedIterations
 from helixpipe.megatron_adapter.segments.contract import IterationSize, ModelSegments
@@ -96,11 +96,10 @@ class PlannedForwardBackward:
             {
                 "decoder_seq_length": decoder_seq_length not in (None, seq_length),
                 "adjust_tensor_shapes_fn": adjust_tensor_shapes_fn is not None,
-                "p2p_communicator": p2p_communicator is not None,
-                "pg_collection": pg_collection is not None,
             },
             f"the {self.name} schedule does not support {{}}",
         )
+        check_groups(pg_collection, p2p_communicator, self.name)
         chunks = self._per_chunk(model, "model chunk")
         size = IterationSize(num_microbatches, seq_length, micro_batch_size, forward_only)
         if size not in self._executors:

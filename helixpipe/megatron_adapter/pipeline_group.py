@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from helixpipe.plan import Plan
 from helixpipe.runtime.communicator import Communicator, TorchCommunicator
@@ -44,6 +46,39 @@ def agree(mine: Mapping[str, Any], group: dist.ProcessGroup) -> None:
             f"pipeline ranks disagree on ({', '.join(mine)}): {shown}. Start every rank with the same "
             "arguments"
         )
+
+
+def check_groups(pg_collection: object | None, p2p_communicator: Any, schedule: str) -> None:
+    """``ValueError`` unless groups that a caller passes are those of ``parallel_state``, which are used here.
+
+    Args:
+        pg_collection: Megatron's ``ProcessGroupCollection``, or None.
+        p2p_communicator: its ``P2PCommunicator``, of which only the pipeline group counts, or None.
+        schedule: for the message.
+    """
+    given = {}
+    if pg_collection is not None:
+        fields = [field.name for field in dataclasses.fields(ProcessGroupCollection)]
+        given = {name: getattr(pg_collection, name, None) for name in fields}
+    own = ProcessGroupCollection.use_mpu_process_groups() if given or p2p_communicator is not None else None
+    pairs = [(f"pg_collection.{name}", group, getattr(own, name, None)) for name, group in given.items()]
+    if p2p_communicator is not None:
+        pairs.append(("p2p_communicator", p2p_communicator.pp_group, getattr(own, "pp", None)))
+    for name, group, known in pairs:
+        if group is not None and group is not known and _ranks(group) != _ranks(known):
+            raise ValueError(
+                f"the {schedule} schedule uses the groups of parallel_state, and {name} has other ranks: "
+                f"{_ranks(group)}, not {_ranks(known)}; initialize parallel_state with the same sizes"
+            )
+
+
+def _ranks(group: Any) -> Any:
+    """Global ranks of a group, or of a list of groups."""
+    if group is None:
+        return None
+    if isinstance(group, list):
+        return [_ranks(each) for each in group]
+    return dist.get_process_group_ranks(group)
 
 
 def make_communicator(group: dist.ProcessGroup, *, has_two_ways: bool | None = None) -> Communicator:

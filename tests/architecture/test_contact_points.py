@@ -10,7 +10,7 @@ import sys
 import pytest
 from sources import PACKAGES, ROOT, parsed, relative, sources
 
-from helixpipe.contact_points import CALLED, OPTIONAL, OVERRIDDEN, PATCHED, find, replace
+from helixpipe.contact_points import CALLED, OPTIONAL, OVERRIDDEN, PATCHED, PATCHED_IN_PROGRAM, find, replace
 
 LISTED = {point.name for point in (*CALLED, *OPTIONAL, *OVERRIDDEN, *PATCHED)}
 FOREIGN = ("torch", "megatron.core", "numpy")
@@ -130,7 +130,7 @@ def test_every_contact_point_is_where_it_was():
 
 
 def test_each_says_why_and_since_when():
-    for point in (*CALLED, *OPTIONAL, *OVERRIDDEN, *PATCHED):
+    for point in (*CALLED, *OPTIONAL, *OVERRIDDEN, *PATCHED, *PATCHED_IN_PROGRAM):
         assert point.why
         assert point.since.split()[0] in ("torch", "megatron-core", "flash-attn")
 

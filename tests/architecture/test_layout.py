@@ -25,6 +25,10 @@ ARROWS = {
     "megatron_adapter": (
         "plan", "elastic", "runtime", "layers", "reliability", "contact_points", "refusals",
     ),
+    # Helix inside Megatron-LM's training program.
+    "megatron_lm": (
+        "plan", "layers", "megatron_adapter", "reliability", "contact_points", "command_line",
+    ),
     "profiling": ("plan", "elastic", "runtime", "layers", "megatron_adapter"),
     "preflight": ("plan", "runtime", "reliability"),
     # This fork's own training program.

@@ -16,6 +16,7 @@ import pytest
 
 from helixpipe.__main__ import build_parser as planning_parser
 from helixpipe.__main__ import main as helixpipe
+from helixpipe.megatron_lm.options import take_options
 from megatron.pretrain.settings.parser import build_parser
 
 ROOT = Path(__file__).parents[2]
@@ -65,7 +66,9 @@ def check_command(words):
         planning_parser().parse_args(words[1:])
     elif words[0] == "torchrun":
         start = next(i for i, word in enumerate(words) if word in ("pretrain_gpt.py", "-m"))
-        if words[start] == "-m":
+        if words[start : start + 2] == ["-m", "helixpipe.megatron_lm"]:
+            assert take_options(words[start + 3 :]) is not None
+        elif words[start] == "-m":
             assert words[start + 1] == "helixpipe"
             planning_parser().parse_args(words[start + 2 :])
         else:

@@ -5,10 +5,19 @@ from __future__ import annotations
 import inspect
 import json
 import warnings
+from importlib.util import find_spec
 
 warnings.filterwarnings("ignore")
 
-from helixpipe.contact_points import CALLED, OPTIONAL, OVERRIDDEN, PATCHED, ContactPoint, find  # noqa: E402
+from helixpipe.contact_points import (  # noqa: E402
+    CALLED,
+    OPTIONAL,
+    OVERRIDDEN,
+    PATCHED,
+    PATCHED_IN_PROGRAM,
+    ContactPoint,
+    find,
+)
 
 
 def problem(point: ContactPoint) -> str:
@@ -33,5 +42,7 @@ def problem(point: ContactPoint) -> str:
 
 if __name__ == "__main__":
     points = (*CALLED, *OPTIONAL, *OVERRIDDEN, *PATCHED)
+    if find_spec("megatron.training") is not None:
+        points += PATCHED_IN_PROGRAM
     found = {f"{point.owner} {point.name}": problem(point) for point in points}
     print(json.dumps({name: text for name, text in found.items() if text}))

@@ -1,0 +1,118 @@
+"""Our options among those of a Megatron-LM script."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Any
+
+from helixpipe.commands.parser import Parser, flag_of
+from helixpipe.commands.ranges import Whole
+from helixpipe.plan.build import find_schedule
+from helixpipe.plan.cost_model import Recompute
+from helixpipe.plan.execution import Execution
+from helixpipe.plan.schedules import SCHEDULES, Schedule
+from helixpipe.plan.schedules.request import ATTENTION_RANGES, HEAD_PLACEMENTS, ROUND_ORDERS
+
+_OF_PLANS = ("num_fold", "attention_range", "head_placement", "round_order", "split_weight_gradients")
+_OF_MODELS = ("recompute_levels", "mlp_chunk_size", "loss_chunk_size")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a script is to be scheduled.
+
+    Attributes:
+        schedule: its name.
+        plan: arguments of its plans that were given, as ``ScheduleRequest`` names them.
+        recompute_levels: what backward passes compute again, as ``--recompute-levels`` says it.
+        mlp_chunk_size, loss_chunk_size: see ``MemorySaving``.
+    """
+
+    schedule: str
+    plan: dict[str, Any]
+    recompute_levels: str
+    mlp_chunk_size: int | None
+    loss_chunk_size: int | None
+
+    @property
+    def entry(self) -> Schedule:
+        """What is to be known of the schedule."""
+        return SCHEDULES[self.schedule]
+
+
+def take_options(command_line: list[str]) -> Options | None:
+    """Take our options out of a command line, so that the script's own parser does not meet them.
+
+    Args:
+        command_line: arguments without the program's name; ours are removed from it.
+
+    Returns:
+        None if no schedule is asked for.
+
+    Raises:
+        ValueError: one line: an option that does not go with the schedule, or a schedule that cannot run in
+            another program.
+    """
+    found, rest = _parser().parse_known_args(command_line)
+    if found.pipeline_schedule is None:
+        alone = [name for name in (*_OF_PLANS, *_OF_MODELS) if getattr(found, name) is not None]
+        if alone:
+            raise ValueError(
+                f"{flag_of(alone[0])} needs --pipeline-schedule NAME; add it, or remove the flag"
+            )
+        return None
+    options = _checked(found)
+    command_line[:] = rest
+    return options
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="helixpipe.megatron_lm", add_help=False)
+    add = parser.add_argument
+    add("--pipeline-schedule")
+    add("--num-fold", type=Whole())
+    add("--attention-range", choices=ATTENTION_RANGES)
+    add("--head-placement", choices=HEAD_PLACEMENTS)
+    add("--round-order", choices=ROUND_ORDERS)
+    add("--split-weight-gradients", action=argparse.BooleanOptionalAction)
+    add("--recompute-levels")
+    add("--mlp-chunk-size", type=Whole())
+    add("--loss-chunk-size", type=Whole())
+    return parser
+
+
+def _checked(found: argparse.Namespace) -> Options:
+    name = found.pipeline_schedule
+    entry = find_schedule(name)
+    if entry.execution not in (Execution.MEGATRON, Execution.STAGES, Execution.SEGMENTS):
+        can = ", ".join(n for n, other in SCHEDULES.items() if _runs_inside(other))
+        raise ValueError(f"{name} does not run inside Megatron-LM's training program; choose one of {can}")
+    if not _runs_inside(entry):
+        raise ValueError(
+            f"{name} has two model chunks on each rank, which Megatron-LM's training program does not build; "
+            "use a schedule with one, or HelixPipe's own pretrain_gpt.py"
+        )
+    given = {option: getattr(found, option) for option in _OF_PLANS if getattr(found, option) is not None}
+    for option in given:
+        if option not in entry.options:
+            raise ValueError(f"{flag_of(option)} does not apply to {name}; remove it")
+    if entry.execution is not Execution.SEGMENTS:
+        for option in _OF_MODELS:
+            if getattr(found, option):
+                raise ValueError(f"{flag_of(option)} does not apply to {name} here; remove it")
+    by_default = Recompute.WITHOUT_ATTENTION if entry.recomputes_by_default else Recompute.NONE
+    return Options(
+        name,
+        given,
+        found.recompute_levels or by_default.value,
+        found.mlp_chunk_size,
+        found.loss_chunk_size,
+    )
+
+
+def _runs_inside(entry: Schedule) -> bool:
+    return (
+        entry.execution in (Execution.MEGATRON, Execution.STAGES, Execution.SEGMENTS)
+        and not entry.needs_untied_weights
+    )

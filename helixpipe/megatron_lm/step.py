@@ -1,0 +1,187 @@
+"""One step of Megatron-LM's training loop, carried out by a schedule of ours.
+
+The loop expects of a step what a stock schedule does: it reads data on the first and the last stage, and
+gives back losses on the last.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.utils import get_model_config
+from torch import Tensor
+
+from helixpipe.megatron_adapter.forward_backward import (
+    PlannedForwardBackward,
+    SegmentForwardBackward,
+    StageForwardBackward,
+)
+from helixpipe.megatron_adapter.plan_source import PlanOnDemand
+from helixpipe.megatron_lm.options import Options
+from helixpipe.plan import Kind, Plan
+from helixpipe.plan.execution import Execution
+
+Report = list[dict[str, Tensor]]
+# Names, shapes and types of what a loss function reports.
+_Form = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
+
+
+class Step:
+    """Megatron's ``forward_backward_func``.
+
+    Attributes:
+        count: steps and evaluations that were made.
+        forward_backward: what carries out the plan.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.count = 0
+        self._segmented = options.entry.execution is Execution.SEGMENTS
+        self.reads_on_all_ranks = options.plan.get("head_placement", "first") != "first"
+        kind = SegmentForwardBackward if self._segmented else StageForwardBackward
+        self.forward_backward: PlannedForwardBackward = kind(PlanOnDemand(options.schedule, options.plan))
+        self._forms: dict[bool, _Form] = {}
+
+    def __str__(self) -> str:
+        return str(self.forward_backward)
+
+    def get(self, pp_size: int | None = None, vp_size: int | None = None, *groups: Any, **more: Any) -> Step:
+        """Stands for Megatron's ``get_forward_backward_func``, with the arguments of every version."""
+        size = parallel_state.get_pipeline_model_parallel_world_size()
+        if pp_size not in (None, size) or vp_size not in (None, 1):
+            raise ValueError(
+                f"the {self.forward_backward.name} schedule runs on the pipeline of parallel_state, {size} "
+                f"ranks with one model chunk each, not on {pp_size} ranks with {vp_size or 1}"
+            )
+        return self
+
+    def __call__(
+        self,
+        *,
+        forward_step_func: Callable[..., Any],
+        model: torch.nn.Module | list[torch.nn.Module],
+        forward_only: bool = False,
+        collect_non_loss_data: bool = False,
+        **arguments: Any,
+    ) -> list[Any]:
+        """Run one iteration; Megatron's arguments and return value, losses on the last pipeline rank."""
+        if self._segmented and collect_non_loss_data:
+            raise ValueError(
+                f"the {self.forward_backward.name} schedule does not collect data that is no loss; leave "
+                "process_non_loss_data_func out"
+            )
+        config = get_model_config(model[0] if isinstance(model, list) else model)
+        with _timed(config):
+            report = self.forward_backward(
+                forward_step_func=as_one_stage(forward_step_func) if self._segmented else forward_step_func,
+                model=model,
+                forward_only=forward_only,
+                collect_non_loss_data=collect_non_loss_data,
+                **arguments,
+            )
+            if self._segmented:
+                assert self.forward_backward.plan is not None
+                report = self._on_last_rank(report, self.forward_backward.plan, forward_only)
+        self.count += 1
+        return report
+
+    def _on_last_rank(self, report: Report, plan: Plan, forward_only: bool) -> Report:
+        """What the loss functions reported, by micro batch; empty on all ranks but the last."""
+        group = parallel_state.get_pipeline_model_parallel_group()
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        last = plan.num_segments - 1
+        own = [op.micro_batch for op in plan.orders[rank] if op.segment == last and op.kind is Kind.F]
+        if forward_only not in self._forms:
+            self._forms[forward_only] = _agree_on_form(report, group)
+        form = self._forms[forward_only]
+        if any(_form_of(entry) != form for entry in report):
+            raise ValueError(
+                "the loss function reports other names or shapes than in the first step; under "
+                f"{plan.schedule} they must stay the same"
+            )
+        # Every micro batch is in one rank's rows, and zero in those of the others: the sum is exact.
+        width = sum(torch.Size(shape).numel() for _, shape, _ in form)
+        device = torch.device("cuda") if dist.get_backend(group) == "nccl" else torch.device("cpu")
+        rows = torch.zeros(plan.num_microbatches, width, dtype=torch.float64, device=device)
+        if own:
+            mine = torch.stack(
+                [torch.cat([entry[name].reshape(-1).double() for name, _, _ in form]) for entry in report]
+            )
+            rows[own] = mine.to(device)
+        dist.all_reduce(rows, group=group)
+        if rank != size - 1:
+            return []
+        rows = rows.to(torch.cuda.current_device())
+        return [_entry(row, form) for row in rows]
+
+
+def _form_of(entry: dict[str, Tensor]) -> _Form:
+    return tuple((name, tuple(value.shape), value.dtype) for name, value in entry.items())
+
+
+def _agree_on_form(report: Report, group: dist.ProcessGroup) -> _Form:
+    """The form that all ranks with losses report in; collective."""
+    forms: list[_Form | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(forms, _form_of(report[0]) if report else None, group=group)
+    found = {form for form in forms if form is not None}
+    if len(found) != 1:
+        raise ValueError(
+            "the loss function reports other names or shapes on some pipeline ranks than on others"
+        )
+    return found.pop()
+
+
+def _entry(row: Tensor, form: _Form) -> dict[str, Tensor]:
+    parts = row.split([torch.Size(shape).numel() for _, shape, _ in form])
+    return {
+        name: part.reshape(shape).to(dtype) for part, (name, shape, dtype) in zip(parts, form, strict=True)
+    }
+
+
+def as_one_stage(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let ``function`` see a pipeline of one stage, which reads tokens and labels, on whatever rank."""
+
+    @functools.wraps(function)
+    def seen(*args: Any, **options: Any) -> Any:
+        with _one_stage():
+            return function(*args, **options)
+
+    return seen
+
+
+@contextmanager
+def _one_stage() -> Iterator[None]:
+    # Megatron's own way to override what its groups say.
+    parallel_state.set_pipeline_model_parallel_world_size(1)
+    parallel_state.set_pipeline_model_parallel_rank(0)
+    variables = sys.modules.get("megatron.training.global_vars")
+    # Megatron-LM 0.17 asks its arguments.
+    args = variables.get_args() if variables is not None else None
+    size = getattr(args, "pipeline_model_parallel_size", None)
+    if args is not None:
+        args.pipeline_model_parallel_size = 1
+    try:
+        yield
+    finally:
+        parallel_state.set_pipeline_model_parallel_world_size(None)
+        parallel_state.set_pipeline_model_parallel_rank(None)
+        if args is not None:
+            args.pipeline_model_parallel_size = size
+
+
+@contextmanager
+def _timed(config: Any) -> Iterator[None]:
+    """Under the timer that stock schedules have."""
+    if config.timers is None:
+        yield
+        return
+    config.timers("forward-backward", log_level=1).start(barrier=config.barrier_with_L1_time)
+    yield
+    config.timers("forward-backward").stop()

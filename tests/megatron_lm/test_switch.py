@@ -1,0 +1,65 @@
+"""Helix inside a program that knows nothing of it: the same losses, on the rank where the program reads them.
+
+Programs for Megatron read losses on the last pipeline rank; a helix computes them on the first, or on all.
+"""
+
+import pytest
+from megatron_lm_worker import CASE, compare, refusals
+from ranks import run_on_ranks
+
+COMMANDS = (
+    "--pipeline-schedule helix",
+    "--pipeline-schedule helix --attention-range block --head-placement spread",
+    "--pipeline-schedule helix --num-fold 1 --round-order interlocked --recompute-levels none",
+    "--pipeline-schedule zb-h1",
+)
+
+
+@pytest.fixture(scope="module")
+def losses():
+    return run_on_ranks(2, compare, COMMANDS)
+
+
+@pytest.fixture(scope="module")
+def refused():
+    return run_on_ranks(2, refusals)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_losses_of_every_micro_batch_are_megatrons_and_on_the_last_rank(losses, command):
+    first, last = (rank[command] for rank in losses)
+    stock = losses[1][""]
+    assert (first.trained, first.evaluated) == ([], [])
+    assert len(last.trained) == len(stock.trained) == CASE.num_microbatches
+    for ours, theirs in ((last.trained, stock.trained), (last.evaluated, stock.evaluated)):
+        for (loss, tokens), (wanted, count) in zip(ours, theirs, strict=True):
+            # Sums over a micro batch in fp32.
+            assert loss == pytest.approx(wanted, rel=1e-6)
+            assert tokens == count
+
+
+def test_switched_off_everything_is_megatrons_again(losses):
+    for rank in losses:
+        assert rank["after"] == rank[""]
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("stock", "call helixpipe.megatron_lm.enable() in the script's first line"),
+        ("config", "does not know qk_l2_norm=True of TransformerConfig"),
+        ("argument", "does not know rope_scaling=True of GPTModel"),
+        ("spec", "this model's layer spec is another"),
+        ("groups", "pg_collection.pp has other ranks"),
+        ("communicator", "p2p_communicator has other ranks"),
+        ("sizes", "not on 4 ranks with 1"),
+        ("chunks", "not on 2 ranks with 2"),
+    ],
+)
+def test_what_would_change_numbers_in_silence_is_refused_on_every_rank(refused, what, words):
+    for rank in refused:
+        assert words in rank[what]
+
+
+def test_groups_that_are_megatrons_own_are_accepted(refused):
+    assert [rank["equal groups"] for rank in refused] == ["", ""]

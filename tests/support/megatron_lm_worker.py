@@ -1,0 +1,153 @@
+"""What each rank does in the tests of helix inside another program: that program's code, with and without."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.process_groups_config import ProcessGroupCollection
+from models import SEED, VOCABULARY, Case, batches, initialize, make_config
+
+from helixpipe.layers.initialization import deferred_initialization, initialize_weights
+from helixpipe.megatron_lm import disable, enable
+
+CASE = Case(pp=2, rounds=1)
+
+
+class Losses(NamedTuple):
+    """Of one rank: losses and tokens by micro batch, in an iteration and in an evaluation."""
+
+    trained: list[list[float]]
+    evaluated: list[list[float]]
+
+
+def build_stage(case: Case, **values: Any) -> torch.nn.Module:
+    """As a program builds it: with the constructor that it imported, whatever is enabled."""
+    config = make_config(case)
+    for name in [name for name in values if hasattr(config, name)]:
+        setattr(config, name, values.pop(name))
+    with deferred_initialization(config):
+        model = GPTModel(
+            config=config,
+            transformer_layer_spec=values.pop("spec", None) or get_gpt_layer_local_spec(),
+            vocab_size=VOCABULARY,
+            max_sequence_length=case.seq_length,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            **values,
+        )
+    initialize_weights(model, config, SEED)
+    config.finalize_model_grads_func = None
+    return model
+
+
+def forward_step(data_iterator: Any, model: Any) -> Any:
+    """Reads as Megatron-LM's does: tokens on the first stage, labels on the last, nothing between."""
+    tokens = labels = mask = None
+    if parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage():
+        tokens, labels, mask = next(data_iterator)
+    if not parallel_state.is_pipeline_last_stage():
+        labels = mask = None
+    if not parallel_state.is_pipeline_first_stage():
+        tokens = None
+    positions = None if tokens is None else torch.arange(tokens.shape[1], device=tokens.device)[None]
+    return model(tokens, positions, None, labels=labels), partial(loss_func, mask)
+
+
+def loss_func(mask: torch.Tensor, losses: torch.Tensor) -> Any:
+    total, tokens = (losses * mask).sum(), mask.sum().int()
+    return total, tokens, {"lm loss": torch.stack([total.detach(), tokens.float()])}
+
+
+def run(case: Case, get: Any, **arguments: Any) -> Losses:
+    """An iteration and an evaluation of the function that ``get`` gives."""
+    model = build_stage(case)
+    reports = []
+    for forward_only in (False, True):
+        report = get()(
+            forward_step_func=forward_step,
+            data_iterator=batches(case),
+            model=[model],
+            num_microbatches=case.num_microbatches,
+            seq_length=case.seq_length,
+            micro_batch_size=case.micro_batch_size,
+            forward_only=forward_only,
+            **arguments,
+        )
+        reports.append([entry["lm loss"].tolist() for entry in report])
+    return Losses(*reports)
+
+
+def compare(command_lines: list[str]) -> dict[str, Losses]:
+    """Losses of stock 1F1B, under "", and of each command line, by this module's own imported names."""
+    initialize(CASE)
+    found = {"": run(CASE, _current)}
+    for text in command_lines:
+        words = ["--keep", "this", *text.split()]
+        step = enable(words)
+        assert words == ["--keep", "this"]
+        found[text] = run(CASE, _current)
+        assert step is not None
+        assert step.count == 2
+        disable()
+    found["after"] = run(CASE, _current)
+    return found
+
+
+def _current() -> Any:
+    return get_forward_backward_func()
+
+
+STOCK = get_forward_backward_func
+
+
+def _message(function: Any) -> str:
+    try:
+        function()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def refusals() -> dict[str, str]:
+    """What is refused, by what is wrong; empty text where nothing was raised."""
+    initialize(CASE)
+    held = [STOCK]  # no module's attribute: nothing can be put in its place
+    enable("--pipeline-schedule helix".split())
+    world = torch.distributed.new_group([0, 1])
+    other = torch.distributed.new_group([torch.distributed.get_rank()], use_local_synchronization=True)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    config = make_config(CASE)
+    spec = get_gpt_layer_local_spec()
+    spec.submodules.mlp = spec.submodules.self_attention
+    wrong = ProcessGroupCollection.use_mpu_process_groups()
+    wrong.pp = other
+    found = {
+        "stock": _message(lambda: run(CASE, held[0])),
+        "config": _message(lambda: build_stage(CASE, qk_l2_norm=True)),
+        "argument": _message(lambda: build_stage(CASE, rope_scaling=True)),
+        "spec": _message(lambda: build_stage(CASE, spec=spec)),
+        "groups": _message(lambda: run(CASE, _current, pg_collection=wrong)),
+        "communicator": _message(
+            lambda: run(CASE, _current, p2p_communicator=P2PCommunicator(other, config))
+        ),
+        "sizes": _message(lambda: get_forward_backward_func(4, None)),
+        "chunks": _message(lambda: get_forward_backward_func(2, 2)),
+        # As Megatron-Bridge calls it.
+        "equal groups": _message(
+            lambda: run(
+                CASE,
+                lambda: get_forward_backward_func(pp_size=2, vp_size=None),
+                pg_collection=groups,
+                p2p_communicator=P2PCommunicator(world, config),
+            )
+        ),
+    }
+    disable()
+    return found
