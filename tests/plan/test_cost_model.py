@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -23,6 +24,7 @@ from helixpipe.plan.cost_model.work import LAYER_PIECES, PIECES
 from helixpipe.plan.schedules import planned_ahead
 from helixpipe.plan.simulation.costs import parse_costs
 from helixpipe.plan.simulation.memory import peak_bytes
+from helixpipe.plan.slice_ends import with_slice_ends
 
 GPT = MODELS["gpt-7b"]
 LLAMA = MODELS["llama-7b"]
@@ -319,6 +321,22 @@ def test_slices_take_equal_times():
     lengths = [costs.message_bytes[f"stage3/slice{j}->stage4/slice{j}"] for j in range(4)]
     assert lengths == sorted(lengths, reverse=True)
     assert sum(lengths) == pytest.approx(whole.message_bytes["*"], abs=4)
+
+
+def test_slices_that_a_plan_says_are_what_costs():
+    """Equal tokens in place of equal times; gradients of keys and values wait for all but the last slice."""
+    found = replace(pieces(seq_length=131072), overhead_ms=0.0)
+    plan = with_slice_ends(planned("seq1f1b", num_slices=4), (32768, 65536, 98304, 131072))
+    costs = costs_of_plan(found, plan, Recompute.NONE)
+    slices = [costs.segments[f"stage3/slice{j}"] for j in range(4)]
+    assert len({cost.bytes for cost in slices}) == 1
+    assert [cost.forward for cost in slices] == sorted(cost.forward for cost in slices)
+    steps = [b.forward - a.forward for a, b in pairwise(slices)]
+    assert steps == pytest.approx([steps[0]] * 3)
+    assert steps[0] > 0
+    layers = found.workload.model.num_layers // plan.num_segments
+    kept = layers * found.workload.channel_bytes(2 * found.workload.model.kv_size) // 4
+    assert [cost.gradient_bytes for cost in slices] == [kept, kept, kept, 0]
 
 
 def test_profiles_round_trip_and_say_what_is_wrong():

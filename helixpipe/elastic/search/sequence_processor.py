@@ -15,7 +15,7 @@ import numpy as np
 
 from helixpipe.elastic.chunks import Chunk, Piece
 from helixpipe.elastic.costs.chunk_costs import ChunkCosts
-from helixpipe.plan.equal_time import equal_time_end
+from helixpipe.plan.equal_time import equal_time_ends
 
 # Sums of times in different orders differ in the last digits; no sequence shall be turned away for that.
 _ROUNDING = 1e-9
@@ -24,23 +24,12 @@ _ROUNDING = 1e-9
 def equal_time_mesh(length: int, num_slices: int, costs: ChunkCosts) -> tuple[int, ...]:
     """Ends of ``num_slices`` slices of a sequence that take equally long, forward and backward together.
 
-    With ``a`` the attention and ``t`` the token time of a layer, slice j ends where
-    ``a x^2 + t x = (j/K)(a S^2 + t S)``. Every slice has at least one token.
-
     Raises:
         ValueError: more slices than tokens.
     """
-    if not 1 <= num_slices <= length:
-        raise ValueError(f"a sequence of {length} tokens cannot be cut into {num_slices} slices")
     linear = costs.layer_ms(0, 1) - costs.layer_ms(0, 0)
     attention = costs.layer_ms(1, 0) - costs.layer_ms(0, 0)
-    total = attention * length * length + linear * length
-    ends: list[int] = []
-    for j in range(1, num_slices):
-        x = equal_time_end(total * j / num_slices, linear, attention)
-        first = ends[-1] + 1 if ends else 1
-        ends.append(min(max(round(x), first), length - (num_slices - j)))
-    return (*ends, length)
+    return equal_time_ends(length, num_slices, linear, attention)
 
 
 def even_mesh(length: int, num_slices: int) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from helixpipe.plan.cost_model.pieces import PieceCost, Pieces
@@ -22,14 +22,16 @@ from helixpipe.plan.operation import Kind
 from helixpipe.plan.plan import Plan
 from helixpipe.plan.segment_names import role_of
 from helixpipe.plan.simulation.costs import ANY_EDGE, Costs, LoanBytes, RankCost, SegmentCost
+from helixpipe.plan.slice_ends import slice_ends
 
 
 @dataclass(frozen=True)
 class _Slice:
-    """A share of the sequence's tokens, and of the attention's triangle."""
+    """A share of the sequence's tokens, and of the attention's triangle, up to the share ``end``."""
 
     tokens: float = 1.0
     area: float = 1.0
+    end: float = 1.0
 
 
 _WHOLE = _Slice()
@@ -95,6 +97,10 @@ class _Builder:
         moved = self.tensors["fc1 output"] + self.tensors["activation"]
         return self._time("norm1", part_of).forward * moved / (2 * self.workload.unit_bytes)
 
+    def context_bytes(self, part_of: _Slice) -> int:
+        """Bytes on one GPU of a slice's keys and values in one layer, or of their gradients."""
+        return int(self.workload.channel_bytes(2 * self.workload.model.kv_size) * part_of.tokens)
+
     def message_bytes(self, names: Iterable[str]) -> int:
         """Bytes of a message on all GPUs of a rank."""
         return sum(self.tensors[name] for name in names) * self.workload.tensor_parallel
@@ -159,7 +165,10 @@ def _stage_costs(
         layers = [whole_layer(levels[layer])._replace(core_share=shares[layer]) for layer in own]
         parts = [_EMBEDDING] * (number == 0) + layers + [_HEAD] * (number == plan.num_segments - 1)
         for kind, part_of in slices.items():
-            segments[f"{name}/{kind}" if kind else name] = builder.segment(parts, part_of)
+            cost = builder.segment(parts, part_of)
+            if part_of.end < 1:
+                cost = replace(cost, gradient_bytes=builder.context_bytes(part_of) * per_stage)
+            segments[f"{name}/{kind}" if kind else name] = cost
     size = builder.message_bytes(("residual",))
     if not plan.micro_batch_names:
         return segments, {ANY_EDGE: size}
@@ -210,9 +219,10 @@ def _num_layers(plan: Plan) -> int:
 
 
 def _slices(pieces: Pieces, plan: Plan) -> dict[str, _Slice]:
-    """Slices of equal time by name of micro batch: an early slice attends to less and so is longer.
+    """Slices by name of micro batch: those that the plan says, else of equal time.
 
-    With x the share of tokens up to a cut, the time up to it is a x + c x^2.
+    An early slice attends to less and so is longer. With x the share of tokens up to a cut, the time up to it
+    is a x + c x^2.
     """
     if not plan.micro_batch_names:
         return {"": _WHOLE}
@@ -224,9 +234,13 @@ def _slices(pieces: Pieces, plan: Plan) -> dict[str, _Slice]:
     core = pieces.times["core"].total
     linear = sum(pieces.times[piece].total for piece in LAYER_PIECES) - core
     count = len(kinds)
-    cuts = [equal_time_end((linear + core) * j / count, linear, core) for j in range(count + 1)]
+    ends = slice_ends(plan)
+    if ends is None:
+        cuts = [equal_time_end((linear + core) * j / count, linear, core) for j in range(count + 1)]
+    else:
+        cuts = [end / ends[-1] for end in (0, *ends)]
     return {
-        kind: _Slice(tokens=end - start, area=end * end - start * start)
+        kind: _Slice(tokens=end - start, area=end * end - start * start, end=end)
         for kind, start, end in zip(kinds, cuts[:-1], cuts[1:], strict=True)
     }
 
