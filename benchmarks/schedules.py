@@ -103,6 +103,7 @@ def build_parser() -> ScriptParser:
         "--num-microbatches", type=Whole(), help="default: 2 per pipeline rank, a two-fold round"
     )
     parser.add_argument("--num-fold", type=Whole(), default=2)
+    parser.add_argument("--num-slices", type=Whole(), default=4, help="of schedules that slice sequences")
     parser.add_argument("--tensor-model-parallel-size", type=RANKS, default=1)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--iterations", type=REPEATS, default=5, help="measured, per schedule")
@@ -155,6 +156,8 @@ def _training_arguments(options: argparse.Namespace, schedule: str) -> argparse.
     if "num_fold" in entry.options:
         # Nothing is recomputed under any schedule.
         line += f" --num-fold {options.num_fold} --no-recompute-without-attention"
+    if "num_slices" in entry.options:
+        line += f" --num-slices {options.num_slices}"
     if "virtual_stages" in entry.options:
         line += " --num-layers-per-virtual-pipeline-stage 1"
     if options.bf16:

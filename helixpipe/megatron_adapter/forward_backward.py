@@ -18,6 +18,7 @@ from helixpipe.megatron_adapter.plan_source import GivenPlan, PlanOnDemand, Plan
 from helixpipe.megatron_adapter.planned_iteration import PlannedIterations
 from helixpipe.megatron_adapter.segments.contract import IterationSize, ModelSegments
 from helixpipe.megatron_adapter.segments.helix import GPTSegments
+from helixpipe.megatron_adapter.segments.slices import SliceSegments
 from helixpipe.megatron_adapter.segments.stages import StageSegments
 from helixpipe.plan import Plan
 from helixpipe.refusals import refuse
@@ -238,3 +239,17 @@ class StageForwardBackward(PlannedForwardBackward):
         return StageSegments(
             chunks, plan, rank, size.seq_length, size.micro_batch_size, dtype, self._weight_gradients
         )
+
+
+class SliceForwardBackward(PlannedForwardBackward):
+    """A schedule of stages whose micro batches are slices of sequences, like Seq1F1B.
+
+    The forward step and the loss function are called once for each sequence, as ever: with whole tensors.
+    """
+
+    def make_segments(
+        self, chunks: list[torch.nn.Module], plan: Plan, size: IterationSize, dtype: torch.dtype, rank: int
+    ) -> ModelSegments:
+        """See :class:`PlannedForwardBackward`."""
+        (model,) = chunks
+        return SliceSegments(model, plan, size, dtype)

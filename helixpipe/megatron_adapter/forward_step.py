@@ -14,11 +14,12 @@ from typing import Any, NoReturn
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel.schedules import forward_step_calc_loss
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 _SIGNATURE = inspect.signature(GPTModel.forward)
-# What a segmented model can honour; the mask is checked to be causal.
+# What a model that is cut, at its attention or into slices, can honour; the mask is checked to be causal.
 _USED = ("input_ids", "position_ids", "attention_mask", "labels", "loss_mask")
 
 
@@ -33,7 +34,7 @@ class ModelCall:
 
 def _refuse(*operands: Any) -> NoReturn:
     raise ValueError(
-        "the forward step computed with the model's output; under helix the output is computed later, "
+        "the forward step computed with the model's output; under this schedule it is computed later, "
         "so hand it on untouched and compute in the loss function"
     )
 
@@ -71,7 +72,7 @@ class StandInModel:
         arguments = _SIGNATURE.bind(self._model, *args, **kwargs).arguments
         for name, value in arguments.items():
             if name not in ("self", *_USED) and value is not None:
-                raise ValueError(f"the helix schedule does not support the model argument {name!r}")
+                raise ValueError(f"this schedule does not support the model argument {name!r}")
         tokens = arguments["input_ids"]
         _check_mask(arguments.get("attention_mask"), tokens.shape[1])
         return PendingOutput(ModelCall(tokens, arguments.get("position_ids"), arguments.get("labels")))
@@ -84,7 +85,7 @@ def _check_mask(mask: Tensor | None, seq_length: int) -> None:
     causal = torch.ones(seq_length, seq_length, dtype=torch.bool, device=mask.device).triu_(1)
     if mask.shape[-2:] != causal.shape or not bool((mask == causal).all()):
         raise ValueError(
-            "the attention mask is not the causal one; helix supports causal attention only, "
+            "the attention mask is not the causal one; this schedule supports causal attention only, "
             "so pass None and do not reset the mask at document ends"
         )
 
@@ -107,6 +108,58 @@ class IterationInput:
             loss = config.grad_scale_func(loss)
         # Megatron's scaling, and some loss functions, give a vector of one element.
         return loss.reshape(())
+
+    def call(
+        self, data_iterator: Iterator[Any] | None, model: StandInModel, shape: tuple[int, int], number: int
+    ) -> tuple[ModelCall, Callable[..., Any] | None]:
+        """Call the forward step for a micro batch: what the model is to compute, and the loss function.
+
+        Args:
+            data_iterator: of the model chunk.
+            model: stands in for it.
+            shape: micro batch size and sequence length.
+            number: of the micro batch, for messages.
+
+        Raises:
+            ValueError: a forward step that does not hand on the model's output, or tokens of another shape.
+        """
+        output, loss_func = self.forward_step_func(data_iterator, model)
+        if not isinstance(output, PendingOutput):
+            raise ValueError("the forward step must return the model's output itself as its first value")
+        if tuple(output.call.tokens.shape) != shape:
+            raise ValueError(
+                f"micro batch {number} holds tokens of shape {tuple(output.call.tokens.shape)}, the job "
+                f"was set up for {shape} (micro batch size, sequence length)"
+            )
+        return output.call, loss_func
+
+    def loss(
+        self,
+        output: Tensor,
+        loss_func: Callable[..., Any] | None,
+        model: torch.nn.Module,
+        config: TransformerConfig,
+        result: IterationResult,
+    ) -> Tensor:
+        """Megatron's own loss bookkeeping on the model's output; the scaled loss."""
+        if output.dtype in (torch.float16, torch.bfloat16):
+            output = output.float()
+        if config.timers is not None:
+            config.timers("forward-compute", log_level=2).start()
+        loss, num_tokens = forward_step_calc_loss(
+            model,
+            output,
+            loss_func,
+            config,
+            None,
+            self.collect_non_loss_data,
+            self.num_microbatches,
+            result.loss_data,
+            cp_group_size=1,
+            is_last_stage=True,
+        )
+        result.add_tokens(num_tokens)
+        return self.loss_to_differentiate(loss, config)
 
 
 @dataclass

@@ -37,7 +37,8 @@ def build_model_chunks(
         saving: what to do to keep less for the backward pass.
         arguments: the rest of GPTModel's.
     """
-    if plan is None:
+    if plan is None or execution.cuts_sequences:
+        arguments["recomputes_by_plan"] = plan is None
         return [build_elastic_gpt(config, implementation, saving, **_ends(), **arguments)]
     rank = parallel_state.get_pipeline_model_parallel_rank()
     owned = [segment for segment in range(plan.num_segments) if plan.owner_of(segment) == rank]

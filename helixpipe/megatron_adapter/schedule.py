@@ -12,7 +12,11 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
 from helixpipe.megatron_adapter.elastic_forward_backward import ElasticForwardBackward
-from helixpipe.megatron_adapter.forward_backward import SegmentForwardBackward, StageForwardBackward
+from helixpipe.megatron_adapter.forward_backward import (
+    SegmentForwardBackward,
+    SliceForwardBackward,
+    StageForwardBackward,
+)
 from helixpipe.megatron_adapter.tracing import TracingTimers
 from helixpipe.plan import Plan
 from helixpipe.plan.execution import Execution
@@ -85,6 +89,7 @@ _FROM_PLAN: Mapping[Execution, Callable[..., ForwardBackward]] = {
     Execution.MEGATRON: MegatronForwardBackward,
     Execution.STAGES: StageForwardBackward,
     Execution.SEGMENTS: SegmentForwardBackward,
+    Execution.SLICES: SliceForwardBackward,
 }
 
 

@@ -11,6 +11,7 @@ class Execution(Enum):
     MEGATRON = "whole layers in the order of ranks, by Megatron's own functions"
     STAGES = "whole layers, one of Megatron's model chunks per segment, by the plan"
     SEGMENTS = "layers cut at their attention, by the plan"
+    SLICES = "whole layers over slices of sequences, by the plan"
     CHUNKS = "whole layers over chunks of documents, by a plan for every batch"
 
     @property
@@ -21,4 +22,17 @@ class Execution(Enum):
     @property
     def recomputes_whole_layers(self) -> bool:
         """True if Megatron's own recomputation can be asked for."""
-        return self in (Execution.MEGATRON, Execution.STAGES)
+        return self in (Execution.MEGATRON, Execution.STAGES, Execution.SLICES)
+
+    @property
+    def recomputes_parts_of_layers(self) -> bool:
+        """True if our levels of recomputation can be asked for.
+
+        They free keys and values, which layers over parts of sequences keep for later parts.
+        """
+        return not self.cuts_sequences
+
+    @property
+    def cuts_sequences(self) -> bool:
+        """True if attention runs over parts of sequences, which attend to the parts before them."""
+        return self in (Execution.SLICES, Execution.CHUNKS)

@@ -16,8 +16,12 @@ def check_executable(plan: Plan, execution: Execution) -> None:
     """
     if not plan.has_backward:
         raise ValueError("the plan has no backward pass; training needs one")
-    if plan.slices or plan.micro_batch_names:
-        raise ValueError("the plan cuts sequences into slices, which only the elastic schedule executes")
+    if execution is Execution.SLICES:
+        _check_slices(plan)
+    elif plan.slices or plan.micro_batch_names:
+        raise ValueError(
+            "the plan cuts sequences into slices, which only schedules of slices execute; plan with one"
+        )
     if execution is Execution.SEGMENTS:
         _check_segments(plan)
     else:
@@ -35,7 +39,7 @@ def check_fits(plan: Plan, *, num_layers: int, num_ranks: int, num_microbatches:
         ("pipeline ranks (--pipeline-model-parallel-size)", plan.num_ranks, num_ranks),
         (
             "micro batches (--global-batch-size / --micro-batch-size / data-parallel size)",
-            plan.num_microbatches,
+            plan.num_sequences,
             num_microbatches,
         ),
     ):
@@ -46,6 +50,21 @@ def check_fits(plan: Plan, *, num_layers: int, num_ranks: int, num_microbatches:
 def stages_follow_ranks(plan: Plan) -> bool:
     """True if rank r has stage r and no other: where Megatron puts the stages of a model."""
     return [plan.owner_of(segment) for segment in range(plan.num_segments)] == list(range(plan.num_ranks))
+
+
+def _check_slices(plan: Plan) -> None:
+    """Every sequence in as many slices, one after the other, on stages that follow the ranks."""
+    per_sequence = len(plan.slices[0]) if plan.slices else 0
+    numbers = [i for group in plan.slices for i in group]
+    if numbers != list(range(plan.num_microbatches)) or any(len(g) != per_sequence for g in plan.slices):
+        raise ValueError(
+            "the plan does not cut all sequences into as many slices, numbered one after the other; give "
+            'every sequence as many in "slices"'
+        )
+    if plan.splits_backward:
+        raise ValueError("the plan computes weight gradients apart, which slices do not; leave W out")
+    if not stages_follow_ranks(plan):
+        raise ValueError("the plan does not have stage r alone on rank r, which slices need; place it there")
 
 
 def _check_stages(plan: Plan) -> None:

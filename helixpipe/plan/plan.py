@@ -74,9 +74,16 @@ class Plan:
         return tuple(i for i, home in enumerate(self.placement[-1]) if home == rank)
 
     def read_by(self, rank: int) -> tuple[int, ...]:
-        """The micro batches whose tokens or labels a rank needs, in order."""
+        """The micro batches whose tokens or labels a rank needs, in order; of slices, their sequences."""
         ends = zip(self.placement[0], self.placement[-1], strict=True)
-        return tuple(i for i, homes in enumerate(ends) if rank in homes)
+        own = [i for i, homes in enumerate(ends) if rank in homes]
+        sequences = {i: number for number, group in enumerate(self.slices) for i in group}
+        return tuple(dict.fromkeys(sequences.get(i, i) for i in own))
+
+    @property
+    def num_sequences(self) -> int:
+        """Micro batches of data: those of the plan, or the sequences that they are slices of."""
+        return len(self.slices) or self.num_microbatches
 
     def receive_of(self, result: Operation) -> Operation:
         """The receive that brings ``result``, a forward or backward on another rank, to its neighbour."""

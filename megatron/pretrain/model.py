@@ -137,7 +137,7 @@ def describe_attention(args: argparse.Namespace, state: TrainingState) -> tuple[
 
 def _choose_attention(args: argparse.Namespace, config: TransformerConfig) -> Choice | None:
     """What the layers will choose, or None where Transformer Engine's own attention runs."""
-    varies = not args.schedule.execution.joins_documents
+    varies = args.schedule.execution.cuts_sequences
     if not varies and leaves_attention_to_engine(config, implementation_of(args)):
         return None
     return choose(args.attention_backend, problem_of(config, varies=varies))

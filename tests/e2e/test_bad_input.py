@@ -121,7 +121,7 @@ def refusal(pretrain_gpt, corpus, monkeypatch, capsys):
         (1, "--num-layer 4", ["--num-layer 4"]),
         (1, "--pipeline-schedule heliks", ["'heliks'", "did you mean helix?"]),
         (1, "--pipeline-schedule 1F1B", ["'1F1B'", "known: ", "1f1b"]),
-        (1, "--pipeline-schedule seq1f1b", ["seq1f1b", "not executed", "1f1b, interleaved, gpipe"]),
+        (1, "--pipeline-schedule seq1f1b --num-slices 129", ["--num-slices 129", "128 tokens", "use fewer"]),
         (1, "--pipeline-schedule helix --attention-range mlp", ["'mlp'", "core, qkv, block"]),
         (2, "--pipeline-schedule helix --num-layers 5", ["layers (5)", "use 4 or 6"]),
         (2, "--pipeline-schedule 1f1b --num-layers 5", ["layers (5)", "use 4 or 6"]),

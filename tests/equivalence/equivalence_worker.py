@@ -54,6 +54,7 @@ def _reference_of(case: Case) -> Case:
         levels="none",
         mlp_chunk=None,
         loss_chunk=None,
+        num_slices=1,
     )
 
 
@@ -91,6 +92,22 @@ def _compare(case: Case, tamper: bool) -> dict[str, Any]:
         "deferred": deferred[0],
         "trace_is_plan": tuple(schedule.trace.operations) == schedule.plan.orders[rank],
     }
+
+
+def compare_with_fp32(case: Case) -> tuple[float, float]:
+    """Errors of all gradients of a plan, and of Megatron's function, against Megatron's in fp32."""
+    initialize(case)
+    _, truth = _run_reference(replace(_reference_of(case), dtype=torch.float32))
+    _, megatrons = _run_reference(_reference_of(case))
+    planned = build_planned(case)
+    run_iteration(case, planned, planned_schedule(case))
+    names = sorted(truth)
+
+    def joined(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.cat([(gradients[name].float() / truth[name].norm()).flatten() for name in names])
+
+    exact = joined(truth)
+    return tuple(relative_error(joined(of), exact) for of in (gather_gradients(planned), megatrons))
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from helixpipe.plan import ScheduleRequest, build_plan
+from helixpipe.plan import Kind, Operation, ScheduleRequest, build_plan
 from helixpipe.plan.execution import Execution
 from helixpipe.plan.fit import check_executable, check_fits, stages_follow_ranks
 from helixpipe.plan.schedules import SCHEDULES
@@ -40,10 +40,27 @@ def test_what_a_schedule_plans_can_be_executed(name):
 
 
 HELIX, BLOCK = planned("helix"), planned("helix", attention_range="block")
+SLICED = planned("seq1f1b")
 SPREAD = planned("helix", head_placement="spread")
 REFUSED = {
     "an evaluation": (planned("gpipe").forward_only(), Execution.STAGES, "has no backward pass"),
     "slices": (planned("seq1f1b"), Execution.STAGES, "cuts sequences into slices"),
+    "no slices": (planned("gpipe"), Execution.SLICES, "does not cut all sequences into as many slices"),
+    "other slices in a sequence": (
+        replace(SLICED, slices=(SLICED.slices[0][:2], SLICED.slices[0][2:], *SLICED.slices[1:])),
+        Execution.SLICES,
+        "does not cut all sequences into as many slices",
+    ),
+    "slices with W": (
+        SLICED.with_orders((*order, Operation(rank, Kind.W, 0)) for rank, order in enumerate(SLICED.orders)),
+        Execution.SLICES,
+        "computes weight gradients apart",
+    ),
+    "slices on turned stages": (
+        replace(SLICED, placement=SLICED.placement[::-1]),
+        Execution.SLICES,
+        "does not have stage r alone on rank r",
+    ),
     "a stage on two ranks": (
         placed(planned("gpipe"), 0, 3, 1),
         Execution.STAGES,
@@ -117,6 +134,14 @@ def test_a_plan_is_for_one_size_of_job():
     ):
         with pytest.raises(ValueError, match=words):
             check_fits(plan, **{"num_layers": 4, "num_ranks": 2, "num_microbatches": 8, **change})
+
+
+def test_data_is_read_by_sequences():
+    request = ScheduleRequest(num_layers=6, num_ranks=3, num_microbatches=4, num_slices=5)
+    plan = build_plan("seq1f1b", request)
+    assert (plan.num_microbatches, plan.num_sequences) == (20, 4)
+    assert [plan.read_by(rank) for rank in range(3)] == [(0, 1, 2, 3), (), (0, 1, 2, 3)]
+    check_fits(plan, num_layers=6, num_ranks=3, num_microbatches=4)
 
 
 def test_who_reads_and_who_has_losses_follows_from_the_plan():

@@ -14,6 +14,7 @@ from helixpipe.plan import Plan, ScheduleRequest, build_plan
 from helixpipe.plan.build import complete
 from helixpipe.plan.cost_model import Recompute
 from helixpipe.plan.execution import Execution
+from helixpipe.plan.slice_ends import slice_ends, with_slice_ends
 from megatron.pretrain.health.agreement import fingerprint
 from megatron.pretrain.settings.arguments import parse_arguments
 
@@ -66,6 +67,15 @@ def test_megatrons_functions_run_only_their_own_order(parse):
     virtual = planned("interleaved", virtual_stages=2)
     assert parse(virtual).schedule.virtual_stages == 2
     assert parse(virtual.compute_only()).schedule.execution is Execution.MEGATRON
+
+
+def test_a_plan_keeps_the_slices_it_says_and_gets_those_it_does_not(parse):
+    plan = with_slice_ends(planned("seq1f1b", num_slices=2), (24, 32))
+    assert parse(plan).schedule.plan == plan
+    args = parse(planned("seq1f1b", num_slices=2))
+    assert args.schedule.execution is Execution.SLICES
+    first, end = slice_ends(args.schedule.plan)
+    assert 16 <= first < 32 == end
 
 
 def test_ranks_compare_the_plans_of_their_files(parse):
@@ -123,12 +133,20 @@ REFUSED = {
         "",
         "plans every batch anew",
     ),
-    "only planned": (
-        lambda: build_plan(
-            "seq1f1b", ScheduleRequest(num_layers=4, num_ranks=2, num_microbatches=2, num_slices=2)
-        ),
+    "slices of other sequences": (
+        lambda: with_slice_ends(planned("seq1f1b", num_slices=2), (40, 64)),
         "",
-        "seq1f1b can be planned but not executed",
+        r"cuts sequences of 64 tokens, the job's have 32 \(--seq-length\)",
+    ),
+    "slices that do not rise": (
+        lambda: with_slice_ends(planned("seq1f1b", num_slices=3), (20, 20, 32)),
+        "",
+        "\"slice_ends\" is '20,20,32'; it must be 3 rising numbers of tokens",
+    ),
+    "slices of a number": (
+        lambda: planned("seq1f1b", num_slices=2),
+        "--num-slices 4",
+        "--num-slices does not apply with --plan FILE",
     ),
     "a missing operation": (
         lambda: planned("gpipe").with_orders(order[:-1] for order in planned("gpipe").orders),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -9,16 +10,18 @@ from typing import Any, NamedTuple
 import torch
 from elastic_models import ElasticCase, build_elastic, documents, recipe_of, train_once
 from kept import LiveKept
-from models import VOCABULARY, initialize
+from models import VOCABULARY, Case, build_planned, initialize, planned_schedule, run_iteration, sliced_plan
 
-from helixpipe.elastic import ChunkCosts, costs_of_recipe, predict_chunk_costs
+from helixpipe.elastic import Chunk, ChunkCosts, Recipe, costs_of_recipe, predict_chunk_costs
 from helixpipe.elastic.chunk_schedule import elastic_plan
 from helixpipe.megatron_adapter.elastic_batch import ElasticBatch
 from helixpipe.megatron_adapter.elastic_forward_backward import ElasticForwardBackward
+from helixpipe.megatron_adapter.segments.slices import pieces_of
 from helixpipe.plan import Kind, Operation
 from helixpipe.plan.cost_model import HARDWARE, Workload
 from helixpipe.plan.cost_model.shape import ModelShape
 from helixpipe.plan.simulation.memory import held_bytes
+from helixpipe.plan.slice_ends import ends_for
 from helixpipe.runtime.message import HEADER_WORDS
 from helixpipe.runtime.steps import Backward, Forward
 from helixpipe.runtime.trace import HostClock
@@ -43,6 +46,25 @@ def measure(case: ElasticCase) -> Measured:
     torch.set_num_threads(1)
     initialize(case.case)
     chunks = build_elastic(case)
+    batch = ElasticBatch(recipe_of(case), documents(case))
+    return watch(chunks, lambda: train_once(case, chunks, ElasticForwardBackward(clock=HostClock()), batch))
+
+
+def measure_slices(case: Case) -> Measured:
+    """The same of a schedule that slices every sequence."""
+    torch.set_num_threads(1)
+    initialize(case)
+    chunks = build_planned(case)
+    return watch(chunks, lambda: run_iteration(case, chunks, planned_schedule(case)))
+
+
+def measure_cases_of_slices(cases: list[Case]) -> list[Measured]:
+    """:func:`measure_slices` for several cases of one layout."""
+    return [measure_slices(case) for case in cases]
+
+
+def watch(chunks: list[torch.nn.Module], run_iteration: Callable[[], Any]) -> Measured:
+    """Note what is held after every operation of an iteration."""
     contexts = chunks[0].module.contexts
     moments: list[Moment] = []
     runs = {kind: kind.__call__ for kind in (Forward, Backward)}
@@ -54,12 +76,11 @@ def measure(case: ElasticCase) -> Measured:
 
         return run
 
-    batch = ElasticBatch(recipe_of(case), documents(case))
     with LiveKept(chunks[0], contexts.tensors) as live:
         for kind in runs:
             kind.__call__ = noting(kind)
         try:
-            train_once(case, chunks, ElasticForwardBackward(clock=HostClock()), batch)
+            run_iteration()
         finally:
             for kind, run in runs.items():
                 kind.__call__ = run
@@ -126,6 +147,26 @@ def expect(case: ElasticCase, stage: int, moments: list[Moment]) -> list[int]:
     plan = elastic_plan(recipe, case.case.num_layers)
     assert plan.orders[stage] == tuple(operation for operation, _ in moments)
     held = held_bytes(plan, costs_of_recipe(recipe, case.case.num_layers, costs_of(case)), stage)
+    headers = accumulate(
+        header_bytes(stage) if operation.kind is Kind.F else -header_bytes(stage) for operation, _ in moments
+    )
+    return [level.after + header for level, header in zip(held, headers, strict=True)]
+
+
+def expect_of_slices(case: Case, stage: int, moments: list[Moment]) -> list[int]:
+    """What a stage is to hold after each operation of a schedule that slices every sequence."""
+    plan = sliced_plan(case)
+    assert tuple(op for op in plan.orders[stage] if op.kind.is_compute) == tuple(op for op, _ in moments)
+    pieces = pieces_of(plan, ends_for(plan, case.seq_length, 1))[: case.num_slices]
+    layers = case.num_layers // case.pp if case.recompute == "full" else 0
+    chunks = tuple(Chunk((piece,)) for piece in pieces)
+    recipe = Recipe(chunks, (len(chunks),), ((layers,) * len(chunks),) * case.pp)
+    costs = costs_of(ElasticCase(case))
+    # The mask belongs to the loss, whose own graph ends with the last slice's forward.
+    costs = replace(costs, logits_bytes=costs.logits_bytes - 4 * case.tp)
+    of_chunks = costs_of_recipe(recipe, case.num_layers, costs)
+    renamed = {name.replace("chunk", "slice"): cost for name, cost in of_chunks.segments.items()}
+    held = held_bytes(plan.compute_only(), replace(of_chunks, segments=renamed), stage)
     headers = accumulate(
         header_bytes(stage) if operation.kind is Kind.F else -header_bytes(stage) for operation, _ in moments
     )

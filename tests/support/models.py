@@ -26,6 +26,7 @@ from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
 from split_plans import with_weight_gradients  # noqa: E402
 
+from helixpipe.layers.elastic.model import build_elastic_gpt  # noqa: E402
 from helixpipe.layers.gpt import build_gpt  # noqa: E402
 from helixpipe.layers.initialization import (  # noqa: E402
     canonical_parameters,
@@ -39,13 +40,17 @@ from helixpipe.layers.stage import build_stage  # noqa: E402
 from helixpipe.megatron_adapter.forward_backward import (  # noqa: E402
     PlannedForwardBackward,
     SegmentForwardBackward,
+    SliceForwardBackward,
     StageForwardBackward,
 )
 from helixpipe.megatron_adapter.plan_source import PlanOnDemand  # noqa: E402
 from helixpipe.plan import Kind, Plan, ScheduleRequest, build_plan  # noqa: E402
 from helixpipe.plan.cost_model import Recompute  # noqa: E402
 from helixpipe.plan.cost_model.levels import parse_levels  # noqa: E402
+from helixpipe.plan.equal_time import equal_time_ends  # noqa: E402
+from helixpipe.plan.execution import Execution  # noqa: E402
 from helixpipe.plan.schedules import SCHEDULES  # noqa: E402
+from helixpipe.plan.slice_ends import with_slice_ends  # noqa: E402
 from helixpipe.runtime.trace import HostClock  # noqa: E402
 
 VOCABULARY = 96
@@ -87,6 +92,7 @@ class Case:
     interlocked: bool = False
     # Micro batches beyond whole rounds.
     extra: int = 0
+    num_slices: int = 1
 
     @property
     def has_weight_gradients(self) -> bool:
@@ -228,6 +234,8 @@ def build_planned(case: Case) -> list[torch.nn.Module]:
     """This rank's model chunks for the case's schedule, wrapped for training."""
     if case.schedule == "helix":
         return _build_helix(case)
+    if SCHEDULES[case.schedule].execution is Execution.SLICES:
+        return _build_sliced(case)
     if case.chunks_per_rank == 1:
         return build_reference(case, case.saving)
     config = make_config(case)
@@ -241,6 +249,21 @@ def build_planned(case: Case) -> list[torch.nn.Module]:
             for stage in (rank, num_stages - 1 - rank)
         ]
     return _wrap(case, config, models)
+
+
+def _build_sliced(case: Case) -> list[torch.nn.Module]:
+    config = make_config(case)
+    with deferred_initialization(config):
+        model = build_elastic_gpt(
+            config,
+            case.implementation,
+            case.saving,
+            recomputes_by_plan=False,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            **_model_arguments(case),
+        )
+    return _wrap(case, config, [model])
 
 
 def _build_helix(case: Case) -> list[torch.nn.Module]:
@@ -374,7 +397,7 @@ def everywhere(values: list[Any], plan: Plan | None = None) -> list[Any]:
     """Losses by micro batch, on all ranks: from the one that has them, or from where a plan computes them."""
     gathered: list[Any] = [None] * parallel_state.get_pipeline_model_parallel_world_size()
     dist.all_gather_object(gathered, values, group=parallel_state.get_pipeline_model_parallel_group())
-    if plan is None:
+    if plan is None or plan.slices:
         return next(entry for entry in gathered if entry)
     losses = {
         op.micro_batch: loss
@@ -409,8 +432,23 @@ def planned_schedule(case: Case) -> PlannedForwardBackward:
     """The case's schedule, executed from its plan."""
     if case.schedule == "helix":
         return SegmentForwardBackward(_helix_plan(case), clock=HostClock())
+    if SCHEDULES[case.schedule].execution is Execution.SLICES:
+        return SliceForwardBackward(sliced_plan(case), clock=HostClock())
     plans = PlanOnDemand(case.schedule, chunks_per_rank=case.chunks_per_rank)
     return StageForwardBackward(plans, clock=HostClock())
+
+
+def sliced_plan(case: Case) -> Plan:
+    """The plan of slices of equal time, where attention to 20 tokens takes as long as the rest."""
+    request = ScheduleRequest(
+        num_layers=case.num_layers,
+        num_ranks=case.pp,
+        num_microbatches=case.num_microbatches,
+        num_slices=case.num_slices,
+    )
+    multiple = case.tp if case.sequence_parallel else 1
+    ends = equal_time_ends(case.seq_length, case.num_slices, 20.0, 1.0, multiple)
+    return with_slice_ends(build_plan(case.schedule, request), ends)
 
 
 def _helix_plan(case: Case) -> Plan:

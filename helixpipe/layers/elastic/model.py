@@ -72,10 +72,12 @@ class ElasticGPTModel(ChunkedLossGPTModel):
 @contextmanager
 def _whole_layers_recomputed(config: TransformerConfig, count: int) -> Iterator[None]:
     """Let Megatron's block checkpoint its first ``count`` layers, whose number differs between chunks."""
+    if not count:
+        yield
+        return
     assert config.recompute_granularity is None
-    if count:
-        config.recompute_granularity, config.recompute_method = "full", "block"
-        config.recompute_num_layers = count
+    config.recompute_granularity, config.recompute_method = "full", "block"
+    config.recompute_num_layers = count
     try:
         yield
     finally:
@@ -86,24 +88,26 @@ def build_elastic_gpt(
     config: TransformerConfig,
     implementation: Implementation,
     saving: MemorySaving = NOTHING_SAVED,
+    *,
+    recomputes_by_plan: bool = True,
     **arguments: Any,
 ) -> ElasticGPTModel:
-    """The model of this rank's stage for elastic schedules.
+    """The model of this rank's stage for schedules that cut sequences.
 
     Args:
         config: the model's configuration.
         implementation: whose modules compute the layers, and which attention.
         saving: what to do to keep less beside what plans decide; MLP and loss may run in chunks.
+        recomputes_by_plan: the plan says which layers of which chunk are recomputed; False if Megatron's
+            arguments do, for all alike.
         arguments: the rest of GPTModel's.
 
     Raises:
         ValueError: an option that would be ignored or wrong.
     """
     if saving.recomputes:
-        raise ValueError(
-            "the elastic schedule recomputes whole layers, as its plan says; leave --recompute-levels out"
-        )
-    check_supported(config, arguments.get("position_embedding_type", "learned_absolute"))
+        raise ValueError("schedules that cut sequences recompute whole layers; leave --recompute-levels out")
+    check_supported(config, arguments.get("position_embedding_type", "learned_absolute"), recomputes_by_plan)
     contexts = ContextStore()
     spec = block_spec(config, implementation, saving=saving)
     for layer in spec.layer_specs:
@@ -114,11 +118,13 @@ def build_elastic_gpt(
     return ElasticGPTModel(contexts, saving.loss_chunk_size, config, spec, **arguments)
 
 
-def check_supported(config: TransformerConfig, position_embedding_type: str) -> None:
-    """``ValueError`` for options that elastic models would ignore or get wrong."""
+def check_supported(
+    config: TransformerConfig, position_embedding_type: str, recomputes_by_plan: bool = True
+) -> None:
+    """``ValueError`` for options that models over parts of sequences would ignore or get wrong."""
     unsupported = {
         "recomputation by arguments (the plan decides which layers of which chunk are recomputed)": bool(
-            config.recompute_granularity
+            recomputes_by_plan and config.recompute_granularity
         ),
         "context parallelism": config.context_parallel_size > 1,
         "mixture of experts": config.num_moe_experts is not None,
@@ -130,4 +136,4 @@ def check_supported(config: TransformerConfig, position_embedding_type: str) -> 
         f"{position_embedding_type} positions": position_embedding_type
         not in ("learned_absolute", "rope", "none"),
     }
-    refuse(unsupported, "the elastic schedule does not support {}; leave it out")
+    refuse(unsupported, "schedules that cut sequences do not support {}; leave it out")

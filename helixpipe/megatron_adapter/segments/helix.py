@@ -6,15 +6,12 @@ from collections.abc import Callable, Collection
 from typing import Any, TypeAlias
 
 import torch
-from megatron.core.pipeline_parallel.schedules import forward_step_calc_loss
-from torch import Tensor
 
 from helixpipe.layers.segmented_gpt import SegmentedGPTModel, Tensors
 from helixpipe.megatron_adapter.forward_step import (
     IterationInput,
     IterationResult,
     ModelCall,
-    PendingOutput,
     StandInModel,
 )
 from helixpipe.runtime.lending import WeightLending
@@ -107,7 +104,7 @@ class GPTSegments:
             # The iterator must stand at the next iteration's first micro batch when this one ends.
             self._read_to(self._input.num_microbatches)
         (output,) = self.segmented.forward_segment(segment, inputs, labels=call.labels, borrowed=borrowed)
-        return (self._loss(output, loss_func),)
+        return (self._input.loss(output, loss_func, self.segmented, self.config, self.result),)
 
     def finish(self) -> None:
         """Check at the end of an iteration that every forward step was used."""
@@ -146,35 +143,5 @@ class GPTSegments:
     def _next_call(self, micro_batch: int) -> _PendingCall:
         assert self._input is not None
         (data_iterator,) = self._input.data_iterators
-        output, loss_func = self._input.forward_step_func(data_iterator, self._stand_in)
-        if not isinstance(output, PendingOutput):
-            raise ValueError("the forward step must return the model's output itself as its first value")
-        expected = (self.micro_batch_size, self.seq_length)
-        if tuple(output.call.tokens.shape) != expected:
-            raise ValueError(
-                f"micro batch {micro_batch} holds tokens of shape {tuple(output.call.tokens.shape)}, the job "
-                f"was set up for {expected} (micro batch size, sequence length)"
-            )
-        return output.call, loss_func
-
-    def _loss(self, output: Tensor, loss_func: Callable[..., Any] | None) -> Tensor:
-        """Megatron's own loss bookkeeping on the model's output; the scaled loss."""
-        assert self._input is not None
-        if output.dtype in (torch.float16, torch.bfloat16):
-            output = output.float()
-        if self.config.timers is not None:
-            self.config.timers("forward-compute", log_level=2).start()
-        loss, num_tokens = forward_step_calc_loss(
-            self.segmented,
-            output,
-            loss_func,
-            self.config,
-            None,
-            self._input.collect_non_loss_data,
-            self._input.num_microbatches,
-            self.result.loss_data,
-            cp_group_size=1,
-            is_last_stage=True,
-        )
-        self.result.add_tokens(num_tokens)
-        return self._input.loss_to_differentiate(loss, self.config)
+        shape = (self.micro_batch_size, self.seq_length)
+        return self._input.call(data_iterator, self._stand_in, shape, micro_batch)

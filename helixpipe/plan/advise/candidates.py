@@ -95,8 +95,10 @@ class Candidate:
         entry = SCHEDULES.get(self.schedule)
         if entry is None or entry.execution is None:
             return "schedule"
+        is_plain = self.recompute is Recompute.NONE and self.lighter is None
+        takes_ours = is_plain or entry.execution.recomputes_parts_of_layers
         takes_megatrons = entry.execution.recomputes_whole_layers and self.lighter is None
-        if not self.has_our_levels and not takes_megatrons:
+        if not (takes_ours if self.has_our_levels else takes_megatrons):
             return "recompute"
         if self.has_windows:
             return "windows"

@@ -62,7 +62,7 @@ SCHEDULES: dict[str, Schedule] = {
     "v-half": Schedule(v_half.plan, Execution.STAGES, needs_untied_weights=True),
     "v-min": Schedule(v_min.plan, Execution.STAGES, needs_untied_weights=True),
     "dualpipe-v": Schedule(dualpipe_v.plan, Execution.STAGES, needs_untied_weights=True),
-    "seq1f1b": Schedule(seq1f1b.plan, None, frozenset({"num_slices"})),
+    "seq1f1b": Schedule(seq1f1b.plan, Execution.SLICES, frozenset({"num_slices"})),
     "helix": Schedule(
         helix.plan,
         Execution.SEGMENTS,

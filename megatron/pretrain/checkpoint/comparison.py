@@ -19,7 +19,7 @@ from megatron.pretrain.settings.parser import build_parser
 # The same losses within rounding, or none at all.
 CHANGES_NOTHING = frozenset((
     # Who computes what, when and from which memory.
-    "pipeline_schedule", "plan", "hardware", "memory_limit_gib", "num_fold", "attention_range",
+    "pipeline_schedule", "plan", "hardware", "memory_limit_gib", "num_fold", "num_slices", "attention_range",
     "head_placement", "round_order", "split_weight_gradients",
     "tensor_model_parallel_size", "pipeline_model_parallel_size",
     "num_layers_per_virtual_pipeline_stage", "sequence_parallel", "overlap_grad_reduce",

@@ -171,6 +171,9 @@ def _report(
         for operation in plan.orders[stage]
         if operation.kind is Kind.F and operation.segment == plan.num_segments - 1
     ]
+    if len(losses) == plan.num_sequences < len(order):
+        # One loss for each sequence, whose slices the plan's micro batches are.
+        order = list(range(plan.num_sequences))
     bad = [
         (micro_batch, float(entry["lm loss"][0]))
         for micro_batch, entry in zip(order, losses, strict=False)

@@ -143,7 +143,11 @@ def what_to_change(args: argparse.Namespace) -> str:
     parameters = {} if plan is None else plan.parameters
     if plan is None:
         advice.append("a lower --memory-limit-gib")
-    elif args.recompute_granularity is None and saving.recompute is not Recompute.WITHOUT_ATTENTION:
+    elif (
+        execution.recomputes_parts_of_layers
+        and args.recompute_granularity is None
+        and saving.recompute is not Recompute.WITHOUT_ATTENTION
+    ):
         advice.append("--recompute-levels without-attention")
     elif execution.recomputes_whole_layers and args.recompute_granularity != "full":
         advice.append(
@@ -152,6 +156,8 @@ def what_to_change(args: argparse.Namespace) -> str:
         )
     if parameters.get("attention_range", "block") != "block":
         advice.append("--attention-range block")
+    if "num_slices" in parameters:
+        advice.append(f"--num-slices {2 * int(parameters['num_slices'])}")
     if parameters.get("num_fold", 1) != 1:
         advice.append("--num-fold 1")
     if args.micro_batch_size > 1:

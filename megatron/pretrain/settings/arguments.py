@@ -13,6 +13,7 @@ from helixpipe.commands.parser import flag_of
 from helixpipe.data.prefix import DatasetInfo, check_token_ids, inspect_prefix
 from helixpipe.layers.spec import Implementation, check_implementation
 from helixpipe.plan.build import find_schedule
+from helixpipe.plan.cost_model import Recompute
 from helixpipe.plan.execution import Execution
 from helixpipe.plan.schedules import Schedule
 from megatron.pretrain.checkpoint.comparison import changeable
@@ -21,7 +22,7 @@ from megatron.pretrain.settings.elastic import derive_elastic
 from megatron.pretrain.settings.parser import build_parser
 from megatron.pretrain.settings.profiling import profiling_settings
 from megatron.pretrain.settings.range_choice import choose_range
-from megatron.pretrain.settings.recomputation import memory_saving
+from megatron.pretrain.settings.recomputation import asked_levels, memory_saving
 from megatron.pretrain.settings.schedule import (
     AUTO,
     DEFAULT_SCHEDULE,
@@ -33,6 +34,7 @@ from megatron.pretrain.settings.schedule import (
 )
 from megatron.pretrain.settings.schedule_choice import choose_schedule, known_costs
 from megatron.pretrain.settings.sizes import derive_layout, derive_model
+from megatron.pretrain.settings.slices import cut_sequences
 
 
 def parse_arguments(
@@ -92,7 +94,12 @@ def _choose_schedule(args: argparse.Namespace) -> ScheduleSettings:
             plan, reason = choose_range(args, plan_request(args, entry, costs))
         else:
             plan = plan_ahead(args, entry, costs)
-    return settings_for(args, plan or plan_ahead(args, entry), reason)
+    plan = plan or plan_ahead(args, entry)
+    if plan is not None and plan.slices:
+        args.dataset = args.dataset or _inspect_data(args, Execution.SLICES)
+        args.padded_vocab_size = _pad_vocabulary(args)
+        plan = cut_sequences(args, plan)
+    return settings_for(args, plan, reason)
 
 
 def _check_training(args: argparse.Namespace) -> None:
@@ -146,10 +153,15 @@ def _check_schedule(args: argparse.Namespace, entry: Schedule, *, is_chosen: boo
     if args.attention_range == AUTO and "attention_range" not in entry.options:
         raise ValueError(f"--attention-range does not apply to {args.pipeline_schedule}; remove it")
     is_used = is_chosen or args.attention_range == AUTO or args.round_order == "interlocked"
-    if args.hardware is not None and not is_used:
+    if args.hardware is not None and not (is_used or entry.execution is Execution.SLICES):
         raise ValueError(
-            "--hardware is for --pipeline-schedule auto, --attention-range auto and --round-order "
-            "interlocked; leave it out"
+            "--hardware is for --pipeline-schedule auto, --attention-range auto, --round-order "
+            "interlocked and schedules of slices; leave it out"
+        )
+    if entry.execution is Execution.SLICES and asked_levels(args) not in (None, Recompute.NONE):
+        raise ValueError(
+            f"{args.pipeline_schedule} recomputes by --recompute-granularity; leave --recompute-levels and "
+            "--recompute-without-attention out"
         )
     if entry.execution is Execution.SEGMENTS and args.recompute_granularity is not None:
         raise ValueError(

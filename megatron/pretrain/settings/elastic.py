@@ -86,6 +86,7 @@ def _refuse(args: argparse.Namespace) -> None:
     refuse({"--micro-batch-size": args.micro_batch_size != 1}, f"{sentence}; give 1")
     unused = {
         "--num-fold": args.num_fold is not None,
+        "--num-slices": args.num_slices is not None,
         "--attention-range": args.attention_range is not None,
         "--head-placement": args.head_placement is not None,
         "--round-order": args.round_order is not None,

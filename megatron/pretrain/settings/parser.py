@@ -49,7 +49,7 @@ def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--hardware",
-        help="for auto and interlocked rounds: h20, h100, h200, a800, a file of rates or a profile "
+        help="for auto, interlocked rounds and slices: h20, h100, h200, a800, a file of rates or a profile "
         "(default: this GPU)",
     )
     add(
@@ -60,6 +60,7 @@ def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--num-layers-per-virtual-pipeline-stage", type=LAYERS, help="interleaved: layers per model chunk")
     add("--num-fold", type=Whole(), help="helix: micro batches per slot (default 2)")
+    add("--num-slices", type=Whole(), help="seq1f1b: slices per sequence, of equal time (default 4)")
     add(
         "--attention-range",
         metavar="{" + ",".join((*ATTENTION_RANGES, AUTO)) + "}",

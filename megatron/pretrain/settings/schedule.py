@@ -20,7 +20,7 @@ AUTO = "auto"
 DEFAULT_SCHEDULE = "1f1b"
 # What a plan file says by itself.
 _SAID_BY_PLAN = (
-    "pipeline_schedule", "num_fold", "attention_range", "head_placement",
+    "pipeline_schedule", "num_fold", "num_slices", "attention_range", "head_placement",
     "round_order", "split_weight_gradients", "num_layers_per_virtual_pipeline_stage",
 )  # fmt: skip
 
@@ -153,6 +153,7 @@ def plan_request(
         num_microbatches=args.num_microbatches,
         layer_kinds=kinds,
         num_fold=args.num_fold,
+        num_slices=args.num_slices,
         virtual_stages=_virtual_stages(args, entry),
         attention_range=None if args.attention_range == AUTO else args.attention_range,
         head_placement=args.head_placement,

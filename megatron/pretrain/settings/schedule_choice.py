@@ -161,7 +161,11 @@ def _recomputes_as_asked(args: argparse.Namespace, candidate: Candidate) -> bool
 
 def _is_allowed(args: argparse.Namespace, candidate: Candidate) -> bool:
     attention_range = None if args.attention_range == AUTO else args.attention_range
-    given = {"num_fold": args.num_fold, "attention_range": attention_range}
+    given = {
+        "num_fold": args.num_fold,
+        "num_slices": args.num_slices,
+        "attention_range": attention_range,
+    }
     per_chunk = args.num_layers_per_virtual_pipeline_stage
     if per_chunk is not None:
         stages = args.pipeline_model_parallel_size * per_chunk

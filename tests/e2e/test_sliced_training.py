@@ -1,0 +1,38 @@
+"""Slices of sequences on real ranks: the losses of 1F1B, also after a change of schedule."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import metrics_of
+
+from helixpipe.plan import Plan
+from helixpipe.plan.slice_ends import slice_ends
+
+SLICED = ("--pipeline-schedule", "seq1f1b", "--num-slices", 3, "--eval-iters", 1)
+PLAIN = ("--pipeline-schedule", "1f1b", "--eval-iters", 1)
+SIZES = ("--global-batch-size", 2, "--pipeline-model-parallel-size", 2)
+
+
+@pytest.mark.slow
+def test_a_job_goes_on_under_another_schedule_with_the_same_losses(launch, tmp_path):
+    """Two iterations each way, against four under 1F1B."""
+    losses = {}
+    for name, (first, second) in {
+        "1f1b": (PLAIN, PLAIN),
+        "to": (PLAIN, SLICED),
+        "from": (SLICED, PLAIN),
+    }.items():
+        found = []
+        for part, (schedule, iterations) in enumerate(((first, 2), (second, 4))):
+            metrics = tmp_path / f"{name}{part}.jsonl"
+            words = ("--save", tmp_path / name, *(("--load", tmp_path / name) if part else ()))
+            words += ("--train-iters", iterations, "--trace-dir", tmp_path / f"{name}{part}")
+            finished = launch(2, *SIZES, *schedule, *words, "--metrics-jsonl", metrics)
+            assert finished.code == 0, finished.errors
+            found += [row["lm_loss"] for row in metrics_of(metrics)]
+        losses[name] = found
+    assert len(losses["1f1b"]) == 4
+    for name in ("to", "from"):
+        assert losses[name] == pytest.approx(losses["1f1b"], rel=1e-5)
+    plan = Plan.from_json((tmp_path / "from0" / "plan.json").read_text(encoding="utf-8"))
+    assert slice_ends(plan)[-1] == 128
