@@ -12,9 +12,10 @@ from helixpipe.elastic.chunk_schedule import SCHEDULE, costs_of_recipe, elastic_
 from helixpipe.elastic.job import ElasticJob
 from helixpipe.elastic.recipe import Recipe
 from helixpipe.plan.plan import Plan
+from helixpipe.plan.plan_error import PlanError
 from helixpipe.plan.simulation.costs import Costs
 from helixpipe.plan.simulation.simulate import simulate
-from helixpipe.plan.validate import PlanError, validate
+from helixpipe.plan.validate import validate
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class _Run:
         self.position = [0] * plan.num_ranks
         self.done: set[Operation] = set()
         self.in_flight: set[tuple[int, Operation]] = set()  # (receiver, its receive)
-        self.waiting: dict[Operation, int] = {}  # result -> rank that waits for it
+        self.waiting: dict[Operation, list[int]] = {}  # result -> ranks that wait for it
         self.ready = deque(range(plan.num_ranks))
 
     def stuck(self) -> dict[int, int]:
@@ -74,12 +74,14 @@ class _Run:
     def _compute(self, rank: int, op: Operation) -> bool:
         # In a lowered plan a receive has already waited for inputs from other ranks.
         needed = input_of(op, self.plan.num_segments)
-        if needed is not None and needed not in self.done:
-            self.waiting[needed] = rank
-            return False
+        producers = [] if needed is None else [needed]
+        for message in self.plan.context_index.needed_by.get(op, ()):
+            producers += self.plan.context_index.producers[message]
+        for producer in producers:
+            if producer not in self.done:
+                self.waiting.setdefault(producer, []).append(rank)
+                return False
         self.done.add(op)
         self.position[rank] += 1
-        waiter = self.waiting.pop(op, None)
-        if waiter is not None:
-            self.ready.append(waiter)
+        self.ready.extend(self.waiting.pop(op, ()))
         return True

@@ -162,6 +162,8 @@ class _Devices:
             yield self.plan.receive_of(needed)
         if op in self.weights:
             yield self.weights[op]
+        for message in self.plan.context_index.needed_by.get(op, ()):
+            yield message.receive
 
     def _transfer(self, rank: int, op: Operation) -> bool:
         state = self.ranks[rank]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 
+from helixpipe.plan.context import ContextMessage, ContextProgress
 from helixpipe.plan.loan import Loan
 from helixpipe.plan.operation import Kind, Operation, input_of, message_of, output_edge
 from helixpipe.plan.plan import Plan
@@ -26,6 +27,9 @@ def lower(plan: Plan, costs: Costs | None = None) -> Plan:
     Weights on loan leave as the forward starts that feeds the loan's first micro batch: they travel while it
     computes, and slot by slot, so that they never stand before another slot's activations. Their gradients
     leave as the loan's last backward ends.
+
+    Keys and values on loan leave as the last forward ends that makes them, and their gradients as the last
+    reader's backward ends; after the activations that leave then, since those are needed first.
 
     All ranks are executed together against a clock. Operations are written into their orders as they end,
     both ends of a message as it leaves. So one order of time runs through all ranks, the orders of messages
@@ -63,6 +67,8 @@ class _Lowering:
         self.left: dict[Loan, set[Operation]] = {}
         for loan in plan.loans:
             self._arrange(loan)
+        self.contexts = ContextProgress(plan.context_index)
+        self.sent: set[ContextMessage] = set()
 
     def run(self) -> Plan:
         for rank in range(self.plan.num_ranks):
@@ -85,6 +91,8 @@ class _Lowering:
                 concerned += self._send(operation, now)
                 # After the result, for which another rank may be waiting.
                 self._return(operation)
+            for operation in ended:
+                concerned += self._send_contexts(self.contexts.ended(operation))
             for rank in concerned:
                 self._start(rank, now)
         for rank, order in enumerate(self.plan.orders):
@@ -101,10 +109,14 @@ class _Lowering:
         needed = input_of(operation, self.plan.num_segments)
         if needed is not None and needed not in self.available:
             return
+        if any(message not in self.sent for message in self.plan.context_index.needed_by.get(operation, ())):
+            return
         self.next_index[rank] += 1
         self.idle[rank] = False
         for loan in self.lending.pop(operation, ()):
             self._lend(loan)
+        for woken in self._send_contexts(self.contexts.started(operation)):
+            self._start(woken, now)
         heapq.heappush(self.events, (self._end(operation, now), rank, operation))
 
     def _rank_of(self, operation: Operation) -> int:
@@ -146,6 +158,14 @@ class _Lowering:
         if not self.left[loan]:
             self.orders[loan.borrower].append(loan.gradients_sent)
             self.orders[loan.owner].append(loan.gradients_received)
+
+    def _send_contexts(self, messages: list[ContextMessage]) -> list[int]:
+        """Append messages of keys and values or of their gradients; the ranks that may now go on."""
+        for message in messages:
+            self.orders[message.sender].append(message.send)
+            self.orders[message.receiver].append(message.receive)
+            self.sent.add(message)
+        return [message.receiver for message in messages]
 
     def _send(self, operation: Operation, now: float) -> list[int]:
         """Append the message that carries the operation's result; the ranks that may now go on."""

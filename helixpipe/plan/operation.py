@@ -12,7 +12,8 @@ class Kind(str, Enum):
 
     ``B`` is the backward pass for the input gradient, or the whole backward pass of a micro batch without
     ``W``; ``W`` is the weight gradient alone. Messages carry activations (``_F``), their gradients (``_B``),
-    weights on loan (``_P``, parameters) and the gradients of those (``_G``).
+    weights on loan (``_P``, parameters) and the gradients of those (``_G``), keys and values on loan
+    (``_K``; ``_KB`` where they are lent once more for the backward pass) and the gradients of those (``_D``).
     """
 
     F = "F"
@@ -26,6 +27,12 @@ class Kind(str, Enum):
     RECV_P = "RECV_P"
     SEND_G = "SEND_G"
     RECV_G = "RECV_G"
+    SEND_K = "SEND_K"
+    RECV_K = "RECV_K"
+    SEND_KB = "SEND_KB"
+    RECV_KB = "RECV_KB"
+    SEND_D = "SEND_D"
+    RECV_D = "RECV_D"
 
     @property
     def is_compute(self) -> bool:
@@ -44,16 +51,19 @@ class Kind(str, Enum):
 
 
 _COMPUTE = frozenset((Kind.F, Kind.B, Kind.W))
-_SENDS = frozenset((Kind.SEND_F, Kind.SEND_B, Kind.SEND_P, Kind.SEND_G))
-_RECEIVES = frozenset((Kind.RECV_F, Kind.RECV_B, Kind.RECV_P, Kind.RECV_G))
 _OPPOSITE = {
     Kind.SEND_F: Kind.RECV_F,
     Kind.SEND_B: Kind.RECV_B,
     Kind.SEND_P: Kind.RECV_P,
     Kind.SEND_G: Kind.RECV_G,
+    Kind.SEND_K: Kind.RECV_K,
+    Kind.SEND_KB: Kind.RECV_KB,
+    Kind.SEND_D: Kind.RECV_D,
 }
+_SENDS = frozenset(_OPPOSITE)
+_RECEIVES = frozenset(_OPPOSITE.values())
 _OPPOSITE |= {receive: send for send, receive in _OPPOSITE.items()}
-_TEXT = re.compile(r"(\d+)((?:SEND|RECV)_[FBPG]|F|B|W)(\d+)(?:@(\d+))?", re.ASCII)
+_TEXT = re.compile(r"(\d+)((?:SEND|RECV)_(?:KB|[FBPGKD])|F|B|W)(\d+)(?:@(\d+))?", re.ASCII)
 
 
 class Operation(NamedTuple):
@@ -62,7 +72,8 @@ class Operation(NamedTuple):
     Which rank runs it is the plan's placement, not part of its identity. A message is named by the
     edge it crosses: ``segment`` is the producer's for SEND_F/RECV_F, and the segment that consumes the
     gradient for SEND_B/RECV_B, so both directions of the edge ``s -> s+1`` carry the number ``s``.
-    The messages of a loan carry the segment that borrows and the loan's first micro batch.
+    The messages of a loan carry the segment that borrows and the loan's first micro batch, those of a
+    context the segment that reads and the first micro batch whose keys and values are lent.
     ``peer`` is the other rank of a message and None for compute.
     """
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
+from helixpipe.plan.context import Context, ContextIndex
 from helixpipe.plan.json_input import parse_object
 from helixpipe.plan.loan import Loan
 from helixpipe.plan.operation import Kind, Operation, message_of
@@ -37,10 +38,11 @@ class Plan:
         parameters: the arguments of the schedule, for the reader and for reproduction.
         micro_batch_names: one name per micro batch where they differ in cost, like slices of a sequence;
             micro batches of equal cost share a name. Empty where all cost the same.
-        slices: groups of micro batches that are consecutive slices of one sequence: on every segment the
-            forward of a slice follows that of the slice before it, whose keys and values it reads, and
-            backwards run in reverse.
+        slices: groups of micro batches that are consecutive slices of one sequence: on every segment
+            that attends, the forward of a slice follows that of the slice before it, whose keys and values it
+            reads, and backwards run in reverse.
         loans: weights that are used elsewhere than where they are owned.
+        contexts: keys and values of slices that are read elsewhere than where they are made.
     """
 
     schedule: str
@@ -53,6 +55,7 @@ class Plan:
     micro_batch_names: tuple[str, ...] = ()
     slices: tuple[tuple[int, ...], ...] = ()
     loans: tuple[Loan, ...] = ()
+    contexts: tuple[Context, ...] = ()
 
     @property
     def num_segments(self) -> int:
@@ -95,6 +98,15 @@ class Plan:
         name = self.segment_names[segment]
         return f"{name}/{self.micro_batch_names[micro_batch]}" if self.micro_batch_names else name
 
+    def context_cost_name(self, micro_batch: int) -> str:
+        """What the message of a micro batch's keys and values is filed under."""
+        return f"context/{self.micro_batch_names[micro_batch]}" if self.micro_batch_names else "context"
+
+    @cached_property
+    def context_index(self) -> ContextIndex:
+        """The messages of contexts by the computations at their ends."""
+        return ContextIndex(self.contexts, has_backward=self.has_backward)
+
     @cached_property
     def cost_names(self) -> tuple[str, ...]:
         """Every name that :meth:`cost_name` can return, in order of segments."""
@@ -107,7 +119,7 @@ class Plan:
         """True if the plan holds its messages; always true where nothing crosses ranks."""
         if any(not op.kind.is_compute for order in self.orders for op in order):
             return True
-        return not self.loans and all(
+        return not (self.loans or self.contexts) and all(
             here == there
             for segment in range(self.num_segments - 1)
             for here, there in zip(self.placement[segment], self.placement[segment + 1], strict=True)
@@ -145,7 +157,7 @@ class Plan:
 
     def forward_only(self) -> Plan:
         """The forward half of the plan, for evaluation: same placement, same order."""
-        kept = (Kind.F, Kind.SEND_F, Kind.RECV_F, Kind.SEND_P, Kind.RECV_P)
+        kept = (Kind.F, Kind.SEND_F, Kind.RECV_F, Kind.SEND_P, Kind.RECV_P, Kind.SEND_K, Kind.RECV_K)
         return self.with_orders(tuple(op for op in order if op.kind in kept) for order in self.orders)
 
     def with_orders(self, orders: Iterable[Iterable[Operation]]) -> Plan:
@@ -175,6 +187,8 @@ class Plan:
         lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
         if self.loans:
             lines.append(json_rows("loans", [loan._asdict() for loan in self.loans]))
+        if self.contexts:
+            lines.append(json_rows("contexts", [context._asdict() for context in self.contexts]))
         lines.append(json_rows("placement", [_compact(row) for row in self.placement]))
         lines.append(json_rows("orders", [[str(op) for op in order] for order in self.orders]))
         return "{\n" + ",\n".join(lines) + "\n}\n"
@@ -205,6 +219,7 @@ class Plan:
             micro_batch_names=tuple(_strings(data.get("micro_batches", []), "micro_batches")),
             slices=_slices(data.get("slices", [])),
             loans=tuple(_loan(entry) for entry in _optional_list(data, "loans")),
+            contexts=tuple(_context(entry) for entry in _optional_list(data, "contexts")),
         )
 
     def to_csv(self) -> str:
@@ -249,6 +264,21 @@ def _loan(entry: object) -> Loan:
             return Loan(segment, owner, borrower, tuple(micro_batches))
     raise ValueError(
         f'not a plan: "loans" holds {entry!r:.60} instead of numbers for {", ".join(Loan._fields)}'
+    )
+
+
+def _context(entry: object) -> Context:
+    if isinstance(entry, dict) and set(entry) == set(Context._fields):
+        segment, owner, borrower, lent, readers, is_resent = (entry[name] for name in Context._fields)
+        if (
+            isinstance(lent, list)
+            and isinstance(readers, list)
+            and all(type(i) is int for i in (segment, owner, borrower, *lent, *readers))
+            and isinstance(is_resent, bool)
+        ):
+            return Context(segment, owner, borrower, tuple(lent), tuple(readers), is_resent)
+    raise ValueError(
+        f'not a plan: "contexts" holds {entry!r:.60} instead of values for {", ".join(Context._fields)}'
     )
 
 

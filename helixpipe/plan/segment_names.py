@@ -13,5 +13,14 @@ def segment_name(role: str, *kinds: str) -> str:
 
 
 def role_of(name: str) -> str:
-    """``attention``, ``first``, ``middle`` or ``last``, or the name of a stage."""
+    """``attention``, ``qkv``, ``first``, ``middle`` or ``last``, or the name of a stage."""
     return name.partition(".")[0]
+
+
+# What a plan that cuts layers at their attention has beside attention itself.
+_WITHOUT_ATTENTION = frozenset(("first", "middle", "last", "qkv"))
+
+
+def reads_context(name: str) -> bool:
+    """True if a segment attends: to slices of a sequence it needs keys and values of earlier ones."""
+    return role_of(name) not in _WITHOUT_ATTENTION

@@ -7,23 +7,19 @@ from a file or edited by hand is held to the same rules.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from itertools import pairwise, product
+from collections.abc import Mapping
+from itertools import product
 
 from helixpipe.plan.deadlock import find_deadlock
 from helixpipe.plan.device_model import DEVICE_MODELS, find_stall
 from helixpipe.plan.operation import Kind, Operation, input_of, message_of, output_edge
 from helixpipe.plan.plan import Plan
+from helixpipe.plan.plan_error import PlanError, grid, operations
 from helixpipe.plan.simulation.costs import Costs
 from helixpipe.plan.simulation.memory import peak_bytes
+from helixpipe.plan.validate_slices import check_contexts, check_places_of_contexts, check_slices
 
-# How many operations of a rank an error shows on either side of the culprit.
-_CONTEXT = 4
-_LOAN_KINDS = frozenset((Kind.SEND_P, Kind.RECV_P, Kind.SEND_G, Kind.RECV_G))
-
-
-class PlanError(ValueError):
-    """A plan that must not run. The message shows the place, marked ``<-- here``."""
+_NEIGHBOUR_KINDS = frozenset((Kind.SEND_F, Kind.RECV_F, Kind.SEND_B, Kind.RECV_B))
 
 
 def validate(plan: Plan) -> None:
@@ -31,16 +27,17 @@ def validate(plan: Plan) -> None:
 
     The rules: shapes that agree; every micro batch computed exactly once per segment and direction, on the
     rank that the placement names, in a possible order; weight gradients apart in all segments of a micro
-    batch or in none; slices of a sequence on one rank, forward in order and
-    backward in reverse; one matching send and receive per edge between
-    ranks, in the same order at both ends; no deadlock, neither with buffered sends nor when every send
-    waits for its receive, nor in any of ``DEVICE_MODELS``. Weights on loan arrive once before they are
-    used, and their gradients return once, when they are complete.
+    batch or in none; slices of a sequence forward in order and backward in reverse where they attend, with
+    the keys and values of all earlier slices on the rank of each exactly once; one matching send and receive
+    per edge between ranks, in the same order at both ends; no deadlock, neither with buffered sends nor when
+    every send waits for its receive, nor in any of ``DEVICE_MODELS``. Weights on loan arrive once before they
+    are used, and their gradients return once, when they are complete; so do keys and values on loan.
     """
     _check_shape(plan)
     _check_loans(plan)
+    check_contexts(plan)
     _check_compute(plan)
-    _check_slices(plan)
+    check_slices(plan)
     if plan.is_lowered:
         _check_messages(plan)
     _check_progress(plan)
@@ -81,11 +78,11 @@ def _check_shape(plan: Plan) -> None:
     members = [i for group in plan.slices for i in group]
     if len(set(members)) < len(members) or not all(0 <= i < plan.num_microbatches for i in members):
         raise PlanError("a micro batch is a slice of two sequences, or of one that does not exist")
-    for rank, index, op in _operations(plan):
+    for rank, index, op in operations(plan):
         if op.segment >= plan.num_segments or op.micro_batch >= plan.num_microbatches:
-            raise PlanError(f"no such segment or micro batch:\n{_grid(plan, rank, index)}")
+            raise PlanError(f"no such segment or micro batch:\n{grid(plan, rank, index)}")
         if op.kind.is_compute != (op.peer is None) or op.peer == rank:
-            raise PlanError(f"impossible peer:\n{_grid(plan, rank, index)}")
+            raise PlanError(f"impossible peer:\n{grid(plan, rank, index)}")
 
 
 def _check_loans(plan: Plan) -> None:
@@ -112,19 +109,19 @@ def _check_loans(plan: Plan) -> None:
 def _check_compute(plan: Plan) -> None:
     kinds = _kinds(plan)
     seen: dict[Operation, tuple[int, int]] = {}
-    for rank, index, op in _operations(plan):
+    for rank, index, op in operations(plan):
         if not op.kind.is_compute:
             continue
         if op in seen:
-            raise PlanError(f"{op} is run twice:\n{_grid(plan, rank, index)}")
+            raise PlanError(f"{op} is run twice:\n{grid(plan, rank, index)}")
         seen[op] = (rank, index)
         home = plan.rank_of(op.segment, op.micro_batch)
         if rank != home:
-            raise PlanError(f"{op} belongs to rank {home}:\n{_grid(plan, rank, index)}")
+            raise PlanError(f"{op} belongs to rank {home}:\n{grid(plan, rank, index)}")
         needed = kinds[op.micro_batch]
         for kind in needed[: needed.index(op.kind)]:
             if op._replace(kind=kind) not in seen:
-                raise PlanError(f"{op} stands before its {kind.value}:\n{_grid(plan, rank, index)}")
+                raise PlanError(f"{op} stands before its {kind.value}:\n{grid(plan, rank, index)}")
     for micro_batch, needed in enumerate(kinds):
         for segment, kind in product(range(plan.num_segments), needed):
             op = Operation(segment, kind, micro_batch)
@@ -142,31 +139,9 @@ def _kinds(plan: Plan) -> list[list[Kind]]:
     ]
 
 
-def _check_slices(plan: Plan) -> None:
-    """Each slice after the one whose keys and values, or gradients of them, it needs."""
-    before = {i: j for group in plan.slices for j, i in pairwise(group)}
-    after = {j: i for i, j in before.items()}
-    for i, j in before.items():
-        for segment in range(plan.num_segments):
-            if plan.rank_of(segment, i) != plan.rank_of(segment, j):
-                raise PlanError(
-                    f"segment {segment} of slices {j} and {i} is placed on different ranks; "
-                    "keys and values stay where they are"
-                )
-    done: set[Operation] = set()
-    for rank, index, op in _operations(plan):
-        if op.kind in (Kind.F, Kind.B):
-            needed = (before if op.kind is Kind.F else after).get(op.micro_batch)
-            if needed is not None and op._replace(micro_batch=needed) not in done:
-                raise PlanError(
-                    f"{op} stands before {op._replace(micro_batch=needed)}:\n{_grid(plan, rank, index)}"
-                )
-            done.add(op)
-
-
 def _check_messages(plan: Plan) -> None:
     expected: Counter[tuple[int, Operation]] = Counter()
-    for rank, _, op in _operations(plan):
+    for rank, _, op in operations(plan):
         edge = output_edge(op, plan.num_segments) if op.kind.is_compute else None
         if edge is not None:
             peer = plan.rank_of(edge[1], op.micro_batch)
@@ -180,16 +155,20 @@ def _check_messages(plan: Plan) -> None:
         if plan.has_backward:
             expected[loan.borrower, loan.gradients_sent] += 1
             expected[loan.owner, loan.gradients_received] += 1
-    for rank, index, op in _operations(plan):
+    for message in plan.context_index.producers:
+        expected[message.sender, message.send] += 1
+        expected[message.receiver, message.receive] += 1
+    for rank, index, op in operations(plan):
         if not op.kind.is_compute:
             expected[rank, op] -= 1
             if expected[rank, op] < 0:
-                raise PlanError(f"{op} is not needed here:\n{_grid(plan, rank, index)}")
+                raise PlanError(f"{op} is not needed here:\n{grid(plan, rank, index)}")
     for (rank, op), count in expected.items():
         if count:
             raise PlanError(f"{op} is missing from rank {rank}")
     _check_places_of_messages(plan)
     _check_places_of_loans(plan)
+    check_places_of_contexts(plan)
     _check_pairwise_order(plan)
 
 
@@ -199,12 +178,12 @@ def _check_places_of_messages(plan: Plan) -> None:
         done: set[Operation] = set()
         received: set[Operation] = set()
         for index, op in enumerate(order):
-            if op.kind in _LOAN_KINDS:
+            if not op.kind.is_compute and op.kind not in _NEIGHBOUR_KINDS:
                 continue
             if op.kind.is_send:
                 segment, kind = (op.segment, Kind.F) if op.kind is Kind.SEND_F else (op.segment + 1, Kind.B)
                 if Operation(segment, kind, op.micro_batch) not in done:
-                    raise PlanError(f"{op} stands before its producer:\n{_grid(plan, rank, index)}")
+                    raise PlanError(f"{op} stands before its producer:\n{grid(plan, rank, index)}")
             elif op.kind.is_receive:
                 received.add(op._replace(peer=None))
             else:
@@ -214,7 +193,7 @@ def _check_places_of_messages(plan: Plan) -> None:
                     continue
                 _, receive, number = message_of(needed)
                 if Operation(number, receive, op.micro_batch) not in received:
-                    raise PlanError(f"{op} stands before its receive:\n{_grid(plan, rank, index)}")
+                    raise PlanError(f"{op} stands before its receive:\n{grid(plan, rank, index)}")
 
 
 def _check_places_of_loans(plan: Plan) -> None:
@@ -225,9 +204,9 @@ def _check_places_of_loans(plan: Plan) -> None:
         done: set[Operation] = set()
         for index, op in enumerate(order):
             if op in needed and needed[op].weights_received not in done:
-                raise PlanError(f"{op} stands before its weights:\n{_grid(plan, rank, index)}")
+                raise PlanError(f"{op} stands before its weights:\n{grid(plan, rank, index)}")
             if op in returned and not plan.completing(returned[op]) <= done:
-                raise PlanError(f"{op} stands before its gradients are complete:\n{_grid(plan, rank, index)}")
+                raise PlanError(f"{op} stands before its gradients are complete:\n{grid(plan, rank, index)}")
             done.add(op)
 
 
@@ -235,7 +214,7 @@ def _check_pairwise_order(plan: Plan) -> None:
     """Between two ranks, messages arrive in the order in which they are sent."""
     sent: dict[tuple[int, int], list[Operation]] = {}
     taken: dict[tuple[int, int], list[tuple[int, Operation]]] = {}
-    for rank, index, op in _operations(plan):
+    for rank, index, op in operations(plan):
         if op.kind.is_send:
             assert op.peer is not None
             sent.setdefault((rank, op.peer), []).append(op.counterpart(rank))
@@ -247,7 +226,7 @@ def _check_pairwise_order(plan: Plan) -> None:
             if expected != found:
                 raise PlanError(
                     f"rank {sender} sends {expected.counterpart(receiver)} first, but rank {receiver} "
-                    f"takes:\n{_grid(plan, receiver, index)}"
+                    f"takes:\n{grid(plan, receiver, index)}"
                 )
 
 
@@ -266,20 +245,5 @@ def _check_progress(plan: Plan) -> None:
     )
 
 
-def _operations(plan: Plan) -> Iterator[tuple[int, int, Operation]]:
-    for rank, order in enumerate(plan.orders):
-        for index, op in enumerate(order):
-            yield rank, index, op
-
-
-def _grid(plan: Plan, rank: int, index: int) -> str:
-    """The neighbourhood of one operation, marked."""
-    order = plan.orders[rank]
-    first, last = max(0, index - _CONTEXT), min(len(order), index + _CONTEXT + 1)
-    before = " ".join(["..."] * (first > 0) + [str(op) for op in order[first : index + 1]])
-    after = " ".join([str(op) for op in order[index + 1 : last]] + ["..."] * (last < len(order)))
-    return f"  rank {rank}: {before} <-- here {after}".rstrip()
-
-
 def _blocked_grid(plan: Plan, stuck: Mapping[int, int]) -> str:
-    return "\n".join(_grid(plan, rank, index) for rank, index in sorted(stuck.items()))
+    return "\n".join(grid(plan, rank, index) for rank, index in sorted(stuck.items()))

@@ -14,6 +14,9 @@ _CARGO = {
     "B": "the gradient of micro batch {micro_batch} after segment {segment}",
     "P": "the weights lent for segment {segment} from micro batch {micro_batch} on",
     "G": "the gradients of the weights lent for segment {segment} from micro batch {micro_batch} on",
+    "K": "the keys and values lent for segment {segment} from micro batch {micro_batch} on",
+    "KB": "the keys and values lent again for segment {segment} from micro batch {micro_batch} on",
+    "D": "the gradients of the keys and values lent for segment {segment} from micro batch {micro_batch} on",
 }
 
 
@@ -92,5 +95,5 @@ def explain(operation: str) -> str:
     name = kind.rstrip("0123456789")
     micro_batch = kind[len(name) :]
     if peer:
-        return _CARGO[name[-1]].format(segment=segment, micro_batch=micro_batch)
+        return _CARGO[name.partition("_")[2]].format(segment=segment, micro_batch=micro_batch)
     return f"{_PASSES[name]} of segment {segment}, micro batch {micro_batch}"

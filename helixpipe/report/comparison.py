@@ -221,6 +221,10 @@ def _content(plan: Plan, receive: Operation) -> str:
         return f"weights of {name}"
     if receive.kind is Kind.RECV_G:
         return f"gradients of weights of {name}"
+    if receive.kind in (Kind.RECV_K, Kind.RECV_KB):
+        return f"keys and values for {name}"
+    if receive.kind is Kind.RECV_D:
+        return f"gradients of keys and values of {name}"
     following = plan.segment_names[receive.segment + 1]
     if receive.kind is Kind.RECV_F:
         return f"activations {name}->{following}"

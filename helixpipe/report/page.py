@@ -32,7 +32,7 @@ _KINDS = {
     Role.ATTENTION_BACKWARD: Kind.B,
     Role.WEIGHT: Kind.W,
 }
-_MESSAGES = (Kind.RECV_F, Kind.RECV_B, Kind.RECV_P, Kind.RECV_G)  # numbered alike in model.js
+_MESSAGES = tuple(kind for kind in Kind if kind.is_receive)  # numbered alike in model.js
 _DIGITS = 8  # of times in the page: a tick is at most this small a part of the makespan
 _LEVELS = 1_000_000  # steps of a memory curve
 _KEY_RANKS = 8  # rank colours that a legend explains; the others lie between them

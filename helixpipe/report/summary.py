@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
-from helixpipe.plan.operation import Kind, Operation
 from helixpipe.plan.simulation.timeline import Span, Timeline
 from helixpipe.report.byte_units import ByteUnit, byte_unit
 
@@ -160,17 +159,11 @@ def _longest_wait(timeline: Timeline) -> _Entry:
     return end_ms - start_ms, Cell(
         milliseconds(end_ms - start_ms),
         f"rank {rank} for {receive}",
-        operation=str(_consumer(receive)),
+        operation=_next_operation(timeline, rank, end_ms),
     )
 
 
-def _consumer(receive: Operation) -> Operation:
-    """What computes with a message. Its text form names the edge: F stands behind it, B before it.
-
-    Weights on loan are for the segment that they name, and their gradients come from there.
-    """
-    if receive.kind is Kind.RECV_P:
-        return Operation(receive.segment, Kind.F, receive.micro_batch)
-    if receive.kind is Kind.RECV_F:
-        return Operation(receive.segment + 1, Kind.F, receive.micro_batch)
-    return Operation(receive.segment, Kind.B, receive.micro_batch)
+def _next_operation(timeline: Timeline, rank: int, time_ms: float) -> str:
+    """What a rank computes next, in text form; empty if nothing."""
+    later = (str(span.operation) for span in timeline.spans[rank] if span.start_ms >= time_ms)
+    return next(later, "")

@@ -35,6 +35,12 @@ def test_text_round_trip(operation):
         ("3RECV_P8@0", Operation(3, Kind.RECV_P, 8, 0)),
         ("3SEND_G8@0", Operation(3, Kind.SEND_G, 8, 0)),
         ("3RECV_G8@1", Operation(3, Kind.RECV_G, 8, 1)),
+        ("5SEND_K4@3", Operation(5, Kind.SEND_K, 4, 3)),
+        ("5RECV_K4@2", Operation(5, Kind.RECV_K, 4, 2)),
+        ("5SEND_KB4@3", Operation(5, Kind.SEND_KB, 4, 3)),
+        ("5RECV_KB4@2", Operation(5, Kind.RECV_KB, 4, 2)),
+        ("5SEND_D4@2", Operation(5, Kind.SEND_D, 4, 2)),
+        ("5RECV_D4@3", Operation(5, Kind.RECV_D, 4, 3)),
     ],
 )
 def test_text_form_is_the_documented_one(text, operation):

@@ -385,7 +385,7 @@ def test_every_edge_by_name_needs_no_default():
         ),
         (
             costs_file(TWO, G=1),
-            "segment stage0: key 'G' is unknown; known: B, F, R, W, bytes, gradient_bytes, weight_bytes",
+            "segment stage0: key 'G' is unknown; known: B, F, R, W, bytes, context_bytes, gradient_bytes",
         ),
         (costs_file(TWO, F=-1), "segment stage0: F must be a number that is not negative, found -1"),
         (costs_file(TWO, F="1"), "segment stage0: F must be a number"),

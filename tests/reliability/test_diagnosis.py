@@ -123,6 +123,9 @@ def test_overdue_is_past_the_deadline_and_never_without_one():
         ("2SEND_B3@0", "the gradient of micro batch 3 after segment 2"),
         ("5RECV_P4@3", "the weights lent for segment 5 from micro batch 4 on"),
         ("5SEND_G4@3", "the gradients of the weights lent for segment 5 from micro batch 4 on"),
+        ("5RECV_K4@3", "the keys and values lent for segment 5 from micro batch 4 on"),
+        ("5SEND_KB4@3", "the keys and values lent again for segment 5 from micro batch 4 on"),
+        ("5SEND_D4@3", "the gradients of the keys and values lent for segment 5 from micro batch 4 on"),
     ],
 )
 def test_operations_are_put_into_words(operation, words):

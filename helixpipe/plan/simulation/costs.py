@@ -31,7 +31,10 @@ class SegmentCost:
             recomputes. As much as ``bytes`` if None.
         workspace_bytes: what an operation needs while it runs, beside what it keeps.
         gradient_bytes: of a slice of a sequence, gradients of its keys and values, to which the backwards of
-            later slices add: held from the backward of the sequence's last slice until its own.
+            later slices add: held from the backward of the sequence's last slice until its own, or where
+            they are lent, from the first reader's backward until they are sent, see :mod:`.memory`.
+        context_bytes: of a slice, its keys and values where a rank holds them for readers and has not run
+            this segment for it.
     """
 
     forward: float
@@ -42,6 +45,7 @@ class SegmentCost:
     weight_bytes: int | None = None
     workspace_bytes: int = 0
     gradient_bytes: int = 0
+    context_bytes: int = 0
 
     @property
     def held_for_weight(self) -> int:
@@ -82,7 +86,8 @@ class Costs:
         segments: by cost name.
         p2p_ms: milliseconds of a message by edge, ``FROM->TO`` in forward direction; the gradient of an
             edge has its size and takes as long. ``*`` stands for every edge that is not named. Such
-            messages never wait for each other.
+            messages never wait for each other. ``context/MICRO BATCH`` is a message of the keys and values of
+            one micro batch; that of a context takes as long as those of all micro batches that it lends.
         message_bytes: size of a message by edge, for a ``network``.
         network: if given, messages take the time of its links and queue for them.
         ranks: what each rank pays per iteration; empty for nothing.
@@ -113,6 +118,14 @@ class Costs:
         """Size of a message over the edge between two segments, named in forward direction."""
         return _of_edge(self.message_bytes or {}, producer, consumer)
 
+    def context_ms(self, name: str) -> float:
+        """Milliseconds of a message of one micro batch's keys and values, or of their gradients."""
+        return _named(self.p2p_ms, name)
+
+    def context_message_bytes(self, name: str) -> int:
+        """Size of a message of one micro batch's keys and values, or of their gradients."""
+        return _named(self.message_bytes or {}, name)
+
     def rank(self, rank: int) -> RankCost:
         """What a rank pays per iteration."""
         return self.ranks[rank] if self.ranks else _NO_COST
@@ -139,7 +152,11 @@ def uniform_costs(plan: Plan, forward: float = 1.0, backward: float = 2.0, weigh
 
 
 def _of_edge(table: Mapping[str, T], producer: str, consumer: str) -> T:
-    named = table.get(f"{producer}->{consumer}")
+    return _named(table, f"{producer}->{consumer}")
+
+
+def _named(table: Mapping[str, T], name: str) -> T:
+    named = table.get(name)
     return table.get(ANY_EDGE, 0) if named is None else named  # type: ignore[return-value]
 
 
@@ -152,6 +169,7 @@ _SEGMENT_KEYS = {
     "weight_bytes": "weight_bytes",
     "workspace_bytes": "workspace_bytes",
     "gradient_bytes": "gradient_bytes",
+    "context_bytes": "context_bytes",
 }
 
 
@@ -203,14 +221,14 @@ def _edge_table(
 
 
 def _edges(plan: Plan) -> set[str]:
-    """Names of the edges that cross ranks for at least one micro batch."""
+    """Names of the edges that cross ranks for at least one micro batch, and of the contexts' messages."""
     representatives = {plan.cost_name(0, i): i for i in range(plan.num_microbatches)}.values()
     return {
         f"{plan.cost_name(s, i)}->{plan.cost_name(s + 1, i)}"
         for s in range(plan.num_segments - 1)
         if plan.placement[s] != plan.placement[s + 1]
         for i in representatives
-    }
+    } | {plan.context_cost_name(i) for context in plan.contexts for i in context.lent}
 
 
 def _segment_cost(name: str, entry: Any) -> SegmentCost:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import chain
 from typing import NamedTuple
 
 from helixpipe.plan.operation import Kind, Operation
 from helixpipe.plan.plan import Plan
+from helixpipe.plan.simulation.context_memory import context_changes
 from helixpipe.plan.simulation.costs import Costs, SegmentCost
 
 
@@ -21,26 +23,22 @@ def held_bytes(plan: Plan, costs: Costs, rank: int) -> list[Held]:
     """What ``rank`` holds at each of its compute operations, in execution order.
 
     What a forward keeps lives from the start of F to the end of B; where the micro batch has W,
-    ``weight_bytes`` live on to the end of W. A workspace lives as long as its operation. Gradients for
-    earlier slices are there from the first backward of their sequence on. An evaluation plan keeps nothing.
-    The rank's static bytes are always there.
+    ``weight_bytes`` live on to the end of W. A workspace lives as long as its operation. Keys and values that
+    are read elsewhere than where they are made, and gradients for earlier slices, live as
+    :mod:`.context_memory` says. An evaluation plan keeps nothing. The rank's static bytes are always there.
     """
     held = costs.rank(rank).static_bytes
     levels = []
-    earlier = {group[-1]: group[:-1] for group in plan.slices}
-    awaits_gradients = {i for group in earlier.values() for i in group}
+    taken, dropped = context_changes(plan, costs, rank) if plan.slices else (Counter[Operation](), Counter())
     for op in plan.orders[rank]:
+        held += taken[op]
         if not op.kind.is_compute:
+            held -= dropped[op]
             continue
         cost = costs.segments[plan.cost_name(op.segment, op.micro_batch)]
         kept = cost.bytes if op.kind is Kind.F else 0
-        released = _released(op, cost, plan)
-        if op.kind is Kind.B:
-            names = (plan.cost_name(op.segment, i) for i in earlier.get(op.micro_batch, ()))
-            kept = sum(costs.segments[name].gradient_bytes for name in names)
-            released += cost.gradient_bytes if op.micro_batch in awaits_gradients else 0
         during = held + kept + cost.workspace_bytes
-        held += kept - released
+        held += kept - _released(op, cost, plan) - dropped[op]
         levels.append(Held(during, held))
     return levels
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import heapq
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
+from helixpipe.plan.context import ContextMessage, ContextProgress
 from helixpipe.plan.loan import Loan
 from helixpipe.plan.operation import Kind, Operation, input_of, output_edge
 from helixpipe.plan.plan import Plan
@@ -14,6 +15,20 @@ from helixpipe.plan.simulation.costs import Costs, LoanBytes
 from helixpipe.plan.simulation.memory import held_bytes
 from helixpipe.plan.simulation.network import Links
 from helixpipe.plan.simulation.timeline import Level, Span, Timeline
+
+# What arrives: the result of a computation, or a context's keys and values or gradients.
+_Content: TypeAlias = Operation | ContextMessage
+
+
+class _Message(NamedTuple):
+    """A message that may leave."""
+
+    content: _Content
+    sender: int
+    receiver: int
+    receive: Operation
+    num_bytes: int
+    milliseconds: float  # without a network
 
 
 @dataclass(frozen=True)
@@ -56,7 +71,9 @@ def simulate(plan: Plan, costs: Costs) -> Simulation:
     a receive when the computation before it ends, a compute-only plan always in time. With ``p2p_ms`` a
     message takes the time of its edge whatever else is under way; with a network it queues for its links.
     After its last operation a rank reduces its gradients; when all have, the optimizer runs. Weights on loan
-    and their gradients take the network's links like other messages; without a network they are free.
+    and their gradients take the network's links like other messages; without a network they are free. Keys
+    and values on loan leave when the last forward ends that makes them, their gradients when the last
+    reader's backward ends, behind the activations that leave then.
 
     Args:
         plan: a valid plan, lowered or compute-only (the messages follow from the placement).
@@ -110,11 +127,11 @@ class _Clock:
         self.spans: list[list[Span]] = [[] for _ in self.orders]
         self.waits: list[list[Span]] = [[] for _ in self.orders]
         self.free_ms = [0.0] * plan.num_ranks
-        self.arrival_ms: dict[Operation, float] = {}  # result -> when its consumer has it
-        self._receive_ms: dict[Operation, float] = {}  # what its consumer spends on the message first
-        self.waiting: dict[Operation, int] = {}
-        # (time, rank, 1 for loans, an operation that ends or a loan whose weights leave)
-        self.events: list[tuple[float, int, int, Operation | Loan]] = []
+        self.arrival_ms: dict[_Content, float] = {}  # when its consumer has it
+        self._receive_ms: dict[_Content, float] = {}  # what its consumer spends on the message first
+        self.waiting: dict[_Content, int] = {}
+        # (time, rank, 0 for an operation that ends, 1 for a loan whose weights leave, 2 for a context's)
+        self.events: list[tuple[float, int, int, Operation | Loan | ContextMessage]] = []
         self.loans = {(loan.segment, i): loan for loan in plan.loans for i in loan.micro_batches}
         # A loan's weights leave as the forward starts that feeds its first micro batch: lowering says so.
         self.lending: dict[Operation, list[Loan]] = {}
@@ -128,8 +145,9 @@ class _Clock:
         }  # backwards until the gradients can be returned
         self.returned_ms = [0.0] * plan.num_ranks  # when the last gradients have come back
         self.posted_after = _posts(plan)
-        # (receiver, operations that end there first) -> results whose receives are not posted, and senders
-        self.unposted: dict[tuple[int, int], list[tuple[Operation, int]]] = {}
+        # (receiver, operations that end there first) -> messages whose receives are not posted
+        self.unposted: dict[tuple[int, int], list[_Message]] = {}
+        self.contexts = ContextProgress(plan.context_index)
         self._duration_ms = {
             (kind, name, splits): costs.duration_ms(kind, name, splits_backward=splits)
             for kind in {op.kind for order in self.orders for op in order}
@@ -145,14 +163,19 @@ class _Clock:
             now_ms, rank, _, event = heapq.heappop(self.events)
             if isinstance(event, Loan):
                 self.weights_ms[event] = self._lent_ms(event, now_ms)
-                waiter = self.waiting_for_weights.pop(event, None)
+                waiters = [self.waiting_for_weights.pop(event, None)]
+            elif isinstance(event, ContextMessage):
+                waiters = [self._leave(self._of_context(event), now_ms)]
             else:
                 self._post(rank, now_ms)
-                waiter = self._deliver(rank, event, now_ms)
+                waiters = [self._deliver(rank, event, now_ms)]
+                messages = map(self._of_context, self.contexts.ended(event))
+                waiters += [self._leave(message, now_ms) for message in messages]
                 self._give_back(event, now_ms)
                 self._start(rank)
-            if waiter is not None:
-                self._start(waiter)
+            for waiter in waiters:
+                if waiter is not None:
+                    self._start(waiter)
         if any(len(s) != len(o) for s, o in zip(self.spans, self.orders, strict=True)):
             raise ValueError("the plan deadlocks; validate it first")
 
@@ -169,18 +192,18 @@ class _Clock:
                 self.waiting_for_weights[loan] = rank
                 return
             start_ms = max(start_ms, self.weights_ms[loan])
-        needed = input_of(op, self.plan.num_segments)
-        if needed is not None:
-            arrival_ms = self.arrival_ms.pop(needed, None)
-            if arrival_ms is None:
-                self.waiting[needed] = rank
+        contents = self._contents_for(op)
+        for content in contents:
+            if content not in self.arrival_ms:
+                self.waiting[content] = rank
                 return
-            if arrival_ms > start_ms:
-                start_ms = arrival_ms
-                self.waits[rank].append(Span(self.plan.receive_of(needed), free_ms, start_ms))
-            elif loan is not None and start_ms > free_ms:
-                self.waits[rank].append(Span(loan.weights_received, free_ms, start_ms))
-            start_ms += self._receive_ms.pop(needed, 0.0)
+        waited_for = None if loan is None or start_ms == free_ms else loan.weights_received
+        for content in contents:
+            if self.arrival_ms[content] > start_ms:
+                start_ms, waited_for = self.arrival_ms[content], self._receive_of(content)
+        if waited_for is not None:
+            self.waits[rank].append(Span(waited_for, free_ms, start_ms))
+        start_ms += sum(self._receive_ms.pop(content, 0.0) for content in contents)
         name = self.plan.cost_name(op.segment, op.micro_batch)
         splits = op.micro_batch in self.plan.split_micro_batches
         end_ms = start_ms + self._duration_ms[op.kind, name, splits]
@@ -188,6 +211,8 @@ class _Clock:
         self.free_ms[rank] = end_ms
         for lent in self.lending.get(op, ()):
             heapq.heappush(self.events, (start_ms, lent.owner, 1, lent))
+        for message in self.contexts.started(op):
+            heapq.heappush(self.events, (start_ms, message.sender, 2, message))
         heapq.heappush(self.events, (end_ms, rank, 0, op))
 
     def _lent_ms(self, loan: Loan, ready_ms: float) -> float:
@@ -209,6 +234,15 @@ class _Clock:
     def _loan_bytes(self, loan: Loan) -> LoanBytes:
         return self.costs.loan_bytes.get(self.plan.segment_names[loan.segment], LoanBytes(0, 0))
 
+    def _contents_for(self, op: Operation) -> list[_Content]:
+        """What an operation starts with."""
+        needed = input_of(op, self.plan.num_segments)
+        messages = self.plan.context_index.needed_by.get(op, [])
+        return [*messages] if needed is None else [needed, *messages]
+
+    def _receive_of(self, content: _Content) -> Operation:
+        return content.receive if isinstance(content, ContextMessage) else self.plan.receive_of(content)
+
     def _deliver(self, rank: int, op: Operation, end_ms: float) -> int | None:
         """Send the operation's result; the rank that was waiting for it, or None."""
         edge = output_edge(op, self.plan.num_segments)
@@ -218,15 +252,33 @@ class _Clock:
         if peer == rank:
             self.arrival_ms[op] = end_ms
             return self.waiting.pop(op, None)
+        names = [self.plan.cost_name(segment, op.micro_batch) for segment in sorted(edge)]
+        num_bytes, milliseconds = self.costs.num_bytes(*names), self.costs.transfer_ms(*names)
+        receive = self.plan.receive_of(op)
+        return self._leave(_Message(op, rank, peer, receive, num_bytes, milliseconds), end_ms)
+
+    def _of_context(self, message: ContextMessage) -> _Message:
+        names = [self.plan.context_cost_name(i) for i in message.context.lent]
+        num_bytes = sum(map(self.costs.context_message_bytes, names))
+        milliseconds = sum(map(self.costs.context_ms, names))
+        return _Message(message, message.sender, message.receiver, message.receive, num_bytes, milliseconds)
+
+    def _leave(self, message: _Message, now_ms: float) -> int | None:
+        """Send a message, or keep it until its receive is posted; the rank that waited for it, or None."""
+        sender, receiver = message.sender, message.receiver
         if self.links is not None:
-            self.free_ms[rank] += self.links.network.send_ms(self._num_bytes(edge, op.micro_batch))
-        start_ms = max(end_ms, self.free_ms[rank])
-        posted_after = self.posted_after.get((peer, self.plan.receive_of(op)), 0)
-        if not self._has_ended(peer, posted_after, start_ms):
-            self.unposted.setdefault((peer, posted_after), []).append((op, rank))
+            self.free_ms[sender] += self.links.network.send_ms(message.num_bytes)
+        start_ms = max(now_ms, self.free_ms[sender]) if self._is_between(sender, now_ms) else now_ms
+        posted_after = self.posted_after.get((receiver, message.receive), 0)
+        if not self._has_ended(receiver, posted_after, start_ms):
+            self.unposted.setdefault((receiver, posted_after), []).append(message)
             return None
-        self._transfer(op, rank, peer, start_ms)
-        return self.waiting.pop(op, None)
+        self._transfer(message, start_ms)
+        return self.waiting.pop(message.content, None)
+
+    def _is_between(self, rank: int, now_ms: float) -> bool:
+        """True if a rank computes nothing at ``now_ms``; until it is free, it handles messages."""
+        return not self.spans[rank] or self.spans[rank][-1].end_ms <= now_ms
 
     def _has_ended(self, rank: int, count: int, now_ms: float) -> bool:
         """True if so many operations of a rank end by now, even if the event of the last is still to come."""
@@ -235,22 +287,18 @@ class _Clock:
 
     def _post(self, rank: int, now_ms: float) -> None:
         """Let messages leave whose receives follow the operation that has just ended on ``rank``."""
-        for op, sender in self.unposted.pop((rank, len(self.spans[rank])), ()):
-            self._transfer(op, sender, rank, now_ms)
+        for message in self.unposted.pop((rank, len(self.spans[rank])), ()):
+            self._transfer(message, now_ms)
 
-    def _transfer(self, op: Operation, rank: int, peer: int, start_ms: float) -> None:
-        edge = output_edge(op, self.plan.num_segments)
-        assert edge is not None
+    def _transfer(self, message: _Message, start_ms: float) -> None:
+        content = message.content
         if self.links is None:
-            first, second = (self.plan.cost_name(segment, op.micro_batch) for segment in sorted(edge))
-            self.arrival_ms[op] = start_ms + self.costs.transfer_ms(first, second)
+            self.arrival_ms[content] = start_ms + message.milliseconds
             return
-        num_bytes = self._num_bytes(edge, op.micro_batch)
-        self._receive_ms[op] = self.links.network.receive_ms(num_bytes)
-        self.arrival_ms[op] = self.links.send(num_bytes, rank, peer, start_ms)
-
-    def _num_bytes(self, edge: tuple[int, int], micro_batch: int) -> int:
-        return self.costs.num_bytes(*(self.plan.cost_name(segment, micro_batch) for segment in sorted(edge)))
+        self._receive_ms[content] = self.links.network.receive_ms(message.num_bytes)
+        self.arrival_ms[content] = self.links.send(
+            message.num_bytes, message.sender, message.receiver, start_ms
+        )
 
 
 def _posts(plan: Plan) -> dict[tuple[int, Operation], int]:

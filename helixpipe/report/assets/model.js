@@ -1,7 +1,7 @@
 // The data of the page: schedules as typed arrays, and what can be asked of them.
 
 // Kinds of messages, by their numbers in the page's data.
-const MESSAGES = ["RECV_F", "RECV_B", "RECV_P", "RECV_G"];
+const MESSAGES = ["RECV_F", "RECV_B", "RECV_P", "RECV_G", "RECV_K", "RECV_KB", "RECV_D"];
 
 const page = JSON.parse(document.getElementById("data").textContent);
 
@@ -52,10 +52,13 @@ class Schedule {
     const kind = page.roles[row.role[index]].kind;
     if (!waits || kind === "W") return -1;
     const edge = row.segment[index] - (kind === "F" ? 1 : 0);
+    // Keys and values, and their gradients, name the slice that made them, not the one that reads them.
+    const contexts = (kind === "F" ? ["RECV_K"] : ["RECV_KB", "RECV_D"]).map((name) => MESSAGES.indexOf(name));
     for (let i = lastUpTo(waits.start, row.start[index]); i >= 0; i--) {
       const same = waits.edge[i] === edge && waits.microBatch[i] === row.microBatch[index];
       if (same && waits.kind[i] === MESSAGES.indexOf(`RECV_${kind}`)) return i;
       if (index > 0 && waits.end[i] < row.start[index - 1]) break;
+      if (contexts.includes(waits.kind[i]) && (index === 0 || waits.end[i] > row.end[index - 1])) return i;
     }
     return -1;
   }
