@@ -37,20 +37,27 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--schedule", required=True, metavar="{" + ",".join(planned_ahead()) + "}")
     plan.add_argument("--num-layers", type=LAYERS, required=True, help="transformer layers L")
     plan.add_argument("--pipeline-model-parallel-size", type=RANKS, required=True, help="ranks p")
-    plan.add_argument("--num-microbatches", type=Whole(), required=True, help="micro batches m per iteration")
-    plan.add_argument("--num-fold", type=Whole(), help="helix: micro batches per slot (default 2)")
+    plan.add_argument(
+        "--num-microbatches",
+        type=Whole(),
+        required=True,
+        help="micro batches m per iteration; for schedules that slice, sequences",
+    )
+    plan.add_argument(
+        "--num-fold", type=Whole(), help="helix, sliced-helix: micro batches or slices per slot (default 2)"
+    )
     plan.add_argument("--virtual-stages", type=Whole(), help="interleaved: chunks per rank (default 2)")
     plan.add_argument("--num-slices", type=Whole(), help="seq1f1b: slices per sequence (default 4)")
     plan.add_argument(
         "--attention-range",
         metavar="{" + ",".join(ATTENTION_RANGES) + "}",
-        help="helix: pieces on the attention rank: attention alone, norm1 to attention, norm1 to the "
-        "projection (default core)",
+        help="helix, sliced-helix: pieces on the attention rank: attention alone, norm1 to attention, norm1 "
+        "to the projection (default core)",
     )
     plan.add_argument(
         "--head-placement",
         metavar="{" + ",".join(HEAD_PLACEMENTS) + "}",
-        help="helix: ranks that run the head (default first)",
+        help="helix, sliced-helix: ranks that run the head (default first)",
     )
     plan.add_argument(
         "--round-order",
@@ -72,6 +79,13 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
         metavar="KIND,…",
         help="helix: kinds of layers that differ in cost, repeated over the layers; costs.json names them "
         "(window,window,full)",
+    )
+    plan.add_argument(
+        "--resend-context",
+        action="store_true",
+        default=None,
+        help="sliced-helix: lend keys and values of earlier slices again for the backward pass, instead of "
+        "keeping them",
     )
     plan.add_argument("--compute-only", action="store_true", help="leave the messages out")
     plan.add_argument("--output", type=Path, required=True, help="plan.json")
@@ -118,6 +132,7 @@ def _plan(args: argparse.Namespace) -> None:
         split_weight_gradients=args.split_weight_gradients,
         costs=_known_costs(args.costs),
         layer_kinds=_layer_kinds(args.layer_kinds, args.num_layers),
+        resend_context=args.resend_context,
     )
     plan = build_plan(args.schedule, request, compute_only=args.compute_only)
     args.output.write_text(plan.to_json(), encoding="utf-8")

@@ -20,6 +20,7 @@ OPTION_FLAGS = {
     "split_weight_gradients": "--split-weight-gradients",
     "costs": "--costs",
     "layer_kinds": "--layer-kinds",
+    "resend_context": "--resend-context",
 }
 
 

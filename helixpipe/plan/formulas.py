@@ -20,7 +20,7 @@ class Case:
     Attributes:
         p: pipeline ranks.
         L: layers, a multiple of the schedule's stages.
-        m: micro batches, for seq1f1b sequences.
+        m: micro batches, for seq1f1b and sliced-helix sequences.
         v: interleaved: chunks per rank.
         fold: helix: micro batches per slot.
         K: seq1f1b: slices per sequence.
@@ -28,6 +28,9 @@ class Case:
         t_B: its input gradient.
         t_W: its weight gradient.
         t_last: helix: the segment after the last attention, head and loss included, forward plus backward.
+        t_seg: sliced-helix: the segment between two attentions, forward plus backward.
+        t_seg_B: sliced-helix: its backward.
+        t_pre: sliced-helix: the part of t_seg that precedes attention.
         g: key/value heads over query heads.
         attention_range: helix: pieces that the attention rank runs.
     """
@@ -42,6 +45,9 @@ class Case:
     t_B: float = 1.0
     t_W: float = 1.0
     t_last: float = 3.0
+    t_seg: float = 3.0
+    t_seg_B: float = 2.0
+    t_pre: float = 0.75
     g: float = 1.0
     attention_range: str = "core"
 
@@ -90,7 +96,7 @@ class Form(NamedTuple):
 
     def makespan(self, case: Case) -> float:
         """One iteration: the work of a rank, m·(L/p)·t, and the bubble."""
-        return case.m * case.L / case.p * case.t + self.bubble.of(case)
+        return case.t * case.m * case.L / case.p + self.bubble.of(case)
 
 
 _NEIGHBOURS = Units("p−1", lambda c: c.p - 1)
@@ -105,6 +111,17 @@ def _is_ordinary(case: Case) -> bool:
 
 def _is_even(case: Case) -> bool:
     return case.m >= 2 * case.p >= 4 and case.t_W == case.t_F == case.t_B
+
+
+def _sliced_bubble(c: Case) -> float:
+    start = (c.p - 1) * c.t_seg_B - (c.t_seg - c.t_pre)
+    hidden = (c.t_seg + c.t_pre) * (c.fold - 1) / c.fold
+    return c.m * (c.t_last + (start - hidden) / c.p)
+
+
+def _holds_sliced(c: Case) -> bool:
+    attention = min(c.t_F - (c.t_seg - c.t_seg_B), c.t_B + c.t_W - c.t_seg_B)
+    return c.p >= 4 and c.L % c.p == 0 and 2 * c.t_pre <= c.t_seg <= attention and c.t_last >= c.t_seg
 
 
 def _units_of_a_layer(case: Case) -> float:
@@ -208,6 +225,22 @@ FORMS: Mapping[str, Form] = {
         ),
         Range("p ≥ 2; first segment like those between, last no shorter", lambda c: c.p >= 2),
     ),
+    "sliced-helix": Form(
+        "**sliced helix**",
+        Bubble(
+            "m·{t_last + [(p−1)·t_seg,B − (t_seg−t_pre) − (1−1/fold)·(t_seg+t_pre)]/p}",
+            _sliced_bubble,
+        ),
+        Activations("L·A/p on every rank, and keys and values of earlier slices", lambda c, r: c.L / c.p),
+        Units(
+            "L·(p−1)·[u + g·(p−2)]/p; u as for helix, `core`",
+            lambda c: c.L * (c.p - 1) * (_units_of_a_layer(c) + c.g * (c.p - 2)) / c.p,
+        ),
+        Range(
+            "p ≥ 4, p divides L, 2·t_pre ≤ t_seg ≤ attention, t_last ≥ t_seg; uniform slices",
+            _holds_sliced,
+        ),
+    ),
 }
 
 
@@ -235,6 +268,10 @@ SYMBOLS: Mapping[str, str] = {
         "time of one layer's forward, input gradient and weight gradient, attention included; t is their sum"
     ),
     "t_last": "time of what follows the last attention, head and loss included; forward plus backward",
+    "t_seg, t_seg,B, t_pre": (
+        "time of what lies between two attentions, forward plus backward; its backward alone; the part of "
+        "it that precedes attention"
+    ),
     "unit": "b·s·h elements: micro batch x sequence x hidden",
     "A": "units that one layer keeps for its backward, or until its weight gradient",
     "g": "key/value heads over query heads",

@@ -137,6 +137,7 @@ SCHEDULE_OPTIONS = {
     "interleaved": {"virtual_stages": 4},
     "helix": {"attention_range": "core"},
     "seq1f1b": {"num_slices": 4},
+    "sliced-helix": {"attention_range": "block", "m": 2},
 }
 
 
@@ -144,12 +145,13 @@ SCHEDULE_OPTIONS = {
 @pytest.mark.parametrize("schedule", planned_ahead())
 def test_no_work_is_lost(schedule, recompute):
     """Over all segments of a micro batch, every piece of every layer is there once, whatever the schedule."""
-    found = replace(pieces(seq_length=65536), overhead_ms=0.0)
-    plan = planned(schedule, **SCHEDULE_OPTIONS.get(schedule, {}))
+    found = replace(pieces(seq_length=65536), overhead_ms=0.0, multiprocessors=0)
+    options = {"m": 16, **SCHEDULE_OPTIONS.get(schedule, {})}
+    plan, m = planned(schedule, **options), options["m"]
     costs = costs_of_plan(found, plan, recompute)
     layer = [found.times[name] for name in LAYER_PIECES]
     ends = [found.times[name] for name in ("embedding", "head")]
-    total = 16 * (32 * sum(t.total for t in layer) + sum(t.total for t in ends))
+    total = m * (32 * sum(t.total for t in layer) + sum(t.total for t in ends))
     busy = again = 0.0
     for order in plan.orders:
         for op in order:
@@ -159,7 +161,7 @@ def test_no_work_is_lost(schedule, recompute):
     assert busy - again == pytest.approx(total)
     assert (again > 0) == (recompute is not Recompute.NONE)
     if recompute is Recompute.FULL:
-        assert again == pytest.approx(16 * 32 * sum(t.forward for t in layer))
+        assert again == pytest.approx(m * 32 * sum(t.forward for t in layer))
 
 
 @pytest.mark.parametrize("attention_range", ["core", "qkv", "block"])
@@ -309,7 +311,7 @@ def test_replicas_reduce_gradients():
 
 def test_slices_take_equal_times():
     plan = planned("seq1f1b", num_slices=4)
-    found = replace(pieces(seq_length=131072), overhead_ms=0.0)
+    found = replace(pieces(seq_length=131072), overhead_ms=0.0, multiprocessors=0)
     costs = costs_of_plan(found, plan, Recompute.NONE)
     whole = costs_of_plan(found, planned("1f1b"), Recompute.NONE)
 

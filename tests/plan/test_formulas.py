@@ -1,5 +1,6 @@
 """Closed forms: equal, not close, to the simulator, the memory of plans and the messages that they hold."""
 
+from fractions import Fraction
 from itertools import product
 
 import pytest
@@ -32,6 +33,24 @@ def cases(schedule):
                 for layers, fold, last in product((1, 2), (1, 2), (3, 30))
                 if m in (1, 2) and forward > 4
             ]
+        elif schedule == "sliced-helix":
+            # Fractions, since a slot is a p-th of a sequence.
+            exact = {name: Fraction(value) for name, value in times.items()}
+            wanted = [
+                Case(
+                    p=p,
+                    L=p,
+                    m=m,
+                    fold=fold,
+                    t_last=Fraction(last),
+                    t_seg=Fraction(3),
+                    t_seg_B=Fraction(2),
+                    t_pre=Fraction(pre),
+                    **exact,
+                )
+                for fold, last, pre in product((1, 2, 3), (3, 30), (0.75, 1.5))
+                if m == 1
+            ]
         else:
             wanted = [Case(p=p, L=4 * p, m=m, **times)]
         yield from (case for case in wanted if FORMS[schedule].exact.holds(case))
@@ -47,6 +66,7 @@ def plan_of(schedule, case, *, compute_only=True):
         "interleaved": {"virtual_stages": case.v},
         "seq1f1b": {"num_slices": case.K},
         "helix": {"num_fold": case.fold, "attention_range": case.attention_range},
+        "sliced-helix": {"num_fold": case.fold},
     }
     request = ScheduleRequest(
         num_ranks=case.p, num_layers=case.L, num_microbatches=case.m, **options.get(schedule, {})
@@ -68,6 +88,17 @@ def plan_costs(schedule, case, plan):
             },
             {},
         )
+    if schedule == "sliced-helix":
+        pre, post, last = (float(time) / 3 for time in (case.t_pre, case.t_seg - case.t_pre, case.t_last))
+        backward = float(case.t_B + case.t_W) - 2
+        # Logits of one slice at a time: what the last segment keeps does not add up.
+        of_role = {
+            "first": SegmentCost(pre, 2 * pre, bytes=2 * BYTES // 3),
+            "attention": SegmentCost(float(case.t_F) - 1, backward, bytes=BYTES // 3),
+            "middle": SegmentCost(pre + post, 2 * (pre + post), bytes=2 * BYTES // 3),
+            "last": SegmentCost(last, 2 * last),
+        }
+        return Costs({name: of_role[name.partition("/")[0]] for name in plan.cost_names}, {})
     # A slice gets what a whole sequence costs, so that numbers stay whole: everything is K times as large.
     layers = case.L // plan.num_segments
     cost = SegmentCost(case.t_F * layers, case.t_B * layers, case.t_W * layers, bytes=BYTES * layers)
@@ -76,7 +107,7 @@ def plan_costs(schedule, case, plan):
 
 def parts(schedule, case):
     """How many slices, each with the costs of a whole layer, a micro batch is cut into."""
-    return case.K if schedule == "seq1f1b" else 1
+    return {"seq1f1b": case.K, "sliced-helix": case.p * case.fold}.get(schedule, 1)
 
 
 @pytest.mark.parametrize("schedule", planned_ahead())
@@ -105,10 +136,11 @@ def test_activations(schedule):
 def units_sent(schedule, case, plan):
     """Units of all forward messages, of which helix's to attention and from it differ."""
     weights = (1, 1)
-    if schedule == "helix":
+    if "helix" in schedule:
         weights = {"core": (2 + 2 * case.g, 2), "qkv": (1, 2), "block": (1, 1)}[case.attention_range]
     sends = [op for order in plan.orders for op in order if op.kind is Kind.SEND_F]
-    return sum(weights[op.segment % 2] for op in sends) / parts(schedule, case)
+    keys = 2 * case.g * sum(len(context.lent) for context in plan.contexts)
+    return (sum(weights[op.segment % 2] for op in sends) + keys) / parts(schedule, case)
 
 
 @pytest.mark.parametrize("g", [1, 0.25])

@@ -79,7 +79,8 @@ def test_errors_of_a_process(tmp_path):
     assert done.stdout == ""
     assert done.stderr == (
         "helixpipe plan: error: unknown schedule '1f2b'; did you mean 1f1b? "
-        "known: gpipe, 1f1b, interleaved, zb-h1, zb-v, v-half, v-min, dualpipe-v, seq1f1b, helix, elastic\n"
+        "known: gpipe, 1f1b, interleaved, zb-h1, zb-v, v-half, v-min, dualpipe-v, seq1f1b, helix, "
+        "sliced-helix, elastic\n"
     )
     assert not (tmp_path / "plan.json").exists()
 

@@ -45,7 +45,8 @@ class Option:
         message_bytes: what those add to the peak; None where they were not looked at: beyond the fastest.
         tokens_per_second_per_gpu: throughput.
         mfu: model FLOPs over what the GPUs could do, 0 to 1; 0 if their peak is unknown.
-        plan: what was simulated, without messages; None for context parallelism.
+        plan: what was simulated, without messages; of one sequence where sequences follow one another; None
+            for context parallelism.
         costs: with which; None for context parallelism.
     """
 
@@ -250,7 +251,10 @@ def _pipeline(job: Job, candidate: Candidate, *, fits_order: bool = False) -> Op
     if peak > job.memory_limit_bytes:
         return _too_large(job, candidate, peak)
     simulation = simulate(plan, costs)
-    found = _option(job, candidate, simulation.iteration_ms, simulation.timeline.bubble_ratio, peak)
+    iteration_ms = simulation.iteration_ms
+    if SCHEDULES[candidate.schedule].repeats_sequences:
+        iteration_ms += (candidate.num_microbatches - 1) * simulation.timeline.makespan_ms
+    found = _option(job, candidate, iteration_ms, simulation.timeline.bubble_ratio, peak)
     return replace(found, plan=plan, costs=costs)
 
 

@@ -43,7 +43,10 @@ class Candidate:
     lighter: tuple[int, Recompute] | None = None
 
     def request(self, job: Job, costs: KnownCosts | None = None) -> ScheduleRequest:
-        """What the schedule is asked for, with costs to fit its order to if they are to be used."""
+        """What the schedule is asked for, with costs to fit its order to if they are to be used.
+
+        Of sequences that follow one another, one.
+        """
         model = job.workload.model
         levels = [level.value if self.lighter else "" for level in self.levels(model.num_layers)]
         kinds = tuple("-".join(filter(None, both)) for both in zip(model.layer_kinds, levels, strict=True))
@@ -51,7 +54,7 @@ class Candidate:
         return ScheduleRequest(
             num_layers=model.num_layers,
             num_ranks=job.num_ranks,
-            num_microbatches=self.num_microbatches,
+            num_microbatches=1 if SCHEDULES[self.schedule].repeats_sequences else self.num_microbatches,
             layer_kinds=kinds if takes_kinds else None,
             costs=costs,
             **self.options,  # type: ignore[arg-type]
@@ -160,6 +163,7 @@ def _short(name: str, value: int | str) -> str:
         "num_slices": f"K={value}",
         "head_placement": f"{value} head",
         "split_weight_gradients": "W",
+        "resend_context": "resend",
     }.get(name, str(value))
 
 
@@ -172,6 +176,8 @@ def candidates(job: Job) -> Iterator[list[Candidate]]:
         if job.num_microbatches % factor or job.pieces_for(job.micro_batch_size * factor) is None:
             continue
         for schedule in planned_ahead():
+            if factor > 1 and SCHEDULES[schedule].repeats_sequences:
+                continue  # Slices are as long as wanted already.
             for options in _options(schedule, job):
                 yield [
                     Candidate(
@@ -195,6 +201,10 @@ def _options(schedule: str, job: Job) -> Iterator[Mapping[str, int | str]]:
         yield from ({"virtual_stages": v} for v in range(2, per_rank + 1) if per_rank % v == 0)
     elif "num_slices" in names:
         yield from ({"num_slices": count} for count in (2, 4, 8))
+    elif "resend_context" in names:
+        again: tuple[dict[str, int | str], ...] = ({}, {"resend_context": True})
+        for cut, resent in product(ATTENTION_RANGES, again):
+            yield {"num_fold": 2, "attention_range": cut, "head_placement": "spread", **resent}
     elif "num_fold" in names:
         heads: tuple[dict[str, int | str], ...] = ({}, {"head_placement": "spread"})
         for fold, cut, head in product((1, 2), ATTENTION_RANGES, heads):

@@ -58,6 +58,7 @@ def predict_pieces(workload: Workload, hardware: Hardware) -> Pieces:
         reduction_gb_per_s=rates.group_gb_per_s(workload.tensor_parallel * workload.data_parallel),
         optimizer_ns=_OPTIMIZER_BYTES / (hardware.memory_gb_per_s * hardware.memory_efficiency),
         overhead_ms=_OVERHEAD_MS,
+        multiprocessors=hardware.multiprocessors,
     )
 
 

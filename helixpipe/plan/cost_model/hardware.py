@@ -28,6 +28,7 @@ class Hardware:
         nic_gb_per_s: of one network card.
         link_efficiency: share of link bandwidths that NCCL reaches on large messages.
         gpus_per_node, nics_per_node: of a node.
+        multiprocessors: of one GPU, over which a kernel's tiles are dealt.
         latency_ms, node_latency_ms: of a message within and between nodes.
     """
 
@@ -44,6 +45,7 @@ class Hardware:
     link_efficiency: float = 0.8
     gpus_per_node: int = 8
     nics_per_node: int = 8
+    multiprocessors: int = 132
     latency_ms: float = 0.01
     node_latency_ms: float = 0.02
 
@@ -70,6 +72,7 @@ class Hardware:
 # Memory: 0.85 of the peak for streaming kernels (BabelStream on A100 and H100 reaches 0.85 to 0.93). Links:
 # 0.8 for large NCCL messages (nccl-tests' bus bandwidth over the link's peak, both NVLink and InfiniBand).
 # Latencies: 10 and 20 microseconds for a message through NCCL's proxy.
+# Multiprocessors: 78 on H20, 132 on H100 and H200, 108 on A800.
 # Network cards: 400 Gb/s each on H100 and H200 (DGX), 200 Gb/s on A800 and H20 clusters.
 HARDWARE: Mapping[str, Hardware] = {
     machine.name: machine
@@ -84,6 +87,7 @@ HARDWARE: Mapping[str, Hardware] = {
             memory_gb_per_s=4000,
             nvlink_gb_per_s=450,
             nic_gb_per_s=25,
+            multiprocessors=78,
         ),
         Hardware(
             name="h100",
@@ -117,6 +121,7 @@ HARDWARE: Mapping[str, Hardware] = {
             memory_gb_per_s=2039,
             nvlink_gb_per_s=200,
             nic_gb_per_s=25,
+            multiprocessors=108,
         ),
     )
 }

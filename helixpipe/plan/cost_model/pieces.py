@@ -41,6 +41,8 @@ class Pieces:
         reduction_gb_per_s: gradient bytes that data-parallel replicas reduce per second, one direction.
         optimizer_ns: nanoseconds of the optimizer step per weight on one GPU.
         overhead_ms: of the executor per compute operation.
+        multiprocessors: of one GPU, for what attention loses on short slices, see
+            :mod:`helixpipe.plan.cost_model.slices`; 0 if unknown, or to leave that loss out.
     """
 
     source: str
@@ -50,6 +52,7 @@ class Pieces:
     reduction_gb_per_s: float
     optimizer_ns: float
     overhead_ms: float = 0.0
+    multiprocessors: int = 0
 
     def reduction_ms(
         self, parameters: int, context_parallel: int = 1, gb_per_s: float | None = None
@@ -88,6 +91,7 @@ class Pieces:
                 reduction_gb_per_s=_positive(data["reduction_gb_per_s"]),
                 optimizer_ns=_positive(data["optimizer_ns"]),
                 overhead_ms=float(data["overhead_ms"]),
+                multiprocessors=_multiprocessors(data.get("multiprocessors", 0)),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"profile: wrong or missing field: {error}") from None
@@ -108,6 +112,12 @@ def _times(cost: Any) -> dict[str, float]:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
             raise ValueError(f"profile: {key} must be a number that is not negative, found {value!r:.60}")
     return cost
+
+
+def _multiprocessors(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"profile: multiprocessors must be a whole number, found {value!r:.60}")
+    return value
 
 
 def _positive(value: Any) -> float:

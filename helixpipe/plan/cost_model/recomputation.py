@@ -82,6 +82,30 @@ def cut(attention_range: str, recompute: Recompute) -> Cut:
     return {"core": _cut_core, "qkv": _cut_qkv, "block": _cut_block}[attention_range](recompute)
 
 
+class SplitCut(NamedTuple):
+    """A layer whose attention range is cut once more, between QKV and attention."""
+
+    pre: Part
+    qkv: Part
+    attention: Part
+    post: Part
+    into: tuple[str, ...]
+    out: tuple[str, ...]
+
+
+def split_cut(attention_range: str, recompute: Recompute) -> SplitCut:
+    """A layer cut around ``qkv`` or ``block``, with QKV apart.
+
+    Attention keeps its q, k and v: its backward comes first, and later slices read k and v.
+    """
+    core, whole = cut("core", recompute), cut(attention_range, recompute)
+    attention = core.attention
+    if attention_range == "block":
+        again = ("core", "proj") if recompute is Recompute.FULL else attention.recomputed
+        attention = attention._replace(pieces=("core", "proj"), recomputed=again)
+    return SplitCut(whole.pre, core.pre, attention, whole.post, whole.into, whole.out)
+
+
 def _cut_core(recompute: Recompute) -> Cut:
     # The residual passes by attention in the same message, which is cut off behind the rest afterwards.
     kept: tuple[str, ...] = ("qkv", "attention output", "log-sum-exp")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 
 from helixpipe.plan.cost_model.pieces import PieceCost, Pieces
@@ -13,28 +13,24 @@ from helixpipe.plan.cost_model.recomputation import (
     Part,
     Recompute,
     cut,
+    split_cut,
     whole_layer,
 )
-from helixpipe.plan.cost_model.work import LAYER_PIECES, Workload
-from helixpipe.plan.equal_time import equal_time_end
+from helixpipe.plan.cost_model.slices import (
+    WHOLE,
+    Slice,
+    core_cost,
+    equal_forward_slices,
+    equal_total_slices,
+    slices_up_to,
+)
+from helixpipe.plan.cost_model.work import Workload
 from helixpipe.plan.loan import Loan
 from helixpipe.plan.operation import Kind
 from helixpipe.plan.plan import Plan
 from helixpipe.plan.segment_names import role_of
 from helixpipe.plan.simulation.costs import ANY_EDGE, Costs, LoanBytes, RankCost, SegmentCost
 from helixpipe.plan.slice_ends import slice_ends
-
-
-@dataclass(frozen=True)
-class _Slice:
-    """A share of the sequence's tokens, and of the attention's triangle, up to the share ``end``."""
-
-    tokens: float = 1.0
-    area: float = 1.0
-    end: float = 1.0
-
-
-_WHOLE = _Slice()
 
 
 class _Builder:
@@ -45,7 +41,7 @@ class _Builder:
         self.workload = pieces.workload
         self.tensors = self.workload.kept_tensors
 
-    def segment(self, parts: Sequence[Part], part_of: _Slice = _WHOLE) -> SegmentCost:
+    def segment(self, parts: Sequence[Part], part_of: Slice = WHOLE) -> SegmentCost:
         """The cost of parts that run on one rank, one after the other."""
         names = [piece for part in parts for piece in part.pieces]
         costs = [self._time(piece, part_of, part.core_share) for part in parts for piece in part.pieces]
@@ -84,12 +80,13 @@ class _Builder:
             workspace += self.tensors["activation"]
         return max(workspace, self.workload.head_workspace_bytes if "head" in names else 0)
 
-    def _time(self, piece: str, part_of: _Slice, core_share: float = 1.0) -> PieceCost:
-        cost = self.pieces.times[piece]
-        share = part_of.area * core_share if piece == "core" else part_of.tokens
+    def _time(self, piece: str, part_of: Slice, core_share: float = 1.0) -> PieceCost:
+        cost, share = self.pieces.times[piece], part_of.tokens
+        if piece == "core":
+            cost, share = core_cost(self.pieces, part_of), core_share
         return PieceCost(cost.forward * share, cost.backward * share, cost.weight * share)
 
-    def _again_ms(self, name: str, part_of: _Slice, core_share: float = 1.0) -> float:
+    def _again_ms(self, name: str, part_of: Slice, core_share: float = 1.0) -> float:
         """Milliseconds of computing a piece again, or the activation function without its product."""
         if name != ACTIVATION:
             return self._time(name, part_of, core_share).forward
@@ -97,7 +94,7 @@ class _Builder:
         moved = self.tensors["fc1 output"] + self.tensors["activation"]
         return self._time("norm1", part_of).forward * moved / (2 * self.workload.unit_bytes)
 
-    def context_bytes(self, part_of: _Slice) -> int:
+    def context_bytes(self, part_of: Slice) -> int:
         """Bytes on one GPU of a slice's keys and values in one layer, or of their gradients."""
         return int(self.workload.channel_bytes(2 * self.workload.model.kv_size) * part_of.tokens)
 
@@ -183,29 +180,64 @@ def _stage_costs(
 def _helix_costs(
     builder: _Builder, plan: Plan, levels: Sequence[Recompute]
 ) -> tuple[dict[str, SegmentCost], dict[str, int]]:
-    attention_range = str(plan.parameters["attention_range"])
-    cuts = [cut(attention_range, level) for level in levels]
-    shares = _core_shares(builder.workload)
-    before = [_EMBEDDING, *(found.post for found in cuts)]
-    after = [*(found.pre for found in cuts), _HEAD]
+    chains = _cut_layers(builder.workload, plan, levels)
     parts: dict[str, list[Part]] = {}
-    for segment, name in enumerate(plan.segment_names):
-        layer, is_attention = divmod(segment, 2)
-        own = [before[layer], after[layer]]
-        if is_attention:
-            own = [cuts[layer].attention._replace(core_share=shares[layer])]
+    for name, own in zip(plan.segment_names, chains, strict=True):
         if parts.setdefault(name, own) != own:
             raise ValueError(
                 f"segments named {name} differ in what they recompute or in their attention's window; plan "
                 "with a kind for each kind of layer"
             )
-    into, out = builder.message_bytes(cuts[0].into), builder.message_bytes(cuts[0].out)
-    messages = {
-        f"{first}->{second}": out if segment % 2 else into
-        for segment, (first, second) in enumerate(pairwise(plan.segment_names))
+    segments, messages = {}, {}
+    crossing = _crossing_bytes(builder, plan)
+    for kind, part_of in _slices(builder.pieces, plan).items():
+        suffix = f"/{kind}" if kind else ""
+        for name, own in parts.items():
+            segments[name + suffix] = builder.segment(own, part_of)
+            if kind and role_of(name) == "attention":
+                lent = builder.context_bytes(part_of)
+                segments[name + suffix] = replace(
+                    segments[name + suffix], context_bytes=lent, gradient_bytes=lent
+                )
+        for (first, second), size in crossing.items():
+            messages[f"{first}{suffix}->{second}{suffix}"] = int(size * part_of.tokens)
+        if plan.contexts:
+            lent = builder.context_bytes(part_of) * builder.workload.tensor_parallel
+            messages[f"context{suffix}"] = lent
+    return segments, messages
+
+
+def _cut_layers(workload: Workload, plan: Plan, levels: Sequence[Recompute]) -> list[list[Part]]:
+    """What each segment of a plan that cuts layers computes, in their order."""
+    attention_range = str(plan.parameters["attention_range"])
+    chain: list[list[Part]] = [[_EMBEDDING]]
+    for level, share in zip(levels, _core_shares(workload), strict=True):
+        if _segments_per_layer(plan) == 3:
+            split = split_cut(attention_range, level)
+            chain[-1].append(split.pre)
+            chain += [[split.qkv], [split.attention._replace(core_share=share)], [split.post]]
+        else:
+            found = cut(attention_range, level)
+            chain[-1].append(found.pre)
+            chain += [[found.attention._replace(core_share=share)], [found.post]]
+    chain[-1].append(_HEAD)
+    return chain
+
+
+def _segments_per_layer(plan: Plan) -> int:
+    return (plan.num_segments - 1) // _num_layers(plan)
+
+
+def _crossing_bytes(builder: _Builder, plan: Plan) -> dict[tuple[str, str], int]:
+    """Bytes of a whole micro batch's message between two segments that do not always share a rank."""
+    found = cut(str(plan.parameters["attention_range"]), Recompute.NONE)
+    into, out = builder.message_bytes(found.into), builder.message_bytes(found.out)
+    per_layer = _segments_per_layer(plan)
+    return {
+        names: into if segment % per_layer == 0 else out
+        for segment, names in enumerate(pairwise(plan.segment_names))
         if plan.placement[segment] != plan.placement[segment + 1]
     }
-    return {name: builder.segment(own) for name, own in parts.items()}, messages
 
 
 def _core_shares(workload: Workload) -> list[float]:
@@ -218,31 +250,24 @@ def _num_layers(plan: Plan) -> int:
     return int(plan.parameters["num_layers"])
 
 
-def _slices(pieces: Pieces, plan: Plan) -> dict[str, _Slice]:
+def _slices(pieces: Pieces, plan: Plan) -> dict[str, Slice]:
     """Slices by name of micro batch: those that the plan says, else of equal time.
 
-    An early slice attends to less and so is longer. With x the share of tokens up to a cut, the time up to it
-    is a x + c x^2.
+    An early slice attends to less and so is longer.
     """
     if not plan.micro_batch_names:
-        return {"": _WHOLE}
+        return {"": WHOLE}
     if any(pieces.workload.model.windows):
         raise ValueError(
             "slices of sequences are planned for attention to all tokens before, not for windows"
         )
     kinds = list(dict.fromkeys(plan.micro_batch_names))
-    core = pieces.times["core"].total
-    linear = sum(pieces.times[piece].total for piece in LAYER_PIECES) - core
-    count = len(kinds)
     ends = slice_ends(plan)
-    if ends is None:
-        cuts = [equal_time_end((linear + core) * j / count, linear, core) for j in range(count + 1)]
-    else:
-        cuts = [end / ends[-1] for end in (0, *ends)]
-    return {
-        kind: _Slice(tokens=end - start, area=end * end - start * start, end=end)
-        for kind, start, end in zip(kinds, cuts[:-1], cuts[1:], strict=True)
-    }
+    if ends is not None:
+        return dict(zip(kinds, slices_up_to([end / ends[-1] for end in ends]), strict=True))
+    # Where layers are cut, all of a round's forwards run before its backwards.
+    cut_sequence = equal_forward_slices if _cuts_layers(plan) else equal_total_slices
+    return dict(zip(kinds, cut_sequence(pieces, len(kinds)), strict=True))
 
 
 def _rank_costs(pieces: Pieces, plan: Plan) -> tuple[RankCost, ...]:
@@ -264,12 +289,15 @@ def _lent_parameters(workload: Workload, plan: Plan) -> dict[str, int]:
         return {}
     attention_range = str(plan.parameters["attention_range"])
     pieces = {"core": (), "qkv": ("qkv",), "block": ("qkv", "proj")}[attention_range]
+    # With a segment of its own, QKV's weights are lent for that.
+    with_core = [piece for piece in pieces if _segments_per_layer(plan) == 2 or piece != "qkv"]
     lent = {
-        "attention": sum(workload.parameters[piece] for piece in pieces),
+        "qkv": workload.parameters["qkv"],
+        "attention": sum(workload.parameters[piece] for piece in with_core),
         "last": _helix_shares(workload, plan)["last"] + workload.parameters["head"],
     }
     used = {plan.segment_names[loan.segment] for loan in plan.loans}
-    return {name: lent[role_of(name)] for name in plan.cost_names if name in used}
+    return {name: lent[role_of(name)] for name in dict.fromkeys(plan.segment_names) if name in used}
 
 
 def _loan_bytes(workload: Workload, plan: Plan) -> dict[str, LoanBytes]:
@@ -311,7 +339,7 @@ def _helix_shares(workload: Workload, plan: Plan) -> dict[str, int]:
     is_block = plan.parameters["attention_range"] == "block"
     before = counts["qkv"] + (counts["proj"] if is_block else 0)
     after = counts["fc1"] + counts["fc2"] + (0 if is_block else counts["proj"])
-    return {"first": before, "attention": 0, "middle": after + before, "last": after}
+    return {"first": before, "qkv": 0, "attention": 0, "middle": after + before, "last": after}
 
 
 def rank_parameters(pieces: Pieces, plan: Plan) -> list[int]:

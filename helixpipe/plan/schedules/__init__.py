@@ -20,6 +20,7 @@ from helixpipe.plan.schedules import (
     one_f_one_b,
     per_batch,
     seq1f1b,
+    sliced_helix,
     v_half,
     v_min,
     zb_h1,
@@ -39,6 +40,8 @@ class Schedule:
         needs_untied_weights: it has both ends of the model as two model chunks on one rank, which cannot
             share the embedding's weight.
         recomputes_by_default: training computes a layer again but for its attention, unless told otherwise.
+        repeats_sequences: its micro batches are slices of sequences that follow one another with nothing to
+            overlap, so that m of them take m times as long as one.
     """
 
     plan: Callable[[ScheduleRequest], Plan]
@@ -46,6 +49,7 @@ class Schedule:
     options: frozenset[str] = frozenset()
     needs_untied_weights: bool = False
     recomputes_by_default: bool = False
+    repeats_sequences: bool = False
 
     @property
     def plans_ahead(self) -> bool:
@@ -78,6 +82,12 @@ SCHEDULES: dict[str, Schedule] = {
             }
         ),
         recomputes_by_default=True,
+    ),
+    "sliced-helix": Schedule(
+        sliced_helix.plan,
+        None,
+        frozenset({"num_fold", "attention_range", "head_placement", "resend_context"}),
+        repeats_sequences=True,
     ),
     "elastic": Schedule(per_batch.plan, Execution.CHUNKS),
 }

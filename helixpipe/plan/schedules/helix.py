@@ -165,7 +165,7 @@ def _filo_order(
 ) -> Iterator[Operation]:
     """Rounds one after the other: forward, then its exact reverse."""
     last = 2 * num_layers
-    slots = [(segment, slot) for segment, slot in _forward_slots(rank, p, num_layers) if segment < last]
+    slots = [(segment, slot) for segment, slot in forward_slots(rank, p, num_layers) if segment < last]
     if is_spread:
         slots += ((last, slot) for slot in range(p) if (num_layers + slot) % p == rank)
     elif rank == 0:
@@ -179,11 +179,11 @@ def _filo_order(
         yield from (Operation(segment, Kind.B, i) for segment, i in reversed(forward))
 
 
-def _forward_slots(rank: int, p: int, num_layers: int) -> Iterator[tuple[int, int]]:
-    """(segment, slot) in the forward order of one rank."""
+def forward_slots(rank: int, p: int, num_layers: int) -> Iterator[tuple[int, int]]:
+    """(segment, slot) in the forward order of one rank; the last segment follows the last layer's rank."""
     # Warm-up: attention for the layers whose other segments run on the ranks before this one.
-    for k in range(rank - 1, -1, -1):
-        yield 2 * (rank - 1 - k) + 1, k
+    for layer in range(min(rank, num_layers)):
+        yield 2 * layer + 1, rank - 1 - layer
     for layer in range(rank, num_layers + 1, p):
         for slot in range(p):
             yield 2 * layer, slot

@@ -49,6 +49,8 @@ class ScheduleRequest:
         split_weight_gradients: helix, interlocked: weight gradients are operations of their own (W), which
             fill gaps.
         costs: helix, interlocked: what to fit the order to.
+        resend_context: sliced-helix: keys and values of earlier slices are dropped after the forward pass and
+            lent again for the backward pass.
         layer_kinds: helix: a name for each layer where layers differ in cost, which segments then carry.
     """
 
@@ -64,6 +66,7 @@ class ScheduleRequest:
     split_weight_gradients: bool | None = None
     costs: KnownCosts | None = None
     layer_kinds: tuple[str, ...] | None = None
+    resend_context: bool | None = None
 
     def __post_init__(self) -> None:
         named = {

@@ -67,7 +67,8 @@ class UnfinishedSends(Generic[T]):
 def buffer_bytes(plan: Plan, costs: Costs, rank: int) -> list[int]:
     """What messages of ``rank`` hold as each of its compute operations starts, in execution order.
 
-    No send is taken to have completed before it is waited for. Headers, 32 bytes each, do not count.
+    No send is taken to have completed before it is waited for. Headers, 32 bytes each, do not count; nor do
+    keys and values that are received, nor their gradients: :mod:`.context_memory` has them from RECV on.
 
     Args:
         plan: lowered.
@@ -92,6 +93,13 @@ class _Buffers:
             if loan.borrower == rank
             for op in loan.operations(Kind.F)
         }
+        self.contexts = {
+            message.send: sum(
+                costs.context_message_bytes(plan.context_cost_name(i)) for i in message.context.lent
+            )
+            for message in plan.context_index.producers
+            if message.sender == rank
+        }
 
     def run(self) -> list[int]:
         levels = []
@@ -111,6 +119,8 @@ class _Buffers:
             self.sends.take_oldest()
 
     def _receive(self, op: Operation) -> None:
+        if op.kind in (Kind.RECV_K, Kind.RECV_KB, Kind.RECV_D):
+            return
         self.received[op] = self._size(op)
         if op.kind is Kind.RECV_G:
             self.returned.append(op)
@@ -126,6 +136,8 @@ class _Buffers:
             self.received.pop(self.plan.receive_of(needed), None)
 
     def _size(self, op: Operation) -> int:
+        if op in self.contexts:
+            return self.contexts[op]
         if op.kind in (Kind.SEND_P, Kind.RECV_P, Kind.SEND_G, Kind.RECV_G):
             loan = self.costs.loan_bytes.get(self.plan.segment_names[op.segment], LoanBytes(0, 0))
             return loan.weights if op.kind in (Kind.SEND_P, Kind.RECV_P) else loan.gradients

@@ -1,0 +1,92 @@
+"""Slices of a sequence: which share of it each holds, and what attention loses on short ones.
+
+A flash-attention kernel deals tiles of 128 rows of every head to the multiprocessors: queries in the forward
+pass, keys in the backward pass. Tiles that do not fill the last wave leave multiprocessors idle. A slice is
+two calls, earlier keys without a mask and its own with one, and each costs a fixed time besides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import ceil, lcm
+
+from helixpipe.plan.cost_model.pieces import PieceCost, Pieces
+from helixpipe.plan.cost_model.work import LAYER_PIECES
+from helixpipe.plan.equal_time import equal_time_end, equal_time_ends
+
+# Rows of a tile of flash attention, head dimension 128 (FlashAttention-3, arXiv 2407.08608, section 3).
+_TILE = 128
+# Start and end of a kernel, and the merging of two partial results.
+_CALL_MS = 0.02
+# Slices are multiples of this many tokens: whole tiles.
+TOKEN_MULTIPLE = _TILE
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A part of a sequence.
+
+    Attributes:
+        tokens: its share of the tokens.
+        area: its share of the attention's triangle.
+        end: share of the sequence's tokens up to its end; 1 for the whole.
+    """
+
+    tokens: float = 1.0
+    area: float = 1.0
+    end: float = 1.0
+
+
+WHOLE = Slice()
+
+
+def slices_up_to(ends: Sequence[float]) -> list[Slice]:
+    """Slices from their ends, as shares of the sequence's tokens."""
+    return [Slice(end - start, end * end - start * start, end) for start, end in pairwise((0.0, *ends))]
+
+
+def _layer_ms(pieces: Pieces, *, forward_only: bool) -> tuple[float, float]:
+    """Of a layer: all that grows with length, and attention."""
+    costs = {name: pieces.times[name] for name in LAYER_PIECES}
+    times = {name: cost.forward if forward_only else cost.total for name, cost in costs.items()}
+    core = times.pop("core")
+    return sum(times.values()), core
+
+
+def equal_total_slices(pieces: Pieces, count: int) -> list[Slice]:
+    """Slices whose forward and backward together take equally long."""
+    linear, core = _layer_ms(pieces, forward_only=False)
+    return slices_up_to(
+        [equal_time_end((linear + core) * (j + 1) / count, linear, core) for j in range(count)]
+    )
+
+
+def equal_forward_slices(pieces: Pieces, count: int) -> list[Slice]:
+    """Slices whose forward takes equally long, in tokens that kernels and tensor parallelism can take."""
+    workload = pieces.workload
+    linear, core = _layer_ms(pieces, forward_only=True)
+    multiple = lcm(TOKEN_MULTIPLE, workload.tensor_parallel)
+    length = workload.seq_length
+    ends = equal_time_ends(length, count, linear / length, core / length**2, multiple)
+    return slices_up_to([end / length for end in ends])
+
+
+def core_cost(pieces: Pieces, part_of: Slice) -> PieceCost:
+    """Attention of a slice to the sequence up to its end."""
+    whole = pieces.times["core"]
+    if part_of == WHOLE or not pieces.multiprocessors:
+        return PieceCost(whole.forward * part_of.area, whole.backward * part_of.area)
+    return PieceCost(
+        whole.forward * part_of.area / _occupancy(pieces, part_of.tokens) + 2 * _CALL_MS,
+        whole.backward * part_of.area / _occupancy(pieces, part_of.end) + 2 * _CALL_MS,
+    )
+
+
+def _occupancy(pieces: Pieces, share: float) -> float:
+    """Share of the multiprocessors that tiles of so much of the sequence keep busy, over all waves."""
+    workload = pieces.workload
+    heads = workload.micro_batch_size * workload.model.num_heads / workload.tensor_parallel
+    waves = heads * ceil(round(workload.seq_length * share) / _TILE) / pieces.multiprocessors
+    return waves / ceil(waves)
