@@ -7,6 +7,7 @@ import argparse
 from helixpipe.commands.ranges import RANKS, Whole
 from helixpipe.plan.advise import read_machine
 from helixpipe.plan.cost_model import HARDWARE, MODELS, Hardware, Pieces, Workload, read_model
+from helixpipe.plan.cost_model.hardware import ATTENTION_BACKENDS
 from helixpipe.refusals import refuse
 
 
@@ -32,6 +33,13 @@ def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
     add("--use-distributed-optimizer", action="store_true")
     add("--no-sequence-parallel", action="store_true", help="norms and residuals whole on each GPU")
     add(
+        "--attention-backend",
+        choices=ATTENTION_BACKENDS,
+        metavar="NAME",
+        help=f"{', '.join(ATTENTION_BACKENDS)} (default: the fastest on the hardware)",
+    )
+    add("--fp8", action="store_true", help="products of layers in fp8, everything else in bf16")
+    add(
         "--chunked-loss",
         action="store_true",
         help="plan as if the loss were computed in chunks, never with all logits at once",
@@ -47,6 +55,8 @@ def read_workload(args: argparse.Namespace) -> tuple[Hardware | Pieces, Workload
     machine = read_machine(args.hardware)
     if isinstance(machine, Pieces):
         return machine, _profiled_workload(args, machine)
+    if args.attention_backend is not None:
+        machine = machine.with_attention(args.attention_backend)
     return machine, _workload(args)
 
 
@@ -63,6 +73,7 @@ def _workload(args: argparse.Namespace) -> Workload:
         data_parallel=1 if args.data_parallel_size is None else args.data_parallel_size,
         distributed_optimizer=args.use_distributed_optimizer,
         whole_logits=not args.chunked_loss,
+        fp8_products=args.fp8,
     )
 
 
@@ -87,6 +98,8 @@ def _profiled_workload(args: argparse.Namespace, profile: Pieces) -> Workload:
         "--no-sequence-parallel": args.no_sequence_parallel,
         "--use-distributed-optimizer": args.use_distributed_optimizer,
         "--chunked-loss": args.chunked_loss,
+        "--attention-backend": args.attention_backend,
+        "--fp8": args.fp8,
     }
     refuse(of_profile, f"{{}} is part of the profile {args.hardware}; leave it out")
     return workload

@@ -18,6 +18,7 @@ from helixpipe.layers.attention.core import FlashCoreAttention
 from helixpipe.layers.attention.interface import AttentionProblem
 from helixpipe.layers.attention.trial import run_trial
 from helixpipe.layers.elastic.core_attention import SliceCoreAttention
+from helixpipe.plan.cost_model.hardware import ATTENTION_BACKENDS
 from megatron.pretrain.health.attention import summary
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +26,11 @@ CPU = torch.device("cpu")
 # On a CPU, where stand-ins run, but chosen as on an H100.
 HOPPER = AttentionProblem(CPU, (9, 0), torch.bfloat16, 128, heads=8, groups=2)
 ORDER = ["flash-attn-3", "cudnn", "te-cudnn", "flash-attn-2", "aten-flash", "aten-efficient"]
+
+
+def test_the_planner_knows_every_backend_with_published_rates():
+    """Its names are those of training; the CPU's and aten's other kernel have no published rates."""
+    assert set(ATTENTION_BACKENDS) == set(BACKENDS) - {"aten-cpu", "aten-efficient"}
 
 
 @pytest.fixture(autouse=True)

@@ -101,7 +101,7 @@ def test_products_take_their_flops_at_their_rate():
     machine = replace(
         HARDWARE["h100"], matmul_efficiency=0.5, attention_forward_efficiency=0.25,
         attention_backward_efficiency=0.2, memory_gb_per_s=1e12,
-    )  # fmt: skip
+    ).without_short_kernel_losses()  # fmt: skip
     found = predict_pieces(workload(LLAMA, tensor_parallel=1, micro_batch_size=2), machine)
     tokens, h = 2 * 4096, 4096
     product_ms = 2 * tokens * h * 3 * h / (989e9 * 0.5)
@@ -493,3 +493,110 @@ def test_memory_grows_with_what_is_kept():
             for recompute in (Recompute.FULL, Recompute.WITHOUT_ATTENTION, Recompute.PRODUCTS, Recompute.NONE)
         ]
         assert peaks == sorted(peaks)
+
+
+# Kernels and precision as properties of a machine.
+
+
+@pytest.mark.parametrize("machine", HARDWARE.values(), ids=HARDWARE)
+def test_a_machine_uses_its_fastest_attention_kernel_unless_told(machine):
+    fastest = machine.attention_kernels[0]
+    assert machine.with_attention(fastest.name) == machine
+    for kernel in machine.attention_kernels[1:]:
+        slower = machine.with_attention(kernel.name)
+        assert slower.attention_forward_efficiency == kernel.forward < fastest.forward
+        assert slower.attention_backward_efficiency == kernel.backward < fastest.backward
+        assert slower.attention_half_length == kernel.half_length
+
+
+def test_backends_that_run_the_same_kernels_have_the_same_rates():
+    h100 = HARDWARE["h100"]
+    assert h100.with_attention("te-cudnn") == h100.with_attention("cudnn")
+    assert h100.with_attention("aten-flash") == h100.with_attention("flash-attn-2")
+    with pytest.raises(ValueError, match="flash-attn-3 on a800 is known; choose one of flash-attn-2, aten-f"):
+        HARDWARE["a800"].with_attention("flash-attn-3")
+    with pytest.raises(ValueError, match="aten-efficient on h100 is known; choose one of flash-attn-3, "):
+        h100.with_attention("aten-efficient")
+    nothing = replace(h100, attention_kernels=())
+    with pytest.raises(ValueError, match="leave --attention-backend out"):
+        nothing.with_attention("cudnn")
+
+
+@pytest.mark.parametrize(
+    ("backend", "tokens", "tflops"),
+    [
+        # FlashAttention-3's figure 5, H100, causal, head 128; its curve was not used beyond these points.
+        ("flash-attn-3", 1024, 423),
+        ("flash-attn-3", 4096, 579),
+        ("flash-attn-3", 16384, 616),
+        ("flash-attn-2", 1024, 260),
+        ("flash-attn-2", 16384, 335),
+        ("cudnn", 1024, 410),
+        ("cudnn", 16384, 539),
+    ],
+)
+def test_attention_has_the_published_rates_at_all_lengths(backend, tokens, tflops):
+    machine = HARDWARE["h100"].with_attention(backend)
+    found = predict_pieces(workload(LLAMA, seq_length=tokens, tensor_parallel=1), machine)
+    reached = LLAMA.core_flops(tokens) / (found.times["core"].forward * 1e9)
+    assert reached == pytest.approx(tflops, rel=0.06)
+
+
+def test_a_short_product_leaves_half_a_wave_idle():
+    """Whole waves of tiles take their time, and half a wave more on average."""
+    machine = replace(HARDWARE["h100"], memory_gb_per_s=1e12)
+    tokens, h = 128 * 132, 4096
+    found = predict_pieces(workload(LLAMA, seq_length=tokens, tensor_parallel=1), machine)
+    # fc2: 4096 channels are 16 tiles of 256; 132 rows of them are 16 waves.
+    wave_ms = 132 * 2 * 128 * 256 * LLAMA.ffn_hidden_size / (989e9 * 0.7)
+    assert found.times["fc2"].weight == pytest.approx(16.5 * wave_ms)
+    exact = predict_pieces(
+        workload(LLAMA, seq_length=tokens, tensor_parallel=1), replace(machine, idle_last_wave=0)
+    )
+    assert exact.times["fc2"].weight == pytest.approx(2 * tokens * h * LLAMA.ffn_hidden_size / (989e9 * 0.7))
+
+
+def test_fp8_speeds_up_the_products_of_layers_and_pays_for_casts():
+    machine = HARDWARE["h100"].without_short_kernel_losses()
+    bf16, fp8 = (
+        predict_pieces(workload(LLAMA, tensor_parallel=1, fp8_products=is_fp8), machine).times
+        for is_fp8 in (False, True)
+    )
+    for piece in ("qkv", "proj", "fc1", "fc2"):
+        assert bf16[piece].weight / fp8[piece].weight == pytest.approx(1979 * 0.62 / (989 * 0.70))
+    # A cast reads 2 bytes and writes 1 in each of two layouts.
+    ffn_bytes = 4 * 4096 * LLAMA.ffn_hidden_size
+    saved = bf16["fc2"].weight - fp8["fc2"].weight
+    cast = ffn_bytes / (3350e6 * 0.85)
+    assert bf16["fc2"].forward - fp8["fc2"].forward == pytest.approx(saved - cast)
+    for piece in ("embedding", "norm1", "core", "norm2", "head"):
+        assert fp8[piece] == bf16[piece]
+
+
+def test_fp8_is_refused_where_there_is_none():
+    with pytest.raises(ValueError, match="a100 has no fp8 matrix products; leave --fp8 out"):
+        predict_pieces(workload(fp8_products=True), HARDWARE["a100"])
+    with pytest.raises(ValueError, match="fp8 products need bf16"):
+        workload(fp8_products=True, element_bytes=4)
+
+
+def test_kernels_in_hardware_files(tmp_path):
+    path = tmp_path / "rented.json"
+    kernels = {"cudnn": {"forward": 0.5, "backward": 0.4}}
+    path.write_text(json.dumps({"base": "h100", "attention_kernels": kernels}))
+    found = read_hardware(str(path)).with_attention("cudnn")
+    assert (found.attention_forward_efficiency, found.attention_half_length) == (0.5, 0)
+    for text, message in [
+        ('{"base": "h100", "attention_kernels": 1}', "attention_kernels needs the numbers forward"),
+        ('{"base": "h100", "attention_kernels": {"cudnn": {"forward": 1}}}', "cudnn needs the numbers"),
+        (
+            '{"base": "h100", "attention_kernels": {"cudnn": {"forward": 2, "backward": 1}}}',
+            "kernel cudnn needs shares of 1 above 0",
+        ),
+        ('{"base": "h100", "fp8_tflops": 0}', "fp8_tflops and fp8_matmul_efficiency go together"),
+        ('{"base": "h100", "idle_last_wave": -1}', "idle_last_wave must be above 0"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"^hardware ") as caught:
+            read_hardware(str(path))
+        assert message in str(caught.value)

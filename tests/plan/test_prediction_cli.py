@@ -49,6 +49,28 @@ def test_advise_prints_a_ranked_table_and_the_arguments(capsys):
     assert lines[-1].split()[:2] == ["--pipeline-schedule", "helix"]
 
 
+def test_advise_takes_a_kernel_and_fp8(capsys, tmp_path):
+    """Slower attention takes longer, fp8 takes less time and is not said to run."""
+    model = ["--model", "llama-7b", "--hardware", "h100", "--seq-length", "131072"]
+    sizes = ["--pipeline-model-parallel-size", "2", "--num-microbatches", "4"]
+
+    def fastest(*options):
+        output = run(capsys, "costs", *model, *CLUSTER, *options, "--plan", plan, "--output", costs)
+        assert output == f"Wrote {costs}\n"
+        return parse_costs(costs.read_text(), Plan.from_json(plan.read_text())).segments["stage0"].forward
+
+    plan, costs = tmp_path / "plan.json", tmp_path / "costs.json"
+    run(capsys, "plan", "--schedule", "1f1b", "--num-layers", "32", *sizes, "--output", plan)
+    assert fastest("--attention-backend", "flash-attn-2") > 1.3 * fastest()
+    assert fastest("--fp8") < fastest()
+    output = run(capsys, "advise", *model, *CLUSTER, *sizes, "--fp8")
+    rows = [line for line in output.splitlines() if line[:1].isdigit() and "candidates" not in line]
+    assert rows
+    assert not any(row.endswith("yes") for row in rows)
+    assert "no: fp8" in output
+    assert "None of these can be executed by pretrain_gpt.py." in output
+
+
 def test_advise_says_when_context_parallelism_wins(capsys):
     """Fewer micro batches than ranks: no pipeline is ever full."""
     sizes = ["--pipeline-model-parallel-size", "8", "--num-microbatches", "4"]
@@ -103,6 +125,15 @@ def test_costs_are_for_the_plan(capsys, tmp_path):
             [*MODEL, *SIZES, "--tensor-model-parallel-size", "3"],
             "cannot be split over tensor-parallel size 3",
         ),
+        (
+            ["--model", "llama-7b", "--hardware", "a100", "--seq-length", "4096", *SIZES, "--fp8"],
+            "a100 has no fp8 matrix products; leave --fp8 out",
+        ),
+        (
+            [*MODEL[:2], "--hardware", "b200", *MODEL[4:], *SIZES, "--attention-backend", "flash-attn-3"],
+            "no rate of attention backend flash-attn-3 on b200 is known; choose one of cudnn, te-cudnn, ",
+        ),
+        ([*MODEL, *SIZES, "--attention-backend", "flash"], "--attention-backend"),
         ([*MODEL, *SIZES, "--micro-batch-size", "0"], "--micro-batch-size: must be at least 1, not 0"),
     ],
 )
@@ -117,6 +148,8 @@ def test_wrong_input_of_advise(capsys, arguments, message):
         (["--tensor-model-parallel-size", "4"], "was measured with --tensor-model-parallel-size 2, not 4"),
         (["--model", "gpt-1.3b"], "--model is part of the profile"),
         (["--use-distributed-optimizer"], "--use-distributed-optimizer is part of the profile"),
+        (["--attention-backend", "cudnn"], "--attention-backend is part of the profile"),
+        (["--fp8"], "--fp8 is part of the profile"),
         ([], "a profile does not know how much memory there is; add --memory-limit-gib"),
     ],
 )

@@ -111,7 +111,7 @@ def test_a_profile_of_the_same_layers_is_accepted(tmp_path):
         ),
         ("--hardware {} --seq-length 8192", "a profile does not know how much memory there is"),
         ("--hardware h21 --seq-length 8192", "unknown hardware 'h21'"),
-        ("--seq-length 8192", "auto needs --hardware: h20, h100, h200, a800"),
+        ("--seq-length 8192", "auto needs --hardware: h20, h100, h200, h800, a100, a800, b200, gb200"),
     ],
 )
 def test_wrong_hardware(tmp_path, extra, message):

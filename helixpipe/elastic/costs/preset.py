@@ -19,7 +19,8 @@ def predict_chunk_costs(workload: Workload, hardware: Hardware, num_stages: int)
 
     The analytic model's times are exactly linear in the tokens, and quadratic in the core, so that
     one sequence length tells all coefficients; ``workload.seq_length`` does not matter. The embedding's time,
-    a thousandth of a stage's, is left out.
+    a thousandth of a stage's, is left out, and so are the
+    losses of short kernels, which measured chunks tell.
 
     Args:
         workload: model, tensor-parallel size and precision.
@@ -27,6 +28,7 @@ def predict_chunk_costs(workload: Workload, hardware: Hardware, num_stages: int)
         num_stages: pipeline-parallel size, over which an operation's fixed time is told per layer.
     """
     workload = replace(workload, micro_batch_size=1, seq_length=8192)
+    hardware = hardware.without_short_kernel_losses()
     unlinked = replace(hardware, nvlink_gb_per_s=_FREE_GB_PER_S, nic_gb_per_s=_FREE_GB_PER_S)
     with_links = predict_pieces(workload, hardware)
     without = predict_pieces(workload, unlinked)

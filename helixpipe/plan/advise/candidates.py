@@ -29,6 +29,7 @@ class Candidate:
         tied: the model's head shares the embedding's weights.
         chunked_loss: the loss is computed in chunks.
         has_windows: attention of some layers sees a window of the tokens before.
+        in_fp8: products are computed in fp8.
         lighter: in how many layers, spread evenly, a lighter recomputation is used, and which; None for none.
     """
 
@@ -40,6 +41,7 @@ class Candidate:
     tied: bool = False
     chunked_loss: bool = False
     has_windows: bool = False
+    in_fp8: bool = False
     lighter: tuple[int, Recompute] | None = None
 
     def request(self, job: Job, costs: KnownCosts | None = None) -> ScheduleRequest:
@@ -105,6 +107,8 @@ class Candidate:
             return "recompute"
         if self.has_windows:
             return "windows"
+        if self.in_fp8:
+            return "fp8"
         if self.tied and entry.needs_untied_weights:
             return "tied weights"
         return ""
@@ -189,6 +193,7 @@ def candidates(job: Job) -> Iterator[list[Candidate]]:
                         job.workload.model.tied,
                         not job.workload.whole_logits,
                         any(job.workload.model.windows),
+                        job.workload.fp8_products,
                     )
                     for recompute in Recompute
                 ]

@@ -1,12 +1,13 @@
 """From a model and a machine, or a measured profile, to the costs of any plan.
 
-``model`` and ``hardware`` describe; ``work`` counts what one layer's pieces move and keep; ``analytic`` turns
-that into times, and a profile measures them instead; ``recomputation`` says what is kept;
+``model``, ``hardware`` and ``machines`` describe; ``work`` counts what one layer's pieces move and keep;
+``analytic`` turns that into times, and a profile measures them instead; ``recomputation`` says what is kept;
 ``segments`` adds pieces up to a plan's segments.
 """
 
 from helixpipe.plan.cost_model.analytic import predict_pieces
-from helixpipe.plan.cost_model.hardware import HARDWARE, Hardware, read_hardware
+from helixpipe.plan.cost_model.hardware import Hardware
+from helixpipe.plan.cost_model.machines import HARDWARE, read_hardware
 from helixpipe.plan.cost_model.model import read_model
 from helixpipe.plan.cost_model.pieces import PieceCost, Pieces
 from helixpipe.plan.cost_model.recomputation import Recompute

@@ -16,6 +16,10 @@ _LOSS_BYTES_BACKWARD = 22
 # Bytes the optimizer moves per weight: gradient read, three fp32 states read and written, weight written, and
 # the gradient once more for its norm.
 _OPTIMIZER_BYTES = 34
+# What Megatron's fp8 covers: the head stays bf16.
+_FP8_PIECES = ("qkv", "proj", "fc1", "fc2")
+# An output tile of a large product, as CUTLASS and cuBLAS cut it.
+_TILE = 128 * 256
 # What the host spends to launch the kernels of one operation that the device does not hide.
 _OVERHEAD_MS = 0.05
 
@@ -26,6 +30,8 @@ def predict_pieces(workload: Workload, hardware: Hardware) -> Pieces:
     Sequence-parallel gathers and scatters are exposed in the forward pass and where a backward starts with
     one; those that Megatron issues beside a matrix product of the backward are hidden as far as it lasts.
     """
+    if workload.fp8_products and not hardware.fp8_tflops:
+        raise ValueError(f"{hardware.name} has no fp8 matrix products; leave --fp8 out")
     rates = _Rates(workload, hardware)
     unit = workload.unit_bytes
     gather = rates.collective_ms
@@ -105,16 +111,51 @@ class _Rates:
         """Milliseconds of a streaming kernel."""
         return num_bytes / (self.hardware.memory_gb_per_s * self.hardware.memory_efficiency * BYTES_PER_MS)
 
+    def is_fp8(self, piece: str) -> bool:
+        """True for what is computed in fp8."""
+        return self.workload.fp8_products and piece in _FP8_PIECES
+
     def product(self, piece: str) -> float:
-        """Milliseconds of one matrix product with a piece's weights."""
+        """Milliseconds of one matrix product with a piece's weights.
+
+        Tiles of the output are computed in waves of one for each SM; of the last wave half is taken to be
+        idle (NVIDIA, Matrix Multiplication Background User's Guide, wave quantization).
+        """
+        hardware = self.hardware
+        tflops, share = hardware.tflops, hardware.matmul_efficiency
+        if self.is_fp8(piece):
+            tflops, share = hardware.fp8_tflops, hardware.fp8_matmul_efficiency
+        per_ms = tflops * share * 1e9
         flops = 2.0 * self.workload.tokens * self.workload.parameters[piece]
-        return flops / (self.hardware.tflops * self.hardware.matmul_efficiency * 1e9)
+        wave = hardware.multiprocessors * 2.0 * _TILE * self._input_channels(piece)
+        return (flops + hardware.idle_last_wave * wave) / per_ms
+
+    def casts(self, piece: str) -> tuple[float, float]:
+        """Milliseconds of casting a product's input, and its output's gradient, to fp8 in two layouts."""
+        if not self.is_fp8(piece):
+            return 0.0, 0.0
+        workload, model = self.workload, self.workload.model
+        unit = workload.unit_bytes
+        inputs, outputs = {
+            "qkv": (unit, workload.channel_bytes(model.query_size + 2 * model.kv_size)),
+            "proj": (workload.channel_bytes(model.query_size), unit),
+            "fc1": (unit, workload.channel_bytes(model.fc1_size)),
+            "fc2": (workload.channel_bytes(model.ffn_hidden_size), unit),
+        }[piece]
+        return self.moved(2 * inputs), self.moved(2 * outputs)
+
+    def _input_channels(self, piece: str) -> int:
+        model, t = self.workload.model, self.workload.tensor_parallel
+        return {"proj": model.query_size // t, "fc2": model.ffn_hidden_size // t}.get(
+            piece, model.hidden_size
+        )
 
     def core_ms(self) -> tuple[float, float]:
         """Attention, forward and backward."""
         workload, hardware = self.workload, self.hardware
         flops = workload.micro_batch_size * workload.model.core_flops(workload.seq_length)
         ideal_ms = flops / workload.tensor_parallel / (hardware.tflops * 1e9)
+        ideal_ms *= 1 + hardware.attention_half_length / workload.seq_length
         return (
             ideal_ms / hardware.attention_forward_efficiency,
             _BACKWARD_PRODUCTS * ideal_ms / hardware.attention_backward_efficiency,
@@ -123,15 +164,21 @@ class _Rates:
     def column(self, piece: str, forward_ms: float, backward_ms: float) -> PieceCost:
         """A column-parallel product: gathers its input, scatters its input gradient."""
         product = self.product(piece)
+        cast_input, cast_gradient = self.casts(piece)
         hidden = max(0.0, self.collective_ms - product)
         # Backward: the input is gathered again beside one product, the gradient scattered beside the other.
         return PieceCost(
-            forward_ms + product + self.collective_ms,
-            backward_ms + product + hidden,
+            forward_ms + cast_input + product + self.collective_ms,
+            backward_ms + cast_gradient + product + hidden,
             product + hidden,
         )
 
     def row(self, piece: str, forward_ms: float) -> PieceCost:
         """A row-parallel product with the residual's sum: scatters its output, gathers its gradient."""
         product = self.product(piece)
-        return PieceCost(forward_ms + product + self.collective_ms, product + self.collective_ms, product)
+        cast_input, cast_gradient = self.casts(piece)
+        return PieceCost(
+            forward_ms + cast_input + product + self.collective_ms,
+            cast_gradient + product + self.collective_ms,
+            product,
+        )

@@ -1,14 +1,38 @@
-"""Machines: rates that they promise, and the share of them that kernels reach."""
+"""What a machine is to the cost model: rates that it promises, and the share of them that kernels reach."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
-from helixpipe.plan.json_input import read_json
+# The backends of training by the generation of kernels that they run; the others have no published rates.
+_GENERATIONS = {
+    "flash-attn-3": "flash-attn-3",
+    "cudnn": "cudnn",
+    "te-cudnn": "cudnn",
+    "flash-attn-2": "flash-attn-2",
+    "aten-flash": "flash-attn-2",
+}
+ATTENTION_BACKENDS = tuple(_GENERATIONS)
+# Not every machine has them, or is known to lose anything.
+_MAY_BE_ZERO = ("fp8_tflops", "fp8_matmul_efficiency", "attention_half_length", "idle_last_wave")
+
+
+class AttentionKernel(NamedTuple):
+    """What a generation of attention kernels reaches on a machine.
+
+    Attributes:
+        name: of the generation.
+        forward: share of the bf16 peak on long sequences, causal, head dimension 128, counted with half of
+            the square.
+        backward: the same, counted with 2.5 times the forward's operations.
+        half_length: tokens of a sequence on which half of that is reached; 0 where no curve is known.
+    """
+
+    name: str
+    forward: float
+    backward: float
+    half_length: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,9 +42,14 @@ class Hardware:
     Attributes:
         name: for people.
         tflops: peak of dense bf16 matrix products.
-        matmul_efficiency: share of the peak that large matrix products reach.
-        attention_forward_efficiency, attention_backward_efficiency: the same for causal flash attention, head
-            dimension 128, counted with half of the square forward and 2.5 times that backward.
+        matmul_efficiency: share of the peak that large matrix products reach for as long as training takes,
+            under the machine's power limit.
+        fp8_tflops, fp8_matmul_efficiency: the same of fp8 products; 0 if the GPU has none.
+        attention_forward_efficiency, attention_backward_efficiency, attention_half_length: of the attention
+            kernel that is used, as in :class:`AttentionKernel`.
+        attention_kernels: the generations with published rates, the fastest first.
+        idle_last_wave: share of the multiprocessors that a product's last wave of tiles leaves idle; 0 where
+            that is not counted.
         memory_gib: of one GPU.
         memory_gb_per_s: peak.
         memory_efficiency: share of it that elementwise kernels reach.
@@ -35,8 +64,13 @@ class Hardware:
     name: str
     tflops: float
     matmul_efficiency: float
+    fp8_tflops: float = 0.0
+    fp8_matmul_efficiency: float = 0.0
     attention_forward_efficiency: float
     attention_backward_efficiency: float
+    attention_half_length: float = 0.0
+    attention_kernels: tuple[AttentionKernel, ...] = ()
+    idle_last_wave: float = 0.0
     memory_gib: float
     memory_gb_per_s: float
     memory_efficiency: float = 0.85
@@ -52,118 +86,45 @@ class Hardware:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "name" and not value > 0:
+            if field.name in ("name", "attention_kernels"):
+                continue
+            if value < 0 or (value == 0 and field.name not in _MAY_BE_ZERO):
                 raise ValueError(f"hardware {self.name}: {field.name} must be above 0, not {value!r}")
             if field.name.endswith("efficiency") and value > 1:
                 raise ValueError(f"hardware {self.name}: {field.name} is a share of 1, not {value!r}")
+        if (self.fp8_tflops > 0) != (self.fp8_matmul_efficiency > 0):
+            raise ValueError(
+                f"hardware {self.name}: fp8_tflops and fp8_matmul_efficiency go together; give both or none"
+            )
+        for kernel in self.attention_kernels:
+            if not (0 < kernel.forward <= 1 and 0 < kernel.backward <= 1 and kernel.half_length >= 0):
+                raise ValueError(
+                    f"hardware {self.name}: attention kernel {kernel.name} needs shares of 1 above 0 and a "
+                    f"half_length that is not negative, found {tuple(kernel[1:])}"
+                )
 
+    def with_attention(self, backend: str) -> Hardware:
+        """This machine with the attention kernels of a backend of ``--attention-backend``.
 
-# Sources. Peaks, memory and NVLink: NVIDIA's data sheets (A800: A100's with 400 GB/s NVLink; H20: 148 TFLOPS,
-# 4.0 TB/s, 900 GB/s both directions together). Memory in GiB is what a GPU of 80, 96 or 141 GB reports.
-#
-# Attention, share of the peak: A100 0.73 forward, 0.63 backward (FlashAttention-2, arXiv 2307.08691, section
-# 4.1); Hopper 0.66 forward, causal, head 128, 16k: 648 TFLOPS, and 0.55 backward (FlashAttention-3, arXiv
-# 2407.08608, figures 5 and 6). H20 has the same SMs with a seventh of the matrix rate, so that softmax and
-# loads hide behind products: 0.85 and 0.75, as far below its matrix products as A100's are.
-#
-# Matrix products: A100 0.80 and H100 0.70 of the peak, the latter limited by power (CUTLASS's published
-# profiles for 8192-sized bf16 products); H20 0.92, far from its power limit.
-#
-# Memory: 0.85 of the peak for streaming kernels (BabelStream on A100 and H100 reaches 0.85 to 0.93). Links:
-# 0.8 for large NCCL messages (nccl-tests' bus bandwidth over the link's peak, both NVLink and InfiniBand).
-# Latencies: 10 and 20 microseconds for a message through NCCL's proxy.
-# Multiprocessors: 78 on H20, 132 on H100 and H200, 108 on A800.
-# Network cards: 400 Gb/s each on H100 and H200 (DGX), 200 Gb/s on A800 and H20 clusters.
-HARDWARE: Mapping[str, Hardware] = {
-    machine.name: machine
-    for machine in (
-        Hardware(
-            name="h20",
-            tflops=148,
-            matmul_efficiency=0.92,
-            attention_forward_efficiency=0.85,
-            attention_backward_efficiency=0.75,
-            memory_gib=95.0,
-            memory_gb_per_s=4000,
-            nvlink_gb_per_s=450,
-            nic_gb_per_s=25,
-            multiprocessors=78,
-        ),
-        Hardware(
-            name="h100",
-            tflops=989,
-            matmul_efficiency=0.70,
-            attention_forward_efficiency=0.66,
-            attention_backward_efficiency=0.55,
-            memory_gib=79.1,
-            memory_gb_per_s=3350,
-            nvlink_gb_per_s=450,
-            nic_gb_per_s=50,
-        ),
-        Hardware(
-            name="h200",
-            tflops=989,
-            matmul_efficiency=0.70,
-            attention_forward_efficiency=0.66,
-            attention_backward_efficiency=0.55,
-            memory_gib=139.8,
-            memory_gb_per_s=4800,
-            nvlink_gb_per_s=450,
-            nic_gb_per_s=50,
-        ),
-        Hardware(
-            name="a800",
-            tflops=312,
-            matmul_efficiency=0.80,
-            attention_forward_efficiency=0.73,
-            attention_backward_efficiency=0.63,
-            memory_gib=79.1,
-            memory_gb_per_s=2039,
-            nvlink_gb_per_s=200,
-            nic_gb_per_s=25,
-            multiprocessors=108,
-        ),
-    )
-}
+        Raises:
+            ValueError: a backend without a published rate on this machine; the message lists those with one.
+        """
+        generation = _GENERATIONS.get(backend)
+        known = [kernel.name for kernel in self.attention_kernels]
+        if generation not in known:
+            listed = [name for name, of in _GENERATIONS.items() if of in known]
+            raise ValueError(
+                f"no rate of attention backend {backend} on {self.name} is known; "
+                + (f"choose one of {', '.join(listed)}" if listed else "leave --attention-backend out")
+            )
+        kernel = self.attention_kernels[known.index(generation)]
+        return replace(
+            self,
+            attention_forward_efficiency=kernel.forward,
+            attention_backward_efficiency=kernel.backward,
+            attention_half_length=kernel.half_length,
+        )
 
-
-def read_hardware(source: str) -> Hardware:
-    """A machine by name, or from a JSON file of :class:`Hardware`'s fields.
-
-    A file may name one of ``HARDWARE`` as ``"base"`` and change some fields of it.
-
-    Raises:
-        ValueError: neither, or fields that are unknown, missing or impossible.
-    """
-    if source in HARDWARE:
-        return HARDWARE[source]
-    path = Path(source)
-    if not path.is_file():
-        close = difflib.get_close_matches(source, HARDWARE, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise ValueError(f"unknown hardware {source!r}; {hint}give a file, or one of {', '.join(HARDWARE)}")
-    return hardware_from(read_json(path, "hardware"), source)
-
-
-def hardware_from(found: Any, source: str) -> Hardware:
-    """Hardware from a JSON object; ``source`` is for messages and the default name."""
-    if not isinstance(found, dict):
-        raise ValueError(f"hardware {source}: expected a JSON object")
-    base = found.get("base")
-    if base is not None and base not in HARDWARE:
-        raise ValueError(f"hardware {source}: base {base!r} is unknown; known: {', '.join(HARDWARE)}")
-    values: dict[str, Any] = dict(HARDWARE[base].__dict__) if base else {}
-    values["name"] = Path(source).stem
-    known = {field.name: field for field in fields(Hardware)}
-    for key, value in found.items():
-        if key == "base":
-            continue
-        if key not in known:
-            raise ValueError(f"hardware {source}: {key!r} is unknown; known: base, {', '.join(known)}")
-        if key != "name" and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise ValueError(f"hardware {source}: {key} must be a number, found {value!r:.40}")
-        values[key] = value
-    missing = [key for key, field in known.items() if field.default is MISSING and key not in values]
-    if missing:
-        raise ValueError(f"hardware {source}: {', '.join(missing)} missing; add them, or name a base")
-    return Hardware(**values)
+    def without_short_kernel_losses(self) -> Hardware:
+        """The same machine with kernels that are as good short as long."""
+        return replace(self, idle_last_wave=0.0, attention_half_length=0.0)

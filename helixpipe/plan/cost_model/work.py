@@ -31,6 +31,7 @@ class Workload:
         distributed_optimizer: optimizer states are cut over the replicas.
         whole_logits: the loss keeps the softmax of all tokens; False if it is computed in chunks.
         element_bytes: of activations: 2 for bf16, 4 for fp32.
+        fp8_products: the products of layers, not the head's, are computed in fp8.
     """
 
     model: ModelShape
@@ -42,12 +43,15 @@ class Workload:
     distributed_optimizer: bool = False
     whole_logits: bool = True
     element_bytes: int = 2
+    fp8_products: bool = False
 
     def __post_init__(self) -> None:
         for key in ("seq_length", "micro_batch_size", "tensor_parallel", "data_parallel"):
             value = getattr(self, key)
             if value < 1:
                 raise ValueError(f"the {key.replace('_', ' ')} must be at least 1, not {value}")
+        if self.fp8_products and self.element_bytes != 2:
+            raise ValueError("fp8 products need bf16 between them")
         model, t = self.model, self.tensor_parallel
         for key, value in (
             ("num_heads", model.num_heads),
@@ -140,5 +144,6 @@ class Workload:
         distributed optimizer cuts over the replicas. In fp32 the weight is its own master: 4, 4 and 8.
         """
         states = 12 if self.element_bytes == 2 else 8
-        whole = parameters * (self.element_bytes + 4)
+        # fp8 products take a copy of the weight in both layouts.
+        whole = parameters * (self.element_bytes + 4 + (2 if self.fp8_products else 0))
         return whole + parameters * states // self.optimizer_shards(context_parallel)
