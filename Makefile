@@ -10,8 +10,9 @@ CONSTRAINTS ?= tests/constraints.txt
 RUN    := runs/quickstart
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.installed
+CORES  := build/cores
 
-.PHONY: quickstart test test-all lint kernels benchmark layer-benchmark elastic elastic-benchmark overlap rounds tables pictures docs clean
+.PHONY: quickstart test test-all test-cores lint kernels benchmark layer-benchmark elastic elastic-benchmark overlap rounds tables pictures docs clean
 
 # Two minutes on 2 cores: a corpus, 1F1B and helix on the same batches, a picture of what both ran.
 quickstart: $(READY)
@@ -22,8 +23,17 @@ quickstart: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 3 --dist loadscope -m "not slow" -q
 
-test-all: $(READY)
+test-all: $(READY) $(CORES)/.unpacked
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 3 --dist loadscope -q
+
+# What uses megatron-core, with every release that is supported: the wheels that are not installed are unpacked.
+test-cores: $(READY) $(CORES)/.unpacked
+	PYTHON=$(abspath $(PY)) CORES=$(CORES) bash tests/support/cores/run.sh
+	OMP_NUM_THREADS=1 HELIXPIPE_CORES=$(abspath $(CORES)) $(PY) -m pytest -q tests/e2e/test_megatron_lm.py
+
+$(CORES)/.unpacked: tests/support/unpack_cores.py | $(READY)
+	$(PY) tests/support/unpack_cores.py $(CORES)
+	touch $@
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -161,9 +161,8 @@ def _one_stage() -> Iterator[None]:
     # Megatron's own way to override what its groups say.
     parallel_state.set_pipeline_model_parallel_world_size(1)
     parallel_state.set_pipeline_model_parallel_rank(0)
-    variables = sys.modules.get("megatron.training.global_vars")
     # Megatron-LM 0.17 asks its arguments.
-    args = variables.get_args() if variables is not None else None
+    args = _program_arguments()
     size = getattr(args, "pipeline_model_parallel_size", None)
     if args is not None:
         args.pipeline_model_parallel_size = 1
@@ -174,6 +173,15 @@ def _one_stage() -> Iterator[None]:
         parallel_state.set_pipeline_model_parallel_rank(None)
         if args is not None:
             args.pipeline_model_parallel_size = size
+
+
+def _program_arguments() -> Any:
+    """Of Megatron-LM's program; None in another one, which may have imported it without its arguments."""
+    variables = sys.modules.get("megatron.training.global_vars")
+    try:
+        return None if variables is None else variables.get_args()
+    except AssertionError:  # they are not set
+        return None
 
 
 @contextmanager

@@ -30,8 +30,6 @@ def call(**arguments):
     [
         ("decoder_seq_length", SEQ_LENGTH + 1),
         ("adjust_tensor_shapes_fn", lambda *shapes: shapes),
-        ("p2p_communicator", object()),
-        ("pg_collection", object()),
     ],
 )
 def test_arguments_that_cannot_be_honoured_are_refused_by_name(name, value):

@@ -5,9 +5,14 @@ Python imports this module at its start where its folder is on PYTHONPATH.
 
 import importlib.util
 import sys
+import sysconfig
 import typing
 from importlib.machinery import PathFinder
+from pathlib import Path
 from types import ModuleType
+
+# Compiled for Python 3.12; that of the installed core does the same.
+HELPERS = "megatron.core.datasets.helpers_cpp"
 
 # They import triton without asking whether it is there.
 NEED_TRITON = ("megatron.core.transformer.moe.paged_stash",)
@@ -48,5 +53,19 @@ class Finder:
         return spec
 
 
+class HelpersFinder:
+    """Asked after all others."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name != HELPERS:
+            return None
+        suffix = sysconfig.get_config_var("EXT_SUFFIX")
+        places = [Path(folder) / f"{HELPERS.replace('.', '/')}{suffix}" for folder in sys.path]
+        found = next((place for place in places if place.exists()), None)
+        return None if found is None else importlib.util.spec_from_file_location(name, found)
+
+
 if importlib.util.find_spec("triton") is None:
     sys.meta_path.insert(0, Finder)
+sys.meta_path.append(HelpersFinder)
