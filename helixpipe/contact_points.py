@@ -251,11 +251,6 @@ PATCHED = (
         "megatron.core.pipeline_parallel.schedules", "get_forward_backward_func",
         "gives a schedule of ours to another program", _CORE,
     ),
-    ContactPoint(
-        "megatron.core.pipeline_parallel", "get_forward_backward_func",
-        "the same function under a second name",
-        _CORE,
-    ),
     *(
         ContactPoint(
             "megatron.core.pipeline_parallel.schedules", name,

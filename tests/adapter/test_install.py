@@ -1,5 +1,8 @@
 """Plugging the schedule into Megatron and taking it out again."""
 
+import sys
+import types
+
 import pytest
 from megatron.core import pipeline_parallel
 from megatron.core.pipeline_parallel import schedules
@@ -27,6 +30,17 @@ def test_megatron_gets_the_installed_function_wherever_it_asks():
     for function in functions():
         assert function() is helix
         assert function(pp_size=4, vp_size=None) is helix
+
+
+def test_a_module_that_imported_it_before_gets_it_too(monkeypatch):
+    early = types.ModuleType("early")
+    early.get = ORIGINAL
+    monkeypatch.setitem(sys.modules, "early", early)
+    helix = HelixForwardBackward()
+    install(helix)
+    assert early.get() is helix
+    uninstall()
+    assert early.get is ORIGINAL
 
 
 def test_the_last_one_installed_counts():

@@ -85,7 +85,7 @@ def assert_equal(found: Log, wanted: Log, iterations: Sequence[int]) -> None:
         assert norm == pytest.approx(wanted_norm, abs=NORM)
 
 
-def unpacked(version: str) -> object:
+def unpacked(version: str) -> pytest.MarkDecorator:
     reason = f"no megatron-core {version} in {CORES}; make test-cores unpacks it"
     return pytest.mark.skipif(not (CORES / version).is_dir(), reason=reason)
 
@@ -94,10 +94,16 @@ def each_version(*ranks: int) -> list[object]:
     return [pytest.param(v, n, marks=unpacked(v), id=f"{v}-{n}") for v in VERSIONS for n in ranks]
 
 
-@unpacked(VERSIONS[-1])
-def test_helix_trains_and_evaluates_as_1f1b_does(tmp_path):
+@pytest.mark.parametrize(
+    "version",
+    [
+        *(pytest.param(version, marks=[unpacked(version), pytest.mark.slow]) for version in VERSIONS[:-1]),
+        pytest.param(VERSIONS[-1], marks=unpacked(VERSIONS[-1])),
+    ],
+)
+def test_helix_trains_and_evaluates_as_1f1b_does(tmp_path, version):
     """From one checkpoint, two iterations and an evaluation."""
-    version, size = VERSIONS[-1], "--pipeline-model-parallel-size 2"
+    size = "--pipeline-model-parallel-size 2"
     saved = train(version, 2, f"{size} --train-iters 1 --eval-iters 0 --save {tmp_path}")
     stock = train(version, 2, f"{size} --train-iters 3 --load {tmp_path}")
     helix = train(version, 2, f"{size} --train-iters 3 --load {tmp_path} {HELIX}")
@@ -107,6 +113,7 @@ def test_helix_trains_and_evaluates_as_1f1b_does(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("version", "ranks"), each_version(2, 4))
 def test_ten_iterations_are_those_of_1f1b_and_runs_change_over(tmp_path, version, ranks):
     """Ten iterations and an evaluation from one checkpoint; what each saves goes on under the other."""
@@ -126,6 +133,7 @@ def test_ten_iterations_are_those_of_1f1b_and_runs_change_over(tmp_path, version
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "layout",
     [

@@ -7,7 +7,6 @@ It builds a GPT in the way that each version asks for: through a model provider 
 from __future__ import annotations
 
 import inspect
-import os
 from functools import partial
 
 import cpu_only
@@ -157,5 +156,4 @@ def main():
 if __name__ == "__main__":
     main()
     torch.distributed.barrier()
-    # Threads of the program's own may outlive it.
-    os._exit(0)
+    torch.distributed.destroy_process_group()
