@@ -40,5 +40,18 @@ draw_rounds() { # round order, name, title, further options
 draw_rounds filo rounds-filo "Helix, rounds one after the other: 4 ranks, 8 layers, 12 micro batches"
 draw_rounds interlocked rounds-interlocked "The same work, rounds interlocked, with weight gradients apart" \
     --split-weight-gradients --costs "$WORK/rounds-costs.json"
+cat > "$WORK/sliced.py" <<'PY'
+# Eight slices, each with the work of a micro batch of the other pictures.
+import json, sys
+
+times = {"first": (1, 2), "middle": (4, 8), "last": (3, 6), "attention": (8, 16)}
+segments = {f"{name}/slice{i}": {"F": f, "B": b} for name, (f, b) in times.items() for i in range(8)}
+json.dump({"segments": segments}, sys.stdout)
+PY
+"$PYTHON" "$WORK/sliced.py" > "$WORK/sliced-costs.json"
+"$PYTHON" -m helixpipe plan --schedule sliced-helix --num-layers 8 --pipeline-model-parallel-size 4 \
+    --num-microbatches 1 --num-fold 2 --head-placement spread --output "$WORK/sliced.json"
+"$PYTHON" -m helixpipe draw --plan "$WORK/sliced.json" --costs "$WORK/sliced-costs.json" \
+    --title "Sliced helix: 4 ranks, 8 layers, one sequence in 8 slices" --output docs/sliced-p4.svg
 draw helix "Helix: 4 ranks, 8 layers, 8 micro batches, two-fold"
 draw 1f1b "1F1B: 4 ranks, 8 layers, 8 micro batches"

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from rich.table import Table
 
-from helixpipe.plan.advise import Advice, Job, Option
+from helixpipe.plan.advise import Advice, Job, Option, SliceVerdict, slice_verdict
 from helixpipe.plan.advise.context_parallel import Exchange
 from helixpipe.report.console import table_console
 
@@ -81,11 +81,31 @@ def _lines(advice: Advice, job: Job) -> Iterable[str]:
         yield "Nothing fits. Use more ranks, a larger tensor-parallel size or shorter sequences."
         return
     yield from _verdict(advice)
+    yield from _on_slices(slice_verdict(advice, job))
     if advice.best is None:
         yield "None of these can be executed by pretrain_gpt.py."
         return
     yield f"Fastest that runs: {advice.best.candidate.label}. Use:"
     yield "  " + " ".join(advice.best.candidate.arguments(job))
+
+
+def _on_slices(found: SliceVerdict | None) -> Iterable[str]:
+    """Whether slices pay, with and without what attention is taken to lose on short ones."""
+    if found is None:
+        return
+    option, rival = found.option, found.rival
+    yield (
+        f"Slices ({option.candidate.label}): {_seconds(option.iteration_ms)} with what attention loses on "
+        f"short ones (idle multiprocessors, time of a call), {_seconds(found.full_rate_ms)} without."
+    )
+    if rival is None:
+        yield "No schedule of whole sequences fits."
+    elif found.pays:
+        ratio = rival.iteration_ms / option.iteration_ms
+        yield f"Slices pay: {ratio:.2f}x as fast as whole sequences with {rival.candidate.label}."
+    else:
+        ratio = option.iteration_ms / rival.iteration_ms
+        yield f"Slices do not pay: {rival.candidate.label}, with whole sequences, is {ratio:.2f}x as fast."
 
 
 def _verdict(advice: Advice) -> Iterable[str]:

@@ -3,5 +3,17 @@
 from helixpipe.plan.advise.advice import Advice, Option, Rejection, advise
 from helixpipe.plan.advise.candidates import Candidate
 from helixpipe.plan.advise.job import Job, make_job, read_machine
+from helixpipe.plan.advise.slices import SliceVerdict, slice_verdict
 
-__all__ = ["Advice", "Candidate", "Job", "Option", "Rejection", "advise", "make_job", "read_machine"]
+__all__ = [
+    "Advice",
+    "Candidate",
+    "Job",
+    "Option",
+    "Rejection",
+    "SliceVerdict",
+    "advise",
+    "make_job",
+    "read_machine",
+    "slice_verdict",
+]

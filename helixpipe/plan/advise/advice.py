@@ -17,7 +17,7 @@ from helixpipe.plan.schedules import SCHEDULES, ScheduleRequest
 from helixpipe.plan.schedules.request import KnownCosts
 from helixpipe.plan.simulation.costs import Costs
 from helixpipe.plan.simulation.memory import peak_bytes
-from helixpipe.plan.simulation.simulate import simulate
+from helixpipe.plan.simulation.simulate import Simulation, simulate
 
 # What fitting an order to costs may gain where layers are alike, and where keys alone do not know them.
 _FITTING_GAINS, _FITTING_GAINS_OF_KINDS = 1.02, 1.2
@@ -251,11 +251,18 @@ def _pipeline(job: Job, candidate: Candidate, *, fits_order: bool = False) -> Op
     if peak > job.memory_limit_bytes:
         return _too_large(job, candidate, peak)
     simulation = simulate(plan, costs)
-    iteration_ms = simulation.iteration_ms
-    if SCHEDULES[candidate.schedule].repeats_sequences:
-        iteration_ms += (candidate.num_microbatches - 1) * simulation.timeline.makespan_ms
-    found = _option(job, candidate, iteration_ms, simulation.timeline.bubble_ratio, peak)
+    found = _option(
+        job, candidate, iteration_ms(candidate, simulation), simulation.timeline.bubble_ratio, peak
+    )
     return replace(found, plan=plan, costs=costs)
+
+
+def iteration_ms(candidate: Candidate, simulation: Simulation) -> float:
+    """Milliseconds of an iteration of ``candidate``, whose request is what was simulated."""
+    if not SCHEDULES[candidate.schedule].repeats_sequences:
+        return simulation.iteration_ms
+    repeated = candidate.num_microbatches - 1
+    return simulation.iteration_ms + repeated * simulation.timeline.makespan_ms
 
 
 def _context_parallel(job: Job) -> Iterator[Option | Rejection]:
