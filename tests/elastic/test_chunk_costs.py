@@ -161,3 +161,13 @@ def test_a_preset_does_not_depend_on_the_sequence_length():
     assert predict_chunk_costs(workload, HARDWARE["h20"], 4) == predict_chunk_costs(
         shorter, HARDWARE["h20"], 4
     )
+
+
+def test_gradients_of_keys_and_values_are_summed_in_fp32():
+    """In bf16 they are twice as large as keys and values; files of costs say that, or leave it open."""
+    found = predict_chunk_costs(Workload(model=MODELS["llama-7b"], seq_length=8192), HARDWARE["h20"], 4)
+    assert found.kv_gradient_bytes == 2 * found.kv_bytes
+    papers = replace(found, kv_gradient_bytes=None)
+    assert found.gradient_bytes(MIDDLE, 4) == 2 * papers.gradient_bytes(MIDDLE, 4)
+    for costs in (found, COSTS):
+        assert costs_from_json(costs_to_json(costs)) == costs

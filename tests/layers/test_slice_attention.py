@@ -15,7 +15,7 @@ from test_attention import errors, explicit, needs_cuda, torch_math
 
 from helixpipe.elastic import Chunk, Piece
 from helixpipe.layers.attention.choice import BACKENDS
-from helixpipe.layers.elastic.context import ContextStore, alone
+from helixpipe.layers.elastic.context import ContextStore, KeptSlice, alone
 from helixpipe.layers.elastic.layout import ChunkLayout, padded_length, spans_of
 from helixpipe.layers.elastic.positions import angles_at, rotate_at
 from helixpipe.layers.elastic.slice_attention import slice_attention
@@ -301,3 +301,16 @@ def test_padding_rounds_up():
     chunk = chunks_of()[-1]
     assert spans_of(chunk, 57) == ((0, 17), (17, 57))
     assert spans_of(chunk, 60) == ((0, 17), (17, 57), (57, 60))
+
+
+@pytest.mark.parametrize(("dtype", "sums"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+def test_gradients_of_many_slices_are_rounded_once(dtype, sums):
+    """Each too small beside the first to change it in 16 bits; together they are half of it."""
+    kept = KeptSlice(*torch.zeros(2, 1, 1, 4, 8, dtype=dtype))
+    first, small = torch.ones(1, 1, 4, 8, dtype=dtype), torch.full((1, 1, 4, 8), 2.0**-9, dtype=dtype)
+    kept.add_gradients(first, first.clone())
+    for _ in range(256):
+        kept.add_gradients(small, 2 * small)
+    assert kept.grad_key.dtype is kept.grad_value.dtype is sums
+    assert kept.grad_key.unique().tolist() == [1.5]
+    assert kept.grad_value.unique().tolist() == [2.0]

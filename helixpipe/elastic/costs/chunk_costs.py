@@ -50,7 +50,8 @@ class ChunkCosts:
         token_bytes: ``M_token``, that one layer keeps per token until its backward.
         input_bytes: ``e D``, a layer's input per token: what is kept of a checkpointed layer, and the size of
             a message.
-        kv_bytes: ``2 e D_kv``, keys and values of one layer per token, and also their gradients.
+        kv_bytes: ``2 e D_kv``, keys and values of one layer per token.
+        kv_gradient_bytes: of their gradients, which are summed in fp32; ``kv_bytes`` if None, the paper's.
         logits_bytes: ``M_logits``, that the last stage keeps per token beside its layers.
         head_workspace_bytes: that exist per token while the last stage computes the logits or their gradient.
         layer_workspace_bytes: that exist per token in the backward of a layer, beside what it kept.
@@ -68,6 +69,7 @@ class ChunkCosts:
     token_bytes: float
     input_bytes: float
     kv_bytes: float
+    kv_gradient_bytes: float | None = None
     logits_bytes: float = 0.0
     head_workspace_bytes: float = 0.0
     layer_workspace_bytes: float = 0.0
@@ -135,7 +137,8 @@ class ChunkCosts:
 
         The paper counts them from the forward on; they exist from the backward of the sequence's last slice.
         """
-        return ceil(num_layers * self.kv_bytes * chunk.continued_tokens / self.tensor_parallel)
+        per_token = self.kv_bytes if self.kv_gradient_bytes is None else self.kv_gradient_bytes
+        return ceil(num_layers * per_token * chunk.continued_tokens / self.tensor_parallel)
 
     def saved_bytes(self, chunk: Chunk) -> int:
         """Bytes on each GPU that one checkpointed layer does not keep.

@@ -3,9 +3,9 @@
 Keys, all of them in :class:`ChunkCosts` and :class:`PassTime`: ``format``, ``version``, ``source``;
 ``forward`` and ``backward`` with ``attention_ms``, ``token_ms`` and, 0 if left out, ``layer_ms``,
 ``communication_ms``, ``head_ms``; ``token_bytes``, ``input_bytes``, ``kv_bytes``; and, if not the default,
-``logits_bytes``, ``head_workspace_bytes``, ``layer_workspace_bytes``, ``tensor_parallel``,
-``token_multiple``, ``layer_state_bytes``, ``embedding_state_bytes``, ``head_state_bytes`` and ``network``,
-the fields of :class:`helixpipe.plan.simulation.network.Network`.
+``kv_gradient_bytes``, ``logits_bytes``, ``head_workspace_bytes``, ``layer_workspace_bytes``,
+``tensor_parallel``, ``token_multiple``, ``layer_state_bytes``, ``embedding_state_bytes``,
+``head_state_bytes`` and ``network``, the fields of :class:`helixpipe.plan.simulation.network.Network`.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ def costs_from_json(text: str) -> ChunkCosts:
             values[key] = PassTime(**_numbers(value, PassTime, key))
         elif key == "network":
             values[key] = None if value is None else _network(value)
+        elif key == "kv_gradient_bytes" and value is None:
+            values[key] = None
         elif key == "source":
             values[key] = str(value)
         else:

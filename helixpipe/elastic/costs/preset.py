@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from helixpipe.elastic.costs.chunk_costs import ChunkCosts, PassTime
 from helixpipe.plan.cost_model import Hardware, PieceCost, Pieces, Workload, predict_pieces
-from helixpipe.plan.cost_model.work import LAYER_PIECES
+from helixpipe.plan.cost_model.work import GRADIENT_BYTES, LAYER_PIECES
 from helixpipe.plan.simulation.network import Network
 
 # A link so fast that what remains of a prediction is computation.
@@ -76,6 +76,7 @@ def _costs(
         token_bytes=layer_bytes * t / tokens,
         input_bytes=workload.unit_bytes * t / tokens,
         kv_bytes=2.0 * model.kv_size * workload.element_bytes,
+        kv_gradient_bytes=2.0 * model.kv_size * max(workload.element_bytes, GRADIENT_BYTES),
         logits_bytes=workload.head_bytes * t / tokens,
         head_workspace_bytes=workload.head_workspace_bytes * t / tokens,
         layer_workspace_bytes=workload.layer_workspace_bytes * t / tokens,

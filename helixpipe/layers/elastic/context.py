@@ -24,8 +24,8 @@ class KeptSlice:
     Attributes:
         length: tokens of the slice.
         key, value: [1, groups, length, d].
-        grad_key, grad_value: sums over the later slices whose backward has run; None before the first. They
-            have the keys' type, as they would have in the graph of a whole sequence.
+        grad_key, grad_value: sums over the later slices whose backward has run, in fp32 or the keys' own
+            wider type; None before the first. A whole sequence's kernel rounds them once, too.
     """
 
     def __init__(self, key: Tensor, value: Tensor) -> None:
@@ -37,7 +37,8 @@ class KeptSlice:
     def add_gradients(self, grad_key: Tensor, grad_value: Tensor) -> None:
         """Add what one later slice gives."""
         if self.grad_key is None or self.grad_value is None:
-            self.grad_key, self.grad_value = grad_key, grad_value
+            wide = torch.promote_types(grad_key.dtype, torch.float32)
+            self.grad_key, self.grad_value = (grad.to(wide) for grad in (grad_key, grad_value))
         else:
             self.grad_key += grad_key
             self.grad_value += grad_value

@@ -24,7 +24,7 @@ from helixpipe.plan.cost_model.slices import (
     equal_total_slices,
     slices_up_to,
 )
-from helixpipe.plan.cost_model.work import Workload
+from helixpipe.plan.cost_model.work import GRADIENT_BYTES, Workload
 from helixpipe.plan.loan import Loan
 from helixpipe.plan.operation import Kind
 from helixpipe.plan.plan import Plan
@@ -95,8 +95,13 @@ class _Builder:
         return self._time("norm1", part_of).forward * moved / (2 * self.workload.unit_bytes)
 
     def context_bytes(self, part_of: Slice) -> int:
-        """Bytes on one GPU of a slice's keys and values in one layer, or of their gradients."""
+        """Bytes on one GPU of a slice's keys and values in one layer, or of their gradients in a message."""
         return int(self.workload.channel_bytes(2 * self.workload.model.kv_size) * part_of.tokens)
+
+    def context_gradient_bytes(self, part_of: Slice) -> int:
+        """Bytes on one GPU of the gradients of a slice's keys and values in one layer, summed up."""
+        elements = self.workload.tokens * 2 * self.workload.model.kv_size // self.workload.tensor_parallel
+        return int(elements * max(self.workload.element_bytes, GRADIENT_BYTES) * part_of.tokens)
 
     def message_bytes(self, names: Iterable[str]) -> int:
         """Bytes of a message on all GPUs of a rank."""
@@ -164,7 +169,7 @@ def _stage_costs(
         for kind, part_of in slices.items():
             cost = builder.segment(parts, part_of)
             if part_of.end < 1:
-                cost = replace(cost, gradient_bytes=builder.context_bytes(part_of) * per_stage)
+                cost = replace(cost, gradient_bytes=builder.context_gradient_bytes(part_of) * per_stage)
             segments[f"{name}/{kind}" if kind else name] = cost
     size = builder.message_bytes(("residual",))
     if not plan.micro_batch_names:

@@ -15,6 +15,8 @@ PIECES = ("embedding", *LAYER_PIECES, "head")
 # Bytes of logits per token and word: 2 for the product's result, 4 for the fp32 softmax that is kept.
 _LOGIT_BYTES = 2
 _SOFTMAX_BYTES = 4
+# Of a gradient that several operations add to: fp32.
+GRADIENT_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
