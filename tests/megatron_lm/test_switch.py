@@ -10,7 +10,8 @@ from ranks import run_on_ranks
 COMMANDS = (
     "--pipeline-schedule helix",
     "--pipeline-schedule helix --attention-range block --head-placement spread",
-    "--pipeline-schedule helix --num-fold 1 --round-order interlocked --recompute-levels none",
+    "--pipeline-schedule helix --num-fold 1 --round-order interlocked --split-weight-gradients "
+    "--recompute-levels none",
     "--pipeline-schedule zb-h1",
 )
 
