@@ -12,7 +12,7 @@ PY     := $(VENV)/bin/python
 READY  := $(VENV)/.installed
 CORES  := build/cores
 
-.PHONY: quickstart test test-all test-cores lint kernels benchmark layer-benchmark elastic elastic-benchmark overlap rounds tables pictures docs clean
+.PHONY: quickstart test test-all test-cores lint kernels benchmark layer-benchmark elastic elastic-benchmark overlap rounds anchors tables pictures docs clean
 
 # Two minutes on 2 cores: a corpus, 1F1B and helix on the same batches, a picture of what both ran.
 quickstart: $(READY)
@@ -76,7 +76,11 @@ runs/elastic/stdlib.idx: | $(READY)
 	$(PY) tools/prepare_data.py --input $$($(PY) -c "import sysconfig; print(sysconfig.get_path('stdlib'))") --pattern "*.py" \
 	    --exclude site-packages --vocab-size 1024 --output-prefix $(basename $@)
 
-# The tables of docs/choosing.md, from the closed forms and the cost model.
+# Published throughput beside what the planner predicts for it. Seconds.
+anchors: $(READY)
+	$(PY) benchmarks/anchors.py
+
+# The tables of docs/choosing.md and docs/published.md, from the closed forms and the cost model.
 tables: $(READY)
 	$(PY) tools/tables.py
 

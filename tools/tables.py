@@ -15,6 +15,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import anchors  # noqa: E402
 from helixpipe.commands.parser import ScriptParser  # noqa: E402
 from helixpipe.plan import Plan, ScheduleRequest  # noqa: E402
 from helixpipe.plan.advise.advice import efficiency  # noqa: E402
@@ -153,9 +154,21 @@ def _cell(row: Row, seq_length: int) -> str:
     return "too large"
 
 
+def published_table() -> str:
+    """Predictions beside published throughput."""
+    return anchors.table(anchors.read_rows())
+
+
+def kernels_table() -> str:
+    """The rows whose publication does not say which attention kernel ran, under either."""
+    rows = [row for row in anchors.read_rows() if row["id"].startswith("nemo-7b")]
+    return anchors.kernels_table(rows, ("flash-attn-2", "cudnn"))
+
+
 TABLES = {
     "choosing": {"schedules": markdown_table, "efficiency": efficiency_table},
     "interlocked": {"interlocked": interlocked_table},
+    "published": {"published": published_table, "kernels": kernels_table},
 }
 
 

@@ -9,7 +9,7 @@ from helixpipe.plan import ScheduleRequest, build_plan
 from helixpipe.plan.advise import Candidate, advise, make_job
 from helixpipe.plan.advise.advice import Rejection, _pipeline, efficiency, iteration_ms
 from helixpipe.plan.advise.candidates import candidates
-from helixpipe.plan.advise.context_parallel import Exchange, predict_context_parallel
+from helixpipe.plan.advise.context_parallel import Exchange, predict_context_parallel, share_sequence
 from helixpipe.plan.advise.messages import peak_with_messages
 from helixpipe.plan.cost_model import (
     HARDWARE,
@@ -23,6 +23,7 @@ from helixpipe.plan.cost_model import (
 from helixpipe.plan.cost_model.work import PIECES
 from helixpipe.plan.lower import lower
 from helixpipe.plan.schedules.request import KnownCosts
+from helixpipe.plan.simulation.memory import peak_bytes
 from helixpipe.plan.simulation.network import Network
 from helixpipe.plan.simulation.simulate import simulate
 
@@ -243,6 +244,23 @@ def test_all_to_all_is_exposed_and_needs_heads():
     assert found.exposed_ms == pytest.approx(32 * 2 * step)
     with pytest.raises(ValueError, match="32 key/value heads cannot be split"):
         predict_context_parallel(pieces, Exchange.ALL_TO_ALL, 64, 1, Recompute.NONE, slow)
+
+
+@pytest.mark.parametrize("exchange", Exchange)
+def test_stages_that_share_sequences_cost_what_context_parallelism_alone_does(exchange):
+    """One stage, in two ways: the closed form, and a plan of one rank with shared pieces."""
+    pieces = even_pieces(distributed_optimizer=True, data_parallel=2)
+    slow = Network(latency_ms=0.5, gb_per_s=1)
+    shared = share_sequence(pieces, exchange, 4, slow)
+    assert (shared.workload.seq_length, shared.workload.data_parallel) == (2000, 8)
+    plan = build_plan("1f1b", ScheduleRequest(num_layers=32, num_ranks=1, num_microbatches=3))
+    for recompute in (Recompute.NONE, Recompute.FULL):
+        alone = predict_context_parallel(pieces, exchange, 4, 3, recompute, slow)
+        costs = costs_of_plan(shared, plan, recompute)
+        assert simulate(plan, costs).iteration_ms == pytest.approx(alone.iteration_ms, rel=1e-6)
+        assert max(peak_bytes(plan, costs)) == pytest.approx(alone.peak_bytes, rel=0.02)
+    with pytest.raises(ValueError, match="8000 tokens cannot be shared by 3 ranks"):
+        share_sequence(pieces, exchange, 3, slow)
 
 
 def test_one_rank_has_nothing_to_exchange():

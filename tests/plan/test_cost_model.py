@@ -49,6 +49,9 @@ def planned(schedule, layers=32, p=8, m=16, **options):
         ("llama-7b", 6.74),
         ("llama-13b", 13.02),
         ("llama-70b", 68.98),
+        ("llama3-8b", 8.03),
+        ("llama3-70b", 70.55),
+        ("llama3-405b", 405.85),
         ("gpt-1.3b", 1.31),
         ("gpt-3b", 2.65),
         ("gpt-7b", 6.65),
@@ -572,6 +575,21 @@ def test_fp8_speeds_up_the_products_of_layers_and_pays_for_casts():
     assert bf16["fc2"].forward - fp8["fc2"].forward == pytest.approx(saved - cast)
     for piece in ("embedding", "norm1", "core", "norm2", "head"):
         assert fp8[piece] == bf16[piece]
+
+
+def test_fp8_keeps_the_inputs_of_products_in_half():
+    plan = planned("1f1b", p=4)
+    bf16, fp8 = (
+        costs_of_plan(pieces(LLAMA, "h100", fp8_products=is_fp8), plan, Recompute.NONE)
+        for is_fp8 in (False, True)
+    )
+    unit = 4096 * 4096 // 8
+    halved = unit * (2 + LLAMA.ffn_hidden_size / 4096)
+    saved = bf16.segments["stage1"].bytes - fp8.segments["stage1"].bytes
+    assert saved == pytest.approx(8 * halved)
+    # A weight has a copy in fp8, in both layouts.
+    weights = 8 * LLAMA.layer_parameters // 8
+    assert fp8.ranks[1].static_bytes - bf16.ranks[1].static_bytes == 2 * weights
 
 
 def test_fp8_is_refused_where_there_is_none():

@@ -20,7 +20,9 @@ def page_text(page):
     return (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("page", ["choosing", pytest.param("interlocked", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "page", ["choosing", "published", pytest.param("interlocked", marks=pytest.mark.slow)]
+)
 def test_the_tables_are_up_to_date(page):
     """If this fails, run ``make tables`` and look at what changed."""
     assert tables.updated(page_text(page), page) == page_text(page)

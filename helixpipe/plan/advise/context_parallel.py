@@ -7,10 +7,11 @@ all-to-all exchanges the sequence for heads before and after attention (DeepSpee
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import Enum
 from typing import NamedTuple
 
-from helixpipe.plan.cost_model import Pieces, Recompute
+from helixpipe.plan.cost_model import PieceCost, Pieces, Recompute
 from helixpipe.plan.cost_model.segments import whole_layer_cost
 from helixpipe.plan.simulation.network import BYTES_PER_MS, Network
 
@@ -97,6 +98,47 @@ def predict_context_parallel(
         iteration_ms=num_microbatches * (model.num_layers * layer_ms + ends_ms) + finish_ms,
         exposed_ms=num_microbatches * model.num_layers * exposed_ms,
         peak_bytes=workload.static_bytes(parameters, size) + activations // size,
+    )
+
+
+def share_sequence(pieces: Pieces, exchange: Exchange, size: int, network: Network) -> Pieces:
+    """What pieces cost one rank of a stage whose ``size`` ranks share every sequence.
+
+    Args:
+        pieces: costs of whole sequences.
+        exchange: ring or all-to-all.
+        size: context-parallel size; the replicas of the result are as many times more.
+        network: links between the ranks that share a sequence.
+
+    Raises:
+        ValueError: sequences that cannot be divided.
+    """
+    workload = pieces.workload
+    if workload.seq_length % size:
+        raise ValueError(f"{workload.seq_length} tokens cannot be shared by {size} ranks")
+    links = _Links(pieces, network, size)
+
+    def attention(whole_ms: float, tensors: int) -> float:
+        if exchange is Exchange.ALL_TO_ALL or size == 1:
+            return whole_ms / size + links.all_to_all_ms()
+        own_ms = whole_ms / size / _RING_EFFICIENCY
+        return own_ms + links.ring_ms(tensors, own_ms)
+
+    times = {
+        name: PieceCost(cost.forward / size, cost.backward / size, cost.weight / size)
+        for name, cost in pieces.times.items()
+    }
+    core = pieces.times["core"]
+    times["core"] = PieceCost(attention(core.forward, 1), attention(core.backward, 2))
+    return replace(
+        pieces,
+        times=times,
+        workload=replace(
+            workload,
+            seq_length=workload.seq_length // size,
+            data_parallel=workload.data_parallel * size,
+        ),
+        reduction_gb_per_s=links.reduction_gb_per_s,
     )
 
 

@@ -162,6 +162,10 @@ MODELS: Mapping[str, ModelShape] = {
         _llama("llama-7b", 32, 4096, 32, 32, 11008, 32000),
         _llama("llama-13b", 40, 5120, 40, 40, 13824, 32000),
         _llama("llama-70b", 80, 8192, 64, 8, 28672, 32000),
+        # Llama 3, table 3 of arXiv 2407.21783.
+        _llama("llama3-8b", 32, 4096, 32, 8, 14336, 128256),
+        _llama("llama3-70b", 80, 8192, 64, 8, 28672, 128256),
+        _llama("llama3-405b", 126, 16384, 128, 8, 53248, 128256),
         # GPT-3, table 2.1 of arXiv 2005.14165 (1.3B with 16 heads of 128, as is usual; 3B is its 2.7B).
         _gpt("gpt-1.3b", 24, 2048, 16),
         _gpt("gpt-3b", 32, 2560, 32),

@@ -94,19 +94,24 @@ class Workload:
 
     @property
     def kept_tensors(self) -> Mapping[str, int]:
-        """Bytes of each tensor that a layer's backward may need, by name."""
+        """Bytes of each tensor that a layer's backward may need, by name.
+
+        What only a weight's gradient needs is kept in fp8 if products are. The copy of attention's output
+        that ``proj`` keeps then beside attention's own is left out, a thirtieth of a layer.
+        """
         model = self.model
+        kept_as = 2 if self.fp8_products else 1
         return {
             "norm1 input": self.unit_bytes,
-            "norm1 output": self.unit_bytes,
+            "norm1 output": self.unit_bytes // kept_as,
             "qkv": self.channel_bytes(model.query_size + 2 * model.kv_size),
             "attention output": self.channel_bytes(model.query_size),
             "log-sum-exp": self.tokens * model.num_heads * 4 // self.tensor_parallel,
             "residual": self.unit_bytes,
             "norm2 input": self.unit_bytes,
-            "norm2 output": self.unit_bytes,
+            "norm2 output": self.unit_bytes // kept_as,
             "fc1 output": self.channel_bytes(model.fc1_size),
-            "activation": self.channel_bytes(model.ffn_hidden_size),
+            "activation": self.channel_bytes(model.ffn_hidden_size) // kept_as,
         }
 
     @property
