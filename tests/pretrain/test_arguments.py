@@ -384,6 +384,7 @@ REFUSED = [
     (1, "--pipeline-schedule helix --attention-range all", "'all'", "core, qkv, block"),
     (1, "--pipeline-schedule helix --head-placement last", "'last'", "first, spread"),
     (1, "--head-placement spread", "--head-placement does not apply to 1f1b", "it is for helix"),
+    (1, "--pipeline-schedule sliced-helix", "sliced-helix can be planned but not executed; choose one of"),
     (1, "--pipeline-schedule hellix", "'hellix'", "did you mean helix?"),
     (1, "--num-slices 2", "--num-slices does not apply to 1f1b", "it is for seq1f1b"),
     (1, "--pipeline-schedule seq1f1b --num-slices 0", "--num-slices: must be at least 1, not 0"),
