@@ -119,6 +119,9 @@ class Flight:
         wrong = next((check.code for check in self._checks if check.problem), 0)
         code = int(self._board.decide("code", wrong, self._limit_s))
         self._board.part()
+        if dist.is_initialized() and code == 0:
+            # After a fault a group is not taken down: its other ranks may be gone.
+            dist.destroy_process_group()
         return Outcome(code, self._checks, self._facts, skews_s, links)
 
     def _tell(self, facts: Facts) -> bool:

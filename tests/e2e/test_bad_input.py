@@ -123,10 +123,9 @@ def refusal(pretrain_gpt, corpus, monkeypatch, capsys):
         (1, "--pipeline-schedule 1F1B", ["'1F1B'", "known: ", "1f1b"]),
         (1, "--pipeline-schedule seq1f1b --num-slices 129", ["--num-slices 129", "128 tokens", "use fewer"]),
         (1, "--pipeline-schedule helix --attention-range mlp", ["'mlp'", "core, qkv, block"]),
-        (2, "--pipeline-schedule helix --num-layers 5", ["layers (5)", "use 4 or 6"]),
+        (2, "--pipeline-schedule helix --num-layers 1", ["layers (1)", "at most that many ranks"]),
         (2, "--pipeline-schedule 1f1b --num-layers 5", ["layers (5)", "use 4 or 6"]),
-        (2, "--pipeline-schedule helix --global-batch-size 6", ["micro batches (6)", "use 4 or 8"]),
-        (2, "--pipeline-schedule helix --num-fold 3", ["micro batches (4)", "(6)", "use 6"]),
+        (2, "--pipeline-schedule helix --global-batch-size 1", ["micro batches (1)", "use 2"]),
         (3, "", ["world size 3", "pipeline-parallel size 2", "--nproc-per-node 2"]),
         (
             2,
@@ -168,7 +167,7 @@ def test_no_data(refusal):
         "--num-layers 9999999",
         "--num-layrs 4",
         "--pipeline-schedule heliks",
-        "--pipeline-schedule helix --num-fold 3",
+        "--pipeline-schedule helix --num-layers 3",
         "--pipeline-schedule helix --attention-range mlp",
     ],
 )
