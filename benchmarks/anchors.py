@@ -308,13 +308,19 @@ def summary(found: Sequence[Prediction]) -> str:
     return text
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table."""
+def build_parser() -> ScriptParser:
+    """The options."""
     parser = ScriptParser(prog="anchors", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rows", nargs="+", metavar="ID", help="only these (default: all)")
     parser.add_argument(
         "--attention-backend", choices=ATTENTION_BACKENDS, help="in all rows, instead of the file's"
     )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table."""
+    parser = build_parser()
     options = parser.parse_args(arguments)
     rows = read_rows()
     known = [row["id"] for row in rows]

@@ -13,7 +13,7 @@ from helixpipe.plan.schedules import SCHEDULES, planned_ahead
 from helixpipe.plan.simulation.costs import Costs, SegmentCost
 
 every_model = pytest.mark.parametrize("model", DEVICE_MODELS, ids=lambda model: model.name)
-MANY = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+MANY = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 INTERLOCKED = {"round_order": "interlocked"}
@@ -33,6 +33,8 @@ def plans(draw, most_ranks=16):
     if "num_fold" not in SCHEDULES[schedule].options:
         return plan_of(schedule, p, draw(st.integers(1, p + 3)))
     fold = draw(st.integers(1, 2))
+    if "round_order" not in SCHEDULES[schedule].options:
+        return plan_of(schedule, p, 1, layers=p, num_fold=fold)
     return plan_of(
         schedule,
         p,

@@ -226,7 +226,7 @@ def test_defaults_are_recorded():
         (
             "interleaved",
             request(2, 4, 4, attention_range="core"),
-            "--attention-range does not apply to interleaved; remove it (it is for helix)",
+            "--attention-range does not apply to interleaved; remove it (it is for helix, sliced-helix)",
         ),
         (
             "helix",
