@@ -48,26 +48,30 @@ def own_outputs(args: argparse.Namespace) -> Iterator[Outputs]:
             from; on every rank.
         OSError: a lock cannot be made; on every rank.
     """
-    mine: Outputs | None = None
-    outcome: list[Any] = [None, None]
-    if args.rank == 0:
-        job = job_identity(agent_store(_STORE_TIMEOUT))
-        locks = Locks(Owner.here(job), say)
-        try:
-            mine = Outputs(job, locks, _take(args, job, locks))
-            outcome = [mine.load, None]
-        except (ValueError, OSError) as error:
-            locks.release()
-            outcome = [None, error]
-    dist.broadcast_object_list(outcome, src=0)
-    load, refusal = outcome
-    if refusal is not None:
-        raise refusal
+    if args.rank != 0:
+        yield Outputs("", None, _agreed(None, None))
+        return
+    job = job_identity(agent_store(_STORE_TIMEOUT))
+    locks = Locks(Owner.here(job), say)
     try:
-        yield mine or Outputs("", None, load)
+        load, refusal = None, None
+        try:
+            load = _take(args, job, locks)
+        except (ValueError, OSError) as error:
+            refusal = error
+        yield Outputs(job, locks, _agreed(load, refusal))
     finally:
-        if mine is not None and mine.locks is not None:
-            mine.locks.release()
+        locks.release()
+
+
+def _agreed(load: Path | None, refusal: Exception | None) -> Path | None:
+    """What rank 0 has found, or its refusal, on every rank."""
+    outcome: list[Any] = [load, refusal]
+    dist.broadcast_object_list(outcome, src=0)
+    found: Path | None = outcome[0]
+    if outcome[1] is not None:
+        raise outcome[1]
+    return found
 
 
 def _take(args: argparse.Namespace, job: str, locks: Locks) -> Path | None:

@@ -63,6 +63,60 @@ def test_a_second_job_is_refused_by_name(job, tmp_path):
     job("second").take(lock_in(tmp_path), "--save")
 
 
+def no_links(*_):
+    raise OSError(errno.EPERM, "no links")
+
+
+def interrupt_after(lines):
+    """A trace function that raises what Ctrl-C does once so many lines of the code under test have run."""
+    left = lines
+
+    def trace(frame, event, _):
+        nonlocal left
+        if frame.f_code.co_filename not in (outputs.__file__, ownership.__file__):
+            return None
+        if event == "line":
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    return trace
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_nothing_is_left_wherever_ctrl_c_comes(tmp_path, monkeypatch, has_links):
+    """At every line from the first one to the one that hands over to the job."""
+    monkeypatch.setattr(outputs, "agent_store", lambda _: None)
+    monkeypatch.setattr(outputs, "job_identity", lambda _: "job")
+    monkeypatch.setattr(outputs.dist, "broadcast_object_list", lambda *_, **__: None)
+    if not has_links:
+        monkeypatch.setattr(os, "link", no_links)
+    args = argparse.Namespace(
+        rank=0, trace_dir=tmp_path / "traces", metrics_jsonl=tmp_path / "metrics", save=tmp_path / "saved",
+        load=None, set_aside_checkpoints=False,
+    )  # fmt: skip
+    args.trace_dir.mkdir()
+    args.save.mkdir()
+    before = set(tmp_path.rglob("*"))
+    line, interrupted = 0, True
+    while interrupted:
+        line += 1
+        context, interrupted = outputs.own_outputs(args), False
+        sys.settrace(interrupt_after(line))
+        try:
+            context.__enter__()
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            sys.settrace(None)
+        assert interrupted or set(tmp_path.rglob("*")) > before
+        if not interrupted:
+            context.__exit__(None, None, None)
+        assert set(tmp_path.rglob("*")) == before, f"interrupted at line {line}"
+    assert line > 30
+
+
 def test_other_names_of_a_folder_are_the_same_folder(job, tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
@@ -152,7 +206,7 @@ def test_a_lock_without_an_owner_is_left_to_people(job, tmp_path, content):
 @pytest.mark.parametrize("is_left", [True, False])
 def test_of_many_that_come_at_once_one_owns(job, tmp_path, monkeypatch, has_links, is_left):
     if not has_links:
-        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
+        monkeypatch.setattr(os, "link", no_links)
     for attempt in range(10):
         lock = tmp_path / f"{attempt}.json"
         if is_left:

@@ -83,10 +83,12 @@ class Locks:
 
     def __init__(self, owner: Owner, say: Callable[[str], None]) -> None:
         self._owner = owner
+        self._unique = uuid.uuid4().hex
         self._text = json.dumps(owner._asdict()) + "\n"
         self._say = say
         self._held: dict[Path, str] = {}
         self._ended = Event()
+        self._toucher: Thread | None = None
 
     def take(self, lock: Path, flag: str) -> None:
         """Own the output that ``lock`` stands for.
@@ -100,12 +102,21 @@ class Locks:
             OSError: the file cannot be made.
         """
         lock = lock.resolve()
-        while lock not in self._held:
-            if _create(lock, self._text):
-                if not self._held:
-                    Thread(target=self._touch, daemon=True).start()
-                self._held[lock] = flag
-                return
+        if lock in self._held:
+            return
+        # Before it is made: Ctrl-C may come in between, and what is released is only what has this text.
+        self._held[lock] = flag
+        try:
+            self._make(lock, flag)
+        except (ValueError, OSError):
+            self._give_up(lock)
+            raise
+        if self._toucher is None:
+            self._toucher = Thread(target=self._touch, daemon=True)
+            self._toucher.start()
+
+    def _make(self, lock: Path, flag: str) -> None:
+        while not _create(lock, self._text, self._temporary(lock)):
             seen = _read(lock)
             if seen is None:
                 continue  # released meanwhile
@@ -126,11 +137,19 @@ class Locks:
     def release(self) -> None:
         """Give up what is still this job's."""
         self._ended.set()
-        for lock in self._held:
-            seen = _read(lock)
-            if seen is not None and seen[0] == self._text:
-                lock.unlink(missing_ok=True)
-        self._held.clear()
+        for lock in list(self._held):
+            self._give_up(lock)
+
+    def _give_up(self, lock: Path) -> None:
+        seen = _read(lock)
+        if seen is not None and seen[0] == self._text:
+            lock.unlink(missing_ok=True)
+        self._temporary(lock).unlink(missing_ok=True)
+        del self._held[lock]
+
+    def _temporary(self, lock: Path) -> Path:
+        """What becomes the lock; one name, so that it is found again if Ctrl-C came before its removal."""
+        return lock.with_name(f"{lock.name}.{self._unique}")
 
     def _require_end_of(self, owner: Owner, lock: Path, flag: str) -> None:
         has_ended = owner.has_ended()
@@ -165,11 +184,10 @@ def lock_beside(file: Path) -> Path:
     return file.with_name(f"{file.name}.owner.json")
 
 
-def _create(lock: Path, text: str) -> bool:
+def _create(lock: Path, text: str, temporary: Path) -> bool:
     """Make the lock with its content in one step; False if there is one."""
-    temporary = lock.with_name(f"{lock.name}.{uuid.uuid4().hex}")
-    temporary.write_text(text, encoding="utf-8")
     try:
+        temporary.write_text(text, encoding="utf-8")
         os.link(temporary, lock)
     except FileExistsError:
         # The answer of a server to a request that had arrived twice.
@@ -189,6 +207,11 @@ def _create_exclusively(lock: Path, text: str) -> bool:
             stream.write(text)
     except FileExistsError:
         return False
+    except KeyboardInterrupt:
+        # Made, not yet written: it would name no owner, and only people may remove that.
+        if lock.exists() and not lock.read_text(encoding="utf-8", errors="replace"):
+            lock.unlink(missing_ok=True)
+        raise
     return True
 
 
