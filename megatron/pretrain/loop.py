@@ -313,6 +313,7 @@ class _Run:
 
 def _announce(args: argparse.Namespace, loaded: Loaded, reporter: Reporter) -> None:
     tp, pp, dp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.data_parallel_size
+    reporter.say(args.needless_flags)
     reporter.say(args.schedule.reason)
     batch = f"{args.num_microbatches} micro batches of {args.micro_batch_size} x {args.seq_length} tokens"
     if not args.schedule.execution.joins_documents:

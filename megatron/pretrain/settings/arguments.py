@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from helixpipe.plan.schedules import Schedule
 from megatron.pretrain.checkpoint.comparison import changeable
 from megatron.pretrain.data.gpt import cache_folder, check_split
 from megatron.pretrain.settings.elastic import derive_elastic
+from megatron.pretrain.settings.megatron_command_line import translate
 from megatron.pretrain.settings.parser import build_parser
 from megatron.pretrain.settings.profiling import profiling_settings
 from megatron.pretrain.settings.range_choice import choose_range
@@ -52,7 +54,9 @@ def parse_arguments(
     Raises:
         ValueError: one line that names the argument, its value and what to use instead.
     """
-    args = build_parser().parse_args(command_line)
+    translated = translate(sys.argv[1:] if command_line is None else command_line)
+    args = build_parser().parse_args(translated.words)
+    args.needless_flags = translated.note()
     args.world_size = int(os.environ.get("WORLD_SIZE", "1"))
     args.rank = int(os.environ.get("RANK", "0"))
     derive_layout(args)

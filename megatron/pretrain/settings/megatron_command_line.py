@@ -1,0 +1,100 @@
+"""A command line of Megatron's training program as one of this program's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import NamedTuple
+
+from megatron.pretrain.settings.megatron_flags import ALIASES, NEEDLESS, REFUSED
+
+_ANY, _SEVERAL = "", "+"
+
+
+class Translated(NamedTuple):
+    """A command line for this program's own parser.
+
+    Attributes:
+        words: of the command line.
+        needless: flags that were left out, since they change nothing here.
+    """
+
+    words: list[str]
+    needless: tuple[str, ...] = ()
+
+    def note(self) -> str:
+        """What to tell of the flags that were left out; empty if there are none."""
+        flags = dict.fromkeys(self.needless)
+        return f"accepted, but change nothing here: {', '.join(flags)}" if flags else ""
+
+
+def translate(command_line: Sequence[str]) -> Translated:
+    """Replace aliases, leave out flags that change nothing, and refuse what is not supported.
+
+    Args:
+        command_line: arguments without the program's name.
+
+    Raises:
+        ValueError: one line: a flag that is refused, with what to use instead, or a needless one without its
+            value.
+    """
+    words: list[str] = []
+    needless: list[str] = []
+    for flag, values in _groups(command_line):
+        name = flag.removeprefix("--")
+        if name in ALIASES:
+            words += [*ALIASES[name], *values]
+        elif _is_needless(name, values):
+            needless.append(flag)
+        elif name in _refusals():
+            shown = " ".join([flag, *values[:1]])
+            raise ValueError(f"{shown}: {_refusals()[name]}")
+        else:
+            words += [flag, *values]
+    return Translated(words, tuple(needless))
+
+
+def _groups(command_line: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Each flag of Megatron's with its values, and every other word as it is."""
+    known = {f"--{name}" for name in (*ALIASES, *_values_of_needless(), *_refusals())}
+    words = list(command_line)
+    while words:
+        word = words.pop(0)
+        flag, equals, value = word.partition("=")
+        if flag not in known:
+            yield word, []
+            continue
+        values = [value] if equals else []
+        while not equals and words and not words[0].startswith("--"):
+            values.append(words.pop(0))
+        yield flag, values
+
+
+def _is_needless(name: str, values: list[str]) -> bool:
+    allowed = _values_of_needless().get(name, ())
+    if allowed is None:
+        if values:
+            raise ValueError(f"--{name} takes no value, and {values[0]!r} follows it; remove that")
+        return True
+    if not allowed:
+        return False
+    if not values or (len(values) > 1 and allowed != (_SEVERAL,)):
+        raise ValueError(f"--{name} takes {'one value' if values else 'a value'}; it has {len(values)}")
+    return allowed in ((_ANY,), (_SEVERAL,)) or values[0] in allowed
+
+
+@cache
+def _values_of_needless() -> dict[str, tuple[str, ...] | None]:
+    """What may follow each flag that changes nothing; None for flags without a value."""
+    found: dict[str, tuple[str, ...] | None] = {}
+    for words in NEEDLESS.values():
+        for word in words.split():
+            name, equals, values = word.partition("=")
+            found[name] = tuple(values.split(",")) if equals else None
+    return found
+
+
+@cache
+def _refusals() -> dict[str, str]:
+    """What to use instead, by flag."""
+    return {name: reason for reason, names in REFUSED.items() for name in names.split()}
