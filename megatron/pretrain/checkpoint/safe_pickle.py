@@ -24,6 +24,9 @@ _KNOWN = {
         *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
     },
     "torch.serialization": {"_get_layout"},
+    # Where torch itself has saved it.
+    "pathlib": {"PosixPath"},
+    "pathlib._local": {"PosixPath"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
