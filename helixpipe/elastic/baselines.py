@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from helixpipe.elastic.chunk_schedule import elastic_plan, order_chunks, ready_plan
+from helixpipe.elastic.chunk_schedule import order_chunks
 from helixpipe.elastic.chunks import Chunk, Piece
-from helixpipe.elastic.elastic_plan import ElasticPlan, Prediction, predict
+from helixpipe.elastic.elastic_plan import ElasticPlan, Prediction
 from helixpipe.elastic.job import ElasticJob, check_lengths
 from helixpipe.elastic.recipe import Recipe
-from helixpipe.elastic.search.memory_rows import pipeline_memory
-from helixpipe.elastic.search.planner import SLICE_COUNTS, best_plan, by_size, chunk_batch
+from helixpipe.elastic.search.message_room import Fitted, fit_messages
+from helixpipe.elastic.search.planner import (
+    SLICE_COUNTS,
+    best_plan,
+    by_size,
+    checkpoint_pipelines,
+    chunk_batch,
+)
 from helixpipe.elastic.search.recomputation import OutOfMemory, uniform_checkpointing
 from helixpipe.elastic.search.sequence_processor import even_mesh, pack_to_length
 
@@ -60,9 +66,7 @@ def packed_plan(lengths: Sequence[int], job: ElasticJob) -> ElasticPlan:
         OutOfMemory: it does not fit.
     """
     chunks = pack_to_length(lengths, max(lengths))
-    recipe = _static(order_chunks(chunks, job.costs), job)
-    plan = ready_plan(recipe, job.num_layers, job.costs)
-    return ElasticPlan(recipe, plan, predict(recipe, plan, job)[0])
+    return _static(order_chunks(chunks, job.costs), job).validated()
 
 
 def fixed_size_chunks(
@@ -81,11 +85,10 @@ def fixed_size_chunks(
             break
         for label, chunks in part.items():
             try:
-                recipe = _static(order_chunks(chunks, job.costs), job)
+                prediction = _static(order_chunks(chunks, job.costs), job).prediction
             except OutOfMemory as error:
                 reason = f"{label}: {error}"
             else:
-                prediction = predict(recipe, elastic_plan(recipe, job.num_layers), job)[0]
                 found.append((prediction.time_ms, Baseline(label, prediction, len(chunks))))
     if not found:
         return Baseline("fixed-size chunks", None, reason=reason)
@@ -134,13 +137,12 @@ def even_slices(
     return Baseline(label, found.prediction, len(found.recipe.chunks))
 
 
-def _static(chunks: tuple[Chunk, ...], job: ElasticJob) -> Recipe:
+def _static(chunks: tuple[Chunk, ...], job: ElasticJob) -> Fitted:
     """One pipeline over ordered chunks with the same layers checkpointed in all of them."""
-    memory = pipeline_memory(
-        chunks,
-        job.costs,
-        num_stages=job.num_stages,
-        num_layers=job.num_layers,
-        limit_bytes=job.memory_limit_bytes,
-    )
-    return Recipe(chunks, (len(chunks),), uniform_checkpointing(memory).counts)
+
+    def decide(job: ElasticJob) -> Recipe:
+        return checkpoint_pipelines(
+            chunks, (len(chunks),), job, lambda memory, _: uniform_checkpointing(memory)
+        )[0]
+
+    return fit_messages(decide, job)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from operator import add, sub
 from typing import Any
 
 from helixpipe.elastic.chunk_schedule import SCHEDULE, costs_of_recipe, elastic_plan
@@ -13,7 +14,7 @@ from helixpipe.elastic.job import ElasticJob
 from helixpipe.elastic.recipe import Recipe
 from helixpipe.plan.plan import Plan
 from helixpipe.plan.plan_error import PlanError
-from helixpipe.plan.simulation.costs import Costs
+from helixpipe.plan.simulation.message_buffers import peak_with_buffers
 from helixpipe.plan.simulation.simulate import simulate
 from helixpipe.plan.validate import validate
 
@@ -27,12 +28,20 @@ class Prediction:
         bubble: share of the stages' time in which nothing is computed.
         recompute: share of the stages' computing that repeats forwards.
         peak_bytes: of each stage's GPUs, states included.
+        message_bytes: what buffers of messages add to that, see
+            :mod:`helixpipe.plan.simulation.message_buffers`.
     """
 
     time_ms: float
     bubble: float
     recompute: float
     peak_bytes: tuple[int, ...]
+    message_bytes: tuple[int, ...]
+
+    @property
+    def peak_with_messages(self) -> tuple[int, ...]:
+        """Bytes of each stage's GPUs, all told."""
+        return tuple(map(add, self.peak_bytes, self.message_bytes))
 
 
 @dataclass(frozen=True)
@@ -89,29 +98,36 @@ class ElasticPlan:
         return cls(recipe, plan, _prediction(data.get("prediction")), _number(data.get("solver_seconds")))
 
 
-def predict(recipe: Recipe, plan: Plan, job: ElasticJob) -> tuple[Prediction, Costs]:
-    """Simulate ``plan``, of ``recipe``, with the costs that the recipe's chunks have."""
+def predict(recipe: Recipe, plan: Plan, job: ElasticJob) -> Prediction:
+    """Simulate ``plan``, of ``recipe`` and lowered, with the costs that the recipe's chunks have."""
     costs = costs_of_recipe(recipe, job.num_layers, job.costs)
     simulation = simulate(plan, costs)
     timeline = simulation.timeline
     recompute_ms = sum(cost.recompute for cost in costs.segments.values())
-    prediction = Prediction(
+    peaks = tuple(simulation.peak_bytes)
+    with_buffers = [
+        peak_with_buffers(plan, costs, stage, job.costs.tensor_parallel) for stage in range(plan.num_ranks)
+    ]
+    return Prediction(
         timeline.makespan_ms,
         timeline.bubble_ratio,
         recompute_ms / sum(timeline.busy_ms),
-        tuple(simulation.peak_bytes),
+        peaks,
+        tuple(map(sub, with_buffers, peaks)),
     )
-    return prediction, costs
 
 
 def _prediction(found: Any) -> Prediction:
-    if not isinstance(found, dict) or not isinstance(found.get("peak_bytes"), list):
-        raise ValueError('not an elastic plan: "prediction" needs time_ms, bubble, recompute and peak_bytes')
+    sizes = ("peak_bytes", "message_bytes")
+    if not isinstance(found, dict) or not all(isinstance(found.get(name), list) for name in sizes):
+        raise ValueError(
+            'not an elastic plan: "prediction" needs time_ms, bubble, recompute, peak_bytes and message_bytes'
+        )
     return Prediction(
         _number(found.get("time_ms")),
         _number(found.get("bubble")),
         _number(found.get("recompute")),
-        tuple(int(_number(peak)) for peak in found["peak_bytes"]),
+        *(tuple(int(_number(size)) for size in found[name]) for name in sizes),
     )
 
 

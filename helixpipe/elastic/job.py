@@ -16,7 +16,8 @@ class ElasticJob:
         costs: what chunks take and keep.
         num_stages: pipeline-parallel size d_p.
         num_layers: L, a multiple of it.
-        memory_limit_bytes: of one GPU, for states and activations together.
+        memory_limit_bytes: of one GPU, for states, activations and buffers of messages together.
+        reserved_bytes: of it, for each stage, what buffers of messages are known to take; empty for nothing.
         token_capacity: tokens that a chunk may hold; None for what memory allows.
         gap: share by which the checkpointing solver may miss the least delay.
         time_limit_s: of that solver for one batch, after which the best that it has found is taken.
@@ -26,6 +27,7 @@ class ElasticJob:
     num_stages: int
     num_layers: int
     memory_limit_bytes: int
+    reserved_bytes: tuple[int, ...] = ()
     token_capacity: int | None = None
     gap: float = 0.02
     time_limit_s: float = 6.0

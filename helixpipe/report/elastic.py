@@ -88,14 +88,18 @@ def _stage_table(plan: ElasticPlan, job: ElasticJob) -> Table:
     table = _table(
         f"Stages; the limit is {unit.text(job.memory_limit_bytes)} per GPU",
         ("stage",),
-        (f"peak {unit.name}", f"headroom {unit.name}", "checkpointed layers"),
+        (f"peak {unit.name}", f"messages {unit.name}", f"headroom {unit.name}", "checkpointed layers"),
     )
-    for stage, peak in enumerate(plan.prediction.peak_bytes):
+    prediction = plan.prediction
+    for stage, (peak, messages) in enumerate(
+        zip(prediction.peak_bytes, prediction.message_bytes, strict=True)
+    ):
         row = plan.recipe.checkpointed[stage]
         table.add_row(
             str(stage),
             f"{peak / unit.size:.4g}",
-            f"{(job.memory_limit_bytes - peak) / unit.size:.4g}",
+            f"{messages / unit.size:.4g}",
+            f"{(job.memory_limit_bytes - peak - messages) / unit.size:.4g}",
             f"{sum(row)} of {len(row) * job.stage_layers}",
         )
     return table
@@ -120,7 +124,7 @@ def _figures(prediction: Prediction, own: Prediction) -> Iterable[str]:
     yield f"{prediction.time_ms / own.time_ms:.2f}x as fast"
     yield f"{prediction.bubble:.1%}"
     yield f"{prediction.recompute:.1%}"
-    peak = max(prediction.peak_bytes)
+    peak = max(prediction.peak_with_messages)
     yield byte_unit(peak).text(peak)
 
 

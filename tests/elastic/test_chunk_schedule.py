@@ -136,7 +136,7 @@ def test_wrong_recipes(change, words):
 
 def test_an_elastic_plan_is_read_back_and_held_against_its_recipe():
     recipe = recipe_of([300, 20, 20], 3, 2)
-    plan = ElasticPlan(recipe, ready_plan(recipe, 4), Prediction(1.5, 0.25, 0.0, (3, 4)), 0.5)
+    plan = ElasticPlan(recipe, ready_plan(recipe, 4), Prediction(1.5, 0.25, 0.0, (3, 4), (1, 2)), 0.5)
     text = plan.to_json()
     assert ElasticPlan.from_json(text) == plan
     assert ElasticPlan.from_json(text).fingerprint == plan.fingerprint

@@ -88,8 +88,7 @@ def test_plans_hold_their_promises(lengths, num_stages, share):
     plan.recipe.check(lengths)
     assert plan.plan.slices == plan.recipe.slices
     assert max(plan.prediction.peak_bytes) <= limit
-    # Messages change no predicted time where they are free.
-    assert predict(plan.recipe, plan.plan, the_job)[0] == plan.prediction
+    assert predict(plan.recipe, plan.plan, the_job) == plan.prediction
     assert ElasticPlan.from_json(plan.to_json()) == plan
 
 

@@ -1,8 +1,9 @@
 """Buffers of messages: the plan counts what the communicator holds, on every rank, at every operation."""
 
-from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
+from counting import held_while_running
 from split_plans import with_weight_gradients
 from test_executor import plan_of
 from threads import run_on_threads
@@ -11,7 +12,7 @@ from toy_segments import ROWS, SplitToySegments, ToySegments, make_executor
 from helixpipe.plan.simulation.costs import Costs, LoanBytes, SegmentCost
 from helixpipe.plan.simulation.message_buffers import UnfinishedSends, buffer_bytes
 from helixpipe.runtime.communicator import InMemoryFabric
-from helixpipe.runtime.message import HEADER_WORDS, MessageLayout
+from helixpipe.runtime.message import MessageLayout
 
 WIDTH = 4
 MESSAGE, WEIGHTS = 8 * ROWS * (WIDTH + 1), 8 * WIDTH * WIDTH
@@ -22,56 +23,9 @@ def even(kind):
     return type(kind.__name__, (kind,), {"_width": staticmethod(lambda edge: WIDTH)})
 
 
-class Counting:
-    """A communicator whose messages end when they are waited for, and the bytes of those that have not."""
-
-    def __init__(self, inner):
-        self.inner, self.rank, self.size = inner, inner.rank, inner.size
-        self.bytes = 0
-
-    def send(self, buffer, peer, tag):
-        return Counted(self, self.inner.send(buffer, peer, tag), buffer)
-
-    def receive(self, buffer, peer, tag):
-        return Counted(self, self.inner.receive(buffer, peer, tag), buffer)
-
-
-class Counted:
-    def __init__(self, communicator, handle, buffer):
-        self.communicator, self.handle = communicator, handle
-        self.payload = buffer.nbytes - 8 * HEADER_WORDS
-        communicator.bytes += self.payload
-
-    def wait(self):
-        self.handle.wait()
-        self.communicator.bytes -= self.payload
-
-    def is_completed(self):
-        return False
-
-
-def held_while_running(plan):
-    """Bytes that each rank's communicator holds as each of its compute operations runs."""
-    fabric = InMemoryFabric(plan.num_ranks)
-
-    def run(rank):
-        communicator, levels = Counting(fabric.communicator(rank)), []
-
-        class Looking(even(SplitToySegments if plan.splits_backward else ToySegments)):
-            def forward(self, segment, micro_batch, inputs):
-                levels.append(communicator.bytes)
-                return super().forward(segment, micro_batch, inputs)
-
-        @contextmanager
-        def look(operation):
-            levels.append(communicator.bytes)
-            yield
-
-        make_executor(plan, Looking(plan.num_segments), communicator, backward_context=look).run()
-        assert communicator.bytes == 0
-        return levels
-
-    return run_on_threads(plan.num_ranks, run)
+def segments_of(plan):
+    kind = even(SplitToySegments if plan.splits_backward else ToySegments)
+    return lambda: kind(plan.num_segments)
 
 
 def costs_of(plan, message=MESSAGE):
@@ -103,15 +57,23 @@ NAMES = [f"{plan.schedule}-p{plan.num_ranks}-{number}" for number, plan in enume
 def test_the_plan_counts_what_the_communicator_holds(plan, limit, monkeypatch):
     monkeypatch.setattr(UnfinishedSends, "max_bytes", limit)
     counted = [buffer_bytes(plan, costs_of(plan), rank) for rank in range(plan.num_ranks)]
-    assert counted == held_while_running(plan)
+    assert counted == held_while_running(plan, segments_of(plan))
     assert max(map(max, counted)) > 0
 
 
 def test_a_count_of_another_size_differs():
     plan = PLANS[0]
-    assert [buffer_bytes(plan, costs_of(plan, MESSAGE + 8), rank) for rank in range(2)] != held_while_running(
-        plan
-    )
+    counted = [buffer_bytes(plan, costs_of(plan, MESSAGE + 8), rank) for rank in range(2)]
+    assert counted != held_while_running(plan, segments_of(plan))
+
+
+def test_each_gpu_of_a_rank_bounds_its_own_share(monkeypatch):
+    """Ranks of eight GPUs whose messages are eight times as large: each GPU is in the same place."""
+    monkeypatch.setattr(UnfinishedSends, "max_bytes", 3 * MESSAGE)
+    plan = PLANS[0]
+    large = replace(costs_of(plan, 8 * MESSAGE), loan_bytes={})
+    for rank in range(plan.num_ranks):
+        assert buffer_bytes(plan, large, rank, 8) == buffer_bytes(plan, costs_of(plan), rank)
 
 
 def test_sends_are_bounded_by_number_and_by_bytes():

@@ -21,7 +21,13 @@ from helixpipe.elastic.search.recomputation import OutOfMemory
 
 
 def group_sequences(
-    chunks: Sequence[Chunk], costs: ChunkCosts, *, num_stages: int, num_layers: int, limit_bytes: int
+    chunks: Sequence[Chunk],
+    costs: ChunkCosts,
+    *,
+    num_stages: int,
+    num_layers: int,
+    limit_bytes: int,
+    reserved_bytes: Sequence[int] = (),
 ) -> tuple[tuple[int, ...], float]:
     """Numbers of chunks of pipelines that run back to back, and the delay by recomputation in all of them.
 
@@ -35,6 +41,7 @@ def group_sequences(
         num_stages: d_p.
         num_layers: of the whole model.
         limit_bytes: of one GPU.
+        reserved_bytes: of it, on each stage, for buffers of messages; empty for nothing.
 
     Raises:
         OutOfMemory: even sequences of equally many slices alone exceed it with everything checkpointed.
@@ -49,7 +56,12 @@ def group_sequences(
         for first in range(last):
             members = chunks[bounds[first] : bounds[last]]
             memory = pipeline_memory(
-                members, costs, num_stages=num_stages, num_layers=num_layers, limit_bytes=limit_bytes
+                members,
+                costs,
+                num_stages=num_stages,
+                num_layers=num_layers,
+                limit_bytes=limit_bytes,
+                reserved_bytes=reserved_bytes,
             )
             cost = best[first] + delta + recompute_delay_ms(memory, [costs.recompute_ms(c) for c in members])
             if cost < best[last]:

@@ -48,7 +48,8 @@ class PipelineMemory:
         gradients: bytes of the gradients that later slices add to, of every chunk on any stage.
         plain: ``plain[stage]``, bytes of every chunk's operations while they run, with nothing recomputed.
         recomputing: the same with a recomputed layer.
-        available: bytes of each stage for all this: the limit less the stage's states.
+        messages: bytes of each stage that buffers of messages take beside all this.
+        available: bytes of each stage for all this: the limit less the stage's states and messages.
         max_layers: layers of a stage.
     """
 
@@ -58,6 +59,7 @@ class PipelineMemory:
     gradients: Array
     plain: Array
     recomputing: Array
+    messages: Array
     available: Array
     max_layers: int
 
@@ -149,7 +151,13 @@ class PipelineMemory:
 
 
 def pipeline_memory(
-    chunks: Sequence[Chunk], costs: ChunkCosts, *, num_stages: int, num_layers: int, limit_bytes: int
+    chunks: Sequence[Chunk],
+    costs: ChunkCosts,
+    *,
+    num_stages: int,
+    num_layers: int,
+    limit_bytes: int,
+    reserved_bytes: Sequence[int] = (),
 ) -> PipelineMemory:
     """The memory of one pipeline over ``chunks``, which are in order.
 
@@ -158,7 +166,8 @@ def pipeline_memory(
         costs: what they keep.
         num_stages: pipeline-parallel size.
         num_layers: of the whole model.
-        limit_bytes: of one GPU, states included.
+        limit_bytes: of one GPU, states and messages included.
+        reserved_bytes: of each stage, for buffers of messages; empty for nothing.
     """
     layers = num_layers // num_stages
     kept = [
@@ -179,6 +188,7 @@ def pipeline_memory(
         for recomputes in (False, True)
     )
     states = [costs.state_bytes(stage, num_stages, layers) for stage in range(num_stages)]
+    messages = np.array(reserved_bytes or [0] * num_stages, dtype=np.int64)
     return PipelineMemory(
         groups=tuple(sequence_groups(chunks)),
         kept=np.array(kept, dtype=np.int64),
@@ -186,6 +196,7 @@ def pipeline_memory(
         gradients=np.array([costs.gradient_bytes(chunk, layers) for chunk in chunks], dtype=np.int64),
         plain=plain,
         recomputing=recomputing,
-        available=limit_bytes - np.array(states, dtype=np.int64),
+        messages=messages,
+        available=limit_bytes - np.array(states, dtype=np.int64) - messages,
         max_layers=layers,
     )

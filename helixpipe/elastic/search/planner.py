@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from helixpipe.elastic.chunk_schedule import elastic_plan, order_chunks, ready_plan
+from helixpipe.elastic.chunk_schedule import costs_of_recipe, elastic_plan, order_chunks
 from helixpipe.elastic.chunks import Chunk
-from helixpipe.elastic.elastic_plan import ElasticPlan, Prediction, predict
+from helixpipe.elastic.elastic_plan import ElasticPlan
 from helixpipe.elastic.job import ElasticJob, check_lengths
 from helixpipe.elastic.recipe import Recipe
 from helixpipe.elastic.search.grouping import group_sequences
 from helixpipe.elastic.search.memory_rows import PipelineMemory, pipeline_memory
+from helixpipe.elastic.search.message_room import Fitted, fit_messages
 from helixpipe.elastic.search.recomputation import Checkpointing, OutOfMemory, solve_checkpointing
 from helixpipe.elastic.search.sequence_processor import equal_time_mesh, make_chunks, pack_to_length
+from helixpipe.plan.simulation.simulate import simulate
 
 # Numbers of slices of the longest sequence that are tried: closer together where one more changes much.
 SLICE_COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
@@ -113,52 +115,89 @@ def best_plan(chunkings: Chunkings, reasons: Sequence[str], job: ElasticJob) -> 
     Raises:
         ValueError: none fits; the message tells what the one that lacks least lacks.
     """
-    candidates: list[Candidate] = []
     failures: list[tuple[int, str]] = []
     for part in by_size(chunkings):
-        if candidates:
-            break
+        candidates = []
         for label, chunks in part.items():
             try:
                 candidates.append(_estimate(label, order_chunks(chunks, job.costs), job))
             except OutOfMemory as error:
                 failures.append((error.missing_bytes, f"{label}: {error}"))
-    if not candidates:
-        raise ValueError(f"no plan fits; with {min(failures)[1] if failures else reasons[-1]}")
-    recipe, prediction, seconds = _fastest(candidates, job)
-    assert max(prediction.peak_bytes) <= job.memory_limit_bytes
-    return ElasticPlan(recipe, ready_plan(recipe, job.num_layers, job.costs), prediction, seconds)
+        found = _fastest(candidates, failures, job)
+        if found is not None:
+            return found
+    raise ValueError(f"no plan fits; with {min(failures)[1] if failures else reasons[-1]}")
 
 
-def _fastest(candidates: Sequence[Candidate], job: ElasticJob) -> tuple[Recipe, Prediction, float]:
-    """Solve the candidates that may be the fastest, and those without slices, which no plan may lose to."""
-    best: tuple[Recipe, Prediction] | None = None
+def _fastest(
+    candidates: Sequence[Candidate], failures: list[tuple[int, str]], job: ElasticJob
+) -> ElasticPlan | None:
+    """Solve the candidates that may be the fastest, and those without slices, which no plan may lose to.
+
+    Args:
+        candidates: that fit without messages.
+        failures: gets what those lack that do not fit with them.
+        job: what they are for.
+    """
+    best: Fitted | None = None
     seconds, solved = 0.0, 0
     for candidate in sorted(candidates, key=lambda candidate: candidate.estimate_ms):
-        may_win = best is None or candidate.estimate_ms < _DOUBT * best[1].time_ms
-        if candidate.is_sliced and not (may_win and solved < _MOST_SOLVED and seconds < job.time_limit_s):
+        may_win = best is None or candidate.estimate_ms < _DOUBT * best.prediction.time_ms
+        has_time = best is None or (solved < _MOST_SOLVED and seconds < job.time_limit_s)
+        if candidate.is_sliced and not (may_win and has_time):
             continue
-        recipe, spent = solve(candidate.chunks, candidate.pipelines, job)
-        seconds += spent
+        solver = _Solver(candidate)
+        try:
+            found = fit_messages(solver, job)
+        except OutOfMemory as error:
+            failures.append((error.missing_bytes, f"{candidate.label}: {error}"))
+        else:
+            if best is None or found.prediction.time_ms < best.prediction.time_ms:
+                best = found
+        seconds += solver.seconds
         solved += 1
-        prediction, _ = predict(recipe, elastic_plan(recipe, job.num_layers), job)
-        if best is None or prediction.time_ms < best[1].time_ms:
-            best = recipe, prediction
-    assert best is not None
-    return *best, seconds
+    return None if best is None else best.validated(seconds)
 
 
-def _estimate(label: str, chunks: tuple[Chunk, ...], job: ElasticJob) -> Candidate:
-    pipelines, delay_ms = group_sequences(
+class _Solver:
+    """Decides what a candidate checkpoints, for a job with more or less memory.
+
+    Attributes:
+        seconds: that it has solved so far.
+    """
+
+    def __init__(self, candidate: Candidate) -> None:
+        self._candidate = candidate
+        self.seconds = 0.0
+
+    def __call__(self, job: ElasticJob) -> Recipe:
+        """The recipe."""
+        chunks, pipelines = self._candidate.chunks, self._candidate.pipelines
+        if job.reserved_bytes:
+            pipelines, _ = group_for(chunks, job)
+        recipe, seconds = solve(chunks, pipelines, job)
+        self.seconds += seconds
+        return recipe
+
+
+def group_for(chunks: Sequence[Chunk], job: ElasticJob) -> tuple[tuple[int, ...], float]:
+    """Pipelines of ordered chunks, and the delay by recomputation; see :func:`.grouping.group_sequences`."""
+    return group_sequences(
         chunks,
         job.costs,
         num_stages=job.num_stages,
         num_layers=job.num_layers,
         limit_bytes=job.memory_limit_bytes,
+        reserved_bytes=job.reserved_bytes,
     )
+
+
+def _estimate(label: str, chunks: tuple[Chunk, ...], job: ElasticJob) -> Candidate:
+    pipelines, delay_ms = group_for(chunks, job)
     unchecked = Recipe(chunks, pipelines, ((0,) * len(chunks),) * job.num_stages)
-    prediction, _ = predict(unchecked, elastic_plan(unchecked, job.num_layers), job)
-    return Candidate(label, chunks, pipelines, prediction.time_ms + delay_ms)
+    costs = costs_of_recipe(unchecked, job.num_layers, job.costs)
+    unchecked_ms = simulate(elastic_plan(unchecked, job.num_layers), costs).timeline.makespan_ms
+    return Candidate(label, chunks, pipelines, unchecked_ms + delay_ms)
 
 
 def solve(chunks: tuple[Chunk, ...], pipelines: Sequence[int], job: ElasticJob) -> tuple[Recipe, float]:
@@ -197,6 +236,7 @@ def checkpoint_pipelines(
             num_stages=job.num_stages,
             num_layers=job.num_layers,
             limit_bytes=job.memory_limit_bytes,
+            reserved_bytes=job.reserved_bytes,
         )
         found = decide(memory, part)
         seconds += found.solver_seconds

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from helixpipe.elastic.chunk_schedule import elastic_plan, order_chunks, ready_plan
+from helixpipe.elastic.chunk_schedule import order_chunks
 from helixpipe.elastic.chunks import Chunk
-from helixpipe.elastic.elastic_plan import ElasticPlan, predict
+from helixpipe.elastic.elastic_plan import ElasticPlan
 from helixpipe.elastic.job import ElasticJob, check_lengths
 from helixpipe.elastic.recipe import Recipe
-from helixpipe.elastic.search.grouping import group_sequences
 from helixpipe.elastic.search.memory_rows import PipelineMemory
-from helixpipe.elastic.search.planner import SLICE_COUNTS, checkpoint_pipelines
+from helixpipe.elastic.search.message_room import fit_messages
+from helixpipe.elastic.search.planner import SLICE_COUNTS, checkpoint_pipelines, group_for
 from helixpipe.elastic.search.recomputation import Checkpointing, uniform_checkpointing
 from helixpipe.elastic.search.sequence_processor import equal_time_mesh, make_chunks
 
@@ -49,17 +49,10 @@ def plan_quickly(lengths: Sequence[int], job: ElasticJob, num_slices: int = 1) -
 
 
 def _plan(chunks: tuple[Chunk, ...], job: ElasticJob) -> ElasticPlan:
-    pipelines, _ = group_sequences(
-        chunks,
-        job.costs,
-        num_stages=job.num_stages,
-        num_layers=job.num_layers,
-        limit_bytes=job.memory_limit_bytes,
-    )
-    recipe, _ = checkpoint_pipelines(chunks, pipelines, job, _uniform)
-    prediction, _ = predict(recipe, elastic_plan(recipe, job.num_layers), job)
-    assert max(prediction.peak_bytes) <= job.memory_limit_bytes
-    return ElasticPlan(recipe, ready_plan(recipe, job.num_layers, job.costs), prediction)
+    def decide(job: ElasticJob) -> Recipe:
+        return checkpoint_pipelines(chunks, group_for(chunks, job)[0], job, _uniform)[0]
+
+    return fit_messages(decide, job).validated()
 
 
 def _uniform(memory: PipelineMemory, part: Sequence[Chunk]) -> Checkpointing:

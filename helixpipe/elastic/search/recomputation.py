@@ -53,14 +53,15 @@ class OutOfMemory(ValueError):
         self.stage = stage
         self.missing_bytes = missing_bytes
         gib = missing_bytes / 2**30
-        available = int(memory.available[stage])
-        if available <= 0:
+        messages = int(memory.messages[stage])
+        if memory.available[stage] + messages <= 0:
             cause = "its weights, gradients and optimizer states alone exceed the limit"
             change = "use more stages, a larger tensor-parallel size or a higher limit"
         else:
             rows = memory.rows(stage)
             window = int((rows.begun - rows.ended).max())
             cause = f"with all layers checkpointed in each of the {window} chunks in flight"
+            cause += f" and {messages / 2**30:.2f} GiB of messages" if messages else ""
             change = (
                 "use a lower token capacity, more slices, a larger tensor-parallel size or a higher limit"
             )

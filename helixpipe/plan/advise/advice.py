@@ -159,20 +159,30 @@ def _with_messages(job: Job, ranked: list[Option], accept: Callable[[Candidate],
         if option.plan is None or option.costs is None or number >= _WITH_MESSAGES:
             yield option
             continue
-        peak = peak_with_messages(option.plan, option.costs, job.workload.tensor_parallel)
-        counted = replace(option, message_bytes=peak - option.peak_bytes)
-        if peak <= job.memory_limit_bytes:
+        counted = _counted(job, option)
+        if counted is not None:
             yield counted
             continue
-        assert counted.message_bytes is not None
-        tight = replace(job, memory_limit_bytes=job.memory_limit_bytes - counted.message_bytes)
-        # Messages are the same whatever is computed again; a mixture falls back to its heavier level.
+        # A mixture falls back to its heavier level.
         levels = list(Recompute)
         heavier = levels[levels.index(option.candidate.recompute) + (option.candidate.lighter is None) :]
-        group = [replace(option.candidate, recompute=level, lighter=None) for level in heavier]
-        for outcome in _first_that_fits(tight, [candidate for candidate in group if accept(candidate)]):
-            if isinstance(outcome, Option):
-                yield replace(outcome, message_bytes=counted.message_bytes)
+        for candidate in (replace(option.candidate, recompute=level, lighter=None) for level in heavier):
+            outcome = _pipeline(job, candidate) if accept(candidate) else None
+            counted = _counted(job, outcome) if isinstance(outcome, Option) else None
+            if counted is not None:
+                yield counted
+                if candidate.why_not_runnable != "recompute":
+                    break
+
+
+def _counted(job: Job, option: Option) -> Option | None:
+    """The option of a plan with its messages; None if it does not fit with them."""
+    assert option.plan is not None
+    assert option.costs is not None
+    peak = peak_with_messages(option.plan, option.costs, job.workload.tensor_parallel)
+    if peak > job.memory_limit_bytes:
+        return None
+    return replace(option, message_bytes=peak - option.peak_bytes)
 
 
 def _fitted(job: Job, option: Option) -> Option:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from helixpipe.plan.lower import lower
 from helixpipe.plan.plan import Plan
 from helixpipe.plan.simulation.costs import Costs
-from helixpipe.plan.simulation.memory import held_bytes
-from helixpipe.plan.simulation.message_buffers import buffer_bytes
+from helixpipe.plan.simulation.message_buffers import peak_with_buffers
 
 
 def peak_with_messages(plan: Plan, costs: Costs, gpus_per_rank: int) -> int:
@@ -18,10 +17,4 @@ def peak_with_messages(plan: Plan, costs: Costs, gpus_per_rank: int) -> int:
         gpus_per_rank: GPUs that share the messages of a pipeline rank.
     """
     lowered = lower(plan, costs)
-    return max(
-        held.during + buffers // gpus_per_rank
-        for rank in range(plan.num_ranks)
-        for held, buffers in zip(
-            held_bytes(lowered, costs, rank), buffer_bytes(lowered, costs, rank), strict=True
-        )
-    )
+    return max(peak_with_buffers(lowered, costs, rank, gpus_per_rank) for rank in range(plan.num_ranks))

@@ -13,6 +13,7 @@ from typing import Generic, TypeVar
 from helixpipe.plan.operation import Kind, Operation, input_of
 from helixpipe.plan.plan import Plan
 from helixpipe.plan.simulation.costs import Costs, LoanBytes
+from helixpipe.plan.simulation.memory import held_bytes
 
 # Returned gradients are waited for and added when this many more have been asked for, or at the end: the
 # borrower may only just have sent them when their turn comes.
@@ -64,24 +65,39 @@ class UnfinishedSends(Generic[T]):
         return send
 
 
-def buffer_bytes(plan: Plan, costs: Costs, rank: int) -> list[int]:
-    """What messages of ``rank`` hold as each of its compute operations starts, in execution order.
+def buffer_bytes(plan: Plan, costs: Costs, rank: int, gpus_per_rank: int = 1) -> list[int]:
+    """What messages hold on a GPU of ``rank`` as each of its compute operations starts, in execution order.
 
     No send is taken to have completed before it is waited for. Headers, 32 bytes each, do not count; nor do
     keys and values that are received, nor their gradients: :mod:`.context_memory` has them from RECV on.
 
     Args:
         plan: lowered.
-        costs: ``message_bytes`` and ``loan_bytes`` are those of a rank's buffers.
+        costs: ``message_bytes`` and ``loan_bytes`` are those of all GPUs of a rank.
         rank: a pipeline rank.
+        gpus_per_rank: GPUs that share its messages evenly. Each has buffers, and bounds them, by itself.
     """
     assert plan.is_lowered
-    return _Buffers(plan, costs, rank).run()
+    return _Buffers(plan, costs, rank, gpus_per_rank).run()
+
+
+def peak_with_buffers(plan: Plan, costs: Costs, rank: int, gpus_per_rank: int = 1) -> int:
+    """Peak bytes of a GPU of ``rank``, buffers of messages included.
+
+    Args:
+        plan: lowered.
+        costs: what segments keep on one GPU; messages as in :func:`buffer_bytes`.
+        rank: a pipeline rank.
+        gpus_per_rank: see :func:`buffer_bytes`.
+    """
+    levels = zip(held_bytes(plan, costs, rank), buffer_bytes(plan, costs, rank, gpus_per_rank), strict=True)
+    return max((held.during + buffers for held, buffers in levels), default=costs.rank(rank).static_bytes)
 
 
 class _Buffers:
-    def __init__(self, plan: Plan, costs: Costs, rank: int) -> None:
+    def __init__(self, plan: Plan, costs: Costs, rank: int, gpus_per_rank: int) -> None:
         self.plan = plan
+        self.gpus_per_rank = gpus_per_rank
         self.costs = costs
         self.order = plan.orders[rank]
         self.sends: UnfinishedSends[None] = UnfinishedSends()
@@ -136,6 +152,9 @@ class _Buffers:
             self.received.pop(self.plan.receive_of(needed), None)
 
     def _size(self, op: Operation) -> int:
+        return -(-self._size_on_all(op) // self.gpus_per_rank)
+
+    def _size_on_all(self, op: Operation) -> int:
         if op in self.contexts:
             return self.contexts[op]
         if op.kind in (Kind.SEND_P, Kind.RECV_P, Kind.SEND_G, Kind.RECV_G):
