@@ -57,6 +57,7 @@ class LinearSegments:
     """One linear layer on each rank, and the mean square of the last one's distance from a target."""
 
     lending = None
+    contexts = None
 
     def __init__(self, plan: Plan, rank: int, data: Tensor) -> None:
         self.last = plan.num_segments - 1
@@ -94,6 +95,7 @@ class EmptySegments:
     """Hands on one number, without a graph of more than one node."""
 
     lending = None
+    contexts = None
 
     def __init__(self, plan: Plan) -> None:
         self.last = plan.num_segments - 1

@@ -77,6 +77,7 @@ class SleepingSegments:
         self.plan, self.costs = case.plan, case.costs
         self.weight_gradients = DeferredWeightGradients()
         self.lending: WeightLending | None = None
+        self.contexts = None
         if case.plan.loans:
             # Weights in name only: they travel, and their gradients return.
             weight, shape = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64)), torch.Size((1,))

@@ -13,6 +13,7 @@ from helixpipe.plan.plan import Plan
 from helixpipe.plan.simulation.message_buffers import MAX_UNADDED_GRADIENTS
 from helixpipe.reliability.record import NoProgress, Progress
 from helixpipe.runtime.communicator import Communicator
+from helixpipe.runtime.context_lending import ContextSteps
 from helixpipe.runtime.header import Message
 from helixpipe.runtime.lending import WeightLending
 from helixpipe.runtime.message import MessageLayout
@@ -71,6 +72,7 @@ class Executor:
         assert plan.is_lowered
         assert plan.num_ranks == communicator.size
         assert not plan.loans or segments.lending is not None
+        assert not plan.contexts or segments.contexts is not None
         self.plan = plan
         self.segments = segments
         self.communicator = communicator
@@ -80,6 +82,13 @@ class Executor:
         self.store: ActivationStore[Saved] = ActivationStore()
         self._backward_context = backward_context or no_context
         self._order = plan.orders[communicator.rank]
+        self._sends: dict[Operation, Send] = {}
+        self._receives: dict[Operation, Receive] = {}
+        self._contexts: ContextSteps | None = None
+        if segments.contexts is not None:
+            self._contexts = ContextSteps(
+                plan, communicator.rank, segments.contexts, self._sends, self._receives
+            )
         messages = {op: list(self._messages(op)) for op in self._order if not op.kind.is_compute}
         self.mail = Mail(
             communicator,
@@ -93,10 +102,11 @@ class Executor:
             record_event = record_cuda_event
         if record_event is not None:
             self.mail.run_ahead = RunAhead(run_ahead, record_event, self.mail.release, self.progress)
-        self._sends = {op: Send(self.mail, op, found) for op, found in messages.items() if op.kind.is_send}
-        self._receives = {
-            op: Receive(self.mail, op, found) for op, found in messages.items() if op.kind.is_receive
-        }
+        for op, found in messages.items():
+            if op.kind.is_send:
+                self._sends[op] = Send(self.mail, op, found)
+            else:
+                self._receives[op] = Receive(self.mail, op, found)
         self._slots = {op: Slot() for op in self._order if output_edge(op, plan.num_segments)}
         self._returned: deque[Operation] = deque()
         self.steps = self._bind()
@@ -135,6 +145,8 @@ class Executor:
         self.segments.weight_gradients.assert_empty()
         if self.segments.lending is not None:
             self.segments.lending.assert_empty()
+        if self.segments.contexts is not None:
+            self.segments.contexts.assert_empty()
         left = [str(op) for op, slot in self._slots.items() if not slot.is_empty]
         left += [str(op) for op, receive in self._receives.items() if receive.is_posted]
         assert not left, f"results and messages that nobody took: {', '.join(left)}"
@@ -153,11 +165,15 @@ class Executor:
             Kind.RECV_P: self._receive,
             Kind.SEND_G: self._give_back,
             Kind.RECV_G: self._receive_gradients,
+            **dict.fromkeys((Kind.SEND_K, Kind.SEND_KB, Kind.SEND_D), self._send_context),
+            **dict.fromkeys((Kind.RECV_K, Kind.RECV_KB, Kind.RECV_D), self._receive),
         }
         steps = {op: bind[op.kind](op) for op in self._order}
         for loan in self.plan.loans:
             if loan.borrower == self.communicator.rank:
                 self._bind_loan(loan, steps)
+        if self._contexts is not None:
+            self._contexts.bind(steps)
         if self.mail.run_ahead is not None:
             for op in filter(lambda op: op.kind.is_compute, steps):
                 steps[op] = _followed(steps[op], self.mail.run_ahead.started)
@@ -178,9 +194,12 @@ class Executor:
 
     def _backward(self, operation: Operation) -> Step:
         splits = operation.micro_batch in self.plan.split_micro_batches
+        source = self._source(operation)
+        if self._contexts is not None:
+            source = self._contexts.source(operation, source)
         return Backward(
             operation,
-            self._source(operation),
+            source,
             self._slots.get(operation),
             self.store,
             self.device,
@@ -211,6 +230,10 @@ class Executor:
 
     def _receive(self, operation: Operation) -> Step:
         return self._receives[operation].post
+
+    def _send_context(self, operation: Operation) -> Step:
+        assert self._contexts is not None
+        return self._contexts.send(operation)
 
     def _lend(self, operation: Operation) -> Step:
         lending, send = self._lending, self._sends[operation]
@@ -252,14 +275,15 @@ class Executor:
         assert self.segments.lending is not None
         return self.segments.lending
 
-    # The direction of an edge, or of a loan, and the buffer of a message, in its tag.
-    _DIRECTIONS = "FBPG"
+    # What a message carries, as kinds say it behind SEND_ and RECV_, and its buffer, in its tag.
+    _CARRIED = ("F", "B", "P", "G", "K", "KB", "D")
     _MAX_BUFFERS = 2
 
     def _messages(self, operation: Operation) -> Iterator[Message]:
         """The buffers of a message, each with a tag of its own."""
         number = operation.segment * self.plan.num_microbatches + operation.micro_batch
-        number = number * len(self._DIRECTIONS) + self._DIRECTIONS.index(operation.kind.value[-1])
+        carried = operation.kind.value.partition("_")[2]
+        number = number * len(self._CARRIED) + self._CARRIED.index(carried)
         layouts = self._layouts(operation)
         assert len(layouts) <= self._MAX_BUFFERS
         for part, layout in enumerate(layouts):
@@ -270,6 +294,9 @@ class Executor:
             return (self._lending.weight_layout(operation.segment),)
         if operation.kind in (Kind.SEND_G, Kind.RECV_G):
             return (self._lending.gradient_layout(operation.segment),)
+        if operation.kind not in (Kind.SEND_F, Kind.RECV_F, Kind.SEND_B, Kind.RECV_B):
+            assert self._contexts is not None
+            return (self._contexts.layout(operation),)
         layout = self.segments.layout(operation.segment, operation.micro_batch)
         is_kept = self.plan.has_backward and operation.kind in (Kind.SEND_F, Kind.RECV_F)
         return layout.split() if is_kept else (layout,)

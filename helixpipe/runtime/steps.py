@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from helixpipe.plan.loan import Loan
 from helixpipe.plan.operation import Operation
+from helixpipe.runtime.context_lending import ContextLending
 from helixpipe.runtime.lending import WeightLending
 from helixpipe.runtime.message import MessageLayout
 from helixpipe.runtime.store import ActivationStore
@@ -31,10 +32,13 @@ class Segments(Protocol):
             Whatever is not added belongs to B, and a plan without W leaves nothing there.
         lending: the weights on loan, with which :meth:`forward` computes where there are any; None for
             segments whose plans have no loans.
+        contexts: keys and values that :meth:`forward` of attention reads beside its inputs; None for
+            segments whose plans have no slices on several ranks.
     """
 
     weight_gradients: DeferredWeightGradients
     lending: WeightLending | None
+    contexts: ContextLending | None
 
     def forward(self, segment: int, micro_batch: int, inputs: Tensors) -> Tensors:
         """Run a segment; the last one returns a single scalar, the loss to differentiate."""

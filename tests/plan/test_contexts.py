@@ -312,7 +312,7 @@ def test_bytes_of_the_rank_that_makes_keys():
     # From rank 2 comes what slice 1 adds to the gradient of slice 0.
     order = [str(op) for op in plan.orders[0]]
     assert order.index("1RECV_D0@2") < order.index("0B0")
-    assert held["0B0"].during == 1000 + 100 + 100
+    assert held["0B0"].during == 1000 + 100 + 10
     evaluated = plan.forward_only()
     assert held_bytes(evaluated, COSTS, 0)[-1].after == 0
 

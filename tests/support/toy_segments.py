@@ -61,6 +61,7 @@ class ToySegments:
             torch.float64,
             torch.float64,
         )
+        self.contexts = None
         generator = torch.Generator().manual_seed(num_segments)
         self.weights = [
             torch.randn(

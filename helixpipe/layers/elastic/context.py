@@ -43,6 +43,16 @@ class KeptSlice:
             self.grad_key += grad_key
             self.grad_value += grad_value
 
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """The gradients of keys and values, to which a later slice has added."""
+        assert self.grad_key is not None, "no later slice's backward has run"
+        assert self.grad_value is not None
+        return self.grad_key, self.grad_value
+
+    def drop(self) -> None:
+        """Let go of keys and values, which nobody reads any more; the gradients stay."""
+        self.key = self.value = self.key.new_empty(0)
+
     def tensors(self) -> Iterator[Tensor]:
         """All that is held."""
         for tensor in (self.key, self.value, self.grad_key, self.grad_value):
@@ -55,7 +65,7 @@ class ContextStore:
 
     A slice is kept by its first forward, not again when a layer is recomputed, and leaves with its own
     backward; backwards run from the last slice to the first. In an evaluation, where there are none,
-    :meth:`forget` ends a sequence.
+    :meth:`forget` ends a sequence. Slices of other ranks come and leave with messages.
     """
 
     def __init__(self) -> None:
@@ -83,10 +93,30 @@ class ContextStore:
 
     def take(self, layer: int, piece: Piece) -> KeptSlice:
         """Give a slice back, in its backward, and forget it."""
+        slices = self._slices[_Slot(layer, piece.sequence)]
+        assert all(start <= piece.start for start in slices), "a later slice has no gradients yet"
+        kept = self.remove(layer, piece)
+        assert kept is not None
+        return kept
+
+    def find(self, layer: int, piece: Piece) -> KeptSlice:
+        """A slice that is kept."""
+        return self._slices[_Slot(layer, piece.sequence)][piece.start]
+
+    def drop(self, layer: int, piece: Piece) -> None:
+        """Let go of a slice's keys and values, and of the slice unless it has gradients."""
+        kept = self.find(layer, piece)
+        if kept.grad_key is None:
+            self.remove(layer, piece)
+        else:
+            kept.drop()
+
+    def remove(self, layer: int, piece: Piece) -> KeptSlice | None:
+        """Give a slice back and forget it, whatever is kept beside it; None if it is not kept."""
         slot = _Slot(layer, piece.sequence)
-        kept = self._slices[slot].pop(piece.start)
-        assert all(start < piece.start for start in self._slices[slot]), "a later slice has no gradients yet"
-        if not self._slices[slot]:
+        slices = self._slices.get(slot, {})
+        kept = slices.pop(piece.start, None)
+        if slot in self._slices and not slices:
             del self._slices[slot]
         return kept
 

@@ -14,6 +14,7 @@ from helixpipe.megatron_adapter.forward_step import (
     ModelCall,
     StandInModel,
 )
+from helixpipe.runtime.context_lending import ContextLending
 from helixpipe.runtime.lending import WeightLending
 from helixpipe.runtime.message import MessageLayout
 from helixpipe.runtime.weight_gradients import DeferredWeightGradients
@@ -54,6 +55,7 @@ class GPTSegments:
         self.result = IterationResult()
         self.weight_gradients = weight_gradients
         self.lending: WeightLending | None = None
+        self.contexts: ContextLending | None = None
         if has_loans:
             own = next(segmented.parameters())
             gradient_dtype = getattr(own, "main_grad", own).dtype

@@ -18,6 +18,7 @@ from helixpipe.megatron_adapter.segments.contract import IterationSize
 from helixpipe.megatron_adapter.segments.stages import check_supported
 from helixpipe.plan import Plan
 from helixpipe.plan.slice_ends import ends_for
+from helixpipe.runtime.context_lending import ContextLending
 from helixpipe.runtime.executor import Tensors
 from helixpipe.runtime.lending import WeightLending
 from helixpipe.runtime.message import MessageLayout
@@ -44,6 +45,7 @@ class SliceSegments:
     """
 
     lending: WeightLending | None = None  # every stage computes where its weights are
+    contexts: ContextLending | None = None  # and where the keys and values are that it reads
     has_shared_weights = False  # a tied head is a copy, or in the embedding's own stage
 
     def __init__(self, model: torch.nn.Module, plan: Plan, size: IterationSize, dtype: torch.dtype) -> None:

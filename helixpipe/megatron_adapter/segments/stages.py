@@ -12,6 +12,7 @@ from megatron.core.utils import get_model_config
 from helixpipe.megatron_adapter.forward_step import IterationInput, IterationResult
 from helixpipe.plan import Plan
 from helixpipe.refusals import refuse
+from helixpipe.runtime.context_lending import ContextLending
 from helixpipe.runtime.executor import Tensors
 from helixpipe.runtime.lending import WeightLending
 from helixpipe.runtime.message import MessageLayout
@@ -34,6 +35,7 @@ class StageSegments:
     """
 
     lending: WeightLending | None = None  # every stage computes where its weights are
+    contexts: ContextLending | None = None  # and where the keys and values are that it reads
     has_shared_weights = False  # not between segments: a tied head is a copy, or in the embedding's own stage
 
     def __init__(

@@ -202,7 +202,9 @@ def _helix_costs(
             if kind and role_of(name) == "attention":
                 lent = builder.context_bytes(part_of)
                 segments[name + suffix] = replace(
-                    segments[name + suffix], context_bytes=lent, gradient_bytes=lent
+                    segments[name + suffix],
+                    context_bytes=lent,
+                    gradient_bytes=builder.context_gradient_bytes(part_of),
                 )
         for (first, second), size in crossing.items():
             messages[f"{first}{suffix}->{second}{suffix}"] = int(size * part_of.tokens)

@@ -30,11 +30,10 @@ class SegmentCost:
         weight_bytes: of micro batches with W: what is held between B and W, which may be more where B
             recomputes. As much as ``bytes`` if None.
         workspace_bytes: what an operation needs while it runs, beside what it keeps.
-        gradient_bytes: of a slice of a sequence, gradients of its keys and values, to which the backwards of
-            later slices add: held from the backward of the sequence's last slice until its own, or where
-            they are lent, from the first reader's backward until they are sent, see :mod:`.memory`.
+        gradient_bytes: of a slice of a sequence, the sum of gradients of its keys and values, to which the
+            backwards of later slices add, see :mod:`helixpipe.plan.context_lifetime`.
         context_bytes: of a slice, its keys and values where a rank holds them for readers and has not run
-            this segment for it.
+            this segment for it, or their gradients in a message.
     """
 
     forward: float

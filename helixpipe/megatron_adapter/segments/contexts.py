@@ -1,0 +1,165 @@
+"""Keys and values that slices on different ranks read, by the store in which attention finds them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from helixpipe.elastic.chunks import Piece
+from helixpipe.layers.elastic.context import ContextStore, alone
+from helixpipe.plan.context import Context
+from helixpipe.plan.context_lifetime import Content, holdings
+from helixpipe.plan.plan import Plan
+from helixpipe.runtime.executor import Tensors
+from helixpipe.runtime.message import MessageLayout
+
+
+class SliceContexts:
+    """See :class:`helixpipe.runtime.context_lending.ContextLending`.
+
+    Messages hold keys and values as segments return them, [T, b, groups, d]; the store has them as attention
+    takes them, [b, groups, T, d].
+
+    Args:
+        plan: of slices, whose layers are cut at their attention.
+        rank: this pipeline rank.
+        pieces: the slice of each micro batch.
+        store: where attention looks for earlier slices.
+        key_shape: of the keys of so many tokens.
+        dtype: of keys and values.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        rank: int,
+        pieces: Sequence[Piece],
+        store: ContextStore,
+        key_shape: Callable[[int], torch.Size],
+        dtype: torch.dtype,
+    ) -> None:
+        self._plan = plan
+        self._pieces = pieces
+        self._store = store
+        self._key_shape = key_shape
+        self._dtype = dtype
+        self._returned: dict[tuple[int, int], list[Tensors]] = defaultdict(list)
+        borrowed = {(c.segment, i) for c in plan.contexts if c.borrower == rank for i in c.lent}
+        self._kept_here = {
+            (holding.segment, i)
+            for holding in holdings(plan, rank)
+            if holding.content is Content.KEYS
+            for i in holding.micro_batches
+        } - borrowed
+
+    def attended(self, segment: int, micro_batch: int) -> Piece:
+        """A slice as attention on its rank sees it: nothing follows the last slice that attends there."""
+        last = self._attending_here(segment, micro_batch)[-1]
+        return replace(self._pieces[micro_batch], sequence_length=last.start + last.length)
+
+    def made(self, segment: int, micro_batch: int, key: Tensor, value: Tensor) -> None:
+        """``segment`` has made keys and values, [T, b, groups, d]; keep them if they are read from here.
+
+        They may be views of more than themselves, which is not kept.
+        """
+        if (segment + 1, micro_batch) in self._kept_here:
+            pair = (alone(tensor.detach()).permute(1, 2, 0, 3) for tensor in (key, value))
+            self._store.keep(_layer(segment + 1), self._pieces[micro_batch], *pair)
+
+    def forget_own(self, segment: int, micro_batch: int) -> None:
+        """Let go of the slices that attend here, when the last of them has run in an evaluation."""
+        for piece in self._attending_here(segment, micro_batch):
+            self._store.remove(_layer(segment), piece)
+
+    def layout(self, context: Context) -> MessageLayout:
+        """See :class:`helixpipe.runtime.context_lending.ContextLending`."""
+        shapes = [self._key_shape(self._pieces[i].length) for i in context.lent for _ in range(2)]
+        return MessageLayout(tuple(shapes), self._dtype)
+
+    def lend(self, context: Context) -> Tensors:
+        """See :class:`helixpipe.runtime.context_lending.ContextLending`."""
+        kept = [self._store.find(_layer(context.segment), self._pieces[i]) for i in context.lent]
+        return tuple(tensor.permute(2, 0, 1, 3) for entry in kept for tensor in (entry.key, entry.value))
+
+    def borrow(self, context: Context, tensors: Tensors) -> None:
+        """See :class:`helixpipe.runtime.context_lending.ContextLending`."""
+        for i, pair in _pairs(context, tensors):
+            key, value = (tensor.permute(1, 2, 0, 3) for tensor in pair)
+            self._store.keep(_layer(context.segment), self._pieces[i], key, value)
+
+    def drop(self, segment: int, micro_batches: Iterable[int]) -> None:
+        """See :class:`helixpipe.runtime.context_lending.ContextLending`."""
+        for i in micro_batches:
+            self._store.drop(_layer(segment), self._pieces[i])
+
+    def give_back(self, context: Context) -> Tensors:
+        """See :class:`helixpipe.runtime.context_lending.ContextLending`; each sum is rounded once."""
+        sums: list[Tensor] = []
+        for i in context.lent:
+            kept = self._store.remove(_layer(context.segment), self._pieces[i])
+            assert kept is not None
+            for total in kept.sums():
+                sums.append(total.to(self._dtype).permute(2, 0, 1, 3))
+        return tuple(sums)
+
+    def take_back(self, context: Context, gradients: Tensors) -> None:
+        """See :class:`helixpipe.runtime.context_lending.ContextLending`."""
+        for i, pair in _pairs(context, gradients):
+            self._returned[context.segment, i].append(pair)
+
+    def with_returned(self, segment: int, micro_batch: int, gradients: Tensors) -> Tensors:
+        """See :class:`helixpipe.runtime.context_lending.ContextLending`.
+
+        Args:
+            segment: has made keys and values.
+            micro_batch: of which slice.
+            gradients: of query, key, value and residual.
+        """
+        query, key, value, residual = gradients
+        added = self._returned.pop((segment + 1, micro_batch), [])
+        kept = self._store.remove(_layer(segment + 1), self._pieces[micro_batch])
+        if kept is not None:
+            own = tuple(total.permute(2, 0, 1, 3) for total in kept.sums())
+            added = [own, *added]
+        if not added:
+            return gradients
+        keys, values = zip(*added, strict=True)
+        return query, _sum(key, keys), _sum(value, values), residual
+
+    def _attending_here(self, segment: int, micro_batch: int) -> list[Piece]:
+        """The slices of a sequence that attend on the rank where ``micro_batch`` does."""
+        rank = self._plan.rank_of(segment, micro_batch)
+        group = next(group for group in self._plan.slices if micro_batch in group)
+        return [self._pieces[i] for i in group if self._plan.rank_of(segment, i) == rank]
+
+    def clear(self) -> None:
+        """Forget what an iteration that failed has left."""
+        self._returned.clear()
+        self._store.clear()
+
+    def assert_empty(self) -> None:
+        """See :class:`helixpipe.runtime.context_lending.ContextLending`."""
+        self._store.assert_empty()
+        assert not self._returned, f"gradients left (segment, micro batch): {sorted(self._returned)}"
+
+
+def _layer(segment: int) -> int:
+    """The number of the layer that attends in ``segment``, from 1, as modules know it."""
+    return (segment + 1) // 2
+
+
+def _pairs(context: Context, tensors: Tensors) -> Iterable[tuple[int, Tensors]]:
+    """Key and value of each slice of a message."""
+    return zip(context.lent, zip(tensors[::2], tensors[1::2], strict=True), strict=True)
+
+
+def _sum(gradient: Tensor, added: Sequence[Tensor]) -> Tensor:
+    """In fp32 or better, rounded once."""
+    total = gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
+    for part in added:
+        total += part
+    return total.to(gradient.dtype)
