@@ -2,6 +2,8 @@
 # A GPT on the GPUs of one node: helix over all of them.
 #
 #   bash examples/pretrain_gpt_single_node.sh /data/corpus [more pretrain_gpt.py arguments]
+#
+# With --dry-run h100 --vocab-size 32000 at its end it prints what it would do, without GPUs and data.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -10,7 +12,7 @@ shift
 GPUS=${GPUS:-8}
 
 . examples/environment.sh
-torchrun --standalone --nproc-per-node "$GPUS" pretrain_gpt.py \
+"${PYTHON:-python3}" -m helixpipe train --nproc-per-node "$GPUS" \
     --pipeline-schedule helix --pipeline-model-parallel-size "$GPUS" \
     --num-layers 24 --hidden-size 2048 --num-attention-heads 16 --seq-length 16384 \
     --bf16 --micro-batch-size 1 --global-batch-size $((2 * GPUS)) --train-iters 1000 \

@@ -12,6 +12,10 @@
 #
 #   sbatch examples/pretrain_llama_7b_slurm.sh /data/corpus /checkpoints/7b [more pretrain_gpt.py arguments]
 #
+# What it would do, on a machine of any kind and without the data:
+#
+#   bash examples/pretrain_llama_7b_slurm.sh /data/corpus /checkpoints/7b --dry-run h20 --vocab-size 32000
+#
 # Every rank keeps two-fold x 32 layers of activations (see docs/choosing.md): about 36 GB at 32k tokens.
 set -euo pipefail
 
@@ -20,7 +24,10 @@ DATA_PREFIX=${1:?$usage}
 CHECKPOINTS=${2:?$usage}
 shift 2
 
-cd "$SLURM_SUBMIT_DIR"
+# As above, for --dry-run.
+export NODES=8 GPUS_PER_NODE=8
+
+cd "${SLURM_SUBMIT_DIR:-$PWD}"
 exec bash examples/slurm/job.sh pretrain_gpt.py \
     --pipeline-schedule helix --num-fold 2 \
     --pipeline-model-parallel-size 8 --tensor-model-parallel-size 8 --sequence-parallel \

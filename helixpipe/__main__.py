@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from helixpipe.commands import elastic, lengths, measurement, planning, prediction, preflight
+from helixpipe.commands import elastic, lengths, measurement, planning, prediction, preflight, training
 from helixpipe.commands.parser import Parser, UsageError
 from helixpipe.commands.terminal import run_printing
 from helixpipe.reliability.exit_codes import BAD_USAGE, JobError
@@ -28,10 +28,13 @@ def _run(arguments: Sequence[str] | None) -> int:
     program = "helixpipe"
     parser = build_parser()
     try:
-        args = parser.parse_args(arguments)
-        if args.command is None:
+        args, more = parser.parse_known_args(arguments)
+        if args.command is None and not more:
             parser.print_help()
             return 0
+        if more and not getattr(args, "takes_more", False):
+            parser.error(f"unrecognized arguments: {' '.join(more)}")
+        args.more = more
         program = f"helixpipe {args.command}"
         args.run(args)
     except UsageError as error:
@@ -57,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="helixpipe", description="Plan and look at pipeline schedules.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for module in (planning, prediction, measurement, lengths, elastic, preflight):
+    for module in (planning, prediction, measurement, lengths, elastic, preflight, training):
         module.add_parsers(commands.add_parser)
     return parser
 

@@ -10,6 +10,8 @@
 # or let a batch script of your own end with: exec bash examples/slurm/job.sh pretrain_gpt.py ARGUMENTS...
 #
 #   PREFLIGHT      0 trains without `helixpipe preflight` (default: 1)
+#   --dry-run      among the arguments: print layout, plan, memory, predicted time and the command; needs no SLURM,
+#                  but NODES and GPUS_PER_NODE where the job has none
 #   MAX_RESTARTS   how often the job may have been queued again when a rank is lost or hangs (default: 3)
 #
 # The exit code is that of the ranks, see docs/slurm.md: srun and torchrun would make it 1.
@@ -38,6 +40,15 @@ ask_to_stop() {
 }
 
 [ $# -gt 0 ] || fail "no training script; usage: sbatch examples/slurm/job.sh pretrain_gpt.py ARGUMENTS..."
+for word in "$@"; do
+    case $word in
+        --dry-run | --dry-run=*)
+            nodes=${SLURM_NNODES:-${NODES:-}} gpus=${SLURM_GPUS_ON_NODE:-${GPUS_PER_NODE:-}}
+            [ -n "$nodes" ] && [ -n "$gpus" ] || fail "--dry-run needs NODES and GPUS_PER_NODE"
+            exec "${PYTHON:-python3}" -m helixpipe train --nnodes "$nodes" --nproc-per-node "$gpus" "${@:2}"
+            ;;
+    esac
+done
 [ -n "${SLURM_JOB_ID:-}" ] || fail "this is no SLURM job; submit it with sbatch"
 [ -n "${SLURM_CPUS_PER_TASK:-}" ] || fail "srun would give all ranks of a node one core; add --cpus-per-task N"
 cd "$SLURM_SUBMIT_DIR"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import sys
 
 import pytest
-from conftest import SCHEDULES, metrics_of
+from conftest import MODEL, SCHEDULES, metrics_of, run
 
 from helixpipe.plan import Plan, ScheduleRequest, build_plan
 from helixpipe.plan.simulation.timeline import Timeline
@@ -133,12 +134,14 @@ def test_borrowed_weights_train_alike(launch, trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_bf16_trains(launch, tmp_path):
+def test_bf16_trains_as_a_command(corpus, tmp_path):
     metrics = tmp_path / "metrics.jsonl"
-    finished = launch(
-        2, "--pipeline-schedule", "helix", "--pipeline-model-parallel-size", 2, "--bf16",
-        "--mlp-chunk-size", 50, "--loss-chunk-size", "auto", "--metrics-jsonl", metrics,
-    )  # fmt: skip
+    options = (
+        "--pipeline-schedule helix --pipeline-model-parallel-size 2 --bf16 --mlp-chunk-size 50 "
+        f"--loss-chunk-size auto --data-path {corpus} --metrics-jsonl {metrics}"
+    )
+    command = [sys.executable, "-m", "helixpipe", "train", "--nproc-per-node", "2", *MODEL, *options.split()]
+    finished = run(command, timeout_s=120)
     assert finished.code == 0, finished.errors
     assert finished.errors == ""
     rows = metrics_of(metrics)

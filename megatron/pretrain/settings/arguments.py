@@ -40,7 +40,10 @@ from megatron.pretrain.settings.slices import cut_sequences
 
 
 def parse_arguments(
-    command_line: Sequence[str] | None = None, dataset: DatasetInfo | None = None
+    command_line: Sequence[str] | None = None,
+    dataset: DatasetInfo | None = None,
+    *,
+    makes_folders: bool = True,
 ) -> argparse.Namespace:
     """Parse and check the arguments, and derive the sizes that follow from them.
 
@@ -50,6 +53,7 @@ def parse_arguments(
     Args:
         command_line: arguments without the program's name; ``sys.argv`` if None.
         dataset: stands in for the files of ``--data-path``, for programs that make up their data.
+        makes_folders: makes those that the job writes to, and sees whether it can.
 
     Raises:
         ValueError: one line that names the argument, its value and what to use instead.
@@ -70,7 +74,8 @@ def parse_arguments(
     if args.transformer_impl is not None:
         check_implementation(Implementation(args.transformer_impl))
     args.profiling = profiling_settings(args)
-    _make_output_folders(args)
+    if makes_folders:
+        _make_output_folders(args)
     return args
 
 

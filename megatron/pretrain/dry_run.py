@@ -1,0 +1,151 @@
+"""What a job would do, without doing it: its layout, plan, memory and predicted time."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+from helixpipe.plan.advise import read_machine
+from helixpipe.plan.advise.job import RESERVED_GIB
+from helixpipe.plan.advise.messages import peak_with_messages
+from helixpipe.plan.cost_model import Hardware, Pieces, Recompute, Workload, costs_of_plan, predict_pieces
+from helixpipe.plan.plan import Plan
+from helixpipe.plan.simulation.costs import Costs
+from helixpipe.plan.simulation.simulate import simulate
+from megatron.pretrain.settings.recomputation import job_levels
+from megatron.pretrain.settings.schedule_choice import check_profile, known_machine, workload_of
+
+_GIB = 2**30
+_RECOMPUTE = {"selective": Recompute.SELECTIVE, "full": Recompute.FULL}
+
+
+class Prediction(NamedTuple):
+    """Of one iteration.
+
+    Attributes:
+        machine: on which.
+        iteration_ms: from the first operation to the last one of the busiest rank; no optimizer step.
+        bubble: share of the ranks' time without compute, 0 to 1.
+        peak_bytes: of a GPU on the worst rank, with buffers of messages.
+        limit_bytes: what a GPU has for that; None if it is not known.
+    """
+
+    machine: str
+    iteration_ms: float
+    bubble: float
+    peak_bytes: int
+    limit_bytes: int | None
+
+
+def describe(args: argparse.Namespace, hardware: str | None) -> Iterator[str]:
+    """The lines of ``--dry-run``.
+
+    Args:
+        args: of the job, checked.
+        hardware: on which to predict; if None what the job's ``--hardware`` names, or this GPU.
+
+    Raises:
+        ValueError: hardware that is not known, or was not measured for these sizes.
+    """
+    yield _layout(args)
+    yield (
+        f"batch: {args.global_batch_size} sequences of {args.seq_length} tokens = {args.num_microbatches} "
+        f"micro batches of {args.micro_batch_size} x {args.data_parallel_size} replicas; {args.train_iters} "
+        "iterations"
+    )
+    plan: Plan | None = args.schedule.plan
+    if args.schedule.reason:
+        yield f"choice: {args.schedule.reason}"
+    if plan is None:
+        yield f"plan: {args.schedule.name}, each batch has its own, made while the one before trains"
+        return
+    operations = sum(len(order) for order in plan.orders)
+    options = ", ".join(f"{name} {value}" for name, value in plan.parameters.items() if name != "num_layers")
+    yield (
+        f"plan: {plan.schedule}{f' ({options})' if options else ''}, {plan.num_segments} segments on "
+        f"{plan.num_ranks} ranks, {operations} operations; valid"
+    )
+    yield f"recompute: {_recompute(args)}"
+    prediction = predict(args, plan, hardware)
+    if prediction is None:
+        yield "prediction: none, as the machine is not known; name it, as in --dry-run h20"
+        return
+    yield from _predicted(args, prediction)
+
+
+def predict(args: argparse.Namespace, plan: Plan, hardware: str | None) -> Prediction | None:
+    """What the cost model says of the job's own plan; None if the machine is not known.
+
+    Raises:
+        ValueError: see :func:`describe`.
+    """
+    machine = read_machine(hardware) if hardware is not None else known_machine(args)
+    if machine is None:
+        return None
+    costs = _costs(args, plan, machine, workload_of(args))
+    simulation = simulate(plan, costs)
+    limit_gib = args.memory_limit_gib
+    if limit_gib is None and isinstance(machine, Hardware):
+        limit_gib = machine.memory_gib - RESERVED_GIB
+    return Prediction(
+        machine.name if isinstance(machine, Hardware) else str(hardware or args.hardware),
+        simulation.iteration_ms,
+        simulation.timeline.bubble_ratio,
+        peak_with_messages(plan.compute_only(), costs, args.tensor_model_parallel_size),
+        None if limit_gib is None else int(limit_gib * _GIB),
+    )
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
+
+
+def _costs(args: argparse.Namespace, plan: Plan, machine: Hardware | Pieces, workload: Workload) -> Costs:
+    if isinstance(machine, Pieces):
+        check_profile(args, machine, workload)
+        pieces = machine
+    else:
+        pieces = predict_pieces(workload, machine)
+    granularity = args.recompute_granularity
+    return costs_of_plan(pieces, plan, job_levels(args) if granularity is None else _RECOMPUTE[granularity])
+
+
+def _layout(args: argparse.Namespace) -> str:
+    return (
+        f"layout: {args.world_size} GPUs = tensor {args.tensor_model_parallel_size} x pipeline "
+        f"{args.pipeline_model_parallel_size} x data {args.data_parallel_size}"
+        f"{', sequence parallel' if args.sequence_parallel else ''}"
+        f"{', distributed optimizer' if args.use_distributed_optimizer else ''}"
+    )
+
+
+def _recompute(args: argparse.Namespace) -> str:
+    if args.recompute_granularity is not None:
+        return str(args.recompute_granularity)
+    levels = job_levels(args)
+    each = [levels] if isinstance(levels, Recompute) else levels
+    runs: Sequence[tuple[str, int]] = [(level.value, len(list(run))) for level, run in groupby(each)]
+    return runs[0][0] if len(runs) == 1 else ", ".join(f"{level} in {count} layers" for level, count in runs)
+
+
+def _predicted(args: argparse.Namespace, found: Prediction) -> Iterator[str]:
+    seconds = found.iteration_ms / 1e3
+    speed = args.global_batch_size * args.seq_length / seconds / args.world_size
+    yield (
+        f"predicted on {found.machine}: {_duration(seconds)} per iteration, bubble {found.bubble:.1%}, "
+        f"{speed:.0f} tokens/s per GPU; {_duration(args.train_iters * seconds)} for all iterations"
+    )
+    memory = f"memory: {found.peak_bytes / _GIB:.1f} GiB on the fullest GPU"
+    if found.limit_bytes is None:
+        yield memory
+    elif found.peak_bytes <= found.limit_bytes:
+        yield f"{memory}, of {found.limit_bytes / _GIB:.1f}"
+    else:
+        yield (
+            f"{memory}: does not fit into {found.limit_bytes / _GIB:.1f}; `helixpipe advise` shows what does"
+        )

@@ -1,0 +1,165 @@
+"""``helixpipe train``: what is started, and what a dry run says without starting it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helixpipe.__main__ import main
+from helixpipe.commands import training
+from helixpipe.reliability import exit_codes
+
+ROOT = Path(__file__).parents[2]
+JOB = (
+    "--pipeline-schedule helix --pipeline-model-parallel-size 4 --num-layers 8 --hidden-size 256 "
+    "--num-attention-heads 8 --seq-length 1024 --micro-batch-size 1 --global-batch-size 8 --train-iters 40 "
+    "--lr 1e-3 --seed 7 --data-path nowhere"
+).split()
+EXAMPLES = {
+    "pretrain_gpt_single_node.sh": (["corpus"], "h100", "8 GPUs = tensor 1 x pipeline 8 x data 1"),
+    "pretrain_llama_7b_slurm.sh": (["corpus", "saved"], "h20", "64 GPUs = tensor 8 x pipeline 8 x data 1"),
+}
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """``started(*words)``: the command that takes the place of ``helixpipe train words``."""
+    commands = []
+    monkeypatch.setattr(os, "execv", lambda path, words: commands.append((path, words)))
+
+    def start(*words):
+        assert main(["train", *words]) == 0
+        ((path, command),) = commands
+        assert path == command[0] == sys.executable
+        return command[1:]
+
+    return start
+
+
+@pytest.fixture
+def dry_run(monkeypatch, capsys):
+    """``dry_run(*words)``: its lines by their names."""
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.setenv(name, "1")  # put back afterwards
+    monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("started"))
+
+    def run(*words):
+        code = main(["train", *words])
+        output, errors = capsys.readouterr()
+        assert (code, errors) == (0, "")
+        return dict(line.split(": ", 1) for line in output.splitlines())
+
+    return run
+
+
+def test_everything_that_is_not_torchruns_goes_to_the_program_in_its_order(started):
+    assert started(*JOB[:4], "--nproc-per-node", "4", *JOB[4:]) == [
+        "-m", "torch.distributed.run", "--nproc-per-node", "4", "--standalone",
+        "-m", "megatron.pretrain", *JOB,
+    ]  # fmt: skip
+
+
+def test_several_nodes(started):
+    place = ["--nnodes", "2", "--node-rank", "1", "--master-addr", "node-0", "--master-port", "29500"]
+    assert started("--nproc-per-node", "8", *place, *JOB)[2:] == [
+        "--nproc-per-node", "8", *place, "-m", "megatron.pretrain", *JOB,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--nnodes", "2", "--node-rank", "0"], "--nnodes 2 needs --master-addr on every node"),
+        (["--node-rank", "0"], "--node-rank needs --nnodes above 1; leave it out"),
+        (["--vocab-size", "9"], "--vocab-size is for --dry-run; the data says it"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(monkeypatch, capsys, words, message):
+    monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("started"))
+    assert main(["train", "--nproc-per-node", "2", *words]) == 2
+    assert capsys.readouterr().err == f"helixpipe train: error: {message}\n"
+
+
+def test_other_commands_still_refuse_what_they_do_not_know(capsys):
+    assert main(["simulate", "--plan", "x", "--costs", "y", "--nproc", "2"]) == 2
+    assert "unrecognized arguments: --nproc 2" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_what_the_planner_says(dry_run, tmp_path, capsys):
+    """The same plan, costs and clock through the planner's commands."""
+    place = ["--nproc-per-node", "8", "--dry-run", "h20", "--vocab-size", "1000"]
+    said = dry_run(
+        *place, *JOB, "--recompute-levels", "none", "--untie-embeddings-and-output-weights", "--bf16"
+    )
+    assert said["layout"] == "8 GPUs = tensor 1 x pipeline 4 x data 2"
+    assert said["batch"].startswith("8 sequences of 1024 tokens = 4 micro batches of 1 x 2 replicas; 40 ")
+    assert said["plan"].startswith("helix (num_fold 2, attention_range core), 17 segments on 4 ranks, ")
+    assert said["recompute"] == "none"
+    plan, costs, result = (str(tmp_path / f"{name}.json") for name in ("plan", "costs", "result"))
+    model = tmp_path / "model.sh"
+    model.write_text(" ".join([*JOB, "--untie-embeddings-and-output-weights --vocab-size 1024"]))
+    shape = "--num-layers 8 --pipeline-model-parallel-size 4 --num-microbatches 4"
+    assert main(f"plan --schedule helix {shape} --output {plan}".split()) == 0
+    sizes = f"--model {model} --hardware h20 --seq-length 1024 --data-parallel-size 2"
+    assert main(f"costs --plan {plan} {sizes} --output {costs}".split()) == 0
+    assert main(f"simulate --plan {plan} --costs {costs} --output {result}".split()) == 0
+    iteration_ms = float(re.search(r'"iteration_ms": ([0-9.]+)', Path(result).read_text())[1])
+    assert said["predicted on h20"].startswith(f"{iteration_ms:.1f} ms per iteration, bubble ")
+    assert f"{8 * 1024 / iteration_ms * 1e3 / 8:.0f} tokens/s per GPU" in said["predicted on h20"]
+    assert said["command"].startswith(
+        "torchrun --nproc-per-node 8 -m megatron.pretrain --pipeline-schedule helix"
+    )
+
+
+def test_a_dry_run_leaves_no_folders(dry_run, tmp_path):
+    outputs = ["--save", tmp_path / "saved", "--metrics-jsonl", tmp_path / "metrics" / "m.jsonl"]
+    said = dry_run("--nproc-per-node", "4", "--dry-run", "--vocab-size", "1000", *JOB, *map(str, outputs))
+    assert said["prediction"] == "none, as the machine is not known; name it, as in --dry-run h20"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_says_when_memory_is_too_small(dry_run):
+    job = ["--nproc-per-node", "4", "--dry-run", "h20", "--vocab-size", "1000", *JOB]
+    assert "does not fit into 0.0;" in dry_run(*job, "--memory-limit-gib", "0.001")["memory"]
+
+
+def test_a_dry_run_refuses_as_training_does(monkeypatch, capsys):
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.setenv(name, "1")
+    assert main(["train", "--nproc-per-node", "4", "--dry-run", *JOB]) == exit_codes.BAD_DATA
+    assert capsys.readouterr().err.startswith("helixpipe train: error: nowhere.bin: no such file")
+
+
+def test_the_program_starts_as_a_module():
+    finished = subprocess.run(
+        [sys.executable, "-m", training.PROGRAM, "--help"],
+        text=True,
+        capture_output=True,
+        timeout=60,
+        check=True,
+    )
+    assert finished.stdout.startswith("usage: ")
+    assert "--pipeline-schedule" in finished.stdout
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_examples_dry_run(tmp_path, example):
+    """Anywhere: no SLURM, no GPU, no data."""
+    words, machine, layout = EXAMPLES[example]
+    command = ["bash", f"examples/{example}", *(str(tmp_path / word) for word in words), "--dry-run", machine]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    finished = subprocess.run(
+        [*command, "--vocab-size", "32000"], cwd=ROOT, text=True, capture_output=True,
+        env=environment | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}, timeout=120, check=False,
+    )  # fmt: skip
+    assert (finished.returncode, finished.stderr) == (0, "")
+    said = dict(line.split(": ", 1) for line in finished.stdout.splitlines())
+    assert said["layout"].startswith(layout)
+    assert "does not fit" not in said["memory"]
+    assert f"-m {training.PROGRAM} --pipeline-schedule " in said["command"]
+    assert list(tmp_path.iterdir()) == []
