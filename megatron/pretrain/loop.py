@@ -10,6 +10,7 @@ from contextlib import closing
 from typing import Any
 
 import torch
+from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 
 from helixpipe.megatron_adapter.schedule import ForwardBackward, chunk_iterators, make_forward_backward
 from helixpipe.reliability.exit_codes import DataError, NumericsError
@@ -29,8 +30,10 @@ from megatron.pretrain.health.guards import (
     spread_to_gradients,
     watch_gradient_norm,
 )
+from megatron.pretrain.health.housekeeping import Housekeeping
 from megatron.pretrain.health.memory_report import MemoryWatch, explains_out_of_memory
 from megatron.pretrain.health.monitoring import monitored
+from megatron.pretrain.health.planned_end import PlannedEnd
 from megatron.pretrain.health.preemption import StopRequest
 from megatron.pretrain.health.replicas import check_replicas
 from megatron.pretrain.health.second_computation import SecondComputation
@@ -122,15 +125,15 @@ def _iterate(
     """Train to ``--train-iters`` or until asked to stop, with evaluations and checkpoints; the exit code."""
     args, monitor, reporter = run.args, run.monitor, run.reporter
     memory = MemoryWatch(args)
-    request = StopRequest()
+    request, end = StopRequest(), PlannedEnd(args.ending)
     request.listen()
     data = None if train_data is None else KeptBatches(train_data)
     while progress.iteration < args.train_iters:
         progress = _after_batch(progress, args)
         try:
             with run.profiler.around(progress.iteration):
-                stops, statuses = run.train_iteration(
-                    progress, data, lambda: (request.exit_code, saver.status)
+                stops, statuses, overs = run.train_iteration(
+                    progress, data, lambda: (request.exit_code, saver.status, end.is_over)
                 )
         except NumericsError as error:
             # The save that is still under way is of an iteration that was in order.
@@ -149,13 +152,17 @@ def _iterate(
                 # The evaluation at the end is one more, which a longer job does not have.
                 evaluated = progress.evaluated_samples + args.eval_iters * args.global_batch_size
                 progress = progress._replace(evaluated_samples=evaluated)
+        reason = end.reason(progress.iteration, is_over=any(overs))
         is_due = args.save_interval is not None and progress.iteration % args.save_interval == 0
-        if args.save and (is_last or must_stop or is_due):
+        ends = must_stop or bool(reason)
+        if args.save and (is_last or ends or is_due):
             monitor.enter("save")
-            saver.save(run.state, progress, is_last=is_last or must_stop)
-        if must_stop and not is_last:
+            saver.save(run.state, progress, is_last=is_last or ends)
+        if ends and not is_last:
             run.profiler.finish()
-            _announce_stop(args, progress, request, reporter)
+            if must_stop:
+                reason = request.signal_name or "a signal on another rank"
+            _announce_stop(args, progress, reason, reporter)
             return max(stops)
     reporter.say(reporter.planning_summary())
     reporter.say(memory.summary())
@@ -171,10 +178,7 @@ def _after_batch(progress: Progress, args: argparse.Namespace) -> Progress:
     )
 
 
-def _announce_stop(
-    args: argparse.Namespace, progress: Progress, request: StopRequest, reporter: Reporter
-) -> None:
-    reason = request.signal_name or "a signal on another rank"
+def _announce_stop(args: argparse.Namespace, progress: Progress, reason: str, reporter: Reporter) -> None:
     if args.save is None:
         what = "nothing is saved, there is no --save"
     else:
@@ -206,6 +210,7 @@ class _Run:
         self.second_computation = SecondComputation(
             state.model, forward_backward.trace, args.check_layers_every
         )
+        self.housekeeping = Housekeeping(args.housekeeping)
         watch_gradient_norm(state.optimizer)
 
     def train_iteration(
@@ -224,7 +229,7 @@ class _Run:
         iteration = progress.iteration
         self.monitor.enter("step", iteration)
         started = time.perf_counter()
-        learning_rate = self.state.optimizer.param_groups[0]["lr"]
+        learning_rate = get_canonical_lr_for_logging(self.state.optimizer.param_groups) or 0.0
         if data is not None:
             data.forget()
         self.sums.forget()
@@ -236,6 +241,7 @@ class _Run:
             check_replicas(
                 self.state.model, iteration, with_gradients=not self.args.use_distributed_optimizer
             )
+        self.housekeeping.before_optimizer()
         self.monitor.reach("optimizer")
         try:
             _, grad_norm, _ = self.state.optimizer.step()
@@ -263,6 +269,7 @@ class _Run:
         )
         self.reporter.report(metrics)
         self.reporter.write_timeline(iteration, self.forward_backward.plan, self.forward_backward.trace)
+        self.housekeeping.after_iteration(iteration)
         return told
 
     def _compute_gradients(
@@ -280,6 +287,7 @@ class _Run:
     def evaluate(self, iteration: int, data: Iterator[Any] | None) -> float:
         """Mean loss over ``--eval-iters`` validation batches."""
         self.monitor.enter("evaluate")
+        self.housekeeping.around_evaluation()
         for chunk in self.state.model:
             chunk.eval()
         losses: list[dict[str, torch.Tensor]] = []
@@ -288,6 +296,7 @@ class _Run:
                 losses += self._run_plan(self.forward_step, data, forward_only=True)
         for chunk in self.state.model:
             chunk.train()
+        self.housekeeping.around_evaluation()
         loss = mean_loss(losses)
         perplexity = math.exp(min(20.0, loss))
         self.reporter.say(

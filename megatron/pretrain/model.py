@@ -30,6 +30,7 @@ from helixpipe.layers.spec import (
     leaves_attention_to_engine,
 )
 from helixpipe.megatron_adapter.model_chunks import build_model_chunks
+from megatron.pretrain.settings.learning_rate import LearningRate
 from megatron.pretrain.settings.schedule import ScheduleSettings
 
 
@@ -185,6 +186,8 @@ def _optimizer_config(args: argparse.Namespace) -> OptimizerConfig:
         optimizer=args.optimizer,
         lr=args.lr,
         min_lr=args.min_lr,
+        decoupled_lr=args.decoupled_lr,
+        decoupled_min_lr=args.decoupled_min_lr,
         weight_decay=args.weight_decay,
         clip_grad=args.clip_grad,
         adam_beta1=args.adam_beta1,
@@ -200,19 +203,21 @@ def _optimizer_config(args: argparse.Namespace) -> OptimizerConfig:
 
 def _build_scheduler(args: argparse.Namespace, optimizer: Any) -> OptimizerParamScheduler:
     """Learning rate and weight decay by samples, so that they do not depend on the batch size."""
-    batch = args.global_batch_size
+    rate: LearningRate = args.learning_rate
     return OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0,
-        max_lr=args.lr,
-        min_lr=args.min_lr,
-        lr_warmup_steps=args.lr_warmup_iters * batch,
-        lr_decay_steps=args.lr_decay_iters * batch,
-        lr_decay_style=args.lr_decay_style,
-        start_wd=args.weight_decay,
-        end_wd=args.weight_decay,
-        wd_incr_steps=args.train_iters * batch,
-        wd_incr_style="constant",
+        init_lr=rate.first,
+        max_lr=rate.highest,
+        min_lr=rate.lowest,
+        lr_warmup_steps=rate.warmup,
+        lr_decay_steps=rate.decay,
+        lr_decay_style=rate.style,
+        start_wd=rate.first_weight_decay,
+        end_wd=rate.last_weight_decay,
+        wd_incr_steps=rate.job,
+        wd_incr_style=rate.weight_decay_style,
+        wsd_decay_steps=rate.last_decay,
+        lr_wsd_decay_style=rate.last_style,
         # A resumed run follows the arguments it is given.
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,

@@ -28,14 +28,16 @@ CHANGES_NOTHING = frozenset((
     "loss_chunk_size", "transformer_impl", "attention_backend", "elastic_costs", "num_workers",
     # What watches the job.
     "distributed_timeout_minutes", "hang_timeout_s", "check_gradients_every", "check_layers_every",
-    "eval_interval", "eval_iters",
+    "eval_interval", "eval_iters", "exit_interval", "exit_duration_in_mins", "manual_gc",
+    "manual_gc_interval", "manual_gc_eval", "empty_unused_memory_level",
     # Where files are; what is in the data is compared by itself.
     "data_path", "data_cache_path", "log_interval", "metrics_jsonl", "trace_dir", "failure_dir", "save",
     "save_interval", "keep_checkpoints", "set_aside_checkpoints", "async_save", "on_save_failure",
     "load", "load_fallback", "allow_changed", "profile", "profile_step_start", "profile_step_end",
     "profile_ranks",
-    # What is compared under another name: --num-query-groups, and the padded size of the vocabulary.
-    "group_query_attention", "make_vocab_size_divisible_by",
+    # What is compared under another name: --num-query-groups, the padded size of the vocabulary,
+    # --train-iters.
+    "group_query_attention", "make_vocab_size_divisible_by", "train_samples",
 ))  # fmt: skip
 
 # What the form of weights and of optimizer states depends on: no option makes one fit the other.

@@ -20,6 +20,9 @@ from helixpipe.plan.schedules import Schedule
 from megatron.pretrain.checkpoint.comparison import changeable
 from megatron.pretrain.data.gpt import cache_folder, check_split
 from megatron.pretrain.settings.elastic import derive_elastic
+from megatron.pretrain.settings.ending import ending_of
+from megatron.pretrain.settings.housekeeping import housekeeping_of
+from megatron.pretrain.settings.learning_rate import derive_length, learning_rate_of
 from megatron.pretrain.settings.megatron_command_line import translate
 from megatron.pretrain.settings.parser import build_parser
 from megatron.pretrain.settings.profiling import profiling_settings
@@ -63,6 +66,7 @@ def parse_arguments(
     args.needless_flags = translated.note()
     args.world_size = int(os.environ.get("WORLD_SIZE", "1"))
     args.rank = int(os.environ.get("RANK", "0"))
+    derive_length(args)
     derive_layout(args)
     derive_model(args)
     _check_training(args)
@@ -112,15 +116,9 @@ def _choose_schedule(args: argparse.Namespace) -> ScheduleSettings:
 
 
 def _check_training(args: argparse.Namespace) -> None:
-    if args.lr_decay_iters is None:
-        args.lr_decay_iters = args.train_iters
-    if args.lr_warmup_iters >= args.lr_decay_iters:
-        raise ValueError(
-            f"--lr-warmup-iters {args.lr_warmup_iters} must be smaller than --lr-decay-iters "
-            f"{args.lr_decay_iters}; use at most {args.lr_decay_iters - 1}"
-        )
-    if args.min_lr > args.lr:
-        raise ValueError(f"--min-lr {args.min_lr} is above --lr {args.lr}; use at most that")
+    args.learning_rate = learning_rate_of(args)
+    args.ending = ending_of(args)
+    args.housekeeping = housekeeping_of(args)
     for name in ("save_interval", "keep_checkpoints"):
         if getattr(args, name) is not None and args.save is None:
             raise ValueError(f"{flag_of(name)} {getattr(args, name)} needs --save DIR")

@@ -10,18 +10,22 @@ from __future__ import annotations
 SUPPORTED = frozenset(
     """
     adam-beta1 adam-beta2 adam-eps add-qkv-bias async-save attention-backend attention-dropout bf16
-    calculate-per-token-loss clip-grad data-cache-path data-path disable-bias-linear
-    distributed-timeout-minutes eod-mask-loss eval-interval eval-iters ffn-hidden-size global-batch-size
-    group-query-attention hidden-dropout hidden-size init-method-std kv-channels load log-interval lr
-    lr-decay-iters lr-decay-style lr-warmup-iters make-vocab-size-divisible-by max-position-embeddings
-    micro-batch-size min-lr norm-epsilon normalization num-attention-heads num-layers
+    calculate-per-token-loss clip-grad data-cache-path data-path decoupled-lr decoupled-min-lr
+    disable-bias-linear disable-manual-gc-eval distributed-timeout-minutes empty-unused-memory-level
+    end-weight-decay eod-mask-loss eval-interval eval-iters exit-duration-in-mins exit-interval
+    ffn-hidden-size global-batch-size group-query-attention hidden-dropout hidden-size init-method-std
+    kv-channels load log-interval lr lr-decay-iters lr-decay-samples lr-decay-style lr-warmup-fraction
+    lr-warmup-init lr-warmup-iters lr-warmup-samples lr-wsd-decay-iters lr-wsd-decay-samples
+    lr-wsd-decay-style make-vocab-size-divisible-by manual-gc manual-gc-interval max-position-embeddings
+    micro-batch-size min-lr no-manual-gc-eval norm-epsilon normalization num-attention-heads num-layers
     num-layers-per-virtual-pipeline-stage num-query-groups num-workers optimizer overlap-grad-reduce
     overlap-param-gather pipeline-model-parallel-size position-embedding-type profile profile-ranks
     profile-step-end profile-step-start qk-layernorm recompute-granularity recompute-method
     recompute-modules recompute-num-layers rotary-base rotary-percent
     rotary-seq-len-interpolation-factor save save-interval seed seq-length sequence-parallel
-    sgd-momentum split swiglu tensor-model-parallel-size train-iters transformer-impl
-    untie-embeddings-and-output-weights use-distributed-optimizer weight-decay
+    sgd-momentum split start-weight-decay swiglu tensor-model-parallel-size train-iters train-samples
+    transformer-impl untie-embeddings-and-output-weights use-distributed-optimizer weight-decay
+    weight-decay-incr-style
     """.split()
 )
 
@@ -204,11 +208,10 @@ REFUSED: dict[str, str] = {
     """,
     "layers of several kinds are not built; use layers that are all alike": """
         decoder-num-layers disable-mamba-mem-eff-path encoder-num-layers
-        heterogeneous-layers-config-encoded-json heterogeneous-layers-config-path
-        hybrid-layer-pattern hybrid-override-pattern is-hybrid-model
-        mamba-head-dim mamba-inference-conv-states-dtype mamba-inference-ssm-states-dtype
-        mamba-num-groups mamba-num-heads mamba-state-dim mamba-training-ssm-states-dtype spec
-        use-legacy-models yaml-cfg
+        heterogeneous-layers-config-encoded-json heterogeneous-layers-config-path hybrid-layer-pattern
+        hybrid-override-pattern is-hybrid-model mamba-head-dim mamba-inference-conv-states-dtype
+        mamba-inference-ssm-states-dtype mamba-num-groups mamba-num-heads mamba-state-dim
+        mamba-training-ssm-states-dtype spec use-legacy-models yaml-cfg
     """,
     "images are another program's; train with Megatron-LM": """
         classes-fraction data-per-class-fraction dino-bottleneck-size dino-freeze-last-layer
@@ -381,7 +384,7 @@ REFUSED: dict[str, str] = {
         tokenizer-hf-include-special-tokens tokenizer-hf-no-include-special-tokens
         tokenizer-hf-no-use-fast tokenizer-hf-use-fast tokenizer-metadata tokenizer-model
         tokenizer-sentencepiece-legacy tokenizer-special-tokens tokenizer-type train-data-path
-        train-samples trust-remote-code valid-data-path vocab-extra-ids vocab-file vocab-size
+        trust-remote-code valid-data-path vocab-extra-ids vocab-file vocab-size
     """,
     "it is for tests of Megatron; remove it": """
         enable-experimental enable-msc test-mode
@@ -390,12 +393,8 @@ REFUSED: dict[str, str] = {
         exit-signal exit-signal-handler-for-dataloader
     """,
     "this is not built yet; remove it": """
-        cross-entropy-fusion-impl cross-entropy-loss-fusion decoupled-lr decoupled-min-lr
-        deterministic-mode disable-manual-gc-eval empty-unused-memory-level end-weight-decay
-        exit-duration-in-mins exit-interval fp16 fp16-lm-cross-entropy hysteresis initial-loss-scale
-        loss-scale loss-scale-window lr-decay-samples lr-warmup-fraction lr-warmup-init
-        lr-warmup-samples lr-wsd-decay-iters lr-wsd-decay-samples lr-wsd-decay-style manual-gc
-        manual-gc-interval min-loss-scale no-gradient-accumulation-fusion no-manual-gc-eval
-        rope-scaling-factor start-weight-decay use-rope-scaling weight-decay-incr-style
+        cross-entropy-fusion-impl cross-entropy-loss-fusion deterministic-mode fp16
+        fp16-lm-cross-entropy hysteresis initial-loss-scale loss-scale loss-scale-window min-loss-scale
+        no-gradient-accumulation-fusion rope-scaling-factor use-rope-scaling
     """,
 }

@@ -12,6 +12,9 @@ from helixpipe.layers.attention.choice import AUTO as AUTO_BACKEND
 from helixpipe.layers.attention.choice import BACKENDS
 from helixpipe.plan.schedules.request import ATTENTION_RANGES, HEAD_PLACEMENTS, ROUND_ORDERS
 from megatron.pretrain.settings.elastic import add_elastic_arguments
+from megatron.pretrain.settings.ending import add_ending_arguments
+from megatron.pretrain.settings.housekeeping import add_housekeeping_arguments
+from megatron.pretrain.settings.learning_rate import add_learning_rate_arguments
 from megatron.pretrain.settings.profiling import add_profiling_arguments
 from megatron.pretrain.settings.recomputation import add_memory_arguments
 from megatron.pretrain.settings.schedule import AUTO, DEFAULT_SCHEDULE, executable_schedules
@@ -26,9 +29,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model_arguments(parser)
     add_memory_arguments(parser)
     add_elastic_arguments(parser)
+    add_learning_rate_arguments(parser)
     _add_training_arguments(parser)
     _add_data_arguments(parser)
     _add_output_arguments(parser)
+    add_ending_arguments(parser)
+    add_housekeeping_arguments(parser)
     add_profiling_arguments(parser)
     return parser
 
@@ -161,14 +167,7 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--micro-batch-size", type=Whole(), required=True)
     add("--global-batch-size", type=Whole(), required=True)
-    add("--train-iters", type=Whole(), required=True)
     add("--optimizer", choices=("adam", "sgd"), default="adam")
-    add("--lr", type=Real(least=0.0), required=True)
-    add("--min-lr", type=Real(least=0.0), default=0.0)
-    add("--lr-decay-style", choices=("constant", "linear", "cosine", "inverse-square-root"), default="linear")
-    add("--lr-decay-iters", type=Whole(), help="default: --train-iters")
-    add("--lr-warmup-iters", type=Whole(least=0), default=0)
-    add("--weight-decay", type=Real(least=0.0), default=0.01)
     add("--clip-grad", type=Real(least=0.0), default=1.0, help="largest norm of the gradient; 0: no limit")
     add("--adam-beta1", type=Real(least=0.0, below=1.0), default=0.9)
     add("--adam-beta2", type=Real(least=0.0, below=1.0), default=0.999)
