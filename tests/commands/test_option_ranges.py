@@ -92,7 +92,7 @@ def rows(action):
     flag = action.option_strings[0]
     if action.nargs == 0:
         return [[f"{flag}=yes"]]
-    found = [[flag]]  # without its value
+    found = [] if action.nargs == "?" else [[flag]]  # without its value
     if isinstance(action.type, (Whole, Real)):
         found += [[f"{flag}={value}"] for value in bad_numbers(action.type)]
     elif action.choices is not None:
