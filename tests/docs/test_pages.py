@@ -92,11 +92,10 @@ def check_command(words):
 
 
 def check_planning(words):
-    args, more = planning_parser().parse_known_args(words)
-    if args.command == "train":
-        check_training(more)
+    if words[:1] == ["train"]:
+        check_training(planning_parser().parse_known_args(words)[1])
     else:
-        assert not more
+        planning_parser().parse_args(words)
 
 
 def check_training(words):
