@@ -7,13 +7,23 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from helixpipe.commands import elastic, lengths, measurement, planning, prediction, preflight, training
+from helixpipe.commands import (
+    conversion,
+    elastic,
+    lengths,
+    measurement,
+    planning,
+    prediction,
+    preflight,
+    training,
+)
 from helixpipe.commands.parser import Parser, UsageError
 from helixpipe.commands.terminal import run_printing
 from helixpipe.reliability.exit_codes import BAD_USAGE, JobError
 
 # What the base install leaves out.
 _OF_TRAINING = ("torch", "megatron", "tokenizers", "psutil")
+_OF_HUGGING_FACE = ("safetensors",)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,9 +54,11 @@ def _run(arguments: Sequence[str] | None) -> int:
     except (ValueError, OSError) as error:
         return _fail(program, error)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in _OF_TRAINING:
+        package = (error.name or "").partition(".")[0]
+        if package not in _OF_TRAINING + _OF_HUGGING_FACE:
             raise
-        return _fail(program, f"needs {error.name}; pip install 'helixpipe[train]' brings it")
+        extra = "train" if package in _OF_TRAINING else "hf"
+        return _fail(program, f"needs {error.name}; pip install 'helixpipe[{extra}]' brings it")
     return 0
 
 
@@ -60,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="helixpipe", description="Plan and look at pipeline schedules.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for module in (planning, prediction, measurement, lengths, elastic, preflight, training):
+    for module in (planning, prediction, measurement, lengths, elastic, preflight, training, conversion):
         module.add_parsers(commands.add_parser)
     return parser
 

@@ -73,8 +73,8 @@ class SegmentedGPTModel(LanguageModule):
         lends_head: the last segment, too, runs on other ranks than its weights'.
         share_embeddings_and_output_weights: tie the head to the embedding; both segments must be here.
         position_embedding_type: ``learned_absolute``, ``rope`` or ``none``.
-        rotary_percent, rotary_base, seq_len_interpolation_factor: of rotary positions.
         saving: what to do to keep less for the backward pass.
+        rotary: those of GPTModel for rotary positions, like ``rotary_base`` and ``rope_scaling``.
 
     Raises:
         ValueError: an option that segments do not support.
@@ -92,10 +92,8 @@ class SegmentedGPTModel(LanguageModule):
         lends_head: bool = False,
         share_embeddings_and_output_weights: bool = False,
         position_embedding_type: str = "learned_absolute",
-        rotary_percent: float = 1.0,
-        rotary_base: int = 10000,
-        seq_len_interpolation_factor: float | None = None,
         saving: MemorySaving = NOTHING_SAVED,
+        **rotary: Any,
     ) -> None:
         check_supported(config, position_embedding_type)
         super().__init__(config=config)
@@ -119,9 +117,7 @@ class SegmentedGPTModel(LanguageModule):
             )
         self.rotary_pos_emb: RotaryEmbedding | None = None
         if position_embedding_type == "rope":
-            self.rotary_pos_emb = self._build_rotary(
-                rotary_percent, rotary_base, seq_len_interpolation_factor
-            )
+            self.rotary_pos_emb = self._build_rotary(**{"rotary_percent": 1.0, **rotary})
         specs = [layer_spec(config, implementation, saving, layer) for layer in range(config.num_layers)]
         self._attention_part = ATTENTION_PARTS[attention_range]
         self.decoder = SegmentedDecoder(
@@ -139,14 +135,12 @@ class SegmentedGPTModel(LanguageModule):
                 mark_sliced([self.output_layer])
         self._mark_embedding_parameters()
 
-    def _build_rotary(self, percent: float, base: int, interpolation_factor: float | None) -> RotaryEmbedding:
+    def _build_rotary(self, **options: Any) -> RotaryEmbedding:
         config = self.config
         return RotaryEmbedding(
             kv_channels=config.kv_channels,
-            rotary_percent=percent,
             rotary_interleaved=config.rotary_interleaved,
-            seq_len_interpolation_factor=interpolation_factor,
-            rotary_base=base,
+            **options,
             use_cpu_initialization=config.use_cpu_initialization,
             cp_group=self.pg_collection.cp,
         )

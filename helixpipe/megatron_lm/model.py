@@ -34,7 +34,7 @@ from helixpipe.plan.execution import Execution
 # What a segmented model takes of GPTModel's arguments. The ends of a stage mean nothing to it.
 _TAKEN = (
     "vocab_size", "max_sequence_length", "share_embeddings_and_output_weights", "position_embedding_type",
-    "rotary_percent", "rotary_base", "seq_len_interpolation_factor",
+    "rotary_percent", "rotary_base", "seq_len_interpolation_factor", "rope_scaling", "rope_scaling_factor",
 )  # fmt: skip
 _LOOKED_AT = ("self", "config", "transformer_layer_spec", "pre_process", "post_process", "pg_collection")
 

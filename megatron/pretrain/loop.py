@@ -16,7 +16,7 @@ from helixpipe.megatron_adapter.schedule import ForwardBackward, chunk_iterators
 from helixpipe.reliability.exit_codes import DataError, NumericsError
 from helixpipe.reliability.monitor import Monitor
 from helixpipe.runtime.trace import NullClock, default_clock
-from megatron.pretrain.checkpoint.checkpoint import Loaded, Progress, load_checkpoint
+from megatron.pretrain.checkpoint.checkpoint import Loaded, Progress, load_checkpoint, load_weights
 from megatron.pretrain.checkpoint.files import is_same_folder
 from megatron.pretrain.checkpoint.saver import Saver, SaveStatus
 from megatron.pretrain.data.elastic_iterators import ElasticTraining, ElasticValidation
@@ -98,6 +98,8 @@ def _train_with(
     args.attention_backend, attention = describe_attention(args, state)
     monitor.enter("load")
     loaded = load_checkpoint(args, state) if args.load is not None else Loaded()
+    if loaded.folder is None and args.pretrained_checkpoint is not None:
+        loaded = load_weights(args, state)
     progress = loaded.progress
     reporter = Reporter(args, progress.iteration)
     _announce(args, loaded, reporter)
@@ -336,7 +338,10 @@ def _announce(args: argparse.Namespace, loaded: Loaded, reporter: Reporter) -> N
     iteration = loaded.progress.iteration
     if loaded.folder is None:
         return
-    reporter.say(f"going on from iteration {iteration} of {args.load}")
+    if loaded.folder.parent == args.pretrained_checkpoint:
+        reporter.say(f"starting from the weights of {loaded.folder}")
+    else:
+        reporter.say(f"going on from iteration {iteration} of {args.load}")
     if loaded.changes:
         reporter.say(f"changed since then: {', '.join(change.text for change in loaded.changes)}")
     if loaded.progress.position < loaded.progress.consumed_samples:

@@ -155,6 +155,8 @@ def _build_chunks(args: argparse.Namespace, config: TransformerConfig) -> list[t
         "rotary_percent": args.rotary_percent,
         "rotary_base": args.rotary_base,
         "seq_len_interpolation_factor": args.rotary_seq_len_interpolation_factor,
+        "rope_scaling": args.use_rope_scaling,
+        "rope_scaling_factor": args.rope_scaling_factor,
     }
     schedule: ScheduleSettings = args.schedule
     return build_model_chunks(schedule.execution, schedule.plan, config, implementation, saving, **arguments)

@@ -49,7 +49,7 @@ def test_switched_off_everything_is_megatrons_again(losses):
     [
         ("stock", "call helixpipe.megatron_lm.enable() in the script's first line"),
         ("config", "does not know qk_l2_norm=True of TransformerConfig"),
-        ("argument", "does not know rope_scaling=True of GPTModel"),
+        ("argument", "does not know fp16_lm_cross_entropy=True of GPTModel"),
         ("spec", "this model's layer spec is another"),
         ("groups", "pg_collection.pp has other ranks"),
         ("communicator", "p2p_communicator has other ranks"),

@@ -148,9 +148,7 @@ def test_documents_are_other_samples_than_packed_text(parse):
 def test_a_vocabulary_of_another_size_names_its_remedy(parse):
     saved = settings_of(parse("--make-vocab-size-divisible-by 128"))
     assert compare_settings(saved, parse("--make-vocab-size-divisible-by 192"), "FOLDER") == []
-    with pytest.raises(
-        DataError, match="padded to 384, this job has 512; give --make-vocab-size-divisible-by"
-    ):
+    with pytest.raises(DataError, match="--padded-vocab-size 384, this job has 512; give the same"):
         compare_settings(saved, parse("--make-vocab-size-divisible-by 256"), "FOLDER")
 
 

@@ -131,7 +131,7 @@ def refusals() -> dict[str, str]:
     found = {
         "stock": _message(lambda: run(CASE, held[0])),
         "config": _message(lambda: build_stage(CASE, qk_l2_norm=True)),
-        "argument": _message(lambda: build_stage(CASE, rope_scaling=True)),
+        "argument": _message(lambda: build_stage(CASE, fp16_lm_cross_entropy=True)),
         "spec": _message(lambda: build_stage(CASE, spec=spec)),
         "groups": _message(lambda: run(CASE, _current, pg_collection=wrong)),
         "communicator": _message(

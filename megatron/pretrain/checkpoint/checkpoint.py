@@ -8,6 +8,7 @@ canonical names, so a run may stop under one schedule and layout and go on under
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,7 +81,7 @@ def load_checkpoint(args: argparse.Namespace, state: TrainingState) -> Loaded:
         DataError: an unreadable tracker, a checkpoint that is missing or damaged, or one of a job with other
             settings; on every rank, before training uses a weight.
     """
-    folder = _verified_checkpoint(args)
+    folder = _verified_checkpoint(args.load, args, falls_back=args.load_fallback)
     if folder is None:
         if args.save is None or not is_same_folder(args.load, args.save):
             raise DataError(
@@ -92,20 +93,59 @@ def load_checkpoint(args: argparse.Namespace, state: TrainingState) -> Loaded:
         return _load_from(folder, args, state)
 
 
-def _verified_checkpoint(args: argparse.Namespace) -> Path | None:
-    """The checkpoint to load, its files found to be what was saved; with ``--load-fallback`` an older one."""
-    folder = _tracked_by_all(args)
+def load_weights(args: argparse.Namespace, state: TrainingState) -> Loaded:
+    """Take the weights of the newest checkpoint under ``--pretrained-checkpoint``; training begins with them.
+
+    Raises:
+        DataError: see :func:`load_checkpoint`.
+    """
+    root: Path = args.pretrained_checkpoint
+    folder = _verified_checkpoint(root, args, falls_back=False)
+    if folder is None:
+        raise DataError(f"--pretrained-checkpoint {root} holds no checkpoint; give a folder of --save")
+    with no_code_from_disk():
+        saved = dist_checkpointing.load_common_state_dict(str(folder))
+        changes = compare_settings(saved["settings"], args, str(folder), only_model=True)
+        wanted = _weights_of(state)
+        check_tensors(folder, wanted)
+        loaded = _read(wanted, folder)
+        for name, chunk in _named_models(state):
+            chunk.load_state_dict(loaded[name], strict=False)
+    # The optimizer has copies of its own.
+    state.optimizer.reload_model_params()
+    found = global_sums(_weights_of(state))
+    _refuse_changed(folder, {name: saved["sums"].get(name) for name in found}, found)
+    return Loaded(folder=folder, changes=tuple(changes))
+
+
+def _weights_of(state: TrainingState) -> dict[str, Any]:
+    """The models' tensors in their checkpoint form, without the states of modules, which fp8 alone has."""
+    tensors = (ShardedTensor, ShardedTensorFactory)
+    return {
+        name: {
+            key: value
+            for key, value in chunk.sharded_state_dict(metadata=content_metadata()).items()
+            if isinstance(value, tensors)
+        }
+        for name, chunk in _named_models(state)
+    }
+
+
+def _verified_checkpoint(root: Path, args: argparse.Namespace, *, falls_back: bool) -> Path | None:
+    """The newest checkpoint, its files found to be what was saved; ``falls_back`` to an older one if not."""
+    folder = _tracked_by_all(root)
     if folder is None:
         return None
-    candidates = [folder, *_older(folder)] if args.load_fallback else [folder]
+    candidates = [folder, *_older(folder)] if falls_back else [folder]
     problem = ""
     for candidate in candidates:
         problem = _problem_of(candidate, args)
         if not problem:
             return candidate
-        if args.rank == 0 and args.load_fallback:
+        if args.rank == 0 and falls_back:
             say(f"{problem}; trying the checkpoint before it")
-    hint = "" if args.load_fallback else "; add --load-fallback to go on from the one before it"
+    can_fall_back = root == args.load and not falls_back
+    hint = "; add --load-fallback to go on from the one before it" if can_fall_back else ""
     raise DataError(problem + hint)
 
 
@@ -120,11 +160,11 @@ def _older(folder: Path) -> list[Path]:
         ]
 
 
-def _tracked_by_all(args: argparse.Namespace) -> Path | None:
+def _tracked_by_all(root: Path) -> Path | None:
     """The checkpoint that the tracker names, found to be the same one on every rank."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     try:
-        mine: tuple[Path | None, str] = (tracked(args.load), "")
+        mine: tuple[Path | None, str] = (tracked(root), "")
     except (ValueError, OSError) as error:
         mine = (None, str(error))
     seen = _gathered({rank: mine})
@@ -134,9 +174,7 @@ def _tracked_by_all(args: argparse.Namespace) -> Path | None:
     folders: dict[int, Path | None] = {rank: folder for rank, (folder, _) in seen.items()}
     if len(set(folders.values())) > 1:
         shown = "; ".join(f"rank {r}: {f.name if f else 'no checkpoint'}" for r, f in sorted(folders.items()))
-        raise DataError(
-            f"ranks see different checkpoints in {args.load}: {shown}; it must be a shared folder"
-        )
+        raise DataError(f"ranks see different checkpoints in {root}: {shown}; it must be a shared folder")
     return folders[rank]
 
 
@@ -170,10 +208,7 @@ def _load_from(folder: Path, args: argparse.Namespace, state: TrainingState) -> 
         _start_steps(torch_adam)
     wanted = sharded_state(state, Progress(), args, is_loading=True)
     check_tensors(folder, wanted)
-    try:
-        loaded = dist_checkpointing.load(wanted, str(folder))
-    except (CheckpointException, CheckpointingException, RuntimeError) as error:
-        raise DataError(f"{folder} cannot be loaded ({_reason(error)}); use another checkpoint") from None
+    loaded = _read(wanted, folder)
     for name, chunk in _named_models(state):
         chunk.load_state_dict(loaded[name], strict=False)
     if torch_adam is not None:
@@ -188,9 +223,21 @@ def _load_from(folder: Path, args: argparse.Namespace, state: TrainingState) -> 
     return Loaded(progress, folder, tuple(changes))
 
 
+def _read(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
+    try:
+        loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(folder))
+    except (CheckpointException, CheckpointingException, RuntimeError) as error:
+        raise DataError(f"{folder} cannot be loaded ({_reason(error)}); use another checkpoint") from None
+    return loaded
+
+
 def _check_sums(folder: Path, saved: dict[str, int], args: argparse.Namespace, state: TrainingState) -> None:
-    """Refuse weights or states in memory that are not those that were in memory when they were saved."""
     found = global_sums(sharded_state(state, Progress(), args, is_loading=False))
+    _refuse_changed(folder, saved, found)
+
+
+def _refuse_changed(folder: Path, saved: Mapping[str, Any], found: Mapping[str, int]) -> None:
+    """Refuse weights or states in memory that are not those that were in memory when they were saved."""
     names = differing(saved, found)
     if names:
         more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""

@@ -33,11 +33,20 @@ CHANGES_NOTHING = frozenset((
     # Where files are; what is in the data is compared by itself.
     "data_path", "data_cache_path", "log_interval", "metrics_jsonl", "trace_dir", "failure_dir", "save",
     "save_interval", "keep_checkpoints", "set_aside_checkpoints", "async_save", "on_save_failure",
-    "load", "load_fallback", "allow_changed", "profile", "profile_step_start", "profile_step_end",
-    "profile_ranks",
+    "load", "load_fallback", "pretrained_checkpoint", "allow_changed", "profile", "profile_step_start",
+    "profile_step_end", "profile_ranks",
     # What is compared under another name: --num-query-groups, the padded size of the vocabulary,
     # --train-iters.
     "group_query_attention", "make_vocab_size_divisible_by", "train_samples",
+))  # fmt: skip
+
+# What the outputs of a model with given weights depend on. Positions that are learned have a shape, and the
+# longest sequence may change otherwise.
+MODEL = frozenset((
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+    "normalization", "norm_epsilon", "swiglu", "qk_layernorm", "add_bias_linear", "add_qkv_bias",
+    "untie_embeddings_and_output_weights", "position_embedding_type", "rotary_base", "rotary_percent",
+    "rotary_seq_len_interpolation_factor", "use_rope_scaling", "rope_scaling_factor", "padded_vocab_size",
 ))  # fmt: skip
 
 # What the form of weights and of optimizer states depends on: no option makes one fit the other.
@@ -93,18 +102,38 @@ def changeable() -> list[str]:
     return sorted(name.replace("_", "-") for name in names)
 
 
-def compare_settings(saved: Mapping[str, Any], args: argparse.Namespace, source: str) -> list[Change]:
+def model_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The part of :func:`settings_of` that describes the model."""
+    return {name: getattr(args, name) for name in sorted(MODEL)}
+
+
+def differing_model_settings(saved: Mapping[str, Any], args: argparse.Namespace) -> list[str]:
+    """Options of the model that a checkpoint was saved with and that are not those of ``args``, in words."""
+    default = build_parser().get_default
+    return [
+        f"{_shown(name, saved.get(name, default(name)))} and not the {_value(name, value)}"
+        for name, value in model_settings(args).items()
+        if saved.get(name, default(name)) != value
+    ]
+
+
+def compare_settings(
+    saved: Mapping[str, Any], args: argparse.Namespace, source: str, *, only_model: bool = False
+) -> list[Change]:
     """What this job changes on purpose.
 
     Args:
         saved: :func:`settings_of` the job that saved the checkpoint.
         args: parsed arguments of this job.
         source: the checkpoint, for messages.
+        only_model: the job takes its weights and nothing else.
 
     Raises:
         DataError: one line with all settings that differ otherwise, and what to do.
     """
-    here = settings_of(args)
+    here = model_settings(args) if only_model else settings_of(args)
+    if only_model:
+        saved = {name: saved[name] for name in saved.keys() & MODEL}
     default = build_parser().get_default
     allowed = {name.replace("-", "_") for name in args.allow_changed}
     changes, refused = [], []
@@ -132,8 +161,6 @@ def _follows(settings: Mapping[str, Any]) -> bool:
 
 
 def _remedy(names: list[str]) -> str:
-    if "padded_vocab_size" in names:
-        return "give --make-vocab-size-divisible-by as that job had it"
     if _FIXED.intersection(names):
         return "give the same, or use another checkpoint"
     options = dict.fromkeys(_OPTION_OF.get(name, name).replace("_", "-") for name in names)
@@ -145,7 +172,6 @@ def _shown(name: str, value: Any) -> str:
     words = {
         "data": "the data of hash",
         "samples": "samples that are",
-        "padded_vocab_size": "a vocabulary padded to",
         "add_bias_linear": "--disable-bias-linear",
     }
     return f"{words.get(name, flag_of(name))} {_value(name, value)}"

@@ -138,6 +138,8 @@ def _check_training(args: argparse.Namespace) -> None:
         raise ValueError("--load-fallback needs --load DIR")
     if args.allow_changed:
         _check_allowed(args)
+    if args.pretrained_checkpoint is not None and args.optimizer == "sgd":
+        raise ValueError("--pretrained-checkpoint needs --optimizer adam; sgd has no form for checkpoints")
     if args.optimizer == "sgd" and (args.use_distributed_optimizer or args.save or args.load):
         raise ValueError(
             "--optimizer sgd has no form for checkpoints and shards; use adam, or leave out --save, --load "
@@ -146,8 +148,8 @@ def _check_training(args: argparse.Namespace) -> None:
 
 
 def _check_allowed(args: argparse.Namespace) -> None:
-    if args.load is None:
-        raise ValueError("--allow-changed needs --load DIR")
+    if args.load is None and args.pretrained_checkpoint is None:
+        raise ValueError("--allow-changed needs --load DIR or --pretrained-checkpoint DIR")
     for name in args.allow_changed:
         if name not in changeable():
             raise ValueError(
@@ -253,9 +255,22 @@ def _pad_vocabulary(args: argparse.Namespace) -> int:
         args.dataset.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size,
     )  # fmt: skip
     padded = -(-size // multiple) * multiple
+    if args.padded_vocab_size is not None:
+        return _given_rows(args.padded_vocab_size, size, tp)
     if padded % tp:
         raise ValueError(
             f"--make-vocab-size-divisible-by {multiple} pads the vocabulary of {size} to {padded}, which "
             f"--tensor-model-parallel-size {tp} does not divide; use {math.lcm(multiple, tp)}"
         )
     return int(padded)
+
+
+def _given_rows(rows: int, vocabulary: int, tp: int) -> int:
+    """``--padded-vocab-size``, found to fit."""
+    if rows < vocabulary or rows % tp:
+        least = -(-vocabulary // tp) * tp
+        raise ValueError(
+            f"--padded-vocab-size {rows} must be a multiple of --tensor-model-parallel-size {tp} and "
+            f"hold the vocabulary of {vocabulary}; use {least} or more"
+        )
+    return rows

@@ -18,7 +18,7 @@ from megatron.pretrain.settings.learning_rate import add_learning_rate_arguments
 from megatron.pretrain.settings.profiling import add_profiling_arguments
 from megatron.pretrain.settings.recomputation import add_memory_arguments
 from megatron.pretrain.settings.schedule import AUTO, DEFAULT_SCHEDULE, executable_schedules
-from megatron.pretrain.settings.sizes import ROTARY_BASE
+from megatron.pretrain.settings.sizes import ROPE_SCALING_FACTOR, ROTARY_BASE
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -144,6 +144,8 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rotary-base", type=Whole(least=2), default=ROTARY_BASE)
     add("--rotary-percent", type=Real(above=0.0, most=1.0), default=1.0)
     add("--rotary-seq-len-interpolation-factor", type=Real(least=1.0))
+    add("--use-rope-scaling", action="store_true", help="rotary positions as in Llama 3.1 and later")
+    add("--rope-scaling-factor", type=Real(least=1.0), default=ROPE_SCALING_FACTOR, help="of it (default 8)")
     add("--normalization", choices=("LayerNorm", "RMSNorm"), default="LayerNorm")
     add("--norm-epsilon", type=Real(above=0.0, below=1.0), default=1e-5)
     add("--swiglu", action="store_true")
@@ -152,6 +154,11 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--add-qkv-bias", action="store_true")
     add("--untie-embeddings-and-output-weights", action="store_true")
     add("--make-vocab-size-divisible-by", type=Whole(), default=128)
+    add(
+        "--padded-vocab-size",
+        type=Whole(),
+        help="rows of the embedding (default: the vocabulary's, rounded up)",
+    )
     add(
         "--attention-dropout",
         type=Real(least=0.0, below=1.0),
@@ -231,6 +238,13 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
         "succeed",
     )
     add("--load", type=Path, metavar="DIR", help="go on from the latest checkpoint there")
+    add(
+        "--pretrained-checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="start from the weights there, as tools/convert_hf.py writes them, unless --load holds "
+        "a checkpoint",
+    )
     add("--load-fallback", action="store_true", help="from an older one if the latest is damaged")
     add(
         "--allow-changed",

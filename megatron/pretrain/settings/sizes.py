@@ -7,7 +7,9 @@ import math
 
 import torch
 
-ROTARY_BASE = 10000  # Megatron's default
+# Megatron's defaults
+ROTARY_BASE = 10000
+ROPE_SCALING_FACTOR = 8.0
 
 
 def derive_layout(args: argparse.Namespace) -> None:
@@ -101,11 +103,14 @@ def derive_model(args: argparse.Namespace) -> None:
 
 def _check_rotary(args: argparse.Namespace) -> None:
     """Rotary embeddings turn pairs of channels, as many as the percentage leaves of a head, rounded down."""
+    if args.rope_scaling_factor != ROPE_SCALING_FACTOR and not args.use_rope_scaling:
+        raise ValueError("--rope-scaling-factor needs --use-rope-scaling; add it, or leave the factor out")
     if args.position_embedding_type != "rope":
         for flag, is_given in (
             ("--rotary-percent", args.rotary_percent != 1.0),
             ("--rotary-base", args.rotary_base != ROTARY_BASE),
             ("--rotary-seq-len-interpolation-factor", args.rotary_seq_len_interpolation_factor is not None),
+            ("--use-rope-scaling", args.use_rope_scaling),
         ):
             if is_given:
                 raise ValueError(f"{flag} needs --position-embedding-type rope; add it, or leave {flag} out")

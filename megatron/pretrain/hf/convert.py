@@ -1,0 +1,233 @@
+"""A model on Hugging Face to a checkpoint of ours, and back, a few tensors at a time."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch import Tensor
+
+from megatron.pretrain.checkpoint.comparison import differing_model_settings, model_settings
+from megatron.pretrain.checkpoint.files import digest, tracked, usable
+from megatron.pretrain.checkpoint.publishing import publish, start_saving
+from megatron.pretrain.checkpoint.safe_pickle import find_unsafe_content, no_code_from_disk
+from megatron.pretrain.checkpoint.shards import BACKEND, VERSION
+from megatron.pretrain.checkpoint.sums import bit_sum
+from megatron.pretrain.hf.config import CONFIG, read_config
+from megatron.pretrain.hf.families import command_line, describe_model
+from megatron.pretrain.hf.families.family import Model
+from megatron.pretrain.hf.parts import CheckpointReader, Part, write_parts
+from megatron.pretrain.hf.rules import Rule
+from megatron.pretrain.hf.tensor_files import TensorFolder, TensorWriter, new_folder
+from megatron.pretrain.settings.parser import build_parser
+from megatron.pretrain.settings.sizes import derive_model
+
+# Of a checkpoint: where config.json and the tokenizer of the imported model are kept, beside its iterations.
+REFERENCE = "hf"
+# Weights in any format, which the checkpoint replaces.
+_WEIGHTS = (
+    "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf",
+    "*.h5", "*.msgpack", "*.onnx",
+)  # fmt: skip
+
+# What training options must be given for the parser, and say nothing of a model.
+_TRAINING = (
+    "--seq-length 1 --micro-batch-size 1 --global-batch-size 1 --train-iters 1 --lr 0 --data-path none"
+).split()
+
+
+def import_model(
+    source: Path, output: Path, *, dtype: torch.dtype | None = None, padded_rows: int | None = None
+) -> list[str]:
+    """Write a checkpoint of iteration 0 with a model's weights, which ``--pretrained-checkpoint`` takes.
+
+    Args:
+        source: folder with config.json and safetensors files.
+        output: folder of checkpoints, to be made.
+        dtype: of the weights here; None for those of the files.
+        padded_rows: of the embedding; None for as many as there.
+
+    Returns:
+        the model's options of pretrain_gpt.py.
+
+    Raises:
+        ValueError: something that is not understood, or an output that holds checkpoints.
+    """
+    model = describe_model(read_config(source), padded_rows)
+    folder = TensorFolder(source)
+    _check_names(source, model, folder)
+    if usable(output) or (output.exists() and tracked(output)):
+        raise ValueError(f"{output} holds checkpoints; give another --output")
+    sums: Counter[str] = Counter()
+    parts = list(_parts(model, folder, dtype, sums))
+    target = start_saving(output, 0)
+    write_parts(target, parts)
+    common = {
+        "iteration": 0,
+        "samples": {},
+        "settings": model_settings(_parsed(model)),
+        "sums": {name: value % 2**64 for name, value in sums.items()},
+    }
+    torch.save(common, target / "common.pt")
+    save_config(CheckpointingConfig(BACKEND, VERSION), str(target))
+    _copy_rest(source, output / REFERENCE)
+    digests = {path.name: digest(path, to_disk=True) for path in target.iterdir()}
+    publish(output, 0, digests, job=f"import {source}", previous=None, keep=None)
+    return command_line(model)
+
+
+def export_model(
+    source: Path,
+    output: Path,
+    *,
+    reference: Path | None = None,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = 1 << 30,
+) -> Path:
+    """Write the newest checkpoint's weights as a model on Hugging Face.
+
+    Args:
+        source: folder of checkpoints.
+        output: folder to be made.
+        reference: whose config.json and tokenizer the model gets; None for those of an imported model.
+        dtype: of the weights there; None for those of the checkpoint.
+        shard_bytes: largest size of a file; twice as much is in memory at a time.
+
+    Returns:
+        the checkpoint that was exported.
+
+    Raises:
+        ValueError: the checkpoint is damaged or of another model than the reference.
+    """
+    checkpoint = tracked(source)
+    if checkpoint is None:
+        raise ValueError(f"{source} holds no checkpoint; give a folder of --save")
+    reference = source / REFERENCE if reference is None else reference
+    unsafe = find_unsafe_content(checkpoint)
+    if unsafe:
+        raise ValueError(unsafe)
+    common = torch.load(checkpoint / "common.pt", map_location="cpu", weights_only=True)
+    model = describe_model(read_config(reference), common["settings"]["padded_vocab_size"])
+    differing = differing_model_settings(common["settings"], _parsed(model))
+    if differing:
+        raise ValueError(
+            f"{checkpoint} was trained with {'; '.join(differing)} of {reference / CONFIG}; give a "
+            "--reference whose config.json describes the trained model"
+        )
+    with new_folder(output) as target, no_code_from_disk():
+        _export_tensors(CheckpointReader(checkpoint), model, common["sums"], dtype, target, shard_bytes)
+        _copy_rest(reference, target)
+    return checkpoint
+
+
+def _parsed(model: Model) -> argparse.Namespace:
+    """The model's options as pretrain_gpt.py reads them."""
+    args = build_parser().parse_args([*command_line(model), *_TRAINING])
+    args.tensor_model_parallel_size = 1
+    derive_model(args)
+    return args
+
+
+def _layers(model: Model, rule: Rule) -> list[int | None]:
+    """The layers of which a rule makes one tensor each; None for a tensor of the whole model."""
+    return [*range(model.arguments["num_layers"])] if rule.is_of_layers else [None]
+
+
+def _check_names(source: Path, model: Model, folder: TensorFolder) -> None:
+    """All tensors of the rules, and no others, are in the files."""
+    wanted = {
+        name for rule in model.rules for layer in _layers(model, rule) for name in rule.names(layer or 0)
+    }
+    missing = sorted(wanted - folder.names)
+    if missing:
+        raise ValueError(
+            f"{source} has no tensor {missing[0]}, which its {CONFIG} asks for ({len(missing)} missing)"
+        )
+    left = sorted(name for name in folder.names - wanted if not name.endswith(model.computed))
+    for name in left:
+        if name not in model.aliases:
+            raise ValueError(
+                f"{source} has a tensor {name}, which its {CONFIG} does not ask for ({len(left)} left)"
+            )
+        if not torch.equal(folder.read(name), folder.read(model.aliases[name])):
+            raise ValueError(f"{source}: {name} is tied to {model.aliases[name]}, but holds other numbers")
+
+
+def _parts(
+    model: Model, folder: TensorFolder, dtype: torch.dtype | None, sums: Counter[str]
+) -> Iterator[Part]:
+    """What the checkpoint will hold; sums of what was made are added up as it is made."""
+    for rule in model.rules:
+        layers = _layers(model, rule)
+        for layer in layers:
+            names = rule.names(layer or 0)
+            form = rule.join(tuple(folder.describe(name) for name in names))
+
+            def produce(rule: Rule = rule, names: tuple[str, ...] = names) -> Tensor:
+                tensor = rule.join(tuple(map(folder.read, names)))
+                tensor = tensor if dtype is None else tensor.to(dtype)
+                sums[rule.ours] += int(bit_sum(tensor))
+                return tensor
+
+            place = None if layer is None else (layer, len(layers))
+            yield Part(rule.ours, place, form.shape, dtype or form.dtype, produce)
+
+
+def _export_tensors(
+    reader: CheckpointReader,
+    model: Model,
+    sums: dict[str, int],
+    dtype: torch.dtype | None,
+    target: Path,
+    shard_bytes: int,
+) -> None:
+    """Write all tensors, each found to have the sum that it had when it was saved."""
+    writer = TensorWriter(target, shard_bytes)
+    for rule in model.rules:
+        _check_form(reader, rule, len(_layers(model, rule)))
+        found = 0
+        for layer in _layers(model, rule):
+            tensor = reader.read(rule.ours, layer)
+            found += int(bit_sum(tensor))
+            tensor = tensor if dtype is None else tensor.to(dtype)
+            for name, part in zip(rule.names(layer or 0), rule.split(tensor), strict=True):
+                writer.add(name, part)
+        if found % 2**64 != sums.get(rule.ours):
+            raise ValueError(f"{rule.ours} has another sum than when it was saved: use another checkpoint")
+    writer.finish()
+
+
+def _check_form(reader: CheckpointReader, rule: Rule, num_layers: int) -> None:
+    saved = reader.describe(rule.ours)
+    if saved is None or (rule.is_of_layers and saved.size[0] != num_layers):
+        raise ValueError(
+            f"the checkpoint holds no {rule.ours} of {num_layers} layers; use another --reference"
+        )
+
+
+def _copy_rest(source: Path, target: Path) -> None:
+    """config.json, the tokenizer and all else but weights."""
+    target.mkdir(exist_ok=True)
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not any(path.match(pattern) for pattern in _WEIGHTS):
+            shutil.copyfile(path, target / path.name)
+
+
+def printed(words: list[str]) -> str:
+    """Options for a shell, one a line."""
+    lines: list[str] = []
+    for word in words:
+        if word.startswith("--"):
+            lines.append(word)
+        else:
+            lines[-1] += f" {word}"
+    return " \\\n".join(lines)
+
+
+DTYPES: dict[str, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -1,0 +1,105 @@
+"""What a family of models is to the conversion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.pretrain.hf.config import ModelConfig
+from megatron.pretrain.hf.rules import LAYERS, Rule, grouped, padded, same, stacked
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a config.json describes.
+
+    Attributes:
+        arguments: options of pretrain_gpt.py by name; True for a switch.
+        rules: every tensor of the model, once.
+        vocab_size: rows of the embedding on Hugging Face.
+        aliases: tensors that files may hold besides, by the tensor that they must equal.
+        computed: ends of names of tensors that follow from the configuration, and are left out.
+    """
+
+    arguments: dict[str, Any]
+    rules: tuple[Rule, ...]
+    vocab_size: int
+    aliases: dict[str, str]
+    computed: tuple[str, ...] = ()
+
+
+# The config.json and the rows of the embedding, None for those that it has, to the model.
+Describe = Callable[[ModelConfig, int | None], Model]
+
+
+def decoder_arguments(config: ModelConfig) -> dict[str, Any]:
+    """The options that all decoders with RMSNorm, grouped queries and no biases of linear layers share."""
+    heads, hidden = config.take("num_attention_heads"), config.take("hidden_size")
+    arguments = {
+        "num_layers": config.take("num_hidden_layers"),
+        "hidden_size": hidden,
+        "ffn_hidden_size": config.take("intermediate_size"),
+        "num_attention_heads": heads,
+        "group_query_attention": True,
+        "num_query_groups": config.take("num_key_value_heads", heads),
+        "kv_channels": config.take("head_dim", hidden // heads),
+        "max_position_embeddings": config.take("max_position_embeddings"),
+        "normalization": "RMSNorm",
+        "norm_epsilon": config.take("rms_norm_eps"),
+        "disable_bias_linear": True,
+    }
+    config.ignore("attention_dropout")  # none is trained with, and the kernels have none
+    return arguments
+
+
+def attention_rules(arguments: dict[str, Any], *, qkv_bias: bool = False) -> tuple[Rule, ...]:
+    """QKV, by groups, and the projection of a layer that has them as ``self_attn``."""
+    heads, groups = arguments["num_attention_heads"], arguments["num_query_groups"]
+    rules = [same(f"{LAYERS}self_attention.linear_proj.weight", "model.layers.{}.self_attn.o_proj.weight")]
+    for kind in ("weight", "bias") if qkv_bias else ("weight",):
+        query, key, value = (f"model.layers.{{}}.self_attn.{part}_proj.{kind}" for part in "qkv")
+        ours = f"{LAYERS}self_attention.linear_qkv.{kind}"
+        rules.append(grouped(ours, (query, key, value), heads, groups))
+    return tuple(rules)
+
+
+def mlp_rules() -> tuple[Rule, ...]:
+    """A gated MLP."""
+    theirs = "model.layers.{}.mlp."
+    return (
+        stacked(f"{LAYERS}mlp.linear_fc1.weight", f"{theirs}gate_proj.weight", f"{theirs}up_proj.weight"),
+        same(f"{LAYERS}mlp.linear_fc2.weight", f"{theirs}down_proj.weight"),
+    )
+
+
+def norm_rules() -> tuple[Rule, ...]:
+    """The norms before attention and MLP, and the one before the head."""
+    theirs = "model.layers.{}."
+    return (
+        same(f"{LAYERS}self_attention.linear_qkv.layer_norm_weight", f"{theirs}input_layernorm.weight"),
+        same(f"{LAYERS}mlp.linear_fc1.layer_norm_weight", f"{theirs}post_attention_layernorm.weight"),
+        same("decoder.final_layernorm.weight", "model.norm.weight"),
+    )
+
+
+def decoder(
+    config: ModelConfig, padded_rows: int | None, arguments: dict[str, Any], rules: tuple[Rule, ...],
+    *, tied: bool = False,
+) -> Model:  # fmt: skip
+    """A decoder with its embedding and its head; ``tied`` if config.json says nothing of it."""
+    rows = config.take("vocab_size")
+    padded_rows = rows if padded_rows is None else padded_rows
+    if padded_rows < rows:
+        raise ValueError(
+            f"--padded-vocab-size {padded_rows} is less than the model's {rows}; use at least that"
+        )
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    ends = [padded("embedding.word_embeddings.weight", embedding, rows, padded_rows)]
+    is_tied = config.take("tie_word_embeddings", tied)
+    if not is_tied:
+        ends.append(padded("output_layer.weight", head, rows, padded_rows))
+        arguments = {**arguments, "untie_embeddings_and_output_weights": True}
+    arguments = {**arguments, "padded_vocab_size": padded_rows}
+    aliases = {head: embedding} if is_tied else {}
+    return Model(arguments, (*ends, *rules), rows, aliases, computed=("rotary_emb.inv_freq",))

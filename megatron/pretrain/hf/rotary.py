@@ -1,0 +1,60 @@
+"""Rotary positions of a config.json as options of pretrain_gpt.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.pretrain.hf.config import ModelConfig
+
+Arguments = dict[str, Any]
+
+# Megatron's function has these as constants.
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def rotary_arguments(config: ModelConfig) -> Arguments:
+    """The options for rotary positions with or without scaling, in the form of transformers 4 or 5.
+
+    Raises:
+        ValueError: a scaling that is not supported.
+    """
+    rope: dict[str, Any] = dict(config.take("rope_parameters", {}))
+    rope.update(config.take("rope_scaling", {}))
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    rope.pop("type", None)
+    base = rope.pop("rope_theta", None)
+    arguments: Arguments = {
+        "position_embedding_type": "rope",
+        "rotary_base": _whole(config, config.take("rope_theta", 10000.0 if base is None else base)),
+    }
+    share = rope.pop("partial_rotary_factor", config.take("partial_rotary_factor", 1.0))
+    if share != 1.0:
+        arguments["rotary_percent"] = share
+    arguments |= _scaling(config, kind, rope)
+    if rope:
+        config.refuse("rope_parameters", rope)
+    return arguments
+
+
+def _scaling(config: ModelConfig, kind: str, rope: dict[str, Any]) -> Arguments:
+    """The options for a kind of scaling; takes what it understands out of ``rope``."""
+    if kind == "default":
+        return {}
+    if kind == "linear":
+        return {"rotary_seq_len_interpolation_factor": float(rope.pop("factor"))}
+    if kind == "llama3":
+        for name, value in _LLAMA3.items():
+            if rope.pop(name, value) != value:
+                raise ValueError(
+                    f"{name} of llama3's rotary scaling must be {value:g}, as in every released model: it "
+                    "is a constant of Megatron's"
+                )
+        return {"use_rope_scaling": True, "rope_scaling_factor": float(rope.pop("factor"))}
+    config.refuse("rope_type", kind)
+    return {}
+
+
+def _whole(config: ModelConfig, base: float) -> int:
+    if base != int(base):
+        config.refuse("rope_theta", base)
+    return int(base)

@@ -1,0 +1,88 @@
+"""Rules from tensors on Hugging Face to ours and back; each moves numbers and computes none.
+
+Ours are in the layout of Megatron's checkpoints, as Megatron-Bridge writes them: QKV by groups, each with its
+queries, then its key and its value; the gate of a gated MLP before the other half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Tensors = tuple[Tensor, ...]
+
+LAYERS = "decoder.layers."
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one tensor of ours is made of one or more of theirs.
+
+    Attributes:
+        ours: name in a checkpoint of ours; those of layers are stacked over all layers under one name.
+        theirs: names on Hugging Face, with ``{}`` for the layer's number.
+        join: theirs to ours, of one layer. It takes tensors on the ``meta`` device, too.
+        split: ours to theirs.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    join: Callable[[Tensors], Tensor]
+    split: Callable[[Tensor], Tensors]
+
+    @property
+    def is_of_layers(self) -> bool:
+        """One tensor for each layer, or one for the model."""
+        return self.ours.startswith(LAYERS)
+
+    def names(self, layer: int) -> tuple[str, ...]:
+        """Theirs, of one layer."""
+        return tuple(name.format(layer) for name in self.theirs)
+
+
+def same(ours: str, theirs: str) -> Rule:
+    """The same tensor under another name."""
+    return Rule(ours, (theirs,), lambda given: given[0], lambda tensor: (tensor,))
+
+
+def transposed(ours: str, theirs: str) -> Rule:
+    """A matrix that is stored as [in, out]."""
+    return Rule(ours, (theirs,), lambda given: given[0].t(), lambda tensor: (tensor.t(),))
+
+
+def stacked(ours: str, *theirs: str) -> Rule:
+    """Tensors of one size, one after the other along the first dimension."""
+    return Rule(ours, theirs, torch.cat, lambda tensor: tensor.chunk(len(theirs)))
+
+
+def grouped(ours: str, theirs: tuple[str, str, str], heads: int, groups: int) -> Rule:
+    """Queries, keys and values, [heads * d, ...] and twice [groups * d, ...], by groups.
+
+    Args:
+        ours: name of QKV's weight or bias.
+        theirs: names of the three.
+        heads, groups: of queries, and of keys and values.
+    """
+    shared = heads // groups
+
+    def join(given: Tensors) -> Tensor:
+        return torch.cat([tensor.unflatten(0, (groups, -1)) for tensor in given], dim=1).flatten(0, 1)
+
+    def split(tensor: Tensor) -> Tensors:
+        parts = tensor.unflatten(0, (groups, shared + 2, -1))
+        query, key, value = parts.split((shared, 1, 1), dim=1)
+        return tuple(part.flatten(0, 2) for part in (query, key, value))
+
+    return Rule(ours, theirs, join, split)
+
+
+def padded(ours: str, theirs: str, rows: int, padded_rows: int) -> Rule:
+    """A table of ``rows`` rows, which has rows of zeros after them here."""
+
+    def join(given: Tensors) -> Tensor:
+        return torch.nn.functional.pad(given[0], (0, 0, 0, padded_rows - rows))
+
+    return same(ours, theirs) if rows == padded_rows else Rule(ours, (theirs,), join, lambda t: (t[:rows],))

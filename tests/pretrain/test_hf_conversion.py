@@ -1,0 +1,288 @@
+"""Conversion of models on Hugging Face: what is refused, what is in memory, tables of other sizes."""
+
+import gc
+import json
+import weakref
+
+import pytest
+import torch
+
+pytest.importorskip("safetensors", reason="needs the extra hf")
+
+from safetensors.torch import load_file, save_file
+
+from helixpipe.__main__ import main as helixpipe
+from helixpipe.data.prefix import DatasetInfo
+from helixpipe.reliability.exit_codes import DataError
+from megatron.pretrain.checkpoint.comparison import CHANGES_NOTHING, MODEL, compare_settings
+from megatron.pretrain.checkpoint.files import tracked
+from megatron.pretrain.hf import convert
+from megatron.pretrain.hf.config import ModelConfig
+from megatron.pretrain.hf.convert import export_model, import_model
+from megatron.pretrain.hf.families import describe_model
+from megatron.pretrain.hf.parts import CheckpointReader
+from megatron.pretrain.settings.arguments import parse_arguments
+from megatron.pretrain.settings.parser import build_parser
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 50, "hidden_size": 16,
+    "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "hidden_act": "silu", "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+DATASET = DatasetInfo(
+    prefix="unused", vocab_size=50, eod=0, num_documents=100, num_tokens=10_000, longest_document=500
+)
+
+
+def shapes(config):
+    h, ffn, d = config["hidden_size"], config["intermediate_size"], config["hidden_size"] // 4
+    table = [config["vocab_size"], h]
+    yield from (("model.embed_tokens.weight", table), ("model.norm.weight", [h]))
+    if not config["tie_word_embeddings"]:
+        yield "lm_head.weight", table
+    for layer in range(config["num_hidden_layers"]):
+        here = f"model.layers.{layer}."
+        for name, rows in (("q", 4 * d), ("k", 2 * d), ("v", 2 * d)):
+            yield f"{here}self_attn.{name}_proj.weight", [rows, h]
+        yield f"{here}self_attn.o_proj.weight", [h, 4 * d]
+        yield from ((f"{here}mlp.{name}_proj.weight", [ffn, h]) for name in ("gate", "up"))
+        yield f"{here}mlp.down_proj.weight", [h, ffn]
+        yield from ((f"{here}{name}_layernorm.weight", [h]) for name in ("input", "post_attention"))
+
+
+def write_model(folder, dtype=torch.bfloat16, **changes):
+    config = {**CONFIG, **changes}
+    generator = torch.Generator().manual_seed(1)
+    tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes(config)}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text("{}")
+    save_file(tensors, folder / "model.safetensors")
+    return tensors
+
+
+def described(**changes):
+    return describe_model(ModelConfig({**CONFIG, **changes}, "config.json"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "deepseek_v3"}, "'deepseek_v3' are not supported; those that are: llama"),
+        ({"hidden_act": "relu"}, 'hidden_act "relu" is not supported for llama'),
+        ({"attention_bias": True}, "attention_bias true is not supported"),
+        ({"mlp_bias": True}, "mlp_bias true is not supported"),
+        ({"new_feature": 3}, "new_feature 3 is not understood for llama"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, 'rope_type "dynamic" is not supported'),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "also": 1}}, "also"),
+        ({"rope_theta": 10000.5}, "rope_theta 10000.5 is not supported"),
+        ({"intermediate_size": None}, "has no intermediate_size"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window true is not supported"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2.0}},
+            "low_freq_factor of llama3's rotary scaling must be 1",
+        ),
+    ],
+    ids=str,
+)
+def test_what_is_not_understood_is_refused_by_name(changes, message):
+    with pytest.raises(ValueError, match=message):
+        described(**changes)
+
+
+def test_what_was_refused_is_all_that_was_wrong():
+    assert described().arguments["num_layers"] == 3
+    assert (
+        described(rope_scaling={"type": "linear", "factor": 2.0}).arguments[
+            "rotary_seq_len_interpolation_factor"
+        ]
+        == 2.0
+    )
+
+
+def test_a_checkpoint_holds_megatrons_layout(tmp_path):
+    theirs = write_model(tmp_path / "hf")
+    import_model(tmp_path / "hf", tmp_path / "ours")
+    reader = CheckpointReader(tracked(tmp_path / "ours"))
+    name = "decoder.layers.self_attention.linear_qkv.weight"
+    assert tuple(reader.describe(name).size) == (3, 32, 16)
+    q, k, v = (theirs[f"model.layers.1.self_attn.{part}_proj.weight"] for part in "qkv")
+    # Two groups, each of two queries, a key and a value of four channels.
+    expected = torch.cat([q[:8], k[:4], v[:4], q[8:], k[4:], v[4:]])
+    assert torch.equal(reader.read(name, 1), expected)
+    gate, up = (theirs[f"model.layers.2.mlp.{part}_proj.weight"] for part in ("gate", "up"))
+    assert torch.equal(reader.read("decoder.layers.mlp.linear_fc1.weight", 2), torch.cat([gate, up]))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda t: t.pop("model.norm.weight"), "has no tensor model.norm.weight"),
+        (lambda t: t.update(extra=torch.zeros(1)), "has a tensor extra, which its config.json does not"),
+        (lambda t: t.update({"model.norm.weight": torch.zeros(16).int()}), "has the type I32"),
+    ],
+    ids=["missing", "left", "type"],
+)
+def test_tensors_that_do_not_fit_are_refused_by_name(spoil, message, tmp_path):
+    tensors = write_model(tmp_path / "hf")
+    spoil(tensors)
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        import_model(tmp_path / "hf", tmp_path / "ours")
+
+
+def test_a_tied_head_may_be_there_if_it_is_the_embedding(tmp_path):
+    tensors = write_model(tmp_path / "hf", tie_word_embeddings=True)
+    for name, value in (("same", 0.0), ("other", 1.0)):
+        head = tensors["model.embed_tokens.weight"] + value
+        save_file({**tensors, "lm_head.weight": head}, tmp_path / "hf" / "model.safetensors")
+        if name == "same":
+            import_model(tmp_path / "hf", tmp_path / name)
+            continue
+        with pytest.raises(ValueError, match=r"tied to .*, but holds other"):
+            import_model(tmp_path / "hf", tmp_path / name)
+
+
+def test_rows_of_zeros_are_added_and_left_out_again(tmp_path):
+    theirs = write_model(tmp_path / "hf")
+    words = import_model(tmp_path / "hf", tmp_path / "ours", padded_rows=64)
+    assert words[words.index("--padded-vocab-size") + 1] == "64"
+    table = CheckpointReader(tracked(tmp_path / "ours")).read("output_layer.weight", None)
+    assert table.shape == (64, 16)
+    assert not table[50:].any()
+    export_model(tmp_path / "ours", tmp_path / "back")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert all(torch.equal(back[name], tensor) for name, tensor in theirs.items())
+    with pytest.raises(ValueError, match="--padded-vocab-size 49 is less than the model's 50"):
+        import_model(tmp_path / "hf", tmp_path / "other", padded_rows=49)
+
+
+def test_a_few_tensors_are_in_memory_at_a_time(tmp_path, monkeypatch):
+    theirs = write_model(tmp_path / "hf", num_hidden_layers=20)
+    live, peak = [0], [0]
+
+    def counted(function):
+        def call(self, *arguments):
+            tensor = function(self, *arguments)
+            size = tensor.nbytes
+            live[0] += size
+            peak[0] = max(peak[0], live[0])
+            weakref.finalize(tensor, lambda: live.__setitem__(0, live[0] - size))
+            return tensor
+
+        return call
+
+    for owner in (convert.TensorFolder, convert.CheckpointReader):
+        monkeypatch.setattr(owner, "read", counted(owner.read))
+    whole = sum(tensor.nbytes for tensor in theirs.values())
+    largest = max(tensor.nbytes for tensor in theirs.values())
+    import_model(tmp_path / "hf", tmp_path / "ours")
+    gc.collect()
+    assert peak[0] <= 3 * largest < whole / 10  # QKV is made of three
+    live[0] = peak[0] = 0
+    export_model(tmp_path / "ours", tmp_path / "back", shard_bytes=4096)
+    assert peak[0] <= 4096 + 3 * largest < whole / 5
+    index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
+    files = set(index["weight_map"].values())
+    assert len(files) > 5
+    back = {name: t for file in files for name, t in load_file(tmp_path / "back" / file).items()}
+    assert back.keys() == theirs.keys() == index["weight_map"].keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in theirs.items())
+    # Several files are read, too.
+    import_model(tmp_path / "back", tmp_path / "again")
+
+
+def test_a_configuration_of_another_model_is_refused(tmp_path):
+    write_model(tmp_path / "hf")
+    import_model(tmp_path / "hf", tmp_path / "ours")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps({**CONFIG, "rope_theta": 500000.0}))
+    with pytest.raises(ValueError, match="trained with --rotary-base 10000 and not the 500000 of"):
+        export_model(tmp_path / "ours", tmp_path / "back", reference=other)
+    assert not (tmp_path / "back").exists()
+
+
+def test_flipped_bits_are_noticed_by_an_export(tmp_path):
+    write_model(tmp_path / "hf")
+    import_model(tmp_path / "hf", tmp_path / "ours")
+    (path,) = tracked(tmp_path / "ours").glob("*.distcp")
+    data = path.read_bytes()
+    tensor = load_file(tmp_path / "hf" / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+    place = data.index(tensor.view(torch.uint8).numpy().tobytes())
+    path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+    with pytest.raises(ValueError, match=r"linear_fc2.weight has another sum"):
+        export_model(tmp_path / "ours", tmp_path / "back")
+
+
+def test_the_command_prints_options_that_training_takes(tmp_path, capsys):
+    write_model(tmp_path / "hf")
+    folders = ["--input", str(tmp_path / "hf"), "--output", str(tmp_path / "ours")]
+    assert helixpipe(["convert", "import", *folders, "--dtype", "float32"]) == 0
+    words = capsys.readouterr().out.replace("\\\n", " ").split()
+    training = (
+        "--seq-length 8 --micro-batch-size 1 --global-batch-size 1 --train-iters 1 --lr 1 --data-path x"
+    )
+    args = build_parser().parse_args([*words, *training.split()])
+    assert str(args.pretrained_checkpoint) == str(tmp_path / "ours")
+    assert (args.num_query_groups, args.norm_epsilon, args.swiglu) == (2, 1e-6, True)
+    folders = ["--input", str(tmp_path / "ours"), "--output", str(tmp_path / "back")]
+    assert helixpipe(["convert", "export", *folders]) == 0
+    assert load_file(tmp_path / "back" / "model.safetensors")["lm_head.weight"].dtype is torch.float32
+    assert helixpipe(["convert", "export", *folders]) == 2
+    assert "exists; remove it" in capsys.readouterr().err
+    assert helixpipe(["convert", "export", *folders, "--padded-vocab-size", "9"]) == 2
+    assert "--padded-vocab-size does not apply to export; remove it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            "--rotary-base 500000",
+            "with --rotary-base 10000, this job has 500000; .* --allow-changed rotary-base",
+        ),
+        ("--rotary-base 500000 --allow-changed rotary-base", ""),
+        ("--num-layers 4", "with --num-layers 3, this job has 4; give the same, or use another checkpoint"),
+        ("--lr-decay-iters 9 --seq-length 16 --adam-beta1 0.5", ""),
+    ],
+    ids=str,
+)
+def test_weights_are_compared_with_the_model_of_the_job(changes, message, tmp_path):
+    write_model(tmp_path / "hf")
+    words = import_model(tmp_path / "hf", tmp_path / "ours")
+    training = "--seq-length 8 --micro-batch-size 1 --global-batch-size 1 --train-iters 10 --lr 1"
+    options = [
+        *words,
+        *training.split(),
+        "--pretrained-checkpoint",
+        str(tmp_path / "ours"),
+        "--data-path",
+        "x",
+    ]
+    args = parse_arguments([*options, *changes.split()], dataset=DATASET)
+    common = torch.load(tracked(tmp_path / "ours") / "common.pt", weights_only=True)
+    if message:
+        with pytest.raises(DataError, match=message):
+            compare_settings(common["settings"], args, "FOLDER", only_model=True)
+    else:
+        found = compare_settings(common["settings"], args, "FOLDER", only_model=True)
+        assert [change.text for change in found] == ["--rotary-base 500000 (was 10000)"] * (
+            "allow" in changes
+        )
+
+
+def test_every_option_of_the_model_is_compared():
+    """An option that is added to the model, and that its outputs depend on, must be in the list."""
+    (group,) = (group for group in build_parser()._action_groups if group.title == "model")
+    names = {action.dest for action in group._group_actions} - CHANGES_NOTHING
+    of_training = {
+        "seq_length",
+        "max_position_embeddings",
+        "attention_dropout",
+        "hidden_dropout",
+        "init_method_std",
+    }
+    assert names - of_training == MODEL

@@ -1,0 +1,150 @@
+"""Tiny random models of every family on Hugging Face, and what each rank computes with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from models import VOCABULARY, Case, batches, everywhere, gather_gradients, initialize, run_iteration
+from stages import batch_of, run_segments
+
+from helixpipe.data.prefix import DatasetInfo
+from helixpipe.megatron_adapter.schedule import make_forward_backward
+from helixpipe.runtime.trace import HostClock
+from megatron.pretrain.checkpoint.checkpoint import load_weights
+from megatron.pretrain.hf.config import ModelConfig
+from megatron.pretrain.hf.families import describe_model
+from megatron.pretrain.hf.families.family import Model
+from megatron.pretrain.model import build_training_state, unwrap
+from megatron.pretrain.settings.arguments import parse_arguments
+
+DATASET = DatasetInfo(
+    prefix="made up",
+    vocab_size=VOCABULARY,
+    eod=0,
+    num_documents=100,
+    num_tokens=10_000,
+    longest_document=500,
+)
+_SIZES = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    # Large enough that every gradient is far from rounding noise.
+    "initializer_range": 0.2,
+}
+_LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+           "original_max_position_embeddings": 8192}  # fmt: skip
+
+# Fields of config.json by the name of the family and of what is special.
+TINY: dict[str, dict[str, Any]] = {
+    "llama-2": {"model_type": "llama", **_SIZES},
+    "llama-3.1": {"model_type": "llama", **_SIZES, "rope_parameters": {**_LLAMA3, "factor": 8.0}},
+    "llama-3.2": {
+        "model_type": "llama", **_SIZES, "tie_word_embeddings": True, "head_dim": 16,
+        "rope_parameters": {**_LLAMA3, "factor": 32.0},
+    },
+    "llama-linear": {
+        "model_type": "llama", **_SIZES,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    },
+    "qwen-2.5": {"model_type": "qwen2", **_SIZES, "tie_word_embeddings": True},
+    "qwen-3": {"model_type": "qwen3", **_SIZES, "head_dim": 16},
+}  # fmt: skip
+
+
+def make_tiny(name: str, folder: Path) -> Any:
+    """Save a random model of a family as transformers does; the model."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = dict(TINY[name])
+    torch.manual_seed(3)
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    for parameter in model.parameters():
+        # Constants would hide errors in biases and norms.
+        if parameter.dim() == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def tiny_model(name: str, folder: Path) -> Model:
+    """What the saved config.json describes."""
+    return describe_model(ModelConfig(json.loads((folder / "config.json").read_text()), name))
+
+
+def case_of(p: int, **values: Any) -> Case:
+    """The case whose batches a family's models are compared on."""
+    return Case(pp=p, **values)
+
+
+def train_options(words: list[str], checkpoint: Path, case: Case, schedule: str, *extra: str) -> list[str]:
+    """The command line of one iteration over the case's batches."""
+    training = (
+        f"--seq-length {case.seq_length} --micro-batch-size {case.micro_batch_size} "
+        f"--global-batch-size {case.num_microbatches} --train-iters 1 --lr 1e-3 --data-path none "
+        f"--pipeline-model-parallel-size {case.pp} --tensor-model-parallel-size {case.tp} "
+        f"--pretrained-checkpoint {checkpoint} --transformer-impl local --pipeline-schedule {schedule}"
+    ).split()
+    return [*words, *training, *extra]
+
+
+def loaded_state(options: list[str]) -> tuple[Any, Any]:
+    """The parsed options, and the model that they name with its weights."""
+    args = parse_arguments(options, dataset=DATASET)
+    with torch.enable_grad():
+        state = build_training_state(args)
+    load_weights(args, state)
+    return args, state
+
+
+def logits_of_both(
+    case: Case, options: list[str], helix_options: list[str]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of Megatron's model and of the segments in a row, on one rank."""
+    initialize(case)
+    tokens, positions, _ = batch_of(case).values()
+    with torch.no_grad():
+        whole = unwrap(loaded_state(options)[1].model[0])(tokens, positions, None)
+        segmented = unwrap(loaded_state(helix_options)[1].model[0])
+        return whole, run_segments(segmented, tokens=tokens, position_ids=positions)[0]
+
+
+def losses_and_gradients(case: Case, options: list[str]) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    """One iteration on this rank, under Megatron's own function for 1f1b, and by the plan for the others."""
+    initialize(case)
+    args, state = loaded_state(options)
+    planned = make_forward_backward(args.schedule.execution, args.schedule.plan, HostClock())
+    is_own = args.pipeline_schedule != "1f1b"
+    function = planned if is_own else get_forward_backward_func()
+    own = run_iteration(case, state.model, function)
+    return everywhere(own, args.schedule.plan if is_own else None), gather_gradients(state.model)
+
+
+def expected_of(hf: Any, model: Model, case: Case) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The losses of transformers' model, and its gradients under our names."""
+    losses = []
+    hf.zero_grad()
+    for tokens, labels, mask in batches(case):
+        logits = hf(tokens).logits
+        each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        loss = (each * mask).sum() / mask.sum()
+        (loss / case.num_microbatches).backward()
+        losses.append(float(loss.detach()))
+    given = {name: parameter.grad for name, parameter in hf.named_parameters()}
+    gradients = {}
+    for rule in model.rules:
+        for layer in range(model.arguments["num_layers"] if rule.is_of_layers else 1):
+            name = rule.ours.replace("decoder.layers.", f"decoder.layers.{layer}.")
+            name = name.replace("self_attention.linear_qkv.layer_norm_", "input_layernorm.")
+            name = name.replace("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
+            gradients[name] = rule.join(tuple(given[theirs] for theirs in rule.names(layer)))
+    return losses, gradients
