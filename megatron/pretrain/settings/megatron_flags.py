@@ -19,13 +19,13 @@ SUPPORTED = frozenset(
     lr-wsd-decay-style make-vocab-size-divisible-by manual-gc manual-gc-interval max-position-embeddings
     micro-batch-size min-lr no-manual-gc-eval norm-epsilon normalization num-attention-heads num-layers
     num-layers-per-virtual-pipeline-stage num-query-groups num-workers optimizer overlap-grad-reduce
-    overlap-param-gather pipeline-model-parallel-size position-embedding-type profile profile-ranks
-    profile-step-end profile-step-start qk-layernorm recompute-granularity recompute-method
-    recompute-modules recompute-num-layers rotary-base rotary-percent
-    rotary-seq-len-interpolation-factor save save-interval seed seq-length sequence-parallel
-    sgd-momentum split start-weight-decay swiglu tensor-model-parallel-size train-iters train-samples
-    transformer-impl untie-embeddings-and-output-weights use-distributed-optimizer weight-decay
-    weight-decay-incr-style
+    overlap-param-gather padded-vocab-size pipeline-model-parallel-size position-embedding-type
+    pretrained-checkpoint profile profile-ranks profile-step-end profile-step-start qk-layernorm
+    recompute-granularity recompute-method recompute-modules recompute-num-layers rope-scaling-factor
+    rotary-base rotary-percent rotary-seq-len-interpolation-factor save save-interval seed seq-length
+    sequence-parallel sgd-momentum split start-weight-decay swiglu tensor-model-parallel-size
+    train-iters train-samples transformer-impl untie-embeddings-and-output-weights
+    use-distributed-optimizer use-rope-scaling weight-decay weight-decay-incr-style
     """.split()
 )
 
@@ -330,7 +330,7 @@ REFUSED: dict[str, str] = {
         ckpt-step dist-ckpt-format dist-ckpt-save-pre-mcore-014 load-main-params-from-ckpt no-save-optim
         no-save-rng non-persistent-ckpt-type non-persistent-global-ckpt-dir
         non-persistent-local-ckpt-algo non-persistent-local-ckpt-dir non-persistent-save-interval
-        override-ckpt-iteration persistent-save-interval pretrained-checkpoint replication
+        override-ckpt-iteration persistent-save-interval replication
         replication-jump save-activations-interval save-dgrads-interval save-params-interval
         save-retain-interval save-tokens-per-expert-interval save-wgrads-interval
     """,
@@ -338,7 +338,7 @@ REFUSED: dict[str, str] = {
         disable-use-tokenizer-model-from-checkpoint-args no-use-tokenizer-model-from-checkpoint-args
         use-checkpoint-args use-mp-args-from-checkpoint-args
     """,
-    "a checkpoint is gone on from, with all that it holds; use --load, or a new --save": """
+    "--load goes on with all that a checkpoint holds; use --pretrained-checkpoint for its weights": """
         exit-on-missing-checkpoint finetune no-load-optim no-load-rng
     """,
     "evaluation has the batch size of training, on one set; use --eval-iters": """
@@ -378,7 +378,7 @@ REFUSED: dict[str, str] = {
         dataloader-type disable-pad-vocab-size disable-tokenizer-sentencepiece-ignore-extra-whitespaces
         merge-file mock-data no-mmap-bin-files no-pad-vocab-size
         no-tokenizer-sentencepiece-ignore-extra-whitespaces null-tokenizer-eod-id null-tokenizer-pad-id
-        object-storage-cache-path padded-vocab-size per-dataset-sequences-path per-split-data-args-path
+        object-storage-cache-path per-dataset-sequences-path per-split-data-args-path
         reset-attention-mask reset-position-ids sample-rate sft sft-tokenizer-prompt-format
         test-data-path tiktoken-num-special-tokens tiktoken-pattern tiktoken-special-tokens
         tokenizer-hf-include-special-tokens tokenizer-hf-no-include-special-tokens
@@ -395,6 +395,6 @@ REFUSED: dict[str, str] = {
     "this is not built yet; remove it": """
         cross-entropy-fusion-impl cross-entropy-loss-fusion deterministic-mode fp16
         fp16-lm-cross-entropy hysteresis initial-loss-scale loss-scale loss-scale-window min-loss-scale
-        no-gradient-accumulation-fusion rope-scaling-factor use-rope-scaling
+        no-gradient-accumulation-fusion
     """,
 }
