@@ -2,10 +2,12 @@
 
     python tools/prepare_data.py --input src/ --pattern '*.py' --output-prefix data/src
 
-writes data/src.bin, data/src.idx and data/src.tokenizer.json. With --prompt-key, an object of a JSONL file is
-a prompt and a response, and training has no loss on the prompt.
+writes data/src.bin, data/src.idx and data/src.tokenizer.json; with --tokenizer-type, which training is given
+again, the first two alone. With --prompt-key, an object of a JSONL file is a prompt and a response, and
+training has no loss on the prompt.
 """
 
+import argparse
 import os
 import signal
 import sys
@@ -18,7 +20,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from helixpipe.commands.parser import ScriptParser
 from helixpipe.commands.ranges import Whole
 from helixpipe.commands.terminal import run_printing
-from helixpipe.data.prefix import END_OF_DOCUMENT
+from helixpipe.commands.tokenizer_arguments import VOCABULARY, add_tokenizer_arguments, tokenizer_settings
 from helixpipe.data.prepare.corpus import (
     DEFAULT_VOCAB_SIZE,
     PreparationOptions,
@@ -27,6 +29,7 @@ from helixpipe.data.prepare.corpus import (
 )
 from helixpipe.data.prepare.formats import Format
 from helixpipe.data.prepare.tokenizer_training import SMALLEST_BPE_VOCABULARY
+from helixpipe.data.text_tokenizers import END_OF_DOCUMENT, TokenizerSettings
 
 _PROGRAM = "prepare_data"
 _TEXT_KEY = "text"
@@ -136,19 +139,18 @@ def _add_tokenizer(add: Callable[..., Any]) -> None:
     add("--tokenizer-file", metavar="FILE", help="use this tokenizer.json instead")
     add(
         "--vocab-size",
-        type=Whole(least=SMALLEST_BPE_VOCABULARY, most=2**24),
+        type=VOCABULARY,
         metavar="N",
-        help=f"vocabulary of the BPE, {END_OF_DOCUMENT} included (default: {DEFAULT_VOCAB_SIZE})",
+        help=f"vocabulary of the BPE, {END_OF_DOCUMENT} included (default: {DEFAULT_VOCAB_SIZE}), or of a "
+        "--tokenizer-type that has none in its files: for NullTokenizer without the end token",
     )
+    add_tokenizer_arguments(add)
 
 
 def _parse(argv: Sequence[str] | None) -> PreparationOptions:
     parser = build_parser()
     given = parser.parse_args(argv)
-    if given.tokenizer_file and (given.tokenizer or given.vocab_size):
-        parser.error("--tokenizer-file goes without --tokenizer and --vocab-size")
-    if given.tokenizer == "byte" and given.vocab_size:
-        parser.error("--vocab-size is for --tokenizer bpe: the byte vocabulary is 257")
+    named = _named_tokenizer(given, parser)
     if given.prompt_key is None and given.response_key is not None:
         parser.error("--response-key goes with --prompt-key")
     if given.prompt_key is not None and given.json_key is not None:
@@ -165,6 +167,7 @@ def _parse(argv: Sequence[str] | None) -> PreparationOptions:
         prompt_key=given.prompt_key,
         tokenizer=given.tokenizer or "bpe",
         tokenizer_file=given.tokenizer_file,
+        named_tokenizer=named,
         vocab_size=DEFAULT_VOCAB_SIZE if given.vocab_size is None else given.vocab_size,
         workers=given.workers,
         min_document_tokens=given.min_document_tokens,
@@ -172,6 +175,23 @@ def _parse(argv: Sequence[str] | None) -> PreparationOptions:
         overwrite=given.overwrite,
         progress=True,
     )
+
+
+def _named_tokenizer(given: argparse.Namespace, parser: ScriptParser) -> TokenizerSettings | None:
+    if given.tokenizer_file and (given.tokenizer or given.vocab_size):
+        parser.error("--tokenizer-file goes without --tokenizer and --vocab-size")
+    if given.tokenizer == "byte" and given.vocab_size:
+        parser.error("--vocab-size is for --tokenizer bpe: the byte vocabulary is 257")
+    if given.tokenizer_type and (given.tokenizer or given.tokenizer_file):
+        parser.error("--tokenizer-type goes without --tokenizer and --tokenizer-file")
+    if given.tokenizer_type is None and given.vocab_size and given.vocab_size < SMALLEST_BPE_VOCABULARY:
+        parser.error(
+            f"argument --vocab-size: must be at least {SMALLEST_BPE_VOCABULARY}, not {given.vocab_size}"
+        )
+    try:
+        return tokenizer_settings(given)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def _default_workers() -> int:
@@ -225,7 +245,7 @@ def _print_summary(summary: PreparationSummary) -> None:
     rows = (
         ("documents", f"{summary.documents:,}{left_out}"),
         ("tokens", f"{summary.tokens:,}"),
-        ("vocabulary", f"{summary.vocab_size:,} ({END_OF_DOCUMENT} is id {summary.eod})"),
+        ("vocabulary", f"{summary.vocab_size:,} (documents end with id {summary.eod})"),
         ("input", f"{summary.input_bytes:,} bytes in {files} ({', '.join(kinds)})"),
         (
             "document length",

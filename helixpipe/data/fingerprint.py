@@ -20,7 +20,10 @@ def fingerprint(info: DatasetInfo) -> str:
     in place between the blocks, with every length as before, is not told apart.
     """
     found = hashlib.sha256()
-    for name in dataset_paths(info.prefix):
+    paths = dataset_paths(info.prefix)
+    if not info.has_tokenizer_file:
+        found.update(f"{info.vocab_size} {info.eod}".encode())
+    for name in paths if info.has_tokenizer_file else paths[:2]:
         _add(found, Path(name))
     return found.hexdigest()
 

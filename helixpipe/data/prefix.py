@@ -1,8 +1,9 @@
-"""Checks a dataset prefix: PREFIX.bin, PREFIX.idx (see :mod:`helixpipe.data.index_file`) and
-PREFIX.tokenizer.json.
+"""Checks a dataset prefix: PREFIX.bin, PREFIX.idx (see :mod:`helixpipe.data.index_file`) and, where it was
+prepared with a tokenizer of its own, PREFIX.tokenizer.json.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,9 +11,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from helixpipe.data.index_file import PREPARE_AGAIN, check_index, open_index
+from helixpipe.data.text_tokenizers import END_OF_DOCUMENT, TokenizerSettings, open_tokenizer
 from helixpipe.reliability.exit_codes import DataError
-
-END_OF_DOCUMENT = "<|endoftext|>"
 
 _TOKENS_PER_STEP = 1 << 24
 
@@ -21,7 +21,8 @@ _TOKENS_PER_STEP = 1 << 24
 class DatasetInfo:
     """What the headers of a dataset say; lengths are in tokens, ends of document included.
 
-    A dataset with prompts has documents of a prompt and a response, with the loss on the response alone.
+    A dataset with prompts has documents of a prompt and a response, with the loss on the response alone. One
+    without a tokenizer file has only the two files that Megatron's tools write.
     """
 
     prefix: str
@@ -31,6 +32,7 @@ class DatasetInfo:
     num_tokens: int
     longest_document: int
     has_prompts: bool = False
+    has_tokenizer_file: bool = True
 
 
 class DatasetPaths(NamedTuple):
@@ -101,28 +103,38 @@ def end_of_document_id(tokenizer: Tokenizer) -> int:
     return token_id
 
 
-def inspect_prefix(prefix: str | os.PathLike[str]) -> DatasetInfo:
+def inspect_prefix(prefix: str | os.PathLike[str], tokenizer: TokenizerSettings | None = None) -> DatasetInfo:
     """Check the structure of a dataset and return its sizes, without reading its tokens.
+
+    Args:
+        prefix: of the files.
+        tokenizer: that the dataset was made with; None for that in PREFIX.tokenizer.json.
 
     Raises:
         DataError: One of the three files is missing, damaged, or does not fit the others.
     """
     name = os.fsdecode(prefix)
     paths = dataset_paths(name)
-    _require_files(name, paths)
+    _require_files(name, paths if tokenizer is None else paths[:2])
     index = open_index(paths.idx)
     longest = check_index(index)
     num_bytes = index.num_bytes
     _check_bin_size(paths, num_bytes)
-    tokenizer = load_tokenizer(paths.tokenizer)
+    if tokenizer is None:
+        own = load_tokenizer(paths.tokenizer)
+        vocab_size, eod = vocabulary_size(own), end_of_document_id(own)
+    else:
+        named = open_tokenizer(tokenizer)
+        vocab_size, eod = named.vocab_size, named.end[-1]
     return DatasetInfo(
         prefix=name,
-        vocab_size=vocabulary_size(tokenizer),
-        eod=end_of_document_id(tokenizer),
+        vocab_size=vocab_size,
+        eod=eod,
         num_documents=index.num_documents,
         num_tokens=num_bytes // index.dtype.itemsize,
         longest_document=longest,
         has_prompts=index.modes is not None,
+        has_tokenizer_file=tokenizer is None,
     )
 
 
@@ -143,18 +155,29 @@ def check_token_ids(prefix: str | os.PathLike[str], info: DatasetInfo) -> None:
         first = int(np.flatnonzero((part < 0) | (part >= info.vocab_size))[0])
         raise DataError(
             f"{paths.bin}: token {start + first} has id {part[first]}, outside the vocabulary of "
-            f"{info.vocab_size} in {paths.tokenizer}: the files are not of one dataset; "
-            f"{PREPARE_AGAIN}"
+            f"{info.vocab_size} {whose_vocabulary(info)}"
         )
 
 
-def _require_files(prefix: str, paths: DatasetPaths) -> None:
+def whose_vocabulary(info: DatasetInfo) -> str:
+    """For a message about an id outside of it: where the vocabulary comes from, and what to do."""
+    if info.has_tokenizer_file:
+        file = dataset_paths(info.prefix).tokenizer
+        return f"in {file}: the files are not of one dataset; {PREPARE_AGAIN}"
+    return "that the tokenizer has: give the --tokenizer-type and files that the data were made with"
+
+
+def _require_files(prefix: str, paths: Sequence[str]) -> None:
     missing = [path for path in paths if not os.path.isfile(path)]
     if not missing:
         return
     meant = without_suffix(prefix)
     if meant is not None:
         remedy = f"give the prefix without the suffix, {meant}"
+    elif missing == [dataset_paths(prefix).tokenizer]:
+        remedy = (
+            "data of Megatron's own tools have none: name their tokenizer with --tokenizer-type and its files"
+        )
     elif len(missing) == len(paths):
         remedy = "check the prefix, or make the dataset with tools/prepare_data.py"
     else:

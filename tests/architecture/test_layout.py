@@ -15,8 +15,8 @@ ARROWS = {
     "refusals": (),
     "reliability": (),
     "plan": (),
-    "command_line": ("reliability",),
-    "data": ("reliability",),
+    "command_line": ("data", "reliability", "refusals"),
+    "data": ("reliability", "refusals"),
     "elastic": ("plan",),
     "report": ("plan", "elastic", "data"),
     "kernels": (),
@@ -43,7 +43,9 @@ ARROWS = {
     ),
 }  # fmt: skip
 # How options are read, which other programs share with the subcommands.
-COMMAND_LINE = ("helixpipe.commands.parser", "helixpipe.commands.ranges")
+COMMAND_LINE = (
+    "helixpipe.commands.parser", "helixpipe.commands.ranges", "helixpipe.commands.tokenizer_arguments",
+)  # fmt: skip
 # Planning, drawing and advising need no more than the base install.
 WITHOUT_TORCH = ("plan", "elastic", "report", "data", "reliability", "command_line", "refusals")
 # Through Megatron's own builder of indexed datasets.

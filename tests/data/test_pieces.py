@@ -18,12 +18,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from helixpipe.data.prefix import END_OF_DOCUMENT, dataset_paths
+from helixpipe.data.prefix import dataset_paths
 from helixpipe.data.prepare import corpus, pieces
 from helixpipe.data.prepare.corpus import PreparationOptions, prepare_dataset
 from helixpipe.data.prepare.pieces import LONGEST_WORD, cut, piece_limit, words_to_train_on
 from helixpipe.data.prepare.tokenizer_training import byte_tokenizer, train_bpe
 from helixpipe.data.prepare.training_process import train_bpe_apart
+from helixpipe.data.text_tokenizers import END_OF_DOCUMENT
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "prepare_data.py"
 # Spaces of all kinds, contractions, digits, marks that combine, scripts without spaces.

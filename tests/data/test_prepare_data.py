@@ -24,7 +24,6 @@ from tokenizers import Tokenizer, models
 
 from helixpipe.data import index_file, prefix
 from helixpipe.data.prefix import (
-    END_OF_DOCUMENT,
     check_token_ids,
     dataset_paths,
     inspect_prefix,
@@ -32,6 +31,7 @@ from helixpipe.data.prefix import (
 )
 from helixpipe.data.prepare import corpus, sources, staging, tokenizer_training
 from helixpipe.data.prepare.corpus import PreparationOptions, prepare_dataset
+from helixpipe.data.text_tokenizers import END_OF_DOCUMENT
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "prepare_data.py"
 STDLIB = Path(sysconfig.get_paths()["stdlib"])

@@ -1,7 +1,8 @@
-"""Turns text into Megatron's indexed dataset: PREFIX.bin, PREFIX.idx and PREFIX.tokenizer.json.
+"""Turns text into Megatron's indexed dataset: PREFIX.bin, PREFIX.idx and, but for a tokenizer that training
+is to name again, PREFIX.tokenizer.json.
 
 The result depends on the input and the options alone, never on the number of worker processes.
-The three files are written under temporary names and renamed at the end, .idx last: a run that
+The files are written under temporary names and renamed at the end, .idx last: a run that
 is stopped at any moment leaves either the whole dataset or none.
 """
 
@@ -17,18 +18,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from helixpipe.data.prefix import (
     DatasetPaths,
     dataset_paths,
-    end_of_document_id,
     load_tokenizer,
-    vocabulary_size,
     without_suffix,
 )
-from helixpipe.data.prepare.encoding import Encoders
+from helixpipe.data.prepare.encoding import Encoders, TokenizerSource, text_tokenizer
 from helixpipe.data.prepare.formats import Format
 from helixpipe.data.prepare.pieces import PIECE_CHARACTERS, Piece, piece_limit, words_to_train_on
 from helixpipe.data.prepare.sources import Reading, Source, find_sources, read_pieces, require_jsonl
@@ -36,6 +34,7 @@ from helixpipe.data.prepare.staging import Staging, refuse_existing
 from helixpipe.data.prepare.tokenizer_training import byte_tokenizer
 from helixpipe.data.prepare.training_process import train_bpe_apart
 from helixpipe.data.prepare.writing import DocumentWriter
+from helixpipe.data.text_tokenizers import TextTokenizer, TokenizerSettings
 
 DEFAULT_VOCAB_SIZE = 4096
 
@@ -56,6 +55,8 @@ class PreparationOptions:
         prompt_key: Key of the prompt, on which there is no loss; None for documents without.
         tokenizer: Tokenizer to make, "bpe" or "byte".
         tokenizer_file: Existing tokenizer to use; `tokenizer` and `vocab_size` do not apply then.
+        named_tokenizer: Tokenizer by Megatron's name; none of the other three applies then, and it is not
+            written beside the dataset.
         vocab_size: Entries of the vocabulary to train, with the end-of-document token.
         workers: Encoding processes.
         min_document_tokens: Documents of fewer tokens, end of document not counted, are left out.
@@ -72,6 +73,7 @@ class PreparationOptions:
     prompt_key: str | None = None
     tokenizer: str = "bpe"
     tokenizer_file: str | None = None
+    named_tokenizer: TokenizerSettings | None = None
     vocab_size: int = DEFAULT_VOCAB_SIZE
     workers: int = 1
     min_document_tokens: int = 1
@@ -85,13 +87,14 @@ class PreparationSummary:
     """What was written; document lengths are in tokens, end of document included.
 
     Attributes:
+        paths: of the files.
         formats: input files of each format.
         compressed_files: those that are compressed.
         undecodable_files: those in which something was replaced by U+FFFD.
         stale_files: temporary files of earlier runs that were killed.
     """
 
-    paths: DatasetPaths
+    paths: tuple[str, ...]
     input_files: int
     input_bytes: int
     formats: dict[Format, int]
@@ -124,19 +127,17 @@ def prepare_dataset(options: PreparationOptions) -> PreparationSummary:
     sources = find_sources(options.inputs, options.pattern, options.exclude, paths, options.format)
     if options.prompt_key is not None:
         require_jsonl(sources)
-    tokenizer_json = _read_tokenizer(options.tokenizer_file) if options.tokenizer_file else None
-    _make_folder(paths)
     stale = tuple(found for path in paths for found in sorted(glob.glob(f"{glob.escape(path)}.tmp-*")))
     undecodable: set[str] = set()
-    if tokenizer_json is None:
-        tokenizer_json = _make_tokenizer(options, sources, undecodable)
-    tokenizer = Tokenizer.from_str(tokenizer_json)
+    source, tokenizer = _find_tokenizer(options, sources, paths, undecodable)
+    has_file = isinstance(source, str)
 
-    with Staging(paths, options.overwrite) as staging:
+    with Staging(paths, options.overwrite, has_tokenizer=has_file) as staging:
         try:
-            with open(staging.temporary.tokenizer, "w", encoding="utf-8") as stream:
-                stream.write(tokenizer_json)
-            written = _write_tokens(options, sources, undecodable, tokenizer_json, staging.temporary)
+            if isinstance(source, str):
+                with open(staging.temporary.tokenizer, "w", encoding="utf-8") as stream:
+                    stream.write(source)
+            written = _write_tokens(options, sources, undecodable, source, tokenizer, staging.temporary)
             lengths, empty, short = written
             if not len(lengths):
                 raise ValueError(
@@ -152,15 +153,15 @@ def prepare_dataset(options: PreparationOptions) -> PreparationSummary:
 
     median, p99 = np.quantile(lengths, (0.5, 0.99), method="inverted_cdf")
     return PreparationSummary(
-        paths=paths,
+        paths=tuple(paths) if has_file else tuple(paths[:2]),
         input_files=len(sources),
         input_bytes=sum(source.size for source in sources),
         formats=dict(Counter(source.format for source in sources)),
         compressed_files=sum(bool(source.compression) for source in sources),
         documents=len(lengths),
         tokens=int(lengths.sum()),
-        vocab_size=vocabulary_size(tokenizer),
-        eod=end_of_document_id(tokenizer),
+        vocab_size=tokenizer.vocab_size,
+        eod=tokenizer.end[-1],
         median_length=int(median),
         p99_length=int(p99),
         longest_length=int(lengths.max()),
@@ -213,6 +214,20 @@ def _make_folder(paths: DatasetPaths) -> None:
         ) from error
 
 
+def _find_tokenizer(
+    options: PreparationOptions, sources: list[Source], paths: DatasetPaths, undecodable: set[str]
+) -> tuple[TokenizerSource, TextTokenizer]:
+    """The tokenizer that is given, or one that is made, once it is known that the output can be written."""
+    source: TokenizerSource | None = options.named_tokenizer
+    if options.tokenizer_file:
+        source = _read_tokenizer(options.tokenizer_file)
+    given = None if source is None else text_tokenizer(source)
+    _make_folder(paths)
+    if source is None:
+        source = _make_tokenizer(options, sources, undecodable)
+    return source, given or text_tokenizer(source)
+
+
 def _read_tokenizer(path: str) -> str:
     load_tokenizer(path)
     # Kept as it is: saving a loaded tokenizer again may lose what this release does not know.
@@ -249,17 +264,18 @@ def _write_tokens(
     options: PreparationOptions,
     sources: list[Source],
     undecodable: set[str],
-    tokenizer_json: str,
+    source: TokenizerSource,
+    tokenizer: TextTokenizer,
     temporary: DatasetPaths,
 ) -> tuple[np.ndarray, int, int]:
     """Write .bin and .idx; return document lengths and the counts of empty and short documents."""
     builder_class, dtype_class = _import_megatron()
-    tokenizer = Tokenizer.from_str(tokenizer_json)
-    dtype = dtype_class.optimal_dtype(vocabulary_size(tokenizer))
-    reading = Reading(options.json_key, options.prompt_key, piece_limit(tokenizer_json))
-    encoders = Encoders(options.workers, tokenizer_json, dtype)
+    dtype = dtype_class.optimal_dtype(tokenizer.vocab_size)
+    limit = None if tokenizer.json is None else piece_limit(tokenizer.json)
+    reading = Reading(options.json_key, options.prompt_key, limit)
+    encoders = Encoders(options.workers, source, dtype)
     builder = builder_class(temporary.bin, dtype=dtype, multimodal=options.prompt_key is not None)
-    writer = DocumentWriter(builder, end_of_document_id(tokenizer), options.min_document_tokens)
+    writer = DocumentWriter(builder, tokenizer.end, options.min_document_tokens, tokenizer.begin)
     try:
         with encoders, _progress_bar(options, sources, "encoding") as bar:
             for chunk, encoded in encoders.encode(_split_chunks(read_pieces(sources, reading, undecodable))):

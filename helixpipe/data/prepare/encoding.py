@@ -8,12 +8,21 @@ from collections import deque
 from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from helixpipe.data.prepare.pieces import Piece
+from helixpipe.data.text_tokenizers import (
+    END_OF_DOCUMENT,
+    LibraryTokenizer,
+    TextTokenizer,
+    TokenizerSettings,
+    open_tokenizer,
+)
+
+# What a process is given: the JSON of a tokenizer whose documents end with <|endoftext|>, or where one is.
+TokenizerSource: TypeAlias = str | TokenizerSettings
 
 # Chunks read ahead of the one to be written next, per worker: enough to keep all of them busy
 # behind one slow chunk, and a bound on memory.
@@ -34,8 +43,8 @@ class Encoders:
     locks: a worker killed by the system while it holds one would leave the parent waiting for ever.
     """
 
-    def __init__(self, workers: int, tokenizer_json: str, dtype: type[np.generic]) -> None:
-        self._arguments = (tokenizer_json, np.dtype(dtype).name)
+    def __init__(self, workers: int, tokenizer: TokenizerSource, dtype: type[np.generic]) -> None:
+        self._arguments = (tokenizer, np.dtype(dtype).name)
         self._workers = workers
         self._processes: dict[Connection, BaseProcess] = {}
 
@@ -113,28 +122,28 @@ class Encoders:
         return reply
 
 
-def _encode_chunks(connection: Connection, tokenizer_json: str, dtype: str) -> None:
+def text_tokenizer(source: TokenizerSource) -> TextTokenizer:
+    """Load a tokenizer; errors are those of :func:`open_tokenizer`."""
+    if isinstance(source, TokenizerSettings):
+        return open_tokenizer(source)
+    return LibraryTokenizer(source, END_OF_DOCUMENT, "the tokenizer")
+
+
+def _encode_chunks(connection: Connection, source: TokenizerSource, dtype: str) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    tokenizer = Tokenizer.from_str(tokenizer_json)
-    # "<|endoftext|>" in a text is text; the token itself marks ends of documents alone.
-    tokenizer.encode_special_tokens = True
-    # A tokenizer file may carry these settings; a document is written whole.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    tokenizer = text_tokenizer(source)
     # The parent closes the pipe, or dies.
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             texts: list[str] = connection.recv()
             try:
                 reply: object = _encode(tokenizer, texts, dtype)
-            except Exception as error:  # the library raises plain Exception
-                reason = " ".join(str(error).split())
-                reply = ValueError(f"the tokenizer cannot encode a document: {reason}")
+            except ValueError as error:
+                reply = error
             connection.send(reply)
 
 
-def _encode(tokenizer: Tokenizer, texts: list[str], dtype: str) -> EncodedChunk:
+def _encode(tokenizer: TextTokenizer, texts: list[str], dtype: str) -> EncodedChunk:
     # A prompt apart from its response: so is it encoded when the model is asked to go on from it.
-    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    pieces = [np.array(encoding.ids, dtype=dtype) for encoding in encodings]
+    pieces = [np.array(ids, dtype=dtype) for ids in tokenizer.encode(texts)]
     return EncodedChunk(np.concatenate(pieces), [len(piece) for piece in pieces])

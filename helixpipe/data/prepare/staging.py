@@ -22,14 +22,21 @@ def refuse_existing(paths: DatasetPaths) -> None:
 
 
 class Staging:
-    """Holds the three files under temporary names; on exit removes those not published."""
+    """Holds the files under temporary names; on exit removes those not published.
 
-    def __init__(self, paths: DatasetPaths, overwrite: bool) -> None:
+    Args:
+        paths: of the dataset.
+        overwrite: replace what stands there.
+        has_tokenizer: the tokenizer is one of the files; otherwise one that stands there is removed.
+    """
+
+    def __init__(self, paths: DatasetPaths, overwrite: bool, *, has_tokenizer: bool = True) -> None:
         # Unique, so that two runs at one prefix do not write into one file.
         mark = secrets.token_hex(4)
         self.temporary = DatasetPaths(*(f"{path}.tmp-{mark}" for path in paths))
         self._paths = paths
         self._overwrite = overwrite
+        self._has_tokenizer = has_tokenizer
 
     def __enter__(self) -> "Staging":
         return self
@@ -42,7 +49,7 @@ class Staging:
 
     def publish(self) -> None:
         """Give the files their names; without .idx the others are no dataset."""
-        for path in self.temporary:
+        for path in self.temporary if self._has_tokenizer else self.temporary[:2]:
             _sync(path)
         folder = os.path.dirname(self._paths.idx) or "."
         with _signals_deferred():
@@ -53,7 +60,11 @@ class Staging:
             else:
                 refuse_existing(self._paths)
             os.replace(self.temporary.bin, self._paths.bin)
-            os.replace(self.temporary.tokenizer, self._paths.tokenizer)
+            if self._has_tokenizer:
+                os.replace(self.temporary.tokenizer, self._paths.tokenizer)
+            else:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._paths.tokenizer)
             # A crash of the machine must not find .idx on the disk and the others not.
             _sync(folder)
             os.replace(self.temporary.idx, self._paths.idx)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from helixpipe.data.prefix import END_OF_DOCUMENT
+from helixpipe.data.text_tokenizers import END_OF_DOCUMENT
 
 SMALLEST_BPE_VOCABULARY = 257
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,25 +20,25 @@ class DocumentWriter:
 
     Args:
         builder: Megatron's ``IndexedDatasetBuilder``.
-        end: id that ends a document.
-        min_tokens: documents of fewer tokens, end not counted, are left out.
+        begin, end: ids at a document's beginning and its end.
+        min_tokens: documents of fewer tokens, begin and end not counted, are left out.
 
     Attributes:
         empty: documents left out because they have no text.
         short: documents left out because they are short.
     """
 
-    def __init__(self, builder: Any, end: int, min_tokens: int) -> None:
+    def __init__(self, builder: Any, end: Sequence[int], min_tokens: int, begin: Sequence[int] = ()) -> None:
         self.empty = 0
         self.short = 0
         self._builder = builder
-        self._end = np.array([end], dtype=builder.dtype)
+        self._begin_ids, self._end_ids = (np.array(ids, dtype=builder.dtype) for ids in (begin, end))
         self._min_tokens = min_tokens
         self._begin()
 
     def _begin(self) -> None:
         # Until it is known whether the document stays.
-        self._held: list[np.ndarray] = []
+        self._held: list[np.ndarray] = [self._begin_ids]
         self._prompt_tokens = 0
         self._text_tokens = 0
 
@@ -58,7 +59,7 @@ class DocumentWriter:
             ValueError: it has more tokens than an index can tell.
         """
         if self._stays:
-            self._held.append(self._end)
+            self._held.append(self._end_ids)
             self._flush()
             self._enter()
         elif self._text_tokens:
@@ -78,9 +79,13 @@ class DocumentWriter:
 
     def _enter(self) -> None:
         """Enter a written document into the index."""
-        sequences = [(self._text_tokens + 1, LOSS_MODE)]
+        before, after = len(self._begin_ids), len(self._end_ids)
         if self._prompt_tokens:
-            sequences.insert(0, (self._prompt_tokens, PROMPT_MODE))
+            sequences = [
+                (before + self._prompt_tokens, PROMPT_MODE), (self._text_tokens + after, LOSS_MODE),
+            ]  # fmt: skip
+        else:
+            sequences = [(before + self._text_tokens + after, LOSS_MODE)]
         for length, mode in sequences:
             if length > _MOST_TOKENS:
                 raise ValueError(

@@ -31,7 +31,9 @@ CHANGES_NOTHING = frozenset((
     "eval_interval", "eval_iters", "exit_interval", "exit_duration_in_mins", "manual_gc",
     "manual_gc_interval", "manual_gc_eval", "empty_unused_memory_level",
     # Where files are; what is in the data is compared by itself.
-    "data_path", "data_cache_path", "log_interval", "metrics_jsonl", "trace_dir", "failure_dir", "save",
+    "data_path", "tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "vocab_size",
+    "tiktoken_pattern", "tiktoken_num_special_tokens", "data_cache_path", "log_interval",
+    "metrics_jsonl", "trace_dir", "failure_dir", "save",
     "save_interval", "keep_checkpoints", "set_aside_checkpoints", "async_save", "on_save_failure",
     "load", "load_fallback", "pretrained_checkpoint", "allow_changed", "profile", "profile_step_start",
     "profile_step_end", "profile_ranks",

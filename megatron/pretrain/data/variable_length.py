@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from helixpipe.data.index_file import LOSS_MODE, PREPARE_AGAIN, open_index
-from helixpipe.data.prefix import DatasetInfo, dataset_paths
+from helixpipe.data.index_file import LOSS_MODE, open_index
+from helixpipe.data.prefix import DatasetInfo, dataset_paths, whose_vocabulary
 from helixpipe.data.samples import document_samples
 
 
@@ -84,8 +84,7 @@ class VariableLengthDataset:
             paths = dataset_paths(self.info.prefix)
             raise ValueError(
                 f"{paths.bin}: token {first} of document {document} has id {ids[first]}, outside the "
-                f"vocabulary of {self.info.vocab_size} in {paths.tokenizer}: the files are not of one "
-                f"dataset; {PREPARE_AGAIN}"
+                f"vocabulary of {self.info.vocab_size} {whose_vocabulary(self.info)}"
             )
         return Sample(torch.from_numpy(ids), self._loss_mask(document, count))
 

@@ -15,7 +15,7 @@ from helixpipe.reliability.versions import versions
 _MAY_DIFFER = frozenset((
     "rank", "data_path", "data_cache_path", "num_workers", "metrics_jsonl", "trace_dir", "save", "load",
     "failure_dir", "log_interval", "hardware", "plan", "schedule", "dataset", "hang_timeout_s",
-    "elastic_costs", "profiling",
+    "elastic_costs", "profiling", "tokenizer", "tokenizer_model", "vocab_file", "merge_file",
 ))  # fmt: skip
 # A disagreement in many arguments is shown by the first few.
 _MAX_SHOWN = 6

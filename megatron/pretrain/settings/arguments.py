@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from helixpipe.commands.parser import flag_of
+from helixpipe.commands.tokenizer_arguments import tokenizer_settings
 from helixpipe.data.prefix import DatasetInfo, check_token_ids, inspect_prefix
+from helixpipe.data.text_tokenizers import TokenizerSettings
 from helixpipe.layers.spec import Implementation, check_implementation
 from helixpipe.plan.build import find_schedule
 from helixpipe.plan.cost_model import Recompute
@@ -71,6 +73,7 @@ def parse_arguments(
     derive_model(args)
     _check_training(args)
     args.dataset = dataset
+    args.tokenizer = _tokenizer(args)
     args.schedule = _choose_schedule(args)
     args.dataset = args.dataset or _inspect_data(args, args.schedule.execution)
     args.padded_vocab_size = _pad_vocabulary(args)
@@ -189,8 +192,16 @@ def _check_recompute(args: argparse.Namespace) -> None:
         raise ValueError("--recompute-method and --recompute-num-layers need --recompute-granularity full")
 
 
+def _tokenizer(args: argparse.Namespace) -> TokenizerSettings | None:
+    if args.tokenizer_type is None and args.vocab_size is not None:
+        raise ValueError(
+            "--vocab-size needs --tokenizer-type; add it, or leave it out: the data have a tokenizer"
+        )
+    return tokenizer_settings(args)
+
+
 def _inspect_data(args: argparse.Namespace, execution: Execution) -> DatasetInfo:
-    info = inspect_prefix(args.data_path)
+    info = inspect_prefix(args.data_path, args.tokenizer)
     check_token_ids(args.data_path, info)
     if execution.joins_documents and info.has_prompts:
         raise ValueError(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from helixpipe.commands.parser import Parser
 from helixpipe.commands.ranges import GIBIBYTES, LAYERS, RANKS, SEED, Real, Whole
+from helixpipe.commands.tokenizer_arguments import VOCABULARY, add_tokenizer_arguments
 from helixpipe.layers.attention.choice import AUTO as AUTO_BACKEND
 from helixpipe.layers.attention.choice import BACKENDS
 from helixpipe.plan.schedules.request import ATTENTION_RANGES, HEAD_PLACEMENTS, ROUND_ORDERS
@@ -202,7 +203,19 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     add = group.add_argument
-    add("--data-path", required=True, metavar="PREFIX", help="as tools/prepare_data.py wrote it")
+    add(
+        "--data-path",
+        required=True,
+        metavar="PREFIX",
+        help="as tools/prepare_data.py wrote it, or Megatron's own tool; then with --tokenizer-type",
+    )
+    add_tokenizer_arguments(add)
+    add(
+        "--vocab-size",
+        type=VOCABULARY,
+        metavar="N",
+        help="of a --tokenizer-type that has none in its files: for NullTokenizer without the end token",
+    )
     add("--split", type=_split, default="969,30,1", help="documents for training, validation, test")
     add("--data-cache-path", type=Path, help="default: the folder cache beside the data")
     add("--num-workers", type=Whole(least=0, most=1024), default=0, help="processes that read ahead")
