@@ -46,6 +46,9 @@ def add_parsers(add: Callable[..., Any]) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
+    if args.vocab_size is not None and "--tokenizer-type" in args.more:
+        # A tokenizer's, which the program needs as well.
+        args.more, args.vocab_size = [*args.more, "--vocab-size", str(args.vocab_size)], None
     ranks = _number_of_gpus() if args.nproc_per_node is None else args.nproc_per_node
     if args.dry_run is not None:
         _dry_run(args, ranks)

@@ -6,6 +6,7 @@ that spells a special token is text.
 
 from __future__ import annotations
 
+import base64
 import importlib
 import json
 import os
@@ -310,24 +311,17 @@ class _Tiktoken:
     def __init__(self, settings: TokenizerSettings) -> None:
         _library("tiktoken", TIKTOKEN)
         model = settings.model or ""
-        _require(model)
         vocab_size = settings.vocab_size or _TIKTOKEN_VOCABULARY
-        special = settings.tiktoken_num_special_tokens
+        special = settings.tiktoken_num_special_tokens or _TIKTOKEN_SPECIAL
+        _check_tiktoken(model, vocab_size, special)
         # Imported here because it takes seconds.
         library = importlib.import_module("megatron.core.tokenizers.text.libraries.tiktoken_tokenizer")
-        try:
-            found = library.TikTokenTokenizer(
-                model,
-                num_special_tokens=_TIKTOKEN_SPECIAL if special is None else special,
-                pattern=settings.tiktoken_pattern or "v2",
-                vocab_size=vocab_size,
-            )
-        except (AssertionError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise DataError(
-                f"{model}: is no vocabulary of {vocab_size} tokens with the special ones before it, as "
-                "Megatron's TikTokenizer reads it: give --vocab-size and --tiktoken-num-special-tokens that "
-                "fit it"
-            ) from error
+        found = library.TikTokenTokenizer(
+            model,
+            num_special_tokens=special,
+            pattern=settings.tiktoken_pattern or "v2",
+            vocab_size=vocab_size,
+        )
         self.vocab_size = vocab_size
         self.begin: tuple[int, ...] = ()
         self.end: tuple[int, ...] = (int(found.eos_id),)
@@ -337,6 +331,25 @@ class _Tiktoken:
         """See :class:`TextTokenizer`."""
         found: list[list[int]] = self._tokenizer.encode_ordinary_batch(list(texts), num_threads=1)
         return found
+
+
+def _check_tiktoken(model: str, vocab_size: int, special: int) -> None:
+    """Megatron checks its form of tiktoken by assertions."""
+    try:
+        entries = json.loads(_read(model))
+        words = [base64.b64decode(entry["token_bytes"], validate=True) for entry in entries]
+        ranks = [entry["rank"] for entry in entries]
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"{model}: is not Megatron's JSON list of tokens with rank, token_bytes and token_str: convert it"
+        ) from error
+    if ranks != list(range(len(ranks))) or words[:256] != [bytes([i]) for i in range(256)]:
+        raise DataError(f"{model}: is not ordered by rank, all bytes first: convert it again")
+    if not special < vocab_size <= len(words) + special:
+        raise DataError(
+            f"{model}: has {len(words)} tokens, which with {special} special ones before them make no "
+            f"vocabulary of {vocab_size}: give --vocab-size and --tiktoken-num-special-tokens that fit it"
+        )
 
 
 class _Bytes:

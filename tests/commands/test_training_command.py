@@ -57,6 +57,11 @@ def dry_run(monkeypatch, capsys):
     return run
 
 
+def test_the_size_of_a_tokenizer_goes_to_the_program(started):
+    words = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "99"]
+    assert started("--nproc-per-node", "1", *JOB, *words)[-4:] == words
+
+
 def test_everything_that_is_not_torchruns_goes_to_the_program_in_its_order(started):
     assert started(*JOB[:4], "--nproc-per-node", "4", *JOB[4:]) == [
         "-m", "torch.distributed.run", "--nproc-per-node", "4", "--standalone",

@@ -150,8 +150,30 @@ def test_tiktoken_ids_are_those_of_megatron(tmp_path):
     plain = [text for text in TEXTS if "</s>" not in text]
     _, documents = prepare(tmp_path, plain, settings)
     assert documents == [[*theirs.text_to_ids(text), theirs.eos_id] for text in plain]
-    with pytest.raises(ValueError, match="--vocab-size"):
-        open_tokenizer(TokenizerSettings("TikTokenizer", model=model, vocab_size=300))
+
+
+def test_a_vocabulary_of_tiktoken_that_does_not_fit_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("helixpipe.data.text_tokenizers._library", lambda *_: None)
+    model = tiktoken_vocabulary(tmp_path / "vocab.json", 259)
+
+    def refused(message, **sizes):
+        with pytest.raises(ValueError, match=message):
+            open_tokenizer(TokenizerSettings("TikTokenizer", model=model, **sizes))
+
+    refused("has 259 tokens, which with 1000 special ones .* make no vocabulary of 131072")
+    refused("make no vocabulary of 270: give --vocab-size", vocab_size=270, tiktoken_num_special_tokens=10)
+    entries = json.loads((tmp_path / "vocab.json").read_text())
+    for change, message in (
+        ({"rank": 5}, "not ordered by rank"),
+        ({"token_bytes": "AA=="}, "all bytes first"),
+        ({"token_bytes": "%"}, "is not Megatron's JSON list"),
+        ({"rank": None}, "not ordered"),
+    ):
+        changed = [*entries[:7], {**entries[7], **change}, *entries[8:]]
+        (tmp_path / "vocab.json").write_text(json.dumps(changed))
+        refused(message)
+    (tmp_path / "vocab.json").write_text("7")
+    refused("is not Megatron's JSON list")
 
 
 def test_bytes_and_numbers(tmp_path):

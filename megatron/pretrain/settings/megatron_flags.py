@@ -26,6 +26,8 @@ SUPPORTED = frozenset(
     sequence-parallel sgd-momentum split start-weight-decay swiglu tensor-model-parallel-size
     train-iters train-samples transformer-impl untie-embeddings-and-output-weights
     use-distributed-optimizer use-rope-scaling weight-decay weight-decay-incr-style
+    merge-file tiktoken-num-special-tokens tiktoken-pattern tokenizer-model tokenizer-type vocab-file
+    vocab-size
     """.split()
 )
 
@@ -376,15 +378,15 @@ REFUSED: dict[str, str] = {
     "data are read by their prefix; use tools/prepare_data.py and --data-path": """
         allow-ambiguous-pad-tokens chat-template data-args-path dataloader-inter-document-masking
         dataloader-type disable-pad-vocab-size disable-tokenizer-sentencepiece-ignore-extra-whitespaces
-        merge-file mock-data no-mmap-bin-files no-pad-vocab-size
+        mock-data no-mmap-bin-files no-pad-vocab-size
         no-tokenizer-sentencepiece-ignore-extra-whitespaces null-tokenizer-eod-id null-tokenizer-pad-id
         object-storage-cache-path per-dataset-sequences-path per-split-data-args-path
         reset-attention-mask reset-position-ids sample-rate sft sft-tokenizer-prompt-format
-        test-data-path tiktoken-num-special-tokens tiktoken-pattern tiktoken-special-tokens
+        test-data-path tiktoken-special-tokens
         tokenizer-hf-include-special-tokens tokenizer-hf-no-include-special-tokens
-        tokenizer-hf-no-use-fast tokenizer-hf-use-fast tokenizer-metadata tokenizer-model
-        tokenizer-sentencepiece-legacy tokenizer-special-tokens tokenizer-type train-data-path
-        trust-remote-code valid-data-path vocab-extra-ids vocab-file vocab-size
+        tokenizer-hf-no-use-fast tokenizer-hf-use-fast tokenizer-metadata
+        tokenizer-sentencepiece-legacy tokenizer-special-tokens train-data-path
+        trust-remote-code valid-data-path vocab-extra-ids
     """,
     "it is for tests of Megatron; remove it": """
         enable-experimental enable-msc test-mode
