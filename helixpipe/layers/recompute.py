@@ -2,17 +2,24 @@
 
 Recomputation without attention (HelixPipe, section "recomputation without attention") drops tensors that are
 cheap to compute again: the output of a norm, the MLP's first half. Their consumers (a matrix product, the
-core attention) save them for their own backward pass, so the data is taken away under the saved tensor and
-put back just before that backward pass runs. Only the producer runs twice, never the consumer.
+core attention) save them for their own backward pass, so they are taken out of the consumer's graph and put
+back just before that backward pass runs. Only the producer runs twice, never the consumer.
 
-The idea is that of Megatron's ``CheckpointWithoutOutput``. That one holds the recomputed output beside the
-restored one until the producer's backward pass is over, reads and sets all random states for producers that
-draw no random numbers, and in 0.16.1 needs Transformer Engine unless it is told ``fp8=None``.
+Nothing but references is dropped and put back: memory is freed as any other, when the last stream has done
+with it, and what is computed again is used as it is, without a copy.
+
+The idea is that of Megatron's ``CheckpointWithoutOutput``. That one empties the storage under the saved
+tensors and copies what is computed again into it, holds both until the producer's backward pass is over,
+reads and sets all random states for producers that draw no random numbers, and in 0.16.1 needs Transformer
+Engine unless it is told ``fp8=None``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,7 +38,8 @@ def recompute(
 
     Args:
         produce: draws no random numbers. What it returns is used by ``consume`` only.
-        consume: may save its arguments and views of them, but no copies: those would stay.
+        consume: may save its arguments and views of them for its backward pass, but no copies: those would
+            stay. Beside its arguments it computes with leaves of the graph.
         input: is kept, and must not be changed in place.
 
     Returns:
@@ -42,11 +50,31 @@ def recompute(
     production = _Production(with_same_weights(produce))
     produced = _Produce.apply(production, input)
     consumed = consume(*produced)
-    production.release(produced, needed=(input, *consumed))
+    production.release(produced, input, consumed)
     for tensor in consumed:
         if tensor.requires_grad:
             tensor.register_hook(production.regain)
     return consumed
+
+
+class _Absent:
+    """In the place of a tensor that a consumer has saved, a view of one that is computed again."""
+
+    __slots__ = ("__weakref__", "index", "offset", "shape", "stride", "tensor")
+
+    def __init__(self, index: int, saved: Tensor) -> None:
+        self.index = index
+        self.shape, self.stride, self.offset = saved.shape, saved.stride(), saved.storage_offset()
+        self.tensor: Tensor | None = None
+
+    def view_of(self, again: Tensor) -> Tensor:
+        """The view, at the same place in the storage of ``again``."""
+        return again.as_strided(self.shape, self.stride, self.offset)
+
+    def unpack(self) -> Tensor:
+        """What is put back, for the consumer's backward pass."""
+        assert self.tensor is not None, "nothing that was consumed has a gradient yet"
+        return self.tensor
 
 
 class _Production:
@@ -57,39 +85,48 @@ class _Production:
         # The node in autograd's graph. It knows nothing of this object, which the consumer's hooks hold: so
         # there is no cycle, and a graph that is never differentiated is freed like any other.
         self.node: Any = None
-        self._released: list[tuple[int, Tensor]] = []
+        # Held by the consumer's graph, so that what is put back ends with it.
+        self._absent: list[weakref.ref[_Absent]] = []
+        self._layouts: dict[int, tuple[int, tuple[int, ...]]] = {}
 
-    def release(self, produced: Tensors, needed: Tensors) -> None:
-        """Free the data of ``produced``, but for what is (a view of) a ``needed`` tensor.
+    def release(self, produced: Tensors, input: Tensor, consumed: Tensors) -> None:
+        """Take ``produced`` out of the consumer's graph, but for what is a view of its result or the input.
 
         A norm that is fused into the next layer is an identity here: what it produces is the input.
         """
-        seen = {_address(tensor) for tensor in needed}
+        needed = {_address(tensor) for tensor in (input, *consumed)}
+        indices: dict[int, int] = {}
         for index, tensor in enumerate(produced):
-            if _address(tensor) not in seen:
-                seen.add(_address(tensor))
-                self._released.append((index, tensor))
-        for _, tensor in self._released:
-            tensor.untyped_storage().resize_(0)
+            if _address(tensor) not in needed:
+                indices.setdefault(_address(tensor), index)
+                self._layouts[index] = tensor.storage_offset(), tensor.stride()
+        for tensor, saved in saved_between(consumed, self.node):
+            owner = indices.get(_address(tensor))
+            if owner is not None and tensor.dtype is produced[owner].dtype:
+                absent = _Absent(owner, tensor)
+                self._absent.append(weakref.ref(absent))
+                # Hooks of others stay: they have put the tensor where they want it.
+                with suppress(RuntimeError):
+                    saved.register_hooks(_always(absent), _Absent.unpack)
 
     def regain(self, grad: Tensor) -> None:
-        """Compute again and put the data back; a hook of every consumed tensor, of which the first acts."""
+        """Compute again and put back; a hook of every consumed tensor, of which the first acts."""
         if self.node is None:
             return
         (input,) = self.node.saved_tensors
         input = input.detach().requires_grad_()
         with torch.enable_grad():
             produced = self.produce(input)
-        for index, tensor in self._released:
+        for index, layout in self._layouts.items():
             # Views of one storage come back together, at the same places in it.
-            again, storage = produced[index], tensor.untyped_storage()
-            assert again.storage_offset() == tensor.storage_offset()
-            assert again.stride() == tensor.stride()
-            storage.resize_(again.untyped_storage().nbytes())
-            storage.copy_(again.untyped_storage())
-        # Edges instead of tensors: the second copy of the data ends here.
+            assert layout == (produced[index].storage_offset(), produced[index].stride())
+        for reference in self._absent:
+            absent = reference()
+            if absent is not None:
+                absent.tensor = absent.view_of(produced[absent.index].detach())
+        # Edges instead of tensors: what nobody has saved ends here.
         self.node.input, self.node.edges = input, _edges(produced)
-        self.node, self._released = None, []
+        self.node, self._absent, self._layouts = None, [], {}
 
 
 class _Produce(torch.autograd.Function):
@@ -118,3 +155,39 @@ def _edges(tensors: Tensors) -> tuple[GradientEdge | None, ...]:
 
 def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
+
+
+def _always(packed: _Absent) -> Callable[[Tensor], _Absent]:
+    return lambda tensor: packed
+
+
+def saved_between(outputs: Iterable[Tensor], end: Any = None) -> Iterator[tuple[Tensor, Any]]:
+    """What the nodes from ``outputs`` back to the node ``end`` have saved, and where, as a ``SavedTensor``.
+
+    Args:
+        outputs: of a graph.
+        end: neither it nor what is only before it is looked at; None looks at the whole graph.
+    """
+    pending = [tensor.grad_fn for tensor in outputs]
+    seen: set[Any] = {None, end}
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        for name in _names_of_saved(type(node)):
+            values, places = getattr(node, name), getattr(node, f"_raw_{name.lstrip('_')}")
+            if not isinstance(places, tuple):
+                values, places = (values,), (places,)
+            for value, place in zip(values, places, strict=True):
+                if isinstance(value, Tensor):
+                    yield value, place
+        pending += [before for before, _ in node.next_functions]
+
+
+@cache
+def _names_of_saved(kind: type) -> tuple[str, ...]:
+    """Attributes of a kind of node that hold saved tensors: one for a function in Python."""
+    if issubclass(kind, torch.autograd.function.BackwardCFunction):
+        return ("saved_tensors",)
+    return tuple(name for name in dir(kind) if name.startswith("_saved_") and hasattr(kind, f"_raw{name}"))

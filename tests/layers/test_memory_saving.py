@@ -207,10 +207,9 @@ def kept_by_segment(case):
         for segment in range(model.num_segments):
             # As a message brings them: each in a storage of its own size.
             values = tuple(value.detach().clone().requires_grad_() for value in values)
-            with Kept(model) as saved:
-                returned = model.forward_segment(segment, values, **batch_of(case))
+            returned = model.forward_segment(segment, values, **batch_of(case))
             # A residual that comes with others is cut off its message.
-            kept[segment] = saved.bytes(values[: max(1, len(values) - 1)])
+            kept[segment] = Kept(model, returned).bytes(values[: max(1, len(values) - 1)])
             values = returned
     return kept
 
@@ -283,8 +282,7 @@ def test_whole_layers_keep_what_the_planner_believes(style, level):
         case = Case(pp=1, style=style, num_layers=num_layers, seq_length=128, levels=level.value)
         with pretend_rank(case):
             model = gpt_stage(case)
-            with Kept(model) as saved:
-                losses_of(model, case)
+            saved = Kept(model, [losses_of(model, case)])
             return saved.bytes(), planned_costs(case, "1f1b", level)[1]["stage0"].bytes
 
     (two, planned_two), (four, planned_four) = kept(2), kept(4)
@@ -312,9 +310,7 @@ def test_a_whole_layer_keeps_three_units_and_the_log_sum_exp(style, mlp_chunk):
         )  # fmt: skip
         with pretend_rank(case):
             model = gpt_stage(case)
-            with Kept(model) as saved:
-                losses_of(model, case)
-            return saved.bytes()
+            return Kept(model, [losses_of(model, case)]).bytes()
 
     workload, _ = planned_costs(Case(pp=1, style=style, seq_length=128), "1f1b", Recompute.NONE)
     expected = 3 * workload.unit_bytes + workload.kept_tensors["log-sum-exp"]

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from helixpipe.layers.recompute import recompute
 
@@ -51,11 +52,97 @@ def test_the_producer_runs_twice_and_the_consumer_once(linear, x):
 
 def test_the_data_is_gone_until_the_backward_pass(linear, x):
     seen = []
-    (result,) = recompute(lambda x: (x.exp(),), lambda y: (seen.append(y) or linear(y),), x)
-    assert seen[0].untyped_storage().nbytes() == 0
-    assert seen[0].shape == (11, 5)
+    (result,) = recompute(lambda x: (x.exp(),), lambda y: (seen.append(weakref.ref(y)) or linear(y),), x)
+    assert seen[0]() is None
     result.sum().backward()
-    assert torch.equal(seen[0], x.exp())
+    assert torch.equal(linear.weight.grad, torch.ones(7, 11, dtype=x.dtype) @ x.exp())
+
+
+class Storing(torch.autograd.Function):
+    """Saves a view of what it is given, and notes where it lies in its backward pass."""
+
+    @staticmethod
+    def forward(ctx, y, notes):
+        ctx.save_for_backward(y.t())
+        ctx.notes = notes
+        return y.sum(dim=1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (saved,) = ctx.saved_tensors
+        ctx.notes.append((saved.data_ptr(), saved.shape, saved.clone()))
+        return grad[:, None].expand(saved.t().shape), None
+
+
+def test_what_is_computed_again_is_not_copied(x):
+    """Storages are neither emptied nor filled: on a GPU that would allocate twice, and copy."""
+    produced, notes = [], []
+
+    def produce(x):
+        result = x.exp()
+        produced.append(result.data_ptr())
+        return (result,)
+
+    (result,) = recompute(produce, lambda y: (Storing.apply(y, notes),), x)
+    result.sum().backward()
+    ((address, shape, saved),) = notes
+    assert address == produced[1]
+    assert shape == (5, 11)
+    assert torch.equal(saved, x.exp().t())
+
+
+def test_what_is_put_back_ends_with_the_consumers_backward_pass(linear, x):
+    """Before the producer's, which may have a long way to go, and though the result is still held."""
+    alive = []
+
+    class Producer(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            result = x.exp()
+            alive.append(weakref.ref(result.untyped_storage()))
+            ctx.save_for_backward(x)
+            return result
+
+        @staticmethod
+        def backward(ctx, grad):
+            (x,) = ctx.saved_tensors
+            alive.append([reference() for reference in alive])
+            return grad * x.exp()
+
+    (result,) = recompute(lambda x: (Producer.apply(x),), lambda y: (linear(y),), x)
+    result.sum().backward()
+    assert alive[2] == [None, None]
+
+
+def test_leaves_stay_themselves_in_the_consumers_graph(x):
+    """Megatron's linear layers look for ``main_grad`` at the weight that they have saved."""
+    weight = torch.nn.Parameter(torch.randn(7, 5, dtype=x.dtype))
+    found = []
+
+    class Linear(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y, weight):
+            ctx.save_for_backward(y, weight)
+            return y @ weight.t()
+
+        @staticmethod
+        def backward(ctx, grad):
+            y, weight = ctx.saved_tensors
+            found.append(weight)
+            return grad @ weight, grad.t() @ y
+
+    (result,) = recompute(lambda x: (x.exp(),), lambda y: (Linear.apply(y, weight),), x)
+    result.sum().backward()
+    assert found[0] is weight
+    torch.testing.assert_close(weight.grad, torch.ones(7, 11, dtype=x.dtype) @ x.exp(), rtol=1e-14, atol=0)
+
+
+def test_hooks_of_others_keep_what_they_have_taken(linear, x):
+    with saved_tensors_hooks(lambda tensor: tensor.clone(), lambda tensor: tensor):
+        (result,) = recompute(lambda x: (x.exp(),), lambda y: (linear(y),), x)
+    found = gradients(result, x, linear.weight)
+    for pair in zip(found, gradients(linear(x.exp()), x, linear.weight), strict=True):
+        torch.testing.assert_close(*pair, rtol=1e-14, atol=0)
 
 
 def test_views_of_one_storage_come_back_together(x):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,36 +15,46 @@ from torch.utils._pytree import tree_leaves
 
 
 class Kept:
-    """``with Kept(model) as kept: …`` then ``kept.bytes(inputs)``: what autograd's graph holds on to.
+    """``Kept(model, outputs).bytes(inputs)``: what the graph of ``outputs`` holds on to.
 
-    Weights do not count. Storage counts once and at its present size: a tensor whose data was taken away
-    counts as nothing.
+    Weights do not count. Storage counts once. Tensors that are computed again are not in the graph.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, outputs: Iterable[Tensor]) -> None:
         self._weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         self._saved: list[Tensor] = []
-        self._hooks = saved_tensors_hooks(self._note, lambda tensor: tensor)
+        for place in saved_in_graph(outputs):
+            # Where data was taken away, hooks of the one who took it are in the way.
+            with suppress(RuntimeError):
+                place.register_hooks(self._note, lambda tensor: tensor)
 
     def _note(self, tensor: Tensor) -> Tensor:
         self._saved.append(tensor)
-        return tensor
-
-    def __enter__(self) -> Kept:
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._hooks.__exit__(*exception)
+        return tensor.detach()
 
     def bytes(self, inputs: Iterable[Tensor] = ()) -> int:
         """Bytes of what was saved and of ``inputs``, which the executor keeps for their gradients."""
         storages = {}
         for tensor in (*self._saved, *inputs):
             storage = tensor.untyped_storage()
-            if storage.nbytes() and storage.data_ptr() not in self._weights:
+            if storage.data_ptr() not in self._weights:
                 storages[storage.data_ptr()] = storage.nbytes()
         return sum(storages.values())
+
+
+def saved_in_graph(outputs: Iterable[Tensor]) -> Iterator[Any]:
+    """The places of all saved tensors, as :class:`SavedTensor`."""
+    pending: list[Any] = [output.grad_fn for output in outputs]
+    seen: set[Any] = {None}
+    while pending:
+        node = pending.pop()
+        if node not in seen:
+            seen.add(node)
+            for name in dir(node):
+                if name.startswith("_raw_saved_"):
+                    places = getattr(node, name)
+                    yield from places if isinstance(places, tuple) else (places,)
+            pending += [before for before, _ in node.next_functions]
 
 
 class LargestTensor(TorchDispatchMode):
