@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from helixpipe.gradient_edges import edge_of
 from helixpipe.layers.borrowed_modules import with_same_weights
 
 Tensors = tuple[Tensor, ...]
@@ -99,7 +99,7 @@ class _Production:
         for index, tensor in enumerate(produced):
             if _address(tensor) not in needed:
                 indices.setdefault(_address(tensor), index)
-                self._layouts[index] = tensor.storage_offset(), tensor.stride()
+                self._layouts[index] = int(tensor.storage_offset()), tensor.stride()
         for tensor, saved in saved_between(consumed, self.node):
             owner = indices.get(_address(tensor))
             if owner is not None and tensor.dtype is produced[owner].dtype:
@@ -125,7 +125,7 @@ class _Production:
             if absent is not None:
                 absent.tensor = absent.view_of(produced[absent.index].detach())
         # Edges instead of tensors: what nobody has saved ends here.
-        self.node.input, self.node.edges = input, _edges(produced)
+        self.node.input, self.node.edges = input, tuple(map(edge_of, produced))
         self.node, self._absent, self._layouts = None, [], {}
 
 
@@ -149,10 +149,6 @@ class _Produce(torch.autograd.Function):
         return None, grad_input
 
 
-def _edges(tensors: Tensors) -> tuple[GradientEdge | None, ...]:
-    return tuple(get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in tensors)
-
-
 def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
@@ -168,14 +164,15 @@ def saved_between(outputs: Iterable[Tensor], end: Any = None) -> Iterator[tuple[
         outputs: of a graph.
         end: neither it nor what is only before it is looked at; None looks at the whole graph.
     """
-    pending = [tensor.grad_fn for tensor in outputs]
+    pending: list[Any] = [tensor.grad_fn for tensor in outputs]
     seen: set[Any] = {None, end}
     while pending:
         node = pending.pop()
         if node in seen:
             continue
         seen.add(node)
-        for name in _names_of_saved(type(node)):
+        kind: type = type(node)
+        for name in _names_of_saved(kind):
             values, places = getattr(node, name), getattr(node, f"_raw_{name.lstrip('_')}")
             if not isinstance(places, tuple):
                 values, places = (values,), (places,)

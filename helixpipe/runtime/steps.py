@@ -8,8 +8,9 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch.autograd import Variable
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
+from helixpipe.gradient_edges import edge_of
 from helixpipe.plan.loan import Loan
 from helixpipe.plan.operation import Operation
 from helixpipe.runtime.context_lending import ContextLending
@@ -106,8 +107,7 @@ class Forward:
         outputs = self.segments.forward(*self._key, inputs)
         self.trace.end()
         if self.store is not None:
-            edges = tuple(get_gradient_edge(output) if output.requires_grad else None for output in outputs)
-            self.store.put(self._key, Saved(inputs, edges))
+            self.store.put(self._key, Saved(inputs, tuple(map(edge_of, outputs))))
         if self.result is not None:
             self.result.put(tuple(output.detach() for output in outputs))
         if self._stand_ins:

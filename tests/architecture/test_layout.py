@@ -13,6 +13,7 @@ from sources import PACKAGES, PROGRAMS, parsed, relative, sources
 ARROWS = {
     "contact_points": (),
     "refusals": (),
+    "gradient_edges": (),
     "reliability": (),
     "plan": (),
     "command_line": ("data", "reliability", "refusals"),
@@ -20,8 +21,8 @@ ARROWS = {
     "elastic": ("plan",),
     "report": ("plan", "elastic", "data"),
     "kernels": (),
-    "runtime": ("plan", "elastic", "kernels", "reliability"),
-    "layers": ("plan", "elastic", "kernels", "contact_points", "refusals"),
+    "runtime": ("plan", "elastic", "kernels", "reliability", "gradient_edges"),
+    "layers": ("plan", "elastic", "kernels", "contact_points", "refusals", "gradient_edges"),
     "megatron_adapter": (
         "plan", "elastic", "runtime", "layers", "reliability", "contact_points", "refusals",
     ),
