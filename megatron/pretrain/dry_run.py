@@ -7,6 +7,9 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
+from helixpipe.data.samples import ShuffledOrder
+from helixpipe.elastic import plan_batch
+from helixpipe.elastic.replicas import share_out
 from helixpipe.plan.advise import read_machine
 from helixpipe.plan.advise.job import RESERVED_GIB
 from helixpipe.plan.advise.messages import peak_with_messages
@@ -14,6 +17,8 @@ from helixpipe.plan.cost_model import Hardware, Pieces, Recompute, Workload, cos
 from helixpipe.plan.plan import Plan
 from helixpipe.plan.simulation.costs import Costs
 from helixpipe.plan.simulation.simulate import simulate
+from megatron.pretrain.data.elastic_iterators import training_documents
+from megatron.pretrain.data.variable_length import VariableLengthDataset
 from megatron.pretrain.settings.recomputation import job_levels
 from megatron.pretrain.settings.schedule_choice import check_profile, known_machine, workload_of
 
@@ -50,16 +55,12 @@ def describe(args: argparse.Namespace, hardware: str | None) -> Iterator[str]:
         ValueError: hardware that is not known, or was not measured for these sizes.
     """
     yield _layout(args)
-    yield (
-        f"batch: {args.global_batch_size} sequences of {args.seq_length} tokens = {args.num_microbatches} "
-        f"micro batches of {args.micro_batch_size} x {args.data_parallel_size} replicas; {args.train_iters} "
-        "iterations"
-    )
+    yield f"batch: {_batch(args)}; {args.train_iters} iterations"
     plan: Plan | None = args.schedule.plan
     if args.schedule.reason:
         yield f"choice: {args.schedule.reason}"
     if plan is None:
-        yield f"plan: {args.schedule.name}, each batch has its own, made while the one before trains"
+        yield from _first_batch(args)
         return
     operations = sum(len(order) for order in plan.orders)
     options = ", ".join(f"{name} {value}" for name, value in plan.parameters.items() if name != "num_layers")
@@ -73,6 +74,33 @@ def describe(args: argparse.Namespace, hardware: str | None) -> Iterator[str]:
         yield "prediction: none, as the machine is not known; name it, as in --dry-run h20"
         return
     yield from _predicted(args, prediction)
+
+
+def _first_batch(args: argparse.Namespace) -> Iterator[str]:
+    """Of a schedule that plans each batch: the plan of the first, as one replica has it."""
+    name, job = args.schedule.name, args.elastic_job
+    if not args.dataset.prefix:
+        yield f"plan: {name}, each batch has its own; with the data at hand, the first one is planned here"
+        return
+    dataset = VariableLengthDataset(args.dataset, args.max_seq_length, training_documents(args))
+    samples = ShuffledOrder(len(dataset), args.seed).samples(0, args.global_batch_size)
+    lengths = dataset.lengths[samples].tolist()
+    own = [lengths[number] for number in share_out(lengths, job.costs, args.data_parallel_size)[0]]
+    found = plan_batch(own, job)
+    recipe, prediction = found.recipe, found.prediction
+    yield (
+        f"plan: {name}, of the first batch: {len(own)} sequences, {sum(own)} tokens, the longest {max(own)}, "
+        f"in {len(recipe.chunks)} chunks; chunks of pipelines that follow one another: "
+        f"{', '.join(map(str, recipe.pipelines))}; valid"
+    )
+    yield (
+        f"predicted by {args.elastic_costs}: {_duration(prediction.time_ms / 1e3)} for this batch, bubble "
+        f"{prediction.bubble:.1%}, recomputation {prediction.recompute:.1%} of the computing"
+    )
+    yield (
+        f"memory: {max(prediction.peak_with_messages) / _GIB:.1f} GiB on the fullest GPU, "
+        f"of {job.memory_limit_bytes / _GIB:.1f}"
+    )
 
 
 def predict(args: argparse.Namespace, plan: Plan, hardware: str | None) -> Prediction | None:
@@ -121,6 +149,15 @@ def _layout(args: argparse.Namespace) -> str:
         f"{args.pipeline_model_parallel_size} x data {args.data_parallel_size}"
         f"{', sequence parallel' if args.sequence_parallel else ''}"
         f"{', distributed optimizer' if args.use_distributed_optimizer else ''}"
+    )
+
+
+def _batch(args: argparse.Namespace) -> str:
+    if args.schedule.plan is None:
+        return f"{args.global_batch_size} documents of at most {args.max_seq_length} tokens"
+    return (
+        f"{args.global_batch_size} sequences of {args.seq_length} tokens = {args.num_microbatches} micro "
+        f"batches of {args.micro_batch_size} x {args.data_parallel_size} replicas"
     )
 
 

@@ -24,6 +24,7 @@ EXAMPLES = {
     "pretrain_gpt_single_node.sh": (["corpus"], "h100", "8 GPUs = tensor 1 x pipeline 8 x data 1"),
     "pretrain_llama_7b_slurm.sh": (["corpus", "saved"], "h20", "64 GPUs = tensor 8 x pipeline 8 x data 1"),
 }
+WITHOUT_DATA = ["--vocab-size", "32000"]
 
 
 @pytest.fixture
@@ -152,19 +153,47 @@ def test_the_program_starts_as_a_module():
     assert "--pipeline-schedule" in finished.stdout
 
 
+def dry_run_of(example, *words, **environment):
+    """The lines of an example's dry run, by their names."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    finished = subprocess.run(
+        ["bash", f"examples/{example}", *map(str, words)], cwd=ROOT, text=True, timeout=120, check=False,
+        env=kept | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)} | environment, capture_output=True,
+    )  # fmt: skip
+    assert (finished.returncode, finished.stderr) == (0, "")
+    return dict(line.split(": ", 1) for line in finished.stdout.splitlines() if ": " in line)
+
+
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_examples_dry_run(tmp_path, example):
     """Anywhere: no SLURM, no GPU, no data."""
     words, machine, layout = EXAMPLES[example]
-    command = ["bash", f"examples/{example}", *(str(tmp_path / word) for word in words), "--dry-run", machine]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
-    finished = subprocess.run(
-        [*command, "--vocab-size", "32000"], cwd=ROOT, text=True, capture_output=True,
-        env=environment | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}, timeout=120, check=False,
-    )  # fmt: skip
-    assert (finished.returncode, finished.stderr) == (0, "")
-    said = dict(line.split(": ", 1) for line in finished.stdout.splitlines())
+    paths = [tmp_path / word for word in words]
+    said = dry_run_of(example, *paths, "--dry-run", machine, *WITHOUT_DATA)
     assert said["layout"].startswith(layout)
     assert "does not fit" not in said["memory"]
     assert f"-m {training.PROGRAM} --pipeline-schedule " in said["command"]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_where_batches_are_planned_one_by_one_the_first_one_is(tmp_path):
+    prefix = tmp_path / "corpus"
+    tool = [sys.executable, "tools/prepare_data.py", "--input", "docs", "--pattern", "*.md"]
+    subprocess.run(
+        [*tool, "--vocab-size", "300", "--output-prefix", str(prefix)], cwd=ROOT, timeout=60, check=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
+    )  # fmt: skip
+    costs = tmp_path / "costs.json"
+    words = (prefix, "h100", "--dry-run", "--global-batch-size", 6)
+    said = dry_run_of("pretrain_variable_lengths.sh", *words, COSTS=str(costs))
+    assert said["batch"] == "6 documents of at most 131072 tokens; 1000 iterations"
+    assert re.match(
+        r"elastic, of the first batch: 6 sequences, \d+ tokens, the longest \d+, in ", said["plan"]
+    )
+    assert re.match(r"\d+\.\d m?s for this batch, bubble \d", said[f"predicted by {costs}"])
+    assert said["memory"].endswith(" GiB on the fullest GPU, of 72.0")
+    elsewhere = dry_run_of(
+        "pretrain_variable_lengths.sh", "elsewhere", "h100", "--dry-run", *WITHOUT_DATA, COSTS=str(costs)
+    )
+    assert elsewhere["plan"].startswith("elastic, each batch has its own; with the data at hand")

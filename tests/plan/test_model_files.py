@@ -89,7 +89,8 @@ def test_one_model_in_every_form(read):
         "num_query_groups": 8, "ffn_hidden_size": 14336, "swiglu": True, "vocab_size": 128256,
         "untie_embeddings_and_output_weights": True, "num_experts": None, "fp8": False,
     }  # fmt: skip
-    for content in (SCRIPT, ARRAYS, as_json, {**LLAMA, "model_type": "llama", "mlp_bias": False}):
+    command = SCRIPT.replace("pretrain_gpt.py", "python -m helixpipe train --nproc-per-node 8 --dry-run h20")
+    for content in (SCRIPT, ARRAYS, command, as_json, {**LLAMA, "model_type": "llama", "mlp_bias": False}):
         assert sizes(read(content)) == expected
     without = SCRIPT.replace("--vocab-size 128256", "")
     assert sizes(read(without, vocab_size=128256)) == expected

@@ -50,7 +50,8 @@ _NEUTRAL_VALUES = frozenset(
         "check-weight-hash-across-dp-replicas-interval", "ckpt-format", "clip-grad",
         "context-parallel-size", "cp-comm-type", "data-args-path", "data-cache-path", "data-parallel-size",
         "data-path", "dataloader-type", "decoupled-lr", "decoupled-min-lr", "dist-ckpt-strictness",
-        "distributed-backend", "distributed-timeout-minutes", "elastic-costs", "empty-unused-memory-level",
+        "distributed-backend", "distributed-timeout-minutes", "dry-run", "elastic-costs",
+        "empty-unused-memory-level",
         "end-weight-decay", "eval-interval", "eval-iters", "exit-duration-in-mins", "exit-interval",
         "failure-dir", "global-batch-size", "hang-timeout-s", "hardware", "head-placement",
         "hidden-dropout", "hysteresis", "init-method-std", "keep-checkpoints", "kill-on-bad-exit", "load",
@@ -145,7 +146,8 @@ def _relevant(words: list[str]) -> list[str]:
             place = words.index("--vocab-size") if "--vocab-size" in words else len(words)
             return words[place : place + 2]
     if "helixpipe" in words:
-        return []
+        command = words[words.index("helixpipe") + 1 :]
+        return command[1:] if command[:1] == ["train"] else []
     first = words[0]
     is_ours = first.startswith("--") or _ASSIGNMENT.match(" ".join(words[:2])) is not None
     has_sizes = any(word.startswith("--") and _name(word) in SIZES for word in words)

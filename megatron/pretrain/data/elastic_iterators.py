@@ -39,7 +39,7 @@ class ElasticTraining(Iterator[ElasticBatch]):
     """
 
     def __init__(self, args: argparse.Namespace, position: int = 0) -> None:
-        dataset = VariableLengthDataset(args.dataset, args.max_seq_length, _documents(args, _TRAINING))
+        dataset = VariableLengthDataset(args.dataset, args.max_seq_length, training_documents(args))
         self._planned: PlannedBatch | None = None
         self._batches = ElasticBatches(
             dataset,
@@ -97,6 +97,11 @@ def _share(args: argparse.Namespace) -> dict[str, int]:
         "replica": parallel_state.get_data_parallel_rank(),
         "num_replicas": parallel_state.get_data_parallel_world_size(),
     }
+
+
+def training_documents(args: argparse.Namespace) -> range:
+    """The documents that are trained on."""
+    return _documents(args, _TRAINING)
 
 
 def _documents(args: argparse.Namespace, part: int) -> range:
