@@ -28,6 +28,9 @@ from torch import Tensor
 
 from helixpipe.layers.borrowed_modules import BorrowedModules
 from helixpipe.layers.chunked_loss import chunked_loss
+from helixpipe.layers.elastic.context import ContextStore
+from helixpipe.layers.elastic.core_attention import attend_to_slices
+from helixpipe.layers.elastic.layout import ChunkLayout
 from helixpipe.layers.recomputing_layer import (
     NOTHING_SAVED,
     MemorySaving,
@@ -74,6 +77,8 @@ class SegmentedGPTModel(LanguageModule):
         share_embeddings_and_output_weights: tie the head to the embedding; both segments must be here.
         position_embedding_type: ``learned_absolute``, ``rope`` or ``none``.
         saving: what to do to keep less for the backward pass.
+        contexts: where attention finds keys and values of earlier slices; None for a model of whole
+            sequences. Slices need the attention range ``core``.
         rotary: those of GPTModel for rotary positions, like ``rotary_base`` and ``rope_scaling``.
 
     Raises:
@@ -93,6 +98,7 @@ class SegmentedGPTModel(LanguageModule):
         share_embeddings_and_output_weights: bool = False,
         position_embedding_type: str = "learned_absolute",
         saving: MemorySaving = NOTHING_SAVED,
+        contexts: ContextStore | None = None,
         **rotary: Any,
     ) -> None:
         check_supported(config, position_embedding_type)
@@ -104,6 +110,7 @@ class SegmentedGPTModel(LanguageModule):
         self.vocab_size = vocab_size
         self.share_embeddings_and_output_weights = share_embeddings_and_output_weights
         self.saving = saving
+        self.contexts = contexts
         if share_embeddings_and_output_weights and self.pre_process != self.post_process:
             raise ValueError("tied embeddings need the first and the last segment on one rank")
 
@@ -118,7 +125,7 @@ class SegmentedGPTModel(LanguageModule):
         self.rotary_pos_emb: RotaryEmbedding | None = None
         if position_embedding_type == "rope":
             self.rotary_pos_emb = self._build_rotary(**{"rotary_percent": 1.0, **rotary})
-        specs = [layer_spec(config, implementation, saving, layer) for layer in range(config.num_layers)]
+        specs = self._layer_specs(implementation)
         self._attention_part = ATTENTION_PARTS[attention_range]
         self.decoder = SegmentedDecoder(
             config,
@@ -134,6 +141,14 @@ class SegmentedGPTModel(LanguageModule):
             if saving.loss_chunk_size is not None:
                 mark_sliced([self.output_layer])
         self._mark_embedding_parameters()
+
+    def _layer_specs(self, implementation: Implementation) -> list[ModuleSpec]:
+        """Of every whole layer of the model."""
+        numbers = range(self.config.num_layers)
+        specs = [layer_spec(self.config, implementation, self.saving, layer) for layer in numbers]
+        if self.contexts is not None:
+            attend_to_slices(specs, self.contexts, implementation.attention)
+        return specs
 
     def _build_rotary(self, **options: Any) -> RotaryEmbedding:
         config = self.config
@@ -232,6 +247,7 @@ class SegmentedGPTModel(LanguageModule):
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         borrowed: Sequence[Tensor] | None = None,
+        layout: ChunkLayout | None = None,
     ) -> Tensors:
         """Run one segment of one micro batch.
 
@@ -242,6 +258,7 @@ class SegmentedGPTModel(LanguageModule):
             labels: [b, s], for the last segment; None returns logits instead of losses.
             borrowed: weights for a segment whose own weights are elsewhere, as :meth:`lent_parameters` gives
                 them there.
+            layout: of the slice that the micro batch is; None for whole sequences.
 
         Returns:
             Even segments: what the attention range starts from: query [s, b, heads, d], key and value
@@ -255,7 +272,7 @@ class SegmentedGPTModel(LanguageModule):
             if borrowed is not None:
                 return self._borrowed[1].compute(self._run_attention, borrowed, number, inputs)
             layer = self.decoder.layers[str(number)] if self._attention_part else None
-            return self._run_attention(layer, number, inputs)
+            return self._run_attention(layer, number, inputs, layout)
         if segment == self.num_segments - 1:
             if borrowed is not None:
                 return self._borrowed[segment].compute(self._run_last, borrowed, inputs, labels)
@@ -266,7 +283,7 @@ class SegmentedGPTModel(LanguageModule):
             after = LayerPart.POST & ~self._attention_part
             values = self._run_parts(self.decoder.layers[str(number - 1)], after, inputs)
         before = LayerPart.PRE & ~self._attention_part
-        return self._run_parts(self.decoder.layers[str(number)], before, values)
+        return self._run_parts(self.decoder.layers[str(number)], before, values, layout)
 
     def lent_parameters(self, segment: int) -> list[torch.nn.Parameter]:
         """This rank's parameters of an attention segment, or of the last, which other ranks borrow."""
@@ -317,12 +334,19 @@ class SegmentedGPTModel(LanguageModule):
             return tensor_parallel.get_cuda_rng_tracker().fork()
         return nullcontext()
 
-    def _run_attention(self, layer: TransformerLayer | None, number: int, inputs: Tensors) -> Tensors:
+    def _run_attention(
+        self,
+        layer: TransformerLayer | None,
+        number: int,
+        inputs: Tensors,
+        layout: ChunkLayout | None = None,
+    ) -> Tensors:
         """The attention range of layer ``number``, with the weights of ``layer`` where it has any."""
         before, core = LayerPart.PRE & self._attention_part, self._cores[number]
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return core(query, key, value, None, attn_mask_type=AttnMaskType.causal)
+            mask = AttnMaskType.causal
+            return core(query, key, value, None, attn_mask_type=mask, packed_seq_params=layout)
 
         level = self.saving.level(number)
         if before and level is not Recompute.NONE:
@@ -334,14 +358,21 @@ class SegmentedGPTModel(LanguageModule):
             output = attend(*attended)
         return self._run_parts(layer, LayerPart.POST & self._attention_part, (output, residual))
 
-    def _run_parts(self, layer: TransformerLayer | None, part: LayerPart, values: Tensors) -> Tensors:
+    def _run_parts(
+        self,
+        layer: TransformerLayer | None,
+        part: LayerPart,
+        values: Tensors,
+        layout: ChunkLayout | None = None,
+    ) -> Tensors:
         """Consecutive parts of a layer: each takes what the one before it returns."""
         if not part:
             return values
         assert layer is not None
         with self._random_state():
             if LayerPart.PRE in part:
-                values = (*self._rotated(*self._query_key_value(layer, *values)), *values)
+                query, key, value = self._query_key_value(layer, *values)
+                values = (*self._rotated(query, key, value, layout), *values)
             if LayerPart.PROJ in part:
                 values = (self._project(layer, *values),)
             if LayerPart.MLP in part:
@@ -354,10 +385,16 @@ class SegmentedGPTModel(LanguageModule):
             return layer.query_key_value(hidden)
         return layer.self_attention.get_query_key_value_tensors(layer.input_layernorm(hidden))
 
-    def _rotated(self, query: Tensor, key: Tensor, value: Tensor) -> Tensors:
+    def _rotated(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: ChunkLayout | None = None
+    ) -> Tensors:
         """Queries and keys with their rotary positions, if the model has any."""
         if self.rotary_pos_emb is not None:
-            angles = self.rotary_pos_emb(query.shape[0])
+            if layout is None:
+                angles = self.rotary_pos_emb(query.shape[0])
+            else:
+                (piece,) = layout.pieces
+                angles = self.rotary_pos_emb(piece.sequence_length)[piece.start :][: piece.length]
             group = self.pg_collection.cp
             query = rotate(query, angles, self.config, group)
             key = rotate(key, angles, self.config, group)
@@ -407,7 +444,6 @@ class SegmentedGPTModel(LanguageModule):
         """
         config, tp = self.config, self.config.tensor_model_parallel_size
         heads = config.num_attention_heads // tp
-        groups = max(config.num_query_groups // tp, 1)
         residual_length = seq_length // tp if config.sequence_parallel else seq_length
         residual = torch.Size((residual_length, micro_batch_size, config.hidden_size))
         if edge % 2 and LayerPart.PROJ not in self._attention_part:
@@ -415,8 +451,14 @@ class SegmentedGPTModel(LanguageModule):
         if LayerPart.PRE in self._attention_part:
             return [residual]
         query = torch.Size((seq_length, micro_batch_size, heads, config.kv_channels))
-        key = torch.Size((seq_length, micro_batch_size, groups, config.kv_channels))
+        key = self.key_shape(seq_length, micro_batch_size)
         return [query, key, key, residual]
+
+    def key_shape(self, seq_length: int, micro_batch_size: int) -> torch.Size:
+        """Shape of the keys of one layer on one tensor-parallel rank, and of the values."""
+        config = self.config
+        groups = max(config.num_query_groups // config.tensor_model_parallel_size, 1)
+        return torch.Size((seq_length, micro_batch_size, groups, config.kv_channels))
 
 
 def check_supported(config: TransformerConfig, position_embedding_type: str) -> None:

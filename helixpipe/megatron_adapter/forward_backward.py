@@ -18,6 +18,7 @@ from helixpipe.megatron_adapter.plan_source import GivenPlan, PlanOnDemand, Plan
 from helixpipe.megatron_adapter.planned_iteration import PlannedIterations
 from helixpipe.megatron_adapter.segments.contract import IterationSize, ModelSegments
 from helixpipe.megatron_adapter.segments.helix import GPTSegments
+from helixpipe.megatron_adapter.segments.sliced_helix import SlicedGPTSegments
 from helixpipe.megatron_adapter.segments.slices import SliceSegments
 from helixpipe.megatron_adapter.segments.stages import StageSegments
 from helixpipe.plan import Plan
@@ -195,6 +196,21 @@ class SegmentForwardBackward(PlannedForwardBackward):
         """See :class:`PlannedForwardBackward`."""
         (model,) = chunks
         return [model, *_segmented(model).borrowing_modules]
+
+
+class SlicedSegmentForwardBackward(SegmentForwardBackward):
+    """A schedule whose segments are cut at attention and whose micro batches are slices of sequences.
+
+    The forward step is called once for each sequence, the loss function twice, with whole tensors. Losses are
+    returned on the rank of a sequence's last slice.
+    """
+
+    def make_segments(
+        self, chunks: list[torch.nn.Module], plan: Plan, size: IterationSize, dtype: torch.dtype, rank: int
+    ) -> ModelSegments:
+        """See :class:`PlannedForwardBackward`."""
+        (model,) = chunks
+        return SlicedGPTSegments(model, _segmented(model), plan, rank, size, dtype, self._weight_gradients)
 
 
 def _segmented(model: torch.nn.Module) -> SegmentedGPTModel:

@@ -8,6 +8,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
 
+from helixpipe.layers.elastic.context import ContextStore
 from helixpipe.layers.elastic.model import build_elastic_gpt
 from helixpipe.layers.gpt import build_gpt
 from helixpipe.layers.recomputing_layer import MemorySaving
@@ -37,12 +38,14 @@ def build_model_chunks(
         saving: what to do to keep less for the backward pass.
         arguments: the rest of GPTModel's.
     """
-    if plan is None or execution.cuts_sequences:
+    if plan is None or execution is Execution.SLICES:
         arguments["recomputes_by_plan"] = plan is None
         return [build_elastic_gpt(config, implementation, saving, **_ends(), **arguments)]
     rank = parallel_state.get_pipeline_model_parallel_rank()
     owned = [segment for segment in range(plan.num_segments) if plan.owner_of(segment) == rank]
-    if execution is Execution.SEGMENTS:
+    if execution.cuts_layers:
+        if execution.has_slices:
+            arguments["contexts"] = ContextStore()
         arguments["attention_range"] = str(plan.parameters["attention_range"])
         arguments["lends_head"] = any(loan.segment == plan.num_segments - 1 for loan in plan.loans)
         # Weights of an attention segment are where those of the segment before it are.

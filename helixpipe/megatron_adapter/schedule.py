@@ -14,6 +14,7 @@ from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from helixpipe.megatron_adapter.elastic_forward_backward import ElasticForwardBackward
 from helixpipe.megatron_adapter.forward_backward import (
     SegmentForwardBackward,
+    SlicedSegmentForwardBackward,
     SliceForwardBackward,
     StageForwardBackward,
 )
@@ -90,6 +91,7 @@ _FROM_PLAN: Mapping[Execution, Callable[..., ForwardBackward]] = {
     Execution.STAGES: StageForwardBackward,
     Execution.SEGMENTS: SegmentForwardBackward,
     Execution.SLICES: SliceForwardBackward,
+    Execution.SLICED_SEGMENTS: SlicedSegmentForwardBackward,
 }
 
 

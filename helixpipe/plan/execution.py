@@ -12,6 +12,7 @@ class Execution(Enum):
     STAGES = "whole layers, one of Megatron's model chunks per segment, by the plan"
     SEGMENTS = "layers cut at their attention, by the plan"
     SLICES = "whole layers over slices of sequences, by the plan"
+    SLICED_SEGMENTS = "layers cut at their attention, over slices of sequences, by the plan"
     CHUNKS = "whole layers over chunks of documents, by a plan for every batch"
 
     @property
@@ -28,11 +29,21 @@ class Execution(Enum):
     def recomputes_parts_of_layers(self) -> bool:
         """True if our levels of recomputation can be asked for.
 
-        They free keys and values, which layers over parts of sequences keep for later parts.
+        In whole layers they free keys and values, which layers over parts of sequences keep for later parts.
         """
-        return not self.cuts_sequences
+        return self.cuts_layers or not self.cuts_sequences
+
+    @property
+    def cuts_layers(self) -> bool:
+        """True if a layer's attention is a segment of its own."""
+        return self in (Execution.SEGMENTS, Execution.SLICED_SEGMENTS)
+
+    @property
+    def has_slices(self) -> bool:
+        """True if the micro batches of a plan are slices of sequences."""
+        return self in (Execution.SLICES, Execution.SLICED_SEGMENTS)
 
     @property
     def cuts_sequences(self) -> bool:
         """True if attention runs over parts of sequences, which attend to the parts before them."""
-        return self in (Execution.SLICES, Execution.CHUNKS)
+        return self.has_slices or self is Execution.CHUNKS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from helixpipe.plan.build import find_schedule
 from helixpipe.plan.execution import Execution
 from helixpipe.plan.operation import Kind
 from helixpipe.plan.plan import Plan
@@ -16,16 +17,19 @@ def check_executable(plan: Plan, execution: Execution) -> None:
     """
     if not plan.has_backward:
         raise ValueError("the plan has no backward pass; training needs one")
-    if execution is Execution.SLICES:
+    if execution.has_slices:
         _check_slices(plan)
     elif plan.slices or plan.micro_batch_names:
         raise ValueError(
             "the plan cuts sequences into slices, which only schedules of slices execute; plan with one"
         )
-    if execution is Execution.SEGMENTS:
+    if execution.cuts_layers:
+        _check_range(plan)
         _check_segments(plan)
     else:
         _check_stages(plan)
+    if execution is Execution.SLICES and not stages_follow_ranks(plan):
+        raise ValueError("the plan does not have stage r alone on rank r, which slices need; place it there")
 
 
 def check_fits(plan: Plan, *, num_layers: int, num_ranks: int, num_microbatches: int) -> None:
@@ -63,8 +67,16 @@ def _check_slices(plan: Plan) -> None:
         )
     if plan.splits_backward:
         raise ValueError("the plan computes weight gradients apart, which slices do not; leave W out")
-    if not stages_follow_ranks(plan):
-        raise ValueError("the plan does not have stage r alone on rank r, which slices need; place it there")
+
+
+def _check_range(plan: Plan) -> None:
+    """An attention range that the plan's schedule is executed with; others can be planned."""
+    found, executed = plan.parameters.get("attention_range"), find_schedule(plan.schedule).executed_ranges
+    if found in ATTENTION_RANGES and found not in executed:
+        raise ValueError(
+            f"{plan.schedule} can be planned with the attention range {found} but not executed; use "
+            f"--attention-range {' or '.join(executed)}"
+        )
 
 
 def _check_stages(plan: Plan) -> None:

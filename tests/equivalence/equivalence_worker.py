@@ -55,6 +55,7 @@ def _reference_of(case: Case) -> Case:
         mlp_chunk=None,
         loss_chunk=None,
         num_slices=1,
+        resend_context=False,
     )
 
 

@@ -26,6 +26,7 @@ from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
 from split_plans import with_weight_gradients  # noqa: E402
 
+from helixpipe.layers.elastic.context import ContextStore  # noqa: E402
 from helixpipe.layers.elastic.model import build_elastic_gpt  # noqa: E402
 from helixpipe.layers.gpt import build_gpt  # noqa: E402
 from helixpipe.layers.initialization import (  # noqa: E402
@@ -40,6 +41,7 @@ from helixpipe.layers.stage import build_stage  # noqa: E402
 from helixpipe.megatron_adapter.forward_backward import (  # noqa: E402
     PlannedForwardBackward,
     SegmentForwardBackward,
+    SlicedSegmentForwardBackward,
     SliceForwardBackward,
     StageForwardBackward,
 )
@@ -93,6 +95,7 @@ class Case:
     # Micro batches beyond whole rounds.
     extra: int = 0
     num_slices: int = 1
+    resend_context: bool = False
 
     @property
     def has_weight_gradients(self) -> bool:
@@ -232,9 +235,10 @@ def build_reference(
 
 def build_planned(case: Case) -> list[torch.nn.Module]:
     """This rank's model chunks for the case's schedule, wrapped for training."""
-    if case.schedule == "helix":
+    execution = SCHEDULES[case.schedule].execution
+    if execution is not None and execution.cuts_layers:
         return _build_helix(case)
-    if SCHEDULES[case.schedule].execution is Execution.SLICES:
+    if execution is Execution.SLICES:
         return _build_sliced(case)
     if case.chunks_per_rank == 1:
         return build_reference(case, case.saving)
@@ -280,6 +284,7 @@ def _build_helix(case: Case) -> list[torch.nn.Module]:
             attention_range=case.attention_range,
             lends_head=case.head_placement == "spread",
             saving=case.saving,
+            contexts=None if case.schedule == "helix" else ContextStore(),
             **_model_arguments(case),
         )
     return _wrap(case, config, [model])
@@ -432,23 +437,34 @@ def planned_schedule(case: Case) -> PlannedForwardBackward:
     """The case's schedule, executed from its plan."""
     if case.schedule == "helix":
         return SegmentForwardBackward(_helix_plan(case), clock=HostClock())
-    if SCHEDULES[case.schedule].execution is Execution.SLICES:
+    execution = SCHEDULES[case.schedule].execution
+    if execution is Execution.SLICES:
         return SliceForwardBackward(sliced_plan(case), clock=HostClock())
+    if execution is Execution.SLICED_SEGMENTS:
+        return SlicedSegmentForwardBackward(sliced_plan(case), clock=HostClock())
     plans = PlanOnDemand(case.schedule, chunks_per_rank=case.chunks_per_rank)
     return StageForwardBackward(plans, clock=HostClock())
 
 
 def sliced_plan(case: Case) -> Plan:
     """The plan of slices of equal time, where attention to 20 tokens takes as long as the rest."""
+    options: dict[str, Any] = {"num_slices": case.num_slices}
+    if case.schedule == "sliced-helix":
+        options = {
+            "num_fold": case.fold,
+            "head_placement": case.head_placement,
+            "resend_context": case.resend_context or None,
+        }
     request = ScheduleRequest(
         num_layers=case.num_layers,
         num_ranks=case.pp,
         num_microbatches=case.num_microbatches,
-        num_slices=case.num_slices,
+        **options,
     )
+    plan = build_plan(case.schedule, request)
     multiple = case.tp if case.sequence_parallel else 1
-    ends = equal_time_ends(case.seq_length, case.num_slices, 20.0, 1.0, multiple)
-    return with_slice_ends(build_plan(case.schedule, request), ends)
+    ends = equal_time_ends(case.seq_length, len(plan.slices[0]), 20.0, 1.0, multiple)
+    return with_slice_ends(plan, ends)
 
 
 def _helix_plan(case: Case) -> Plan:

@@ -69,7 +69,7 @@ class SlicedToySegments:
             self.losses[micro_batch] = loss.item()
             return (loss,)
         query, key, value = split(hidden @ self.weights[segment])
-        self.contexts.made(segment, micro_batch, key, value)
+        key, value = self.contexts.made(segment, micro_batch, key, value)
         return query, key, value, hidden
 
     def _attend(self, segment: int, micro_batch: int, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

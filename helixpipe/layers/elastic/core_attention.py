@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
+from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
@@ -66,3 +69,16 @@ class SliceCoreAttention(FlashCoreAttention):
             scale=self.scale,
             backend=self.backend,
         )
+
+
+def attend_to_slices(specs: Iterable[ModuleSpec], contexts: ContextStore, backend: str) -> None:
+    """Let layers attend to the slices before theirs.
+
+    Args:
+        specs: of whole layers, changed in place.
+        contexts: where they keep and find keys and values.
+        backend: name of the attention backend, or ``auto``.
+    """
+    for spec in specs:
+        attention = spec.submodules.self_attention.submodules
+        attention.core_attention = partial(SliceCoreAttention, contexts=contexts, backend=backend)

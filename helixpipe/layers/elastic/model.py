@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from helixpipe.layers.elastic.context import ContextStore
-from helixpipe.layers.elastic.core_attention import SliceCoreAttention
+from helixpipe.layers.elastic.core_attention import attend_to_slices
 from helixpipe.layers.elastic.layout import ChunkLayout
 from helixpipe.layers.gpt import ChunkedLossGPTModel
 from helixpipe.layers.recomputing_layer import NOTHING_SAVED, MemorySaving
@@ -110,11 +109,7 @@ def build_elastic_gpt(
     check_supported(config, arguments.get("position_embedding_type", "learned_absolute"), recomputes_by_plan)
     contexts = ContextStore()
     spec = block_spec(config, implementation, saving=saving)
-    for layer in spec.layer_specs:
-        attention = layer.submodules.self_attention.submodules
-        attention.core_attention = partial(
-            SliceCoreAttention, contexts=contexts, backend=implementation.attention
-        )
+    attend_to_slices(spec.layer_specs, contexts, implementation.attention)
     return ElasticGPTModel(contexts, saving.loss_chunk_size, config, spec, **arguments)
 
 

@@ -61,14 +61,18 @@ class SliceContexts:
         last = self._attending_here(segment, micro_batch)[-1]
         return replace(self._pieces[micro_batch], sequence_length=last.start + last.length)
 
-    def made(self, segment: int, micro_batch: int, key: Tensor, value: Tensor) -> None:
-        """``segment`` has made keys and values, [T, b, groups, d]; keep them if they are read from here.
+    def made(self, segment: int, micro_batch: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Note keys and values, [T, b, groups, d], that ``segment`` has made.
 
-        They may be views of more than themselves, which is not kept.
+        Returns:
+            The same, in tensors of their own if they are kept because they are read from here.
         """
-        if (segment + 1, micro_batch) in self._kept_here:
-            pair = (alone(tensor.detach()).permute(1, 2, 0, 3) for tensor in (key, value))
-            self._store.keep(_layer(segment + 1), self._pieces[micro_batch], *pair)
+        if (segment + 1, micro_batch) not in self._kept_here:
+            return key, value
+        key, value = alone(key), alone(value)
+        pair = (tensor.detach().permute(1, 2, 0, 3) for tensor in (key, value))
+        self._store.keep(_layer(segment + 1), self._pieces[micro_batch], *pair)
+        return key, value
 
     def forget_own(self, segment: int, micro_batch: int) -> None:
         """Let go of the slices that attend here, when the last of them has run in an evaluation."""

@@ -84,7 +84,11 @@ class GPTSegments:
 
     def layout(self, edge: int, micro_batch: int) -> MessageLayout:
         """See :class:`helixpipe.runtime.executor.Segments`."""
-        shapes = self.segmented.edge_shapes(edge, self.seq_length, self.micro_batch_size)
+        return self._layout(edge, self.seq_length)
+
+    def _layout(self, edge: int, length: int) -> MessageLayout:
+        """Of so many tokens."""
+        shapes = self.segmented.edge_shapes(edge, length, self.micro_batch_size)
         # A residual beside other tensors comes last. It is only added to something, or passed on.
         return MessageLayout(tuple(shapes), self.dtype, num_kept=len(shapes) - 1 or None)
 

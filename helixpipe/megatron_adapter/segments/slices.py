@@ -95,10 +95,10 @@ class SliceSegments:
         self._stage.run = ChunkRun(self._layout_of(piece), num_checkpointed=0)
         self._stage.set_input_tensor(inputs[0] if inputs else None)
         output = self._model(
-            _part(call.tokens, piece) if is_first else None,
-            _part(call.position_ids, piece) if is_first else None,
+            part_of(call.tokens, piece) if is_first else None,
+            part_of(call.position_ids, piece) if is_first else None,
             None,
-            labels=_part(call.labels, piece) if is_last else None,
+            labels=part_of(call.labels, piece) if is_last else None,
         )
         if not self._input.differentiate and not piece.is_continued:
             self._stage.contexts.forget(piece.sequence)
@@ -170,6 +170,6 @@ def pieces_of(plan: Plan, ends: tuple[int, ...]) -> tuple[Piece, ...]:
     )
 
 
-def _part(tensor: Tensor | None, piece: Piece) -> Tensor | None:
+def part_of(tensor: Tensor | None, piece: Piece) -> Tensor | None:
     """The columns of a slice, of [b, s]."""
     return None if tensor is None else tensor[:, piece.start : piece.start + piece.length]

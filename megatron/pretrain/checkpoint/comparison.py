@@ -20,7 +20,7 @@ from megatron.pretrain.settings.parser import build_parser
 CHANGES_NOTHING = frozenset((
     # Who computes what, when and from which memory.
     "pipeline_schedule", "plan", "hardware", "memory_limit_gib", "num_fold", "num_slices", "attention_range",
-    "head_placement", "round_order", "split_weight_gradients",
+    "head_placement", "round_order", "split_weight_gradients", "resend_context",
     "tensor_model_parallel_size", "pipeline_model_parallel_size",
     "num_layers_per_virtual_pipeline_stage", "sequence_parallel", "overlap_grad_reduce",
     "overlap_param_gather", "recompute_granularity", "recompute_method", "recompute_num_layers",

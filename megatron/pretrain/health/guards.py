@@ -171,7 +171,7 @@ def _report(
         for operation in plan.orders[stage]
         if operation.kind is Kind.F and operation.segment == plan.num_segments - 1
     ]
-    if len(losses) == plan.num_sequences < len(order):
+    if plan.slices and len(losses) == plan.num_sequences:
         # One loss for each sequence, whose slices the plan's micro batches are.
         order = list(range(plan.num_sequences))
     bad = [

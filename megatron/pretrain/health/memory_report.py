@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 from helixpipe.layers.recomputing_layer import MemorySaving
 from helixpipe.megatron_adapter.schedule import device
 from helixpipe.plan.cost_model import HARDWARE, Recompute, costs_of_plan, predict_pieces
+from helixpipe.plan.schedules import SCHEDULES
 from helixpipe.plan.simulation.memory import peak_bytes
 from helixpipe.runtime.out_of_memory import OutOfMemory, amount_asked, held
 from megatron.pretrain.settings.schedule_choice import workload_of
@@ -154,11 +155,14 @@ def what_to_change(args: argparse.Namespace) -> str:
             "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
             + (" --recompute-levels none" if saving.recomputes else "")
         )
-    if parameters.get("attention_range", "block") != "block":
+    ranges = () if plan is None else SCHEDULES[plan.schedule].executed_ranges
+    if parameters.get("attention_range", "block") != "block" and "block" in ranges:
         advice.append("--attention-range block")
+    if plan is not None and any(not context.is_resent for context in plan.contexts):
+        advice.append("--resend-context")
     if "num_slices" in parameters:
         advice.append(f"--num-slices {2 * int(parameters['num_slices'])}")
-    if parameters.get("num_fold", 1) != 1:
+    if parameters.get("num_fold", 1) != 1 and not execution.has_slices:
         advice.append("--num-fold 1")
     if args.micro_batch_size > 1:
         advice.append("--micro-batch-size 1")

@@ -165,7 +165,9 @@ def _check_schedule(args: argparse.Namespace, entry: Schedule, *, is_chosen: boo
     if args.attention_range == AUTO and "attention_range" not in entry.options:
         raise ValueError(f"--attention-range does not apply to {args.pipeline_schedule}; remove it")
     is_used = is_chosen or args.attention_range == AUTO or args.round_order == "interlocked"
-    if args.hardware is not None and not (is_used or entry.execution is Execution.SLICES):
+    if args.hardware is not None and not (
+        is_used or (entry.execution is not None and entry.execution.has_slices)
+    ):
         raise ValueError(
             "--hardware is for --pipeline-schedule auto, --attention-range auto, --round-order "
             "interlocked and schedules of slices; leave it out"
@@ -175,7 +177,7 @@ def _check_schedule(args: argparse.Namespace, entry: Schedule, *, is_chosen: boo
             f"{args.pipeline_schedule} recomputes by --recompute-granularity; leave --recompute-levels and "
             "--recompute-without-attention out"
         )
-    if entry.execution is Execution.SEGMENTS and args.recompute_granularity is not None:
+    if entry.execution is not None and entry.execution.cuts_layers and args.recompute_granularity is not None:
         raise ValueError(
             f"{args.pipeline_schedule} recomputes by --recompute-without-attention; leave "
             "--recompute-granularity out or use 1f1b"

@@ -91,6 +91,7 @@ def _refuse(args: argparse.Namespace) -> None:
         "--head-placement": args.head_placement is not None,
         "--round-order": args.round_order is not None,
         "--split-weight-gradients": args.split_weight_gradients is not None,
+        "--resend-context": args.resend_context is not None,
         "--recompute-granularity": args.recompute_granularity is not None,
         "--recompute-without-attention": bool(args.recompute_without_attention),
         "--recompute-levels": args.recompute_levels is not None,

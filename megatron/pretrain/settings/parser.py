@@ -66,19 +66,20 @@ def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
         "GPU has; auto: the hardware's less 4 GiB)",
     )
     add("--num-layers-per-virtual-pipeline-stage", type=LAYERS, help="interleaved: layers per model chunk")
-    add("--num-fold", type=Whole(), help="helix: micro batches per slot (default 2)")
+    add("--num-fold", type=Whole(), help="helix, sliced-helix: micro batches or slices per slot (default 2)")
     add("--num-slices", type=Whole(), help="seq1f1b: slices per sequence, of equal time (default 4)")
     add(
         "--attention-range",
         metavar="{" + ",".join((*ATTENTION_RANGES, AUTO)) + "}",
         help="helix: pieces that the attention rank runs: attention alone, norm1 to attention, norm1 to the "
-        "projection (default core; auto: the range with the shortest "
+        "projection; sliced-helix: attention alone (default core; auto: the range with the shortest "
         "predicted iteration on --hardware; on hardware that is not known, with the smallest messages)",
     )
     add(
         "--head-placement",
         metavar="{" + ",".join(HEAD_PLACEMENTS) + "}",
-        help="helix: ranks that run the head and the loss (default first, with the weights; spread: all)",
+        help="helix, sliced-helix: ranks that run the head and the loss (default first, with the weights; "
+        "spread: all)",
     )
     add(
         "--round-order",
@@ -91,6 +92,13 @@ def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         default=None,
         help="helix, interlocked: compute weight gradients apart, where ranks would wait",
+    )
+    add(
+        "--resend-context",
+        action="store_true",
+        default=None,
+        help="sliced-helix: drop keys and values of earlier slices after the forward pass, and lend them "
+        "again for the backward pass",
     )
 
 

@@ -10,8 +10,9 @@ import torch
 from helixpipe.plan import Plan, build_plan
 from helixpipe.plan.attention_range import AttentionSizes, cheapest_range
 from helixpipe.plan.cost_model import Pieces, costs_of_plan, predict_pieces
+from helixpipe.plan.schedules import SCHEDULES
 from helixpipe.plan.schedules.helix import DEFAULT_FOLD
-from helixpipe.plan.schedules.request import ATTENTION_RANGES, ScheduleRequest
+from helixpipe.plan.schedules.request import ScheduleRequest
 from helixpipe.plan.simulation.simulate import simulate
 from megatron.pretrain.settings.recomputation import job_levels
 from megatron.pretrain.settings.schedule_choice import check_profile, known_machine, workload_of
@@ -27,6 +28,13 @@ def choose_range(args: argparse.Namespace, request: ScheduleRequest) -> tuple[Pl
     Returns:
         The plan with the range that was chosen, and a line that tells why. ``args.attention_range`` is set.
     """
+    ranges = SCHEDULES[args.pipeline_schedule].executed_ranges
+    if len(ranges) == 1:
+        args.attention_range = ranges[0]
+        return (
+            build_plan(args.pipeline_schedule, replace(request, attention_range=ranges[0])),
+            f"attention range auto chose {ranges[0]}, the only one that {args.pipeline_schedule} trains with",
+        )
     machine = known_machine(args)
     if machine is None:
         found = cheapest_range(_sizes(args), args.num_fold or DEFAULT_FOLD)
@@ -43,8 +51,7 @@ def choose_range(args: argparse.Namespace, request: ScheduleRequest) -> tuple[Pl
         pieces = predict_pieces(workload, machine)
     recompute = job_levels(args)
     plans = {
-        name: build_plan(args.pipeline_schedule, replace(request, attention_range=name))
-        for name in ATTENTION_RANGES
+        name: build_plan(args.pipeline_schedule, replace(request, attention_range=name)) for name in ranges
     }
     times = {}
     for name, plan in plans.items():

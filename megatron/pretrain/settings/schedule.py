@@ -21,7 +21,7 @@ DEFAULT_SCHEDULE = "1f1b"
 # What a plan file says by itself.
 _SAID_BY_PLAN = (
     "pipeline_schedule", "num_fold", "num_slices", "attention_range", "head_placement",
-    "round_order", "split_weight_gradients", "num_layers_per_virtual_pipeline_stage",
+    "round_order", "split_weight_gradients", "resend_context", "num_layers_per_virtual_pipeline_stage",
 )  # fmt: skip
 
 
@@ -159,6 +159,7 @@ def plan_request(
         head_placement=args.head_placement,
         round_order=args.round_order,
         split_weight_gradients=args.split_weight_gradients,
+        resend_context=args.resend_context,
         costs=costs,
     )
 

@@ -177,6 +177,7 @@ def _is_allowed(args: argparse.Namespace, candidate: Candidate) -> bool:
         and args.head_placement in (None, _head_placement(candidate))
         and args.round_order in (None, candidate.options.get("round_order", "filo"))
         and args.split_weight_gradients in (None, candidate.options.get("split_weight_gradients"))
+        and args.resend_context in (None, candidate.options.get("resend_context"))
         and all(candidate.options.get(name) == value for name, value in given.items() if value is not None)
         and (args.pipeline_model_parallel_size > 1 or not SCHEDULES[candidate.schedule].options)
     )

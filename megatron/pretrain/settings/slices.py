@@ -34,24 +34,34 @@ def cut_sequences(args: argparse.Namespace, plan: Plan) -> Plan:
         num_slices = len(plan.slices[0])
         tile = math.lcm(_TILE, shared)
         multiple = tile if args.seq_length >= _TILES_PER_SLICE * tile * num_slices else shared
-        linear, attention = _token_times(args)
+        cuts_layers = "attention_range" in plan.parameters
+        linear, attention = _token_times(args, forward_only=cuts_layers)
         try:
             ends = equal_time_ends(args.seq_length, num_slices, linear, attention, multiple)
         except ValueError as error:
-            raise ValueError(f"--num-slices {num_slices}: {error}; use fewer") from None
+            option = (
+                f"--num-fold {plan.parameters['num_fold']}" if cuts_layers else f"--num-slices {num_slices}"
+            )
+            raise ValueError(f"{option}: {error}; use fewer") from None
         plan = with_slice_ends(plan, ends)
     ends_for(plan, args.seq_length, shared)
     return plan
 
 
-def _token_times(args: argparse.Namespace) -> tuple[float, float]:
-    """Times in a layer, forward and backward: of a token, and of its attention to itself."""
+def _token_times(args: argparse.Namespace, *, forward_only: bool) -> tuple[float, float]:
+    """Times in a layer of a token, and of its attention to itself.
+
+    Where layers are cut at their attention all slices run forward before one runs backward: their forwards
+    are to take equally long. Else forward and backward take turns.
+    """
     machine, workload = known_machine(args), workload_of(args)
     if isinstance(machine, Pieces):
         check_profile(args, machine, workload)
         pieces = machine
     else:
         pieces = predict_pieces(workload, machine or HARDWARE[_USUAL])
-    core = pieces.times["core"].total
-    linear = sum(pieces.times[piece].total for piece in LAYER_PIECES) - core
+    costs = {piece: pieces.times[piece] for piece in LAYER_PIECES}
+    times = {piece: cost.forward if forward_only else cost.total for piece, cost in costs.items()}
+    core = times.pop("core")
+    linear = sum(times.values())
     return linear / args.seq_length, core / args.seq_length**2

@@ -1,0 +1,163 @@
+"""Segments of a model cut at its attention, over slices of sequences."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from helixpipe.elastic.chunks import Piece
+from helixpipe.layers.elastic.layout import ChunkLayout
+from helixpipe.layers.elastic.slice_attention import compact
+from helixpipe.layers.segmented_gpt import SegmentedGPTModel
+from helixpipe.megatron_adapter.forward_step import IterationInput
+from helixpipe.megatron_adapter.segments.contexts import SliceContexts
+from helixpipe.megatron_adapter.segments.contract import IterationSize
+from helixpipe.megatron_adapter.segments.helix import GPTSegments
+from helixpipe.megatron_adapter.segments.sequence_losses import SequenceLosses
+from helixpipe.megatron_adapter.segments.slices import part_of, pieces_of
+from helixpipe.plan import Kind, Plan
+from helixpipe.plan.slice_ends import ends_for
+from helixpipe.runtime.executor import Tensors
+from helixpipe.runtime.message import MessageLayout
+from helixpipe.runtime.weight_gradients import DeferredWeightGradients
+
+
+class SlicedGPTSegments(GPTSegments):
+    """The computation behind a plan whose micro batches are slices: a segmented model fed by a forward step.
+
+    A forward step is called once for each sequence, with whole tensors, on every rank that has to do with its
+    tokens or its loss. Losses are reported on the rank of each sequence's last slice.
+
+    Args:
+        model: the model as the training loop knows it, wrapped or not.
+        segmented: the :class:`SegmentedGPTModel` inside, built for slices.
+        plan: says where slices end, and who reads which keys and values.
+        rank: this pipeline rank.
+        size: of the iteration, whose micro batches are sequences.
+        dtype: of activations and weights.
+        weight_gradients: stays empty, as plans of slices have no W.
+
+    Raises:
+        ValueError: a plan for other sequences.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        segmented: SegmentedGPTModel,
+        plan: Plan,
+        rank: int,
+        size: IterationSize,
+        dtype: torch.dtype,
+        weight_gradients: DeferredWeightGradients,
+    ) -> None:
+        config = segmented.config
+        shared = config.tensor_model_parallel_size if config.sequence_parallel else 1
+        self._pieces = pieces_of(plan, ends_for(plan, size.seq_length, shared))
+        super().__init__(
+            model,
+            segmented,
+            size.seq_length,
+            size.micro_batch_size,
+            dtype,
+            weight_gradients,
+            has_loans=bool(plan.loans),
+            losses_here={self._pieces[i].sequence for i in plan.losses_of(rank)},
+        )
+        assert segmented.contexts is not None, "the model was built for slices"
+        key_shape = partial(segmented.key_shape, micro_batch_size=size.micro_batch_size)
+        self._lent = SliceContexts(plan, rank, self._pieces, segmented.contexts, key_shape, dtype)
+        self.contexts = self._lent
+        self._losses = SequenceLosses(
+            plan, rank, self._pieces, segmented, (size.micro_batch_size, size.seq_length)
+        )
+        self._plan = plan
+        self._rank = rank
+        # The operation with which a rank has done with a sequence's tensors.
+        self._last_uses = {
+            self._pieces[op.micro_batch].sequence: (op.segment, op.micro_batch)
+            for op in plan.orders[rank]
+            if op.kind is Kind.F and op.segment in (0, plan.num_segments - 1)
+        }
+        positions = torch.arange(size.seq_length, device=next(model.parameters()).device)[None]
+        self._layout_of = _Layouts(positions)
+
+    def begin(self, iteration: IterationInput) -> None:
+        """Take over an iteration's input."""
+        super().begin(iteration)
+        self._losses.begin(iteration)
+        self._lent.clear()
+
+    def layout(self, edge: int, micro_batch: int) -> MessageLayout:
+        """See :class:`helixpipe.runtime.executor.Segments`."""
+        return self._layout(edge, self._pieces[micro_batch].length)
+
+    def forward(self, segment: int, micro_batch: int, inputs: Tensors) -> Tensors:
+        """See :class:`helixpipe.runtime.executor.Segments`."""
+        if segment % 2:
+            return self._attend(segment, micro_batch, inputs)
+        piece = self._pieces[micro_batch]
+        run = partial(self.segmented.forward_segment, segment, inputs, layout=self._layout_of[piece])
+        if segment == self._plan.num_segments - 1:
+            call, loss_func = self._call(segment, micro_batch)
+            if call.labels is None:
+                raise ValueError(
+                    "the forward step called the model without labels; slices of sequences need them for "
+                    "their losses"
+                )
+            borrowed = None if self.lending is None else self.lending.weights_for(segment, micro_batch)
+            (losses,) = run(labels=part_of(call.labels, piece), borrowed=borrowed)
+            return (self._losses.share(piece, losses, loss_func),)
+        if segment == 0:
+            call, _ = self._call(segment, micro_batch)
+            run = partial(
+                run, tokens=part_of(call.tokens, piece), position_ids=part_of(call.position_ids, piece)
+            )
+        return self._with_keys_kept(segment, micro_batch, run())
+
+    def finish(self) -> None:
+        """Report the losses, and check that every forward step was used."""
+        super().finish()
+        self._losses.finish(self.result)
+
+    def _attend(self, segment: int, micro_batch: int, inputs: Tensors) -> Tensors:
+        assert self._input is not None
+        piece = self._lent.attended(segment, micro_batch)
+        outputs = self.segmented.forward_segment(segment, inputs, layout=self._layout_of[piece])
+        if not self._input.differentiate and not piece.is_continued:
+            self._lent.forget_own(segment, micro_batch)
+        return outputs
+
+    def _with_keys_kept(self, segment: int, micro_batch: int, outputs: Tensors) -> Tensors:
+        """What a segment before attention returns, in tensors that hold no more than themselves."""
+        query, key, value, residual = outputs
+        if self._plan.rank_of(segment + 1, micro_batch) == self._rank:
+            query, key, value = compact(query, key, value)
+        key, value = self._lent.made(segment, micro_batch, key, value)
+        return query, key, value, residual
+
+    def _call(self, segment: int, micro_batch: int) -> Any:
+        """The forward step's call for the sequence of a slice."""
+        sequence = self._pieces[micro_batch].sequence
+        self._read_to(sequence + 1)
+        call = self._pending[sequence]
+        if self._last_uses[sequence] == (segment, micro_batch):
+            del self._pending[sequence]
+        return call
+
+
+class _Layouts(dict[Piece, ChunkLayout]):
+    """Layouts of slices, each made once for all layers."""
+
+    def __init__(self, positions: Tensor) -> None:
+        super().__init__()
+        self._positions = positions
+
+    def __missing__(self, piece: Piece) -> ChunkLayout:
+        end = piece.start + piece.length
+        layout = ChunkLayout((piece,), ((0, piece.length),), self._positions[:, piece.start : end])
+        self[piece] = layout
+        return layout
