@@ -23,6 +23,8 @@ logging.getLogger("megatron.core").setLevel(logging.ERROR)
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+# Hides broken packages, which must come before any import of megatron.core.
+import helixpipe.layers  # noqa: E402, F401
 from helixpipe.reliability.exit_codes import INTERRUPTED, PEER_LOST, exit_code_of, leave_exit_code  # noqa: E402
 from megatron.pretrain.health.exit_barrier import ExitBarrier  # noqa: E402
 from megatron.pretrain.health.monitoring import PROGRAM, PeerLost  # noqa: E402
