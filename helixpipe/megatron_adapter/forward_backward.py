@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
 from helixpipe.layers.segmented_gpt import SegmentedGPTModel
@@ -19,9 +20,10 @@ from helixpipe.megatron_adapter.planned_iteration import PlannedIterations
 from helixpipe.megatron_adapter.segments.contract import IterationSize, ModelSegments
 from helixpipe.megatron_adapter.segments.helix import GPTSegments
 from helixpipe.megatron_adapter.segments.sliced_helix import SlicedGPTSegments
-from helixpipe.megatron_adapter.segments.slices import SliceSegments
+from helixpipe.megatron_adapter.segments.slices import SliceSegments, operations_of_layer
 from helixpipe.megatron_adapter.segments.stages import StageSegments
 from helixpipe.plan import Plan
+from helixpipe.plan.slice_ends import cut_at_equal_times, slice_ends
 from helixpipe.refusals import refuse
 from helixpipe.reliability.record import Progress
 from helixpipe.runtime.executor import Executor
@@ -127,6 +129,10 @@ class PlannedForwardBackward:
         """The computation of this rank's model chunks under ``plan``."""
         raise NotImplementedError
 
+    def fitted(self, plan: Plan, config: TransformerConfig, size: IterationSize) -> Plan:
+        """The plan with what depends on the model and its sequences, like where slices end."""
+        return plan
+
     def modules_with_weights(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
         """What holds the linear layers that this rank computes with, whoever owns the weights."""
         return chunks
@@ -138,6 +144,7 @@ class PlannedForwardBackward:
             num_ranks=parallel_state.get_pipeline_model_parallel_world_size(),
             num_microbatches=size.num_microbatches,
         )
+        plan = self.fitted(plan, config, size)
         if size.forward_only:
             plan = plan.forward_only()
         dtype = config.pipeline_dtype or config.params_dtype
@@ -211,6 +218,13 @@ class SlicedSegmentForwardBackward(SegmentForwardBackward):
         """See :class:`PlannedForwardBackward`."""
         (model,) = chunks
         return SlicedGPTSegments(model, _segmented(model), plan, rank, size, dtype, self._weight_gradients)
+
+    def fitted(self, plan: Plan, config: TransformerConfig, size: IterationSize) -> Plan:
+        """A plan that does not say where its slices end gets ends by floating-point operations."""
+        if slice_ends(plan) is not None:
+            return plan
+        shared = config.tensor_model_parallel_size if config.sequence_parallel else 1
+        return cut_at_equal_times(plan, size.seq_length, operations_of_layer(config), shared)
 
 
 def _segmented(model: torch.nn.Module) -> SegmentedGPTModel:

@@ -29,7 +29,6 @@ from helixpipe.megatron_adapter.plan_source import PlanOnDemand
 from helixpipe.megatron_lm.known_options import check_config
 from helixpipe.megatron_lm.options import Options
 from helixpipe.plan.cost_model.levels import parse_levels
-from helixpipe.plan.execution import Execution
 
 # What a segmented model takes of GPTModel's arguments. The ends of a stage mean nothing to it.
 _TAKEN = (
@@ -82,8 +81,9 @@ def build_segments(
         # Where weights are does not depend on it.
         num_microbatches=num_ranks * int(options.plan.get("num_fold", 2)),
     )
+    assert options.entry.execution is not None
     (model,) = build_model_chunks(
-        Execution.SEGMENTS,
+        options.entry.execution,
         plan,
         config,
         _implementation(config, arguments["transformer_layer_spec"], options.schedule),

@@ -14,7 +14,11 @@ from helixpipe.plan.execution import Execution
 from helixpipe.plan.schedules import SCHEDULES, Schedule
 from helixpipe.plan.schedules.request import ATTENTION_RANGES, HEAD_PLACEMENTS, ROUND_ORDERS
 
-_OF_PLANS = ("num_fold", "attention_range", "head_placement", "round_order", "split_weight_gradients")
+_OF_PLANS = (
+    "num_fold", "attention_range", "head_placement", "round_order", "split_weight_gradients",
+    "resend_context",
+)  # fmt: skip
+_INSIDE = (Execution.MEGATRON, Execution.STAGES, Execution.SEGMENTS, Execution.SLICED_SEGMENTS)
 _OF_MODELS = ("recompute_levels", "mlp_chunk_size", "loss_chunk_size")
 
 
@@ -76,6 +80,7 @@ def _parser() -> Parser:
     add("--head-placement", choices=HEAD_PLACEMENTS)
     add("--round-order", choices=ROUND_ORDERS)
     add("--split-weight-gradients", action=argparse.BooleanOptionalAction)
+    add("--resend-context", action="store_true", default=None)
     add("--recompute-levels")
     add("--mlp-chunk-size", type=Whole())
     add("--loss-chunk-size", type=Whole())
@@ -85,7 +90,7 @@ def _parser() -> Parser:
 def _checked(found: argparse.Namespace) -> Options:
     name = found.pipeline_schedule
     entry = find_schedule(name)
-    if entry.execution not in (Execution.MEGATRON, Execution.STAGES, Execution.SEGMENTS):
+    if entry.execution not in _INSIDE:
         can = ", ".join(n for n, other in SCHEDULES.items() if _runs_inside(other))
         raise ValueError(f"{name} does not run inside Megatron-LM's training program; choose one of {can}")
     if not _runs_inside(entry):
@@ -97,7 +102,13 @@ def _checked(found: argparse.Namespace) -> Options:
     for option in given:
         if option not in entry.options:
             raise ValueError(f"{flag_of(option)} does not apply to {name}; remove it")
-    if entry.execution is not Execution.SEGMENTS:
+    attention_range = given.get("attention_range")
+    if attention_range is not None and attention_range not in entry.executed_ranges:
+        raise ValueError(
+            f"{name} can be planned with the attention range {attention_range} but not executed; use "
+            f"--attention-range {' or '.join(entry.executed_ranges)}"
+        )
+    if not entry.execution.cuts_layers:
         for option in _OF_MODELS:
             if getattr(found, option):
                 raise ValueError(f"{flag_of(option)} does not apply to {name} here; remove it")
@@ -112,7 +123,4 @@ def _checked(found: argparse.Namespace) -> Options:
 
 
 def _runs_inside(entry: Schedule) -> bool:
-    return (
-        entry.execution in (Execution.MEGATRON, Execution.STAGES, Execution.SEGMENTS)
-        and not entry.needs_untied_weights
-    )
+    return entry.execution in _INSIDE and not entry.needs_untied_weights

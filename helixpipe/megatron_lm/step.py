@@ -21,11 +21,12 @@ from torch import Tensor
 from helixpipe.megatron_adapter.forward_backward import (
     PlannedForwardBackward,
     SegmentForwardBackward,
+    SlicedSegmentForwardBackward,
     StageForwardBackward,
 )
 from helixpipe.megatron_adapter.plan_source import PlanOnDemand
 from helixpipe.megatron_lm.options import Options
-from helixpipe.plan import Kind, Plan
+from helixpipe.plan import Plan
 from helixpipe.plan.execution import Execution
 
 Report = list[dict[str, Tensor]]
@@ -39,14 +40,22 @@ class Step:
     Attributes:
         count: steps and evaluations that were made.
         forward_backward: what carries out the plan.
+        is_segmented: the model is cut at its attention.
     """
 
     def __init__(self, options: Options) -> None:
         self.count = 0
-        self._segmented = options.entry.execution is Execution.SEGMENTS
+        execution = options.entry.execution
+        assert execution is not None
+        self.is_segmented = execution.cuts_layers
         self.reads_on_all_ranks = options.plan.get("head_placement", "first") != "first"
-        kind = SegmentForwardBackward if self._segmented else StageForwardBackward
-        self.forward_backward: PlannedForwardBackward = kind(PlanOnDemand(options.schedule, options.plan))
+        kinds = {
+            Execution.STAGES: StageForwardBackward,
+            Execution.SEGMENTS: SegmentForwardBackward,
+            Execution.SLICED_SEGMENTS: SlicedSegmentForwardBackward,
+        }
+        plans = PlanOnDemand(options.schedule, options.plan)
+        self.forward_backward: PlannedForwardBackward = kinds[execution](plans)
         self._forms: dict[bool, _Form] = {}
 
     def __str__(self) -> str:
@@ -72,7 +81,7 @@ class Step:
         **arguments: Any,
     ) -> list[Any]:
         """Run one iteration; Megatron's arguments and return value, losses on the last pipeline rank."""
-        if self._segmented and collect_non_loss_data:
+        if self.is_segmented and collect_non_loss_data:
             raise ValueError(
                 f"the {self.forward_backward.name} schedule does not collect data that is no loss; leave "
                 "process_non_loss_data_func out"
@@ -80,13 +89,13 @@ class Step:
         config = get_model_config(model[0] if isinstance(model, list) else model)
         with _timed(config):
             report = self.forward_backward(
-                forward_step_func=as_one_stage(forward_step_func) if self._segmented else forward_step_func,
+                forward_step_func=as_one_stage(forward_step_func) if self.is_segmented else forward_step_func,
                 model=model,
                 forward_only=forward_only,
                 collect_non_loss_data=collect_non_loss_data,
                 **arguments,
             )
-            if self._segmented:
+            if self.is_segmented:
                 assert self.forward_backward.plan is not None
                 report = self._on_last_rank(report, self.forward_backward.plan, forward_only)
         self.count += 1
@@ -96,8 +105,7 @@ class Step:
         """What the loss functions reported, by micro batch; empty on all ranks but the last."""
         group = parallel_state.get_pipeline_model_parallel_group()
         rank, size = dist.get_rank(group), dist.get_world_size(group)
-        last = plan.num_segments - 1
-        own = [op.micro_batch for op in plan.orders[rank] if op.segment == last and op.kind is Kind.F]
+        own = plan.reported_by(rank)
         if forward_only not in self._forms:
             self._forms[forward_only] = _agree_on_form(report, group)
         form = self._forms[forward_only]
@@ -109,12 +117,12 @@ class Step:
         # Every micro batch is in one rank's rows, and zero in those of the others: the sum is exact.
         width = sum(torch.Size(shape).numel() for _, shape, _ in form)
         device = torch.device("cuda") if dist.get_backend(group) == "nccl" else torch.device("cpu")
-        rows = torch.zeros(plan.num_microbatches, width, dtype=torch.float64, device=device)
+        rows = torch.zeros(plan.num_sequences, width, dtype=torch.float64, device=device)
         if own:
             mine = torch.stack(
                 [torch.cat([entry[name].reshape(-1).double() for name, _, _ in form]) for entry in report]
             )
-            rows[own] = mine.to(device)
+            rows[list(own)] = mine.to(device)
         dist.all_reduce(rows, group=group)
         if rank != size - 1:
             return []

@@ -73,7 +73,7 @@ def enable(command_line: list[str] | None = None) -> Step | None:
     version = check_version()
     step = Step(options)
     _put_in_place(step)
-    if options.entry.execution is Execution.SEGMENTS:
+    if step.is_segmented:
         _undo.append(build_segments_for(options))
         if step.reads_on_all_ranks and find_spec("megatron.training") is not None:
             _replace("megatron.training.training", "build_train_valid_test_data_iterators", as_one_stage)

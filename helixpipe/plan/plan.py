@@ -76,6 +76,17 @@ class Plan:
         """The micro batches whose losses a rank computes, in order."""
         return tuple(i for i, home in enumerate(self.placement[-1]) if home == rank)
 
+    def reported_by(self, rank: int) -> tuple[int, ...]:
+        """The micro batches whose losses a rank reports, in the order of their losses.
+
+        Of slices, the sequences whose last slice's loss is there: a loss function wants all of a sequence.
+        """
+        last = self.num_segments - 1
+        own = [op.micro_batch for op in self.orders[rank] if op.segment == last and op.kind is Kind.F]
+        if not self.slices:
+            return tuple(own)
+        return tuple(number for number, group in enumerate(self.slices) if group[-1] in own)
+
     def read_by(self, rank: int) -> tuple[int, ...]:
         """The micro batches whose tokens or labels a rank needs, in order; of slices, their sequences."""
         ends = zip(self.placement[0], self.placement[-1], strict=True)

@@ -6,17 +6,59 @@ says it in its parameter ``slice_ends``: the last token (exclusive) of each slic
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import pairwise
+from typing import NamedTuple
 
+from helixpipe.plan.equal_time import equal_time_ends
 from helixpipe.plan.plan import Plan
 
 _PARAMETER = "slice_ends"
+# Kernels compute in tiles of so many tokens. Rounding to them must not make slices differ by much.
+_TILE = 128
+_TILES_PER_SLICE = 16
+
+
+class TokenTimes(NamedTuple):
+    """What a layer's time grows with, in any unit.
+
+    Attributes:
+        linear: of one token.
+        attention: of its attention to itself: that of n tokens takes n^2 times as long.
+    """
+
+    linear: float
+    attention: float
 
 
 def with_slice_ends(plan: Plan, ends: tuple[int, ...]) -> Plan:
     """The plan of slices that end there."""
     return replace(plan, parameters={**plan.parameters, _PARAMETER: ",".join(map(str, ends))})
+
+
+def cut_at_equal_times(plan: Plan, seq_length: int, times: TokenTimes, multiple: int) -> Plan:
+    """The plan of slices that take equally long, at multiples of 128 tokens where sequences are long enough.
+
+    Args:
+        plan: of slices.
+        seq_length: tokens of every sequence.
+        times: of a layer.
+        multiple: of what all ends must be, where tensor-parallel ranks share the sequence.
+
+    Raises:
+        ValueError: more slices than there are multiples; names the option.
+    """
+    count = len(plan.slices[0])
+    tile = math.lcm(_TILE, multiple)
+    wanted = tile if seq_length >= _TILES_PER_SLICE * tile * count else multiple
+    try:
+        ends = equal_time_ends(seq_length, count, *times, wanted)
+    except ValueError as error:
+        name = next(name for name in ("num_fold", "num_slices") if name in plan.parameters)
+        option = f"--{name.replace('_', '-')} {plan.parameters[name]}"
+        raise ValueError(f"{option}: {error}; use fewer") from None
+    return with_slice_ends(plan, ends)
 
 
 def slice_ends(plan: Plan) -> tuple[int, ...] | None:

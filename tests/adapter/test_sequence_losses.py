@@ -43,7 +43,7 @@ def slices_of(function, losses=LOSSES, *, differentiate=True):
         "sliced-helix", ScheduleRequest(num_layers=1, num_ranks=1, num_microbatches=1, num_fold=3)
     )
     pieces = pieces_of(plan, ENDS)
-    found = SequenceLosses(plan, 0, pieces, SimpleNamespace(config=None), (1, 7))
+    found = SequenceLosses(plan, 0, SimpleNamespace(config=None), (1, 7))
     gradients = []
     for _ in range(2):
         found.begin(OneIteration(differentiate=differentiate))

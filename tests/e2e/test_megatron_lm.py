@@ -40,6 +40,7 @@ OTHERS = (
     f"{HELIX} --attention-range block --head-placement spread",
     f"{HELIX} --num-fold 1 --round-order interlocked --split-weight-gradients --recompute-levels none",
     "--pipeline-schedule zb-h1",
+    "--pipeline-schedule sliced-helix --head-placement spread",
 )
 
 

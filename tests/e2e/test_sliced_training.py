@@ -8,26 +8,30 @@ from conftest import metrics_of
 from helixpipe.plan import Plan
 from helixpipe.plan.slice_ends import slice_ends
 
-SLICED = ("--pipeline-schedule", "seq1f1b", "--num-slices", 3, "--eval-iters", 1)
-PLAIN = ("--pipeline-schedule", "1f1b", "--eval-iters", 1)
-SIZES = ("--global-batch-size", 2, "--pipeline-model-parallel-size", 2)
+SEQ1F1B = ("--pipeline-schedule", "seq1f1b", "--num-slices", 3)
+SLICED_HELIX = ("--pipeline-schedule", "sliced-helix", "--head-placement", "spread", "--resend-context")
+PLAIN = ("--pipeline-schedule", "1f1b")
 
 
 @pytest.mark.slow
-def test_a_job_goes_on_under_another_schedule_with_the_same_losses(launch, tmp_path):
+@pytest.mark.parametrize(
+    ("ranks", "sliced"), [(2, SEQ1F1B), (4, SLICED_HELIX)], ids=["seq1f1b", "sliced-helix"]
+)
+def test_a_job_goes_on_under_another_schedule_with_the_same_losses(launch, tmp_path, ranks, sliced):
     """Two iterations each way, against four under 1F1B."""
     losses = {}
     for name, (first, second) in {
         "1f1b": (PLAIN, PLAIN),
-        "to": (PLAIN, SLICED),
-        "from": (SLICED, PLAIN),
+        "to": (PLAIN, sliced),
+        "from": (sliced, PLAIN),
     }.items():
         found = []
         for part, (schedule, iterations) in enumerate(((first, 2), (second, 4))):
             metrics = tmp_path / f"{name}{part}.jsonl"
             words = ("--save", tmp_path / name, *(("--load", tmp_path / name) if part else ()))
             words += ("--train-iters", iterations, "--trace-dir", tmp_path / f"{name}{part}")
-            finished = launch(2, *SIZES, *schedule, *words, "--metrics-jsonl", metrics)
+            words += ("--global-batch-size", 2, "--pipeline-model-parallel-size", ranks, "--eval-iters", 1)
+            finished = launch(ranks, *schedule, *words, "--metrics-jsonl", metrics)
             assert finished.code == 0, finished.errors
             found += [row["lm_loss"] for row in metrics_of(metrics)]
         losses[name] = found

@@ -17,6 +17,14 @@ def test_the_rest_of_the_command_line_is_left_alone():
     assert options.recompute_levels == "without-attention"
 
 
+def test_sliced_helix_has_options_of_its_own():
+    words = "--pipeline-schedule sliced-helix --resend-context --loss-chunk-size 8 --seq-length 64".split()
+    options = take_options(words)
+    assert words == ["--seq-length", "64"]
+    assert options.plan == {"resend_context": True}
+    assert (options.recompute_levels, options.loss_chunk_size) == ("without-attention", 8)
+
+
 def test_without_a_schedule_nothing_is_taken():
     words = ["--pipeline-model-parallel-size", "2", "--num-layers", "4"]
     before = list(words)
@@ -34,6 +42,9 @@ def test_without_a_schedule_nothing_is_taken():
         ("--pipeline-schedule zb-h1 --num-fold 2", "--num-fold does not apply to zb-h1"),
         ("--pipeline-schedule zb-h1 --mlp-chunk-size 8", "--mlp-chunk-size does not apply to zb-h1"),
         ("--pipeline-schedule helix --num-fold 0", "--num-fold"),
+        ("--pipeline-schedule helix --resend-context", "--resend-context does not apply to helix"),
+        ("--pipeline-schedule sliced-helix --round-order filo", "--round-order does not apply"),
+        ("--pipeline-schedule sliced-helix --attention-range block", "use --attention-range core"),
     ],
 )
 def test_what_cannot_be_is_one_line(text, words):

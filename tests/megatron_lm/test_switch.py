@@ -13,6 +13,8 @@ COMMANDS = (
     "--pipeline-schedule helix --num-fold 1 --round-order interlocked --split-weight-gradients "
     "--recompute-levels none",
     "--pipeline-schedule zb-h1",
+    "--pipeline-schedule sliced-helix --num-fold 3",
+    "--pipeline-schedule sliced-helix --head-placement spread --resend-context --loss-chunk-size 5",
 )
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from helixpipe.plan import ScheduleRequest, build_plan
 from helixpipe.plan.equal_time import equal_time_ends
-from helixpipe.plan.slice_ends import ends_for, slice_ends, with_slice_ends
+from helixpipe.plan.slice_ends import TokenTimes, cut_at_equal_times, ends_for, slice_ends, with_slice_ends
 
 
 @given(st.integers(1, 5000), st.integers(1, 40), st.floats(1e-3, 1e3), st.floats(0, 1e3), st.integers(1, 130))
@@ -24,6 +24,21 @@ def test_every_slice_has_tokens_and_all_but_the_last_end_at_multiples(
     assert ends[-1] == length
     assert all(a < b for a, b in pairwise((0, *ends)))
     assert not any(end % multiple for end in ends[:-1])
+
+
+def test_a_plan_is_cut_at_whole_tiles_where_sequences_are_long_enough():
+    request = ScheduleRequest(num_layers=2, num_ranks=2, num_microbatches=1, num_fold=2)
+    plan = build_plan("sliced-helix", request)
+    times = TokenTimes(300.0, 0.02)
+    long = slice_ends(cut_at_equal_times(plan, 16 * 128 * 4, times, 1))
+    assert not any(end % 128 for end in long)
+    short = slice_ends(cut_at_equal_times(plan, 16 * 128 * 4 - 2, times, 2))
+    assert any(end % 128 for end in short)
+    assert not any(end % 2 for end in short)
+    with pytest.raises(
+        ValueError, match="--num-fold 2: a sequence of 3 tokens cannot be cut into 4 slices; use fewer"
+    ):
+        cut_at_equal_times(plan, 3, times, 1)
 
 
 def test_times_are_equal_to_rounding():

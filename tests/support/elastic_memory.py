@@ -66,6 +66,7 @@ def measure_cases_of_slices(cases: list[Case]) -> list[Measured]:
 def watch(chunks: list[torch.nn.Module], run_iteration: Callable[[], Any]) -> Measured:
     """Note what is held after every operation of an iteration."""
     contexts = chunks[0].module.contexts
+    others = tuple if contexts is None else contexts.tensors
     moments: list[Moment] = []
     runs = {kind: kind.__call__ for kind in (Forward, Backward)}
 
@@ -76,7 +77,7 @@ def watch(chunks: list[torch.nn.Module], run_iteration: Callable[[], Any]) -> Me
 
         return run
 
-    with LiveKept(chunks[0], contexts.tensors) as live:
+    with LiveKept(chunks[0], others) as live:
         for kind in runs:
             kind.__call__ = noting(kind)
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
@@ -29,7 +29,6 @@ class SequenceLosses:
     Args:
         plan: of slices.
         rank: this pipeline rank.
-        pieces: the slice of each micro batch.
         segmented: the model, for Megatron's bookkeeping.
         shape: micro batch size and sequence length.
     """
@@ -38,7 +37,6 @@ class SequenceLosses:
         self,
         plan: Plan,
         rank: int,
-        pieces: Sequence[Piece],
         segmented: SegmentedGPTModel,
         shape: tuple[int, int],
     ) -> None:
@@ -46,8 +44,7 @@ class SequenceLosses:
         self._shape = shape
         self._num_sequences = plan.num_sequences
         self._are_on_several_ranks = len(set(plan.placement[-1])) > 1
-        ends = (group[-1] for group in plan.slices)
-        self._reported = [pieces[i].sequence for i in ends if plan.rank_of(plan.num_segments - 1, i) == rank]
+        self._reported = plan.reported_by(rank)
         self._is_checked = False
         self._input: IterationInput | None = None
         self._functions: dict[int, _LossFunction] = {}

@@ -71,9 +71,7 @@ class SlicedGPTSegments(GPTSegments):
         key_shape = partial(segmented.key_shape, micro_batch_size=size.micro_batch_size)
         self._lent = SliceContexts(plan, rank, self._pieces, segmented.contexts, key_shape, dtype)
         self.contexts = self._lent
-        self._losses = SequenceLosses(
-            plan, rank, self._pieces, segmented, (size.micro_batch_size, size.seq_length)
-        )
+        self._losses = SequenceLosses(plan, rank, segmented, (size.micro_batch_size, size.seq_length))
         self._plan = plan
         self._rank = rank
         # The operation with which a rank has done with a sequence's tensors.

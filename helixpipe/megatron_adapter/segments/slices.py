@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any, TypeAlias
 
 import torch
+from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from helixpipe.megatron_adapter.forward_step import IterationInput, IterationRes
 from helixpipe.megatron_adapter.segments.contract import IterationSize
 from helixpipe.megatron_adapter.segments.stages import check_supported
 from helixpipe.plan import Plan
-from helixpipe.plan.slice_ends import ends_for
+from helixpipe.plan.slice_ends import TokenTimes, ends_for
 from helixpipe.runtime.context_lending import ContextLending
 from helixpipe.runtime.executor import Tensors
 from helixpipe.runtime.lending import WeightLending
@@ -168,6 +169,16 @@ def pieces_of(plan: Plan, ends: tuple[int, ...]) -> tuple[Piece, ...]:
         for sequence in range(plan.num_sequences)
         for start, end in pairwise((0, *ends))
     )
+
+
+def operations_of_layer(config: TransformerConfig) -> TokenTimes:
+    """Floating-point operations of a layer's forward, which its time is taken to go with."""
+    assert config.kv_channels is not None
+    assert config.ffn_hidden_size is not None
+    query, key = config.num_attention_heads * config.kv_channels, config.num_query_groups * config.kv_channels
+    mlp = config.ffn_hidden_size * (3 if config.gated_linear_unit else 2)
+    # Causal: scores and their product with values, for half of all pairs.
+    return TokenTimes(2.0 * config.hidden_size * (2 * query + 2 * key + mlp), 2.0 * query)
 
 
 def part_of(tensor: Tensor | None, piece: Piece) -> Tensor | None:
