@@ -14,6 +14,7 @@ PLAIN = ("--pipeline-schedule", "1f1b")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("ranks", "sliced"), [(2, SEQ1F1B), (4, SLICED_HELIX)], ids=["seq1f1b", "sliced-helix"]
 )
