@@ -12,7 +12,7 @@ from helixpipe.commands.planning import read_plan
 from helixpipe.commands.ranges import GIBIBYTES, RANKS, Whole
 from helixpipe.plan.advise import Advice, Job, advise, make_job
 from helixpipe.plan.advise.job import RESERVED_GIB
-from helixpipe.plan.cost_model import Hardware, Recompute, costs_of_plan, predict_pieces
+from helixpipe.plan.cost_model import Hardware, Recompute, costs_of_plan, predict_pieces, with_predicted_ends
 from helixpipe.plan.simulation.simulate import simulate
 
 _ON_A_PAGE = 8
@@ -27,6 +27,12 @@ def add_parsers(add: Callable[..., Any]) -> None:
         "--recompute", choices=[mode.value for mode in Recompute], default="none", help="in every layer"
     )
     costs.add_argument("--output", type=Path, required=True, help="costs.json")
+    costs.add_argument(
+        "--plan-output",
+        type=Path,
+        metavar="FILE",
+        help="of a plan of slices: the plan with the ends of its slices, which the costs are for",
+    )
     costs.set_defaults(run=_costs)
 
     advice = add("advise", help="rank every schedule that fits into memory")
@@ -48,9 +54,15 @@ def _costs(args: argparse.Namespace) -> None:
     plan = read_plan(args.plan)
     machine, workload = read_workload(args)
     pieces = predict_pieces(workload, machine) if isinstance(machine, Hardware) else machine
+    if args.plan_output is not None:
+        if not plan.slices:
+            raise ValueError(f"--plan-output is for plans of slices, not of {plan.schedule}; leave it out")
+        plan = with_predicted_ends(pieces, plan)
     costs = costs_of_plan(pieces, plan, Recompute(args.recompute))
     args.output.write_text(costs.to_json() + "\n", encoding="utf-8")
-    print(f"Wrote {args.output}")
+    if args.plan_output is not None:
+        args.plan_output.write_text(plan.to_json(), encoding="utf-8")
+    print(f"Wrote {' and '.join(str(path) for path in (args.output, args.plan_output) if path)}")
 
 
 def _advise(args: argparse.Namespace) -> None:

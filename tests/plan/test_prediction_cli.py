@@ -8,6 +8,7 @@ from helixpipe.__main__ import main
 from helixpipe.plan import Plan
 from helixpipe.plan.cost_model import HARDWARE, MODELS, Workload, predict_pieces
 from helixpipe.plan.simulation.costs import parse_costs
+from helixpipe.plan.slice_ends import slice_ends
 
 MODEL = ["--model", "llama-7b", "--hardware", "h20", "--seq-length", "131072"]
 CLUSTER = ["--tensor-model-parallel-size", "8"]
@@ -47,6 +48,44 @@ def test_advise_prints_a_ranked_table_and_the_arguments(capsys):
     assert any(line.startswith(f"The best pipeline, {best}, is predicted to be 1.") for line in lines)
     assert lines[-2] == f"Fastest that runs: {best}. Use:"
     assert lines[-1].split()[:2] == ["--pipeline-schedule", "helix"]
+
+
+@pytest.mark.parametrize("schedule", ["sliced-helix", "seq1f1b"])
+def test_costs_says_where_slices_end(capsys, tmp_path, schedule):
+    """The costs are those of the plan that is written, whose slices are whole tiles."""
+    plan, cut, costs, again = (tmp_path / name for name in ("plan", "cut", "costs", "again"))
+    run(
+        capsys, "plan", "--schedule", schedule, "--num-layers", 32, "--pipeline-model-parallel-size", 2,
+        "--num-microbatches", 1, "--output", plan,
+    )  # fmt: skip
+    words = ("costs", *MODEL, *CLUSTER)
+    output = run(capsys, *words, "--plan", plan, "--output", costs, "--plan-output", cut)
+    assert output == f"Wrote {costs} and {cut}\n"
+    ends = slice_ends(Plan.from_json(cut.read_text()))
+    assert ends[-1] == 131072
+    assert not any(end % 128 for end in ends)
+    run(capsys, *words, "--plan", cut, "--output", again)
+    assert again.read_text() == costs.read_text()
+
+
+def test_only_slices_have_ends(capsys, tmp_path):
+    plan = tmp_path / "plan.json"
+    run(
+        capsys, "plan", "--schedule", "1f1b", "--num-layers", 32, "--pipeline-model-parallel-size", 2,
+        "--num-microbatches", 1, "--output", plan,
+    )  # fmt: skip
+    words = (
+        "costs",
+        *MODEL,
+        *CLUSTER,
+        "--plan",
+        plan,
+        "--output",
+        tmp_path / "c",
+        "--plan-output",
+        tmp_path / "p",
+    )
+    assert "--plan-output is for plans of slices, not of 1f1b; leave it out" in fails(capsys, *words)
 
 
 def test_advise_takes_a_kernel_and_fp8(capsys, tmp_path):

@@ -78,6 +78,18 @@ def test_a_plan_keeps_the_slices_it_says_and_gets_those_it_does_not(parse):
     assert 16 <= first < 32 == end
 
 
+def test_a_plan_of_sliced_helix_is_cut_where_forwards_take_equally_long(parse):
+    plan = planned("sliced-helix", num_fold=2)
+    args = parse(plan)
+    assert args.schedule.execution is Execution.SLICED_SEGMENTS
+    assert args.memory_saving.recompute is Recompute.WITHOUT_ATTENTION
+    ends = slice_ends(args.schedule.plan)
+    assert len(ends) == 4
+    assert (
+        parse(with_slice_ends(plan, (10, 20, 30, 32))).schedule.plan.parameters["slice_ends"] == "10,20,30,32"
+    )
+
+
 def test_ranks_compare_the_plans_of_their_files(parse):
     one, other = fingerprint(parse(planned("gpipe"))), fingerprint(parse(reordered(planned("1f1b"), "gpipe")))
     assert one == other
@@ -97,6 +109,21 @@ def backwards_in_data(plan):
 
 
 REFUSED = {
+    "a range that is only planned": (
+        lambda: planned("sliced-helix", attention_range="block"),
+        "",
+        "attention range block but not executed; use --attention-range core",
+    ),
+    "a context said twice": (
+        lambda: planned("sliced-helix"),
+        "--resend-context",
+        "does not apply with --plan FILE",
+    ),
+    "slices of another schedule": (
+        lambda: replace(planned("sliced-helix"), schedule="helix"),
+        "",
+        "cuts sequences into slices, which only schedules of slices execute",
+    ),
     "ranks": (
         lambda: build_plan("1f1b", ScheduleRequest(num_layers=4, num_ranks=4, num_microbatches=4)),
         "",

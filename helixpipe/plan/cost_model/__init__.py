@@ -13,6 +13,7 @@ from helixpipe.plan.cost_model.pieces import PieceCost, Pieces
 from helixpipe.plan.cost_model.recomputation import Recompute
 from helixpipe.plan.cost_model.segments import costs_of_plan
 from helixpipe.plan.cost_model.shape import MODELS, ModelShape
+from helixpipe.plan.cost_model.slices import with_predicted_ends
 from helixpipe.plan.cost_model.work import Workload
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "predict_pieces",
     "read_hardware",
     "read_model",
+    "with_predicted_ends",
 ]

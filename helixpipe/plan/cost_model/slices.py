@@ -15,6 +15,8 @@ from math import ceil, lcm
 from helixpipe.plan.cost_model.pieces import PieceCost, Pieces
 from helixpipe.plan.cost_model.work import LAYER_PIECES
 from helixpipe.plan.equal_time import equal_time_end, equal_time_ends
+from helixpipe.plan.plan import Plan
+from helixpipe.plan.slice_ends import TokenTimes, cut_at_equal_times, slice_ends
 
 # Rows of a tile of flash attention, head dimension 128 (FlashAttention-3, arXiv 2407.08608, section 3).
 _TILE = 128
@@ -53,6 +55,24 @@ def _layer_ms(pieces: Pieces, *, forward_only: bool) -> tuple[float, float]:
     times = {name: cost.forward if forward_only else cost.total for name, cost in costs.items()}
     core = times.pop("core")
     return sum(times.values()), core
+
+
+def with_predicted_ends(pieces: Pieces, plan: Plan) -> Plan:
+    """A plan of slices that says where they end: as it does already, else where they take equally long.
+
+    Where layers are cut at their attention all slices of a sequence run forward before one runs backward:
+    their forwards are to take equally long. Else forward and backward take turns.
+
+    Raises:
+        ValueError: more slices than the sequence can have; names the option.
+    """
+    if slice_ends(plan) is not None:
+        return plan
+    workload = pieces.workload
+    length = workload.seq_length
+    linear, core = _layer_ms(pieces, forward_only="attention_range" in plan.parameters)
+    multiple = workload.tensor_parallel if workload.sequence_parallel else 1
+    return cut_at_equal_times(plan, length, TokenTimes(linear / length, core / length**2), multiple)
 
 
 def equal_total_slices(pieces: Pieces, count: int) -> list[Slice]:

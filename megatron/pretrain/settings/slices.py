@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from helixpipe.plan.cost_model import HARDWARE, Pieces, predict_pieces
-from helixpipe.plan.cost_model.work import LAYER_PIECES
+from helixpipe.plan.cost_model import HARDWARE, Pieces, predict_pieces, with_predicted_ends
 from helixpipe.plan.plan import Plan
-from helixpipe.plan.slice_ends import TokenTimes, cut_at_equal_times, ends_for, slice_ends
+from helixpipe.plan.slice_ends import ends_for, slice_ends
 from megatron.pretrain.settings.schedule_choice import check_profile, known_machine, workload_of
 
 # Of hardware that is not known; slices of another GPU's equal times are nearly as good.
@@ -26,26 +25,15 @@ def cut_sequences(args: argparse.Namespace, plan: Plan) -> Plan:
     """
     shared = args.tensor_model_parallel_size if args.sequence_parallel else 1
     if slice_ends(plan) is None:
-        times = _token_times(args, forward_only="attention_range" in plan.parameters)
-        plan = cut_at_equal_times(plan, args.seq_length, times, shared)
+        plan = with_predicted_ends(_pieces(args), plan)
     ends_for(plan, args.seq_length, shared)
     return plan
 
 
-def _token_times(args: argparse.Namespace, *, forward_only: bool) -> TokenTimes:
-    """Times in a layer of a token, and of its attention to itself.
-
-    Where layers are cut at their attention all slices run forward before one runs backward: their forwards
-    are to take equally long. Else forward and backward take turns.
-    """
+def _pieces(args: argparse.Namespace) -> Pieces:
+    """Times of the job's layers: measured, or predicted for its hardware."""
     machine, workload = known_machine(args), workload_of(args)
     if isinstance(machine, Pieces):
         check_profile(args, machine, workload)
-        pieces = machine
-    else:
-        pieces = predict_pieces(workload, machine or HARDWARE[_USUAL])
-    costs = {piece: pieces.times[piece] for piece in LAYER_PIECES}
-    times = {piece: cost.forward if forward_only else cost.total for piece, cost in costs.items()}
-    core = times.pop("core")
-    linear = sum(times.values())
-    return TokenTimes(linear / args.seq_length, core / args.seq_length**2)
+        return machine
+    return predict_pieces(workload, machine or HARDWARE[_USUAL])
