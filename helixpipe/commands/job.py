@@ -30,6 +30,7 @@ def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
     add("--micro-batch-size", type=Whole(), help="sequences in a micro batch (default 1)")
     add("--tensor-model-parallel-size", type=RANKS, help="GPUs that share a layer (default 1)")
     add("--data-parallel-size", type=RANKS, help="replicas (default 1)")
+    add("--expert-model-parallel-size", type=RANKS, help="GPUs that share a layer's experts (default 1)")
     add("--use-distributed-optimizer", action="store_true")
     add("--no-sequence-parallel", action="store_true", help="norms and residuals whole on each GPU")
     add(
@@ -71,6 +72,7 @@ def _workload(args: argparse.Namespace) -> Workload:
         tensor_parallel=1 if args.tensor_model_parallel_size is None else args.tensor_model_parallel_size,
         sequence_parallel=not args.no_sequence_parallel,
         data_parallel=1 if args.data_parallel_size is None else args.data_parallel_size,
+        expert_parallel=(1 if args.expert_model_parallel_size is None else args.expert_model_parallel_size),
         distributed_optimizer=args.use_distributed_optimizer,
         whole_logits=not args.chunked_loss,
         fp8_products=args.fp8,
@@ -85,6 +87,7 @@ def _profiled_workload(args: argparse.Namespace, profile: Pieces) -> Workload:
         "--micro-batch-size": (args.micro_batch_size, workload.micro_batch_size),
         "--tensor-model-parallel-size": (args.tensor_model_parallel_size, workload.tensor_parallel),
         "--data-parallel-size": (args.data_parallel_size, workload.data_parallel),
+        "--expert-model-parallel-size": (args.expert_model_parallel_size, workload.expert_parallel),
     }
     for flag, (wanted, measured) in asked.items():
         if wanted is not None and wanted != measured:

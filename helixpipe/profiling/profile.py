@@ -135,6 +135,11 @@ def prepare(workload: Workload, world_size: int) -> None:
         ValueError: a world size that is no multiple of the tensor-parallel size.
     """
     t = workload.tensor_parallel
+    if workload.model.only_planned:
+        raise ValueError(
+            f"{workload.model.name} has {', '.join(workload.model.only_planned)}, which no layer here "
+            "computes to be measured; plan with rates of a machine instead"
+        )
     if world_size % t:
         raise ValueError(
             f"{world_size} ranks cannot be split into tensor-parallel groups of {t}; start {t} or {2 * t} "

@@ -220,7 +220,7 @@ def test_a_ring_hides_what_attention_covers():
     fast = Network(latency_ms=0, gb_per_s=1e9)
     found = predict_context_parallel(pieces, Exchange.RING, 4, 3, Recompute.NONE, fast)
     layer = (6 * 3 + 280 / 0.9) / 4
-    reduction = pieces.reduction_ms(MODELS["llama-7b"].parameters, 4)
+    reduction = share_sequence(pieces, Exchange.RING, 4, fast).reduction_ms(MODELS["llama-7b"].parameters)
     assert found.exposed_ms == 0
     assert found.iteration_ms == pytest.approx(3 * (32 * layer + 2 * 3 / 4) + reduction, rel=1e-6)
 
@@ -252,14 +252,14 @@ def test_stages_that_share_sequences_cost_what_context_parallelism_alone_does(ex
     pieces = even_pieces(distributed_optimizer=True, data_parallel=2)
     slow = Network(latency_ms=0.5, gb_per_s=1)
     shared = share_sequence(pieces, exchange, 4, slow)
-    assert (shared.workload.seq_length, shared.workload.data_parallel) == (2000, 8)
+    assert (shared.workload.tokens, shared.workload.context_parallel) == (2000, 4)
     plan = build_plan("1f1b", ScheduleRequest(num_layers=32, num_ranks=1, num_microbatches=3))
     for recompute in (Recompute.NONE, Recompute.FULL):
         alone = predict_context_parallel(pieces, exchange, 4, 3, recompute, slow)
         costs = costs_of_plan(shared, plan, recompute)
         assert simulate(plan, costs).iteration_ms == pytest.approx(alone.iteration_ms, rel=1e-6)
         assert max(peak_bytes(plan, costs)) == pytest.approx(alone.peak_bytes, rel=0.02)
-    with pytest.raises(ValueError, match="8000 tokens cannot be shared by 3 ranks"):
+    with pytest.raises(ValueError, match="8000 tokens cannot be shared by context-parallel size 3"):
         share_sequence(pieces, exchange, 3, slow)
 
 

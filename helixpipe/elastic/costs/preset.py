@@ -63,6 +63,11 @@ def _costs(
     workload: Workload, num_stages: int, passes: Sequence[PassTime], network: Network, source: str
 ) -> ChunkCosts:
     """Costs with the bytes of ``workload``'s model."""
+    if workload.model.only_planned:
+        raise ValueError(
+            f"{workload.model.name} has {', '.join(workload.model.only_planned)}, of which chunks know no "
+            "costs; use another schedule"
+        )
     model, t, tokens = workload.model, workload.tensor_parallel, workload.tokens
     kept = workload.kept_tensors
     parameters = workload.parameters
@@ -75,8 +80,8 @@ def _costs(
         backward=passes[1],
         token_bytes=layer_bytes * t / tokens,
         input_bytes=workload.unit_bytes * t / tokens,
-        kv_bytes=2.0 * model.kv_size * workload.element_bytes,
-        kv_gradient_bytes=2.0 * model.kv_size * max(workload.element_bytes, GRADIENT_BYTES),
+        kv_bytes=1.0 * model.key_value_size * workload.element_bytes,
+        kv_gradient_bytes=1.0 * model.key_value_size * max(workload.element_bytes, GRADIENT_BYTES),
         logits_bytes=workload.head_bytes * t / tokens,
         head_workspace_bytes=workload.head_workspace_bytes * t / tokens,
         layer_workspace_bytes=workload.layer_workspace_bytes * t / tokens,

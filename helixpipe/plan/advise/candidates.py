@@ -28,7 +28,7 @@ class Candidate:
         options: the schedule's own, by name of :class:`ScheduleRequest`.
         tied: the model's head shares the embedding's weights.
         chunked_loss: the loss is computed in chunks.
-        has_windows: attention of some layers sees a window of the tokens before.
+        only_planned: what the model has that training does not know.
         in_fp8: products are computed in fp8.
         lighter: in how many layers, spread evenly, a lighter recomputation is used, and which; None for none.
     """
@@ -40,7 +40,7 @@ class Candidate:
     options: Mapping[str, int | str] = field(default_factory=dict)
     tied: bool = False
     chunked_loss: bool = False
-    has_windows: bool = False
+    only_planned: tuple[str, ...] = ()
     in_fp8: bool = False
     lighter: tuple[int, Recompute] | None = None
 
@@ -107,8 +107,8 @@ class Candidate:
         takes_megatrons = entry.execution.recomputes_whole_layers and self.lighter is None
         if not (takes_ours if self.has_our_levels else takes_megatrons):
             return "recompute"
-        if self.has_windows:
-            return "windows"
+        if self.only_planned:
+            return self.only_planned[0]
         if self.in_fp8:
             return "fp8"
         if self.tied and entry.needs_untied_weights:
@@ -194,7 +194,7 @@ def candidates(job: Job) -> Iterator[list[Candidate]]:
                         options,
                         job.workload.model.tied,
                         not job.workload.whole_logits,
-                        any(job.workload.model.windows),
+                        job.workload.model.only_planned,
                         job.workload.fp8_products,
                     )
                     for recompute in Recompute

@@ -63,9 +63,10 @@ def predict_context_parallel(
         ValueError: heads that cannot be divided, for all-to-all.
     """
     model, workload = pieces.workload.model, pieces.workload
-    if any(model.windows):
+    if model.only_planned:
         raise ValueError(
-            "context parallelism is predicted for attention to all tokens before, not for windows"
+            "context parallelism of all GPUs is predicted for dense layers that attend to all tokens before, "
+            f"not for {', '.join(model.only_planned)}"
         )
     heads, t = model.num_kv_heads, workload.tensor_parallel
     if exchange is Exchange.ALL_TO_ALL and heads % (t * size):
@@ -90,14 +91,14 @@ def predict_context_parallel(
     counts = workload.parameters
     parameters = model.num_layers * sum(counts[name] for name in ("qkv", "proj", "fc1", "fc2"))
     parameters += counts["embedding"] + (0 if model.tied else counts["head"])
-    finish_ms = pieces.reduction_ms(parameters, size, links.reduction_gb_per_s)
-    finish_ms += pieces.optimizer_ms(parameters, size)
+    shared = share_sequence(pieces, exchange, size, network)
+    finish_ms = shared.reduction_ms(parameters) + shared.optimizer_ms(parameters)
     transient = max(layer.workspace_bytes, workload.head_workspace_bytes)
     activations = model.num_layers * layer.bytes + workload.head_bytes + transient
     return ContextParallel(
         iteration_ms=num_microbatches * (model.num_layers * layer_ms + ends_ms) + finish_ms,
         exposed_ms=num_microbatches * model.num_layers * exposed_ms,
-        peak_bytes=workload.static_bytes(parameters, size) + activations // size,
+        peak_bytes=shared.workload.static_bytes(parameters) + activations // size,
     )
 
 
@@ -107,15 +108,13 @@ def share_sequence(pieces: Pieces, exchange: Exchange, size: int, network: Netwo
     Args:
         pieces: costs of whole sequences.
         exchange: ring or all-to-all.
-        size: context-parallel size; the replicas of the result are as many times more.
+        size: context-parallel size.
         network: links between the ranks that share a sequence.
 
     Raises:
         ValueError: sequences that cannot be divided.
     """
-    workload = pieces.workload
-    if workload.seq_length % size:
-        raise ValueError(f"{workload.seq_length} tokens cannot be shared by {size} ranks")
+    shared = replace(pieces.workload, context_parallel=size)
     links = _Links(pieces, network, size)
 
     def attention(whole_ms: float, tensors: int) -> float:
@@ -133,11 +132,7 @@ def share_sequence(pieces: Pieces, exchange: Exchange, size: int, network: Netwo
     return replace(
         pieces,
         times=times,
-        workload=replace(
-            workload,
-            seq_length=workload.seq_length // size,
-            data_parallel=workload.data_parallel * size,
-        ),
+        workload=shared,
         reduction_gb_per_s=links.reduction_gb_per_s,
     )
 
@@ -163,7 +158,7 @@ class _Links:
         """What is left of a ring's messages when each block's attention has hidden its share."""
         if self.size == 1:
             return 0.0
-        step_bytes = self.channel_bytes * 2 * self.model.kv_size * tensors
+        step_bytes = self.channel_bytes * self.model.key_value_size * tensors
         step_ms = self.latency_ms + step_bytes / (self.gb_per_s * BYTES_PER_MS)
         return (self.size - 1) * max(0.0, step_ms - attention_ms / self.size)
 
@@ -171,6 +166,6 @@ class _Links:
         """Queries, keys and values there, the output back; attention waits for both."""
         if self.size == 1:
             return 0.0
-        channels = 2 * self.model.query_size + 2 * self.model.kv_size
+        channels = self.model.query_size + self.model.attention_size + self.model.key_value_size
         sent = self.channel_bytes * channels * (self.size - 1) / self.size
         return 2 * self.latency_ms + sent / (self.shared_gb_per_s * BYTES_PER_MS)

@@ -30,15 +30,18 @@ def predict_pieces(workload: Workload, hardware: Hardware) -> Pieces:
     Sequence-parallel gathers and scatters are exposed in the forward pass and where a backward starts with
     one; those that Megatron issues beside a matrix product of the backward are hidden as far as it lasts.
     """
+    assert workload.context_parallel == 1, "share_sequence divides what whole sequences cost"
     if workload.fp8_products and not hardware.fp8_tflops:
         raise ValueError(f"{hardware.name} has no fp8 matrix products; leave --fp8 out")
     rates = _Rates(workload, hardware)
     unit = workload.unit_bytes
     gather = rates.collective_ms
     model = workload.model
-    rope = workload.channel_bytes(model.query_size + model.kv_size)
+    rope = workload.channel_bytes(model.query_size + model.key_size)
     fc1 = workload.channel_bytes(model.fc1_size)
-    activation = workload.channel_bytes(model.ffn_hidden_size)
+    activation = workload.channel_bytes(model.mlp_width)
+    # Each copy of a token is written where its expert reads it, and experts' outputs are summed up.
+    copied = rates.moved((1 + workload.routed_copies) * unit) if model.experts else 0.0
     core_ms = rates.core_ms()
     times = {
         "embedding": PieceCost(rates.moved(2 * unit) + gather, rates.moved(3 * unit) + gather),
@@ -48,8 +51,10 @@ def predict_pieces(workload: Workload, hardware: Hardware) -> Pieces:
         "core": PieceCost(core_ms[0], core_ms[1]),
         "proj": rates.row("proj", rates.moved(3 * unit)),
         "norm2": PieceCost(rates.moved(2 * unit), rates.moved(6 * unit)),
-        "fc1": rates.column("fc1", rates.moved(fc1 + activation), rates.moved(2 * fc1 + activation)),
-        "fc2": rates.row("fc2", rates.moved(3 * unit)),
+        "fc1": rates.column(
+            "fc1", rates.moved(fc1 + activation) + copied, rates.moved(2 * fc1 + activation) + copied
+        ),
+        "fc2": rates.row("fc2", rates.moved(3 * unit) + copied, copied),
         "head": rates.column(
             "head",
             rates.moved(2 * unit + workload.num_logits * _LOSS_BYTES_FORWARD),
@@ -61,7 +66,7 @@ def predict_pieces(workload: Workload, hardware: Hardware) -> Pieces:
         workload=workload,
         times=times,
         network=pipeline_network(workload, hardware),
-        reduction_gb_per_s=rates.group_gb_per_s(workload.tensor_parallel * workload.data_parallel),
+        reduction_gb_per_s=rates.group_gb_per_s(workload.stage_gpus),
         optimizer_ns=_OPTIMIZER_BYTES / (hardware.memory_gb_per_s * hardware.memory_efficiency),
         overhead_ms=_OVERHEAD_MS,
         multiprocessors=hardware.multiprocessors,
@@ -71,11 +76,12 @@ def predict_pieces(workload: Workload, hardware: Hardware) -> Pieces:
 def pipeline_network(workload: Workload, hardware: Hardware) -> Network:
     """Links between the ranks of one pipeline.
 
-    Megatron numbers tensor-parallel GPUs first, then replicas, then stages: a node holds as many stages of
-    one pipeline as fit beside the replicas. The GPUs of a rank each send their part of a message.
+    Megatron numbers tensor-parallel GPUs first, then those that share a sequence, then replicas, then stages:
+    a node holds as many stages of one pipeline as fit beside the replicas. The GPUs of a rank each send their
+    part of a message.
     """
     t = workload.tensor_parallel
-    ranks_per_node = max(1, hardware.gpus_per_node // (t * workload.data_parallel))
+    ranks_per_node = max(1, hardware.gpus_per_node // workload.stage_gpus)
     nics = hardware.nics_per_node * min(1.0, t / hardware.gpus_per_node)
     nic_gb_per_s = hardware.nic_gb_per_s * hardware.link_efficiency
     return Network(
@@ -137,18 +143,31 @@ class _Rates:
         workload, model = self.workload, self.workload.model
         unit = workload.unit_bytes
         inputs, outputs = {
-            "qkv": (unit, workload.channel_bytes(model.query_size + 2 * model.kv_size)),
-            "proj": (workload.channel_bytes(model.query_size), unit),
-            "fc1": (unit, workload.channel_bytes(model.fc1_size)),
-            "fc2": (workload.channel_bytes(model.ffn_hidden_size), unit),
+            "qkv": (unit, workload.channel_bytes(model.query_size + model.key_value_size)),
+            "proj": (workload.channel_bytes(model.attention_size), unit),
+            "fc1": (unit * max(1, workload.routed_copies), workload.channel_bytes(model.fc1_size)),
+            "fc2": (workload.channel_bytes(model.mlp_width), unit),
         }[piece]
         return self.moved(2 * inputs), self.moved(2 * outputs)
 
     def _input_channels(self, piece: str) -> int:
         model, t = self.workload.model, self.workload.tensor_parallel
-        return {"proj": model.query_size // t, "fc2": model.ffn_hidden_size // t}.get(
-            piece, model.hidden_size
-        )
+        # An expert is whole on its GPU.
+        width = model.experts.ffn_hidden_size if model.experts else model.ffn_hidden_size // t
+        return {"proj": model.attention_size // t, "fc2": width}.get(piece, model.hidden_size)
+
+    def exchange_ms(self, piece: str) -> float:
+        """A gather or a scatter along the sequence; to experts and back, an all-to-all.
+
+        Tokens are taken to be shared evenly by experts. Shared experts are cut by tensor parallelism.
+        """
+        workload, experts = self.workload, self.workload.model.experts
+        if experts is None or piece not in ("fc1", "fc2"):
+            return self.collective_ms
+        size = workload.expert_parallel
+        sent = workload.routed_copies * workload.unit_bytes * (size - 1) / size
+        all_to_all_ms = sent / (self.group_gb_per_s(size) * BYTES_PER_MS)
+        return all_to_all_ms + (self.collective_ms if experts.shared_ffn_hidden_size else 0.0)
 
     def core_ms(self) -> tuple[float, float]:
         """Attention, forward and backward."""
@@ -165,20 +184,21 @@ class _Rates:
         """A column-parallel product: gathers its input, scatters its input gradient."""
         product = self.product(piece)
         cast_input, cast_gradient = self.casts(piece)
-        hidden = max(0.0, self.collective_ms - product)
+        exchange_ms = self.exchange_ms(piece)
+        forward = forward_ms + cast_input + product + exchange_ms
+        if self.workload.model.experts and piece == "fc1":
+            # What was sent to experts is kept, and nothing is beside the gradient's way back.
+            return PieceCost(forward, backward_ms + cast_gradient + product + exchange_ms, product)
+        exposed = max(0.0, exchange_ms - product)
         # Backward: the input is gathered again beside one product, the gradient scattered beside the other.
-        return PieceCost(
-            forward_ms + cast_input + product + self.collective_ms,
-            backward_ms + cast_gradient + product + hidden,
-            product + hidden,
-        )
+        return PieceCost(forward, backward_ms + cast_gradient + product + exposed, product + exposed)
 
-    def row(self, piece: str, forward_ms: float) -> PieceCost:
+    def row(self, piece: str, forward_ms: float, backward_ms: float = 0.0) -> PieceCost:
         """A row-parallel product with the residual's sum: scatters its output, gathers its gradient."""
         product = self.product(piece)
         cast_input, cast_gradient = self.casts(piece)
         return PieceCost(
-            forward_ms + cast_input + product + self.collective_ms,
-            cast_gradient + product + self.collective_ms,
+            forward_ms + cast_input + product + self.exchange_ms(piece),
+            backward_ms + cast_gradient + product + self.exchange_ms(piece),
             product,
         )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from helixpipe.plan.cost_model.shape import ModelShape
+from helixpipe.plan.cost_model.shape import Experts, LatentAttention, ModelShape
 from helixpipe.plan.cost_model.work import PIECES, Workload
 from helixpipe.plan.simulation.network import BYTES_PER_MS, Network
 
@@ -38,7 +38,7 @@ class Pieces:
         workload: the model and sizes they hold for.
         times: by name of ``PIECES``.
         network: links between pipeline ranks.
-        reduction_gb_per_s: gradient bytes that data-parallel replicas reduce per second, one direction.
+        reduction_gb_per_s: gradient bytes that GPUs with the same weights reduce per second, one direction.
         optimizer_ns: nanoseconds of the optimizer step per weight on one GPU.
         overhead_ms: of the executor per compute operation.
         multiprocessors: of one GPU, for what attention loses on short slices, see
@@ -54,21 +54,20 @@ class Pieces:
     overhead_ms: float = 0.0
     multiprocessors: int = 0
 
-    def reduction_ms(
-        self, parameters: int, context_parallel: int = 1, gb_per_s: float | None = None
-    ) -> float:
-        """Milliseconds to sum the gradients of a GPU's weights over its replicas, and context ranks if any.
+    def reduction_ms(self, parameters: int, *, of_experts: bool = False) -> float:
+        """Milliseconds to sum the gradients of a GPU's weights over all GPUs that hold the same.
 
         A ring sends all parts but one twice: gradients in fp32, then their sum or the new weights.
         """
-        ranks = self.workload.data_parallel * context_parallel
+        ranks = self.workload.holders(of_experts=of_experts)
         sent = 4 + (self.workload.element_bytes if self.workload.distributed_optimizer else 4)
-        rate = (gb_per_s or self.reduction_gb_per_s) * BYTES_PER_MS
-        return (ranks - 1) / ranks * parameters * sent / rate
+        return (ranks - 1) / ranks * parameters * sent / (self.reduction_gb_per_s * BYTES_PER_MS)
 
-    def optimizer_ms(self, parameters: int, context_parallel: int = 1) -> float:
+    def optimizer_ms(self, parameters: int, *, of_experts: bool = False) -> float:
         """Milliseconds of the optimizer step for a GPU's weights."""
-        return parameters / self.workload.optimizer_shards(context_parallel) * self.optimizer_ns * 1e-6
+        workload = self.workload
+        shards = workload.holders(of_experts=of_experts) if workload.distributed_optimizer else 1
+        return parameters / shards * self.optimizer_ns * 1e-6
 
     def to_json(self) -> str:
         """The profile file, read back by :meth:`from_object`."""
@@ -101,7 +100,13 @@ class Pieces:
 
 
 def _shape(sizes: Any) -> ModelShape:
-    return ModelShape(**{**sizes, "windows": tuple(sizes.get("windows", ()))})
+    experts, latent = sizes.get("experts"), sizes.get("latent")
+    nested = {
+        "windows": tuple(sizes.get("windows", ())),
+        "experts": None if experts is None else Experts(**experts),
+        "latent": None if latent is None else LatentAttention(**latent),
+    }
+    return ModelShape(**{**sizes, **nested})
 
 
 def _times(cost: Any) -> dict[str, float]:

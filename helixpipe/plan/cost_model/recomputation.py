@@ -33,13 +33,14 @@ class Part(NamedTuple):
     """A run of pieces on one rank: what its forward keeps and its backward recomputes.
 
     ``recomputed`` holds pieces, or ``ACTIVATION`` for what follows the product of fc1. ``core_share`` is what
-    a window leaves of attention.
+    a window leaves of attention, ``mlp_share`` what the MLP's width is of the widest.
     """
 
     pieces: tuple[str, ...]
     kept: tuple[str, ...] = ()
     recomputed: tuple[str, ...] = ()
     core_share: float = 1.0
+    mlp_share: float = 1.0
 
 
 _MLP_KEPT = ("norm2 input", "norm2 output", "fc1 output", "activation")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import NamedTuple
 
 from helixpipe.plan.cost_model.pieces import PieceCost, Pieces
 from helixpipe.plan.cost_model.recomputation import (
@@ -32,6 +33,10 @@ from helixpipe.plan.segment_names import role_of
 from helixpipe.plan.simulation.costs import ANY_EDGE, Costs, LoanBytes, RankCost, SegmentCost
 from helixpipe.plan.slice_ends import slice_ends
 
+_EMBEDDING, _HEAD = Part(("embedding",)), Part(("head",))
+# What is as wide as the MLP.
+_OF_THE_MLP = ("fc1 output", "activation")
+
 
 class _Builder:
     """Adds parts up to segments for one choice of recomputation."""
@@ -44,16 +49,19 @@ class _Builder:
     def segment(self, parts: Sequence[Part], part_of: Slice = WHOLE) -> SegmentCost:
         """The cost of parts that run on one rank, one after the other."""
         names = [piece for part in parts for piece in part.pieces]
-        costs = [self._time(piece, part_of, part.core_share) for part in parts for piece in part.pieces]
-        recompute = sum(
-            self._again_ms(piece, part_of, part.core_share) for part in parts for piece in part.recomputed
-        )
+        costs = [self._time(piece, part_of, part) for part in parts for piece in part.pieces]
+        recompute = sum(self._again_ms(piece, part_of, part) for part in parts for piece in part.recomputed)
         if "head" in names and not self.workload.whole_logits:
             # A loss in chunks computes each chunk's logits again in the backward pass.
-            recompute += self._again_ms("head", part_of)
+            recompute += self._again_ms("head", part_of, _HEAD)
         overhead = self.pieces.overhead_ms
-        kept = sum(self.tensors[name] for part in parts for name in part.kept)
-        for_weight = sum(self.tensors[n] for piece in names for n in FOR_WEIGHT.get(piece, ()))
+        kept = sum(self._bytes(name, part) for part in parts for name in part.kept)
+        for_weight = sum(
+            self._bytes(name, part)
+            for part in parts
+            for piece in part.pieces
+            for name in FOR_WEIGHT.get(piece, ())
+        )
         if "head" in names:
             kept += self.workload.head_bytes
             # W needs the gradient of the logits; a loss in chunks has used it up.
@@ -80,40 +88,58 @@ class _Builder:
             workspace += self.tensors["activation"]
         return max(workspace, self.workload.head_workspace_bytes if "head" in names else 0)
 
-    def _time(self, piece: str, part_of: Slice, core_share: float = 1.0) -> PieceCost:
+    def _bytes(self, name: str, part: Part) -> float:
+        return self.tensors[name] * (part.mlp_share if name in _OF_THE_MLP else 1.0)
+
+    def _time(self, piece: str, part_of: Slice, part: Part) -> PieceCost:
         cost, share = self.pieces.times[piece], part_of.tokens
         if piece == "core":
-            cost, share = core_cost(self.pieces, part_of), core_share
+            cost, share = core_cost(self.pieces, part_of), part.core_share
+        elif piece in ("fc1", "fc2"):
+            share *= part.mlp_share
         return PieceCost(cost.forward * share, cost.backward * share, cost.weight * share)
 
-    def _again_ms(self, name: str, part_of: Slice, core_share: float = 1.0) -> float:
+    def _again_ms(self, name: str, part_of: Slice, part: Part) -> float:
         """Milliseconds of computing a piece again, or the activation function without its product."""
         if name != ACTIVATION:
-            return self._time(name, part_of, core_share).forward
+            return self._time(name, part_of, part).forward
         # It reads and writes at the rate of a norm, which reads and writes a residual.
-        moved = self.tensors["fc1 output"] + self.tensors["activation"]
-        return self._time("norm1", part_of).forward * moved / (2 * self.workload.unit_bytes)
+        moved = self._bytes("fc1 output", part) + self._bytes("activation", part)
+        return self._time("norm1", part_of, part).forward * moved / (2 * self.workload.unit_bytes)
 
     def context_bytes(self, part_of: Slice) -> int:
         """Bytes on one GPU of a slice's keys and values in one layer, or of their gradients in a message."""
-        return int(self.workload.channel_bytes(2 * self.workload.model.kv_size) * part_of.tokens)
+        return int(self.workload.channel_bytes(self.workload.model.key_value_size) * part_of.tokens)
 
     def context_gradient_bytes(self, part_of: Slice) -> int:
         """Bytes on one GPU of the gradients of a slice's keys and values in one layer, summed up."""
-        elements = self.workload.tokens * 2 * self.workload.model.kv_size // self.workload.tensor_parallel
-        return int(elements * max(self.workload.element_bytes, GRADIENT_BYTES) * part_of.tokens)
+        workload = self.workload
+        elements = workload.tokens * workload.model.key_value_size // workload.tensor_parallel
+        return int(elements * max(workload.element_bytes, GRADIENT_BYTES) * part_of.tokens)
 
     def message_bytes(self, names: Iterable[str]) -> int:
         """Bytes of a message on all GPUs of a rank."""
         return sum(self.tensors[name] for name in names) * self.workload.tensor_parallel
 
 
-def whole_layer_cost(pieces: Pieces, recompute: Recompute) -> SegmentCost:
-    """One layer on one rank."""
-    return _Builder(pieces).segment([whole_layer(recompute)])
+def whole_layer_cost(pieces: Pieces, recompute: Recompute, layer: int = 0) -> SegmentCost:
+    """One layer on one rank, without messages."""
+    return _Builder(pieces).segment([_shares(pieces.workload, layer).of(whole_layer(recompute))])
 
 
-_EMBEDDING, _HEAD = Part(("embedding",)), Part(("head",))
+class _Shares(NamedTuple):
+    """What a layer has of the widest attention and MLP."""
+
+    core: float
+    mlp: float
+
+    def of(self, part: Part) -> Part:
+        return part._replace(core_share=self.core, mlp_share=self.mlp)
+
+
+def _shares(workload: Workload, layer: int) -> _Shares:
+    model = workload.model
+    return _Shares(model.core_share(layer, workload.seq_length), model.mlp_share(layer))
 
 
 def costs_of_plan(pieces: Pieces, plan: Plan, recompute: Recompute | Sequence[Recompute]) -> Costs:
@@ -160,11 +186,10 @@ def _stage_costs(
 ) -> tuple[dict[str, SegmentCost], dict[str, int]]:
     per_stage = len(levels) // plan.num_segments
     slices = _slices(builder.pieces, plan)
-    shares = _core_shares(builder.workload)
     segments = {}
     for number, name in enumerate(plan.segment_names):
         own = range(number * per_stage, (number + 1) * per_stage)
-        layers = [whole_layer(levels[layer])._replace(core_share=shares[layer]) for layer in own]
+        layers = [_shares(builder.workload, layer).of(whole_layer(levels[layer])) for layer in own]
         parts = [_EMBEDDING] * (number == 0) + layers + [_HEAD] * (number == plan.num_segments - 1)
         for kind, part_of in slices.items():
             cost = builder.segment(parts, part_of)
@@ -190,8 +215,8 @@ def _helix_costs(
     for name, own in zip(plan.segment_names, chains, strict=True):
         if parts.setdefault(name, own) != own:
             raise ValueError(
-                f"segments named {name} differ in what they recompute or in their attention's window; plan "
-                "with a kind for each kind of layer"
+                f"segments named {name} differ in what they recompute, in their attention's window or in "
+                "their MLP; plan with a kind for each kind of layer"
             )
     segments, messages = {}, {}
     crossing = _crossing_bytes(builder, plan)
@@ -218,15 +243,16 @@ def _cut_layers(workload: Workload, plan: Plan, levels: Sequence[Recompute]) -> 
     """What each segment of a plan that cuts layers computes, in their order."""
     attention_range = str(plan.parameters["attention_range"])
     chain: list[list[Part]] = [[_EMBEDDING]]
-    for level, share in zip(levels, _core_shares(workload), strict=True):
+    for layer, level in enumerate(levels):
+        of = _shares(workload, layer).of
         if _segments_per_layer(plan) == 3:
             split = split_cut(attention_range, level)
             chain[-1].append(split.pre)
-            chain += [[split.qkv], [split.attention._replace(core_share=share)], [split.post]]
+            chain += [[split.qkv], [of(split.attention)], [of(split.post)]]
         else:
             found = cut(attention_range, level)
             chain[-1].append(found.pre)
-            chain += [[found.attention._replace(core_share=share)], [found.post]]
+            chain += [[of(found.attention)], [of(found.post)]]
     chain[-1].append(_HEAD)
     return chain
 
@@ -245,12 +271,6 @@ def _crossing_bytes(builder: _Builder, plan: Plan) -> dict[tuple[str, str], int]
         for segment, names in enumerate(pairwise(plan.segment_names))
         if plan.placement[segment] != plan.placement[segment + 1]
     }
-
-
-def _core_shares(workload: Workload) -> list[float]:
-    return [
-        workload.model.core_share(layer, workload.seq_length) for layer in range(workload.model.num_layers)
-    ]
 
 
 def _num_layers(plan: Plan) -> int:
@@ -280,12 +300,17 @@ def _slices(pieces: Pieces, plan: Plan) -> dict[str, Slice]:
 def _rank_costs(pieces: Pieces, plan: Plan) -> tuple[RankCost, ...]:
     return tuple(
         RankCost(
-            static_bytes=pieces.workload.static_bytes(parameters) + borrowed,
-            gradient_reduction_ms=pieces.reduction_ms(parameters),
-            optimizer_ms=pieces.optimizer_ms(parameters),
+            static_bytes=pieces.workload.static_bytes(own)
+            + pieces.workload.static_bytes(experts, of_experts=True)
+            + borrowed,
+            gradient_reduction_ms=pieces.reduction_ms(own) + pieces.reduction_ms(experts, of_experts=True),
+            optimizer_ms=pieces.optimizer_ms(own) + pieces.optimizer_ms(experts, of_experts=True),
         )
-        for parameters, borrowed in zip(
-            rank_parameters(pieces, plan), _borrowed_bytes(pieces, plan), strict=True
+        for own, experts, borrowed in zip(
+            rank_parameters(pieces, plan),
+            rank_parameters(pieces, plan, of_experts=True),
+            _borrowed_bytes(pieces, plan),
+            strict=True,
         )
     )
 
@@ -298,10 +323,13 @@ def _lent_parameters(workload: Workload, plan: Plan) -> dict[str, int]:
     pieces = {"core": (), "qkv": ("qkv",), "block": ("qkv", "proj")}[attention_range]
     # With a segment of its own, QKV's weights are lent for that.
     with_core = [piece for piece in pieces if _segments_per_layer(plan) == 2 or piece != "qkv"]
+    # Attention is alike in all layers; what follows it in the last layer is lent with the head.
+    held = workload.held_parameters(_num_layers(plan) - 1)
+    last = held["mlp"] + held["experts"] + (0 if attention_range == "block" else held["proj"])
     lent = {
-        "qkv": workload.parameters["qkv"],
-        "attention": sum(workload.parameters[piece] for piece in with_core),
-        "last": _helix_shares(workload, plan)["last"] + workload.parameters["head"],
+        "qkv": held["qkv"],
+        "attention": sum(held[piece] for piece in with_core),
+        "last": last + workload.parameters["head"],
     }
     used = {plan.segment_names[loan.segment] for loan in plan.loans}
     return {name: lent[role_of(name)] for name in dict.fromkeys(plan.segment_names) if name in used}
@@ -340,30 +368,40 @@ def _borrowed_bytes(pieces: Pieces, plan: Plan) -> list[int]:
     return [parameters * workload.element_bytes for parameters in most]
 
 
-def _helix_shares(workload: Workload, plan: Plan) -> dict[str, int]:
-    """Matrix weights of layers that belong to each kind of segment; attention's to the one before it."""
+def rank_parameters(pieces: Pieces, plan: Plan, *, of_experts: bool = False) -> list[int]:
+    """Matrix weights on one GPU of each pipeline rank, or those of experts, which other GPUs hold as well.
+
+    The embedding and the head are where they are used.
+    """
+    workload = pieces.workload
     counts = workload.parameters
-    is_block = plan.parameters["attention_range"] == "block"
-    before = counts["qkv"] + (counts["proj"] if is_block else 0)
-    after = counts["fc1"] + counts["fc2"] + (0 if is_block else counts["proj"])
-    return {"first": before, "qkv": 0, "attention": 0, "middle": after + before, "last": after}
-
-
-def rank_parameters(pieces: Pieces, plan: Plan) -> list[int]:
-    """Matrix weights on one GPU of each pipeline rank, the embedding and the head where they are used."""
-    counts = pieces.workload.parameters
     per_rank = [0] * plan.num_ranks
-    last = plan.num_segments - 1
-    if _cuts_layers(plan):
-        shares = _helix_shares(pieces.workload, plan)
-        for segment, name in enumerate(plan.segment_names):
-            per_rank[plan.owner_of(segment)] += shares[role_of(name)]
-    else:
-        layer = sum(counts[piece] for piece in ("qkv", "proj", "fc1", "fc2"))
-        for segment in range(plan.num_segments):
-            per_rank[plan.rank_of(segment, 0)] += layer * (_num_layers(plan) // plan.num_segments)
-    first_rank, last_rank = plan.owner_of(0), plan.owner_of(last)
+    for segment, held in enumerate(_held_by_segments(workload, plan)):
+        per_rank[plan.owner_of(segment)] += sum(
+            count for piece, count in held if (piece == "experts") == of_experts
+        )
+    if of_experts:
+        return per_rank
+    first_rank, last_rank = plan.owner_of(0), plan.owner_of(plan.num_segments - 1)
     per_rank[first_rank] += counts["embedding"]
-    if not (pieces.workload.model.tied and first_rank == last_rank):
+    if not (workload.model.tied and first_rank == last_rank):
         per_rank[last_rank] += counts["head"]
     return per_rank
+
+
+def _held_by_segments(workload: Workload, plan: Plan) -> list[list[tuple[str, int]]]:
+    """Matrix weights of layers that belong to each segment, by piece; attention's to the one before it."""
+    layers = [list(workload.held_parameters(layer).items()) for layer in range(_num_layers(plan))]
+    if not _cuts_layers(plan):
+        per_stage = len(layers) // plan.num_segments
+        return [
+            [of_piece for layer in layers[s * per_stage :][:per_stage] for of_piece in layer]
+            for s in range(plan.num_segments)
+        ]
+    before = ("qkv", "proj") if plan.parameters["attention_range"] == "block" else ("qkv",)
+    held: list[list[tuple[str, int]]] = [[] for _ in range(plan.num_segments)]
+    for layer, weights in enumerate(layers):
+        first = layer * _segments_per_layer(plan)
+        for piece, count in weights:
+            held[first if piece in before else first + _segments_per_layer(plan)].append((piece, count))
+    return held

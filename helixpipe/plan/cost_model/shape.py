@@ -1,4 +1,4 @@
-"""Models: the sizes that decide what a transformer costs."""
+"""Models: the sizes that decide what a transformer costs, and how many weights it has."""
 
 from __future__ import annotations
 
@@ -8,8 +8,55 @@ from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
+class Experts:
+    """A mixture of experts in the place of the MLP.
+
+    Attributes:
+        count: experts that tokens are routed to.
+        active: those of them that a token passes.
+        ffn_hidden_size: width of one.
+        shared_ffn_hidden_size: width of the experts that every token passes, together; 0 without.
+        dense_layers: layers before the first with experts, whose MLP has the model's ``ffn_hidden_size``.
+    """
+
+    count: int
+    active: int
+    ffn_hidden_size: int
+    shared_ffn_hidden_size: int = 0
+    dense_layers: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.active <= self.count or self.ffn_hidden_size < 1:
+            raise ValueError(
+                f"{self.active} of {self.count} experts of width {self.ffn_hidden_size} cannot be active; "
+                "give at least 1, at most all, and a width above 0"
+            )
+        if self.shared_ffn_hidden_size < 0 or self.dense_layers < 0:
+            raise ValueError(
+                "the width of shared experts and the number of dense layers must not be negative"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentAttention:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), as training computes it.
+
+    Attributes:
+        query_rank: channels of the queries' latent; 0 if queries have none.
+        key_value_rank: channels of the latent of keys and values.
+        rope_head_dim: channels of a head that carry positions, which all heads' keys share.
+        value_head_dim: channels of a head's values.
+    """
+
+    query_rank: int
+    key_value_rank: int
+    rope_head_dim: int
+    value_head_dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """Sizes of a GPT or Llama.
+    """Sizes of a decoder.
 
     Attributes:
         name: for people.
@@ -17,12 +64,16 @@ class ModelShape:
         hidden_size: h.
         num_heads: query heads.
         num_kv_heads: key/value heads; equal to ``num_heads`` without grouped queries.
-        head_dim: channels of a head.
+        head_dim: channels of a head's queries and keys, and of its values unless attention is latent.
         ffn_hidden_size: width of the MLP.
         vocab_size: words.
         gated: the MLP has a gate (SwiGLU): its first matrix is twice as wide.
         tied: the head shares the embedding's weights.
         windows: of every layer, how many tokens its attention sees, 0 for all before; empty if all see all.
+        experts: in the place of the MLP; None for a dense model.
+        latent: of latent attention; None for queries, keys and values straight from the hidden state.
+        other_parameters: weights outside of the large matrix products, of all layers together: norms, biases,
+            routers, attention sinks and learned positions. They are counted and cost nothing.
     """
 
     name: str
@@ -36,6 +87,9 @@ class ModelShape:
     gated: bool
     tied: bool
     windows: tuple[int, ...] = ()
+    experts: Experts | None = None
+    latent: LatentAttention | None = None
+    other_parameters: int = 0
 
     def __post_init__(self) -> None:
         if len(self.windows) not in (0, self.num_layers) or min(self.windows, default=0) < 0:
@@ -44,12 +98,16 @@ class ModelShape:
                 f"layer, 0 for all tokens; found {self.windows!r:.60}"
             )
         for key, value in self.__dict__.items():
-            if type(value) is int and value < 1:
+            if type(value) is int and value < (key != "other_parameters"):
                 raise ValueError(f"model {self.name}: {key} must be at least 1, not {value}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"model {self.name}: num_heads {self.num_heads} must be a multiple of num_kv_heads "
                 f"{self.num_kv_heads}"
+            )
+        if self.experts is not None and self.experts.dense_layers > self.num_layers:
+            raise ValueError(
+                f"model {self.name}: {self.experts.dense_layers} dense layers of {self.num_layers} layers"
             )
 
     @property
@@ -58,35 +116,89 @@ class ModelShape:
         return self.num_heads * self.head_dim
 
     @property
-    def kv_size(self) -> int:
-        """Channels of all key heads, or of all value heads."""
+    def key_size(self) -> int:
+        """Channels of all key heads."""
         return self.num_kv_heads * self.head_dim
 
     @property
+    def key_value_size(self) -> int:
+        """Channels of all key heads and all value heads together."""
+        return self.num_kv_heads * (self.head_dim + self.value_head_dim)
+
+    @property
+    def value_head_dim(self) -> int:
+        """Channels of a head's values."""
+        return self.latent.value_head_dim if self.latent else self.head_dim
+
+    @property
+    def attention_size(self) -> int:
+        """Channels of attention's output."""
+        return self.num_heads * self.value_head_dim
+
+    @property
+    def mlp_width(self) -> int:
+        """Channels between the MLP's matrices that a token passes."""
+        if self.experts is None:
+            return self.ffn_hidden_size
+        return self.experts.active * self.experts.ffn_hidden_size + self.experts.shared_ffn_hidden_size
+
+    @property
     def fc1_size(self) -> int:
-        """Output width of the MLP's first matrix."""
-        return self.ffn_hidden_size * (2 if self.gated else 1)
+        """Output width of the MLP's first matrices that a token passes."""
+        return self.mlp_width * (2 if self.gated else 1)
+
+    @property
+    def latent_parameters(self) -> int:
+        """Weights of the matrices that make latents, which tensor parallelism does not cut."""
+        if self.latent is None:
+            return 0
+        latents = self.latent.query_rank + self.latent.key_value_rank + self.latent.rope_head_dim
+        return self.hidden_size * latents
 
     @property
     def attention_parameters(self) -> Mapping[str, int]:
         """Weights of the attention block's matrices in one layer."""
-        return {
-            "qkv": self.hidden_size * (self.query_size + 2 * self.kv_size),
-            "proj": self.hidden_size * self.query_size,
-        }
+        qkv = self.hidden_size * (self.query_size + self.key_value_size)
+        if self.latent is not None:
+            from_latent = self.num_heads * (self.head_dim - self.latent.rope_head_dim + self.value_head_dim)
+            queries = (self.latent.query_rank or self.hidden_size) * self.query_size
+            qkv = self.latent_parameters + queries + self.latent.key_value_rank * from_latent
+        return {"qkv": qkv, "proj": self.hidden_size * self.attention_size}
 
     @property
     def mlp_parameters(self) -> Mapping[str, int]:
-        """Weights of the MLP's matrices in one layer."""
-        return {
-            "fc1": self.hidden_size * self.fc1_size,
-            "fc2": self.hidden_size * self.ffn_hidden_size,
-        }
+        """Weights of the MLP's matrices in one layer that a token passes."""
+        return {"fc1": self.hidden_size * self.fc1_size, "fc2": self.hidden_size * self.mlp_width}
 
     @property
     def layer_parameters(self) -> int:
-        """Weights of one layer; norms and biases are left out, a thousandth of it."""
+        """Weights of one layer's matrices that a token passes."""
         return sum(self.attention_parameters.values()) + sum(self.mlp_parameters.values())
+
+    def has_experts(self, layer: int) -> bool:
+        """True for a layer with a mixture of experts."""
+        return self.experts is not None and layer >= self.experts.dense_layers
+
+    def mlp_share(self, layer: int) -> float:
+        """The width of a layer's MLP over ``mlp_width``: a mixture's first layers may be dense."""
+        if self.experts is None or self.has_experts(layer):
+            return 1.0
+        return self.ffn_hidden_size / self.mlp_width
+
+    def expert_parameters(self, layer: int) -> int:
+        """Weights of the experts that a layer's tokens are routed to, all of them."""
+        if self.experts is None or not self.has_experts(layer):
+            return 0
+        return self.experts.count * self._matrices(self.experts.ffn_hidden_size)
+
+    def dense_parameters(self, layer: int) -> int:
+        """Weights of a layer's MLP, or shared experts, that all tokens pass."""
+        if self.experts is None or not self.has_experts(layer):
+            return self._matrices(self.ffn_hidden_size)
+        return self._matrices(self.experts.shared_ffn_hidden_size)
+
+    def _matrices(self, width: int) -> int:
+        return self.hidden_size * width * (3 if self.gated else 2)
 
     @property
     def embedding_parameters(self) -> int:
@@ -96,17 +208,22 @@ class ModelShape:
     @property
     def parameters(self) -> int:
         """All weights."""
-        return self.num_layers * self.layer_parameters + self.embedding_parameters * (1 if self.tied else 2)
+        layers = self.num_layers * sum(self.attention_parameters.values())
+        layers += sum(self.expert_parameters(i) + self.dense_parameters(i) for i in range(self.num_layers))
+        return layers + self.embedding_parameters * (1 if self.tied else 2) + self.other_parameters
 
     def forward_flops(self, seq_length: int) -> float:
         """Floating-point operations of one sequence's forward pass, causal attention at half its square."""
-        linear = 2.0 * seq_length * (self.num_layers * self.layer_parameters + self.embedding_parameters)
-        shares = (self.core_share(layer, seq_length) for layer in range(self.num_layers))
+        layers = range(self.num_layers)
+        attention, mlp = (sum(p.values()) for p in (self.attention_parameters, self.mlp_parameters))
+        weights = self.num_layers * attention + sum(self.mlp_share(layer) for layer in layers) * mlp
+        linear = 2.0 * seq_length * (weights + self.embedding_parameters)
+        shares = (self.core_share(layer, seq_length) for layer in layers)
         return linear + sum(shares) * self.core_flops(seq_length)
 
     def core_flops(self, seq_length: int) -> float:
         """Operations of one layer's causal attention forward: two products over half of the s x s square."""
-        return 2.0 * seq_length * seq_length * self.query_size
+        return 1.0 * seq_length * seq_length * (self.query_size + self.attention_size)
 
     def core_share(self, layer: int, seq_length: int) -> float:
         """What a layer's window leaves of causal attention: of the triangle, a band along its long side."""
@@ -116,11 +233,24 @@ class ModelShape:
         return (2 * seq_length - window) * window / seq_length**2
 
     @property
+    def only_planned(self) -> tuple[str, ...]:
+        """What the model has that plans know, and layers of training do not."""
+        has = {
+            "windows": any(self.windows),
+            "experts": self.experts is not None,
+            "latent attention": self.latent is not None,
+        }
+        return tuple(name for name, is_there in has.items() if is_there)
+
+    @property
     def layer_kinds(self) -> tuple[str, ...]:
-        """``full``, or ``window`` and its tokens, for every layer; empty names where all layers are alike."""
-        if len(set(self.windows)) < 2:
-            return ("",) * self.num_layers
-        return tuple(f"window{window}" if window else "full" for window in self.windows)
+        """What a layer has of its own, ``full`` attention, ``window`` and its tokens, a ``dense`` MLP or
+        ``experts``, for every layer; empty names where all layers are alike.
+        """
+        windows = [f"window{window}" if window else "full" for window in self.windows]
+        mlps = ["experts" if self.has_experts(layer) else "dense" for layer in range(self.num_layers)]
+        told = [names for names in (windows, mlps) if len(set(names)) > 1]
+        return tuple("-".join(names) for names in zip(*told, strict=True)) or ("",) * self.num_layers
 
 
 def _llama(

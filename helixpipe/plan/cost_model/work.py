@@ -15,6 +15,10 @@ PIECES = ("embedding", *LAYER_PIECES, "head")
 # Bytes of logits per token and word: 2 for the product's result, 4 for the fp32 softmax that is kept.
 _LOGIT_BYTES = 2
 _SOFTMAX_BYTES = 4
+_COUNTS = (
+    "seq_length", "micro_batch_size", "tensor_parallel", "context_parallel", "data_parallel",
+    "expert_parallel",
+)  # fmt: skip
 # Of a gradient that several operations add to: fp32.
 GRADIENT_BYTES = 4
 
@@ -29,8 +33,10 @@ class Workload:
         micro_batch_size: sequences b of a micro batch.
         tensor_parallel: GPUs that share a layer.
         sequence_parallel: norms and residuals are cut along the sequence, too.
+        context_parallel: GPUs that share each sequence, in equal parts.
         data_parallel: replicas.
-        distributed_optimizer: optimizer states are cut over the replicas.
+        expert_parallel: GPUs of a stage that share the experts, each of which is whole on one of them.
+        distributed_optimizer: optimizer states are cut over the GPUs that hold the same weights.
         whole_logits: the loss keeps the softmax of all tokens; False if it is computed in chunks.
         element_bytes: of activations: 2 for bf16, 4 for fp32.
         fp8_products: the products of layers, not the head's, are computed in fp8.
@@ -41,34 +47,62 @@ class Workload:
     micro_batch_size: int = 1
     tensor_parallel: int = 1
     sequence_parallel: bool = True
+    context_parallel: int = 1
     data_parallel: int = 1
+    expert_parallel: int = 1
     distributed_optimizer: bool = False
     whole_logits: bool = True
     element_bytes: int = 2
     fp8_products: bool = False
 
     def __post_init__(self) -> None:
-        for key in ("seq_length", "micro_batch_size", "tensor_parallel", "data_parallel"):
+        for key in _COUNTS:
             value = getattr(self, key)
             if value < 1:
                 raise ValueError(f"the {key.replace('_', ' ')} must be at least 1, not {value}")
         if self.fp8_products and self.element_bytes != 2:
             raise ValueError("fp8 products need bf16 between them")
         model, t = self.model, self.tensor_parallel
-        for key, value in (
-            ("num_heads", model.num_heads),
-            ("ffn_hidden_size", model.ffn_hidden_size),
-        ):
+        cut = {"num_heads": model.num_heads, "ffn_hidden_size": model.ffn_hidden_size}
+        if model.experts is not None:
+            cut["shared_ffn_hidden_size"] = model.experts.shared_ffn_hidden_size
+        for key, value in cut.items():
             if value % t:
                 raise ValueError(
                     f"{model.name}'s {key} {value} cannot be split over tensor-parallel size {t}; "
                     "use a divisor of it"
                 )
+        if self.seq_length % self.context_parallel:
+            raise ValueError(
+                f"{self.seq_length} tokens cannot be shared by context-parallel size {self.context_parallel}"
+            )
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        experts, size = self.model.experts, self.expert_parallel
+        if experts is None:
+            if size > 1:
+                raise ValueError(f"{self.model.name} has no experts for expert-parallel size {size} to share")
+            return
+        if experts.count % size:
+            raise ValueError(f"{experts.count} experts cannot be shared by expert-parallel size {size}")
+        if self.stage_gpus % size:
+            raise ValueError(
+                f"expert-parallel size {size} must divide the {self.stage_gpus} GPUs of a stage: tensor x "
+                "context x data"
+            )
+        if self.tensor_parallel > 1 and not self.sequence_parallel:
+            raise ValueError("experts beside tensor parallelism need sequence parallelism")
 
     @property
     def tokens(self) -> int:
-        """Tokens of a micro batch."""
-        return self.seq_length * self.micro_batch_size
+        """Tokens of a micro batch on the GPUs that share no sequence: b s over the context-parallel size."""
+        return self.seq_length // self.context_parallel * self.micro_batch_size
+
+    @property
+    def stage_gpus(self) -> int:
+        """GPUs of one pipeline rank and its replicas."""
+        return self.tensor_parallel * self.context_parallel * self.data_parallel
 
     @property
     def sharded(self) -> int:
@@ -86,11 +120,25 @@ class Workload:
 
     @property
     def parameters(self) -> Mapping[str, int]:
-        """Matrix weights on one GPU, by piece."""
+        """Matrix weights that a token passes, over the tensor-parallel size, by piece."""
         model, t = self.model, self.tensor_parallel
         matrices = {**model.attention_parameters, **model.mlp_parameters}
         ends = dict.fromkeys(("embedding", "head"), model.embedding_parameters)
         return {piece: count // t for piece, count in (matrices | ends).items()}
+
+    def held_parameters(self, layer: int) -> Mapping[str, int]:
+        """Matrix weights of a layer on one GPU, by piece, ``mlp`` and ``experts`` for those of fc1 and fc2.
+
+        What makes latents is whole on every GPU.
+        """
+        model, t = self.model, self.tensor_parallel
+        attention, whole = model.attention_parameters, model.latent_parameters
+        return {
+            "qkv": whole + (attention["qkv"] - whole) // t,
+            "proj": attention["proj"] // t,
+            "mlp": model.dense_parameters(layer) // t,
+            "experts": model.expert_parameters(layer) // self.expert_parallel,
+        }
 
     @property
     def kept_tensors(self) -> Mapping[str, int]:
@@ -104,15 +152,21 @@ class Workload:
         return {
             "norm1 input": self.unit_bytes,
             "norm1 output": self.unit_bytes // kept_as,
-            "qkv": self.channel_bytes(model.query_size + 2 * model.kv_size),
-            "attention output": self.channel_bytes(model.query_size),
+            "qkv": self.channel_bytes(model.query_size + model.key_value_size),
+            "attention output": self.channel_bytes(model.attention_size),
             "log-sum-exp": self.tokens * model.num_heads * 4 // self.tensor_parallel,
             "residual": self.unit_bytes,
             "norm2 input": self.unit_bytes,
-            "norm2 output": self.unit_bytes // kept_as,
+            # Experts keep a copy for each that a token passes.
+            "norm2 output": self.unit_bytes * (1 + self.routed_copies) // kept_as,
             "fc1 output": self.channel_bytes(model.fc1_size),
-            "activation": self.channel_bytes(model.ffn_hidden_size) // kept_as,
+            "activation": self.channel_bytes(model.mlp_width) // kept_as,
         }
+
+    @property
+    def routed_copies(self) -> int:
+        """Copies of a token that are sent to experts."""
+        return self.model.experts.active if self.model.experts else 0
 
     @property
     def head_bytes(self) -> int:
@@ -140,17 +194,20 @@ class Workload:
             return self.unit_bytes
         return self.num_logits * (2 * _LOGIT_BYTES + _SOFTMAX_BYTES)
 
-    def optimizer_shards(self, context_parallel: int = 1) -> int:
-        """Over how many GPUs the optimizer states of a weight are cut."""
-        return self.data_parallel * context_parallel if self.distributed_optimizer else 1
+    def holders(self, *, of_experts: bool = False) -> int:
+        """GPUs that hold the same weights, over which their gradients are summed."""
+        if of_experts:
+            return self.stage_gpus // self.expert_parallel
+        return self.context_parallel * self.data_parallel
 
-    def static_bytes(self, parameters: int, context_parallel: int = 1) -> int:
+    def static_bytes(self, parameters: int, *, of_experts: bool = False) -> int:
         """Weights, gradients and Adam's states for ``parameters`` matrix weights on one GPU.
 
         In bf16: 2 bytes of weight, 4 of gradient, and 12 of fp32 weight and two moments, which the
-        distributed optimizer cuts over the replicas. In fp32 the weight is its own master: 4, 4 and 8.
+        distributed optimizer cuts over the weights' holders. In fp32 the weight is its own master: 4, 4, 8.
         """
         states = 12 if self.element_bytes == 2 else 8
         # fp8 products take a copy of the weight in both layouts.
         whole = parameters * (self.element_bytes + 4 + (2 if self.fp8_products else 0))
-        return whole + parameters * states // self.optimizer_shards(context_parallel)
+        shards = self.holders(of_experts=of_experts) if self.distributed_optimizer else 1
+        return whole + parameters * states // shards
