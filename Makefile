@@ -12,7 +12,7 @@ PY     := $(VENV)/bin/python
 READY  := $(VENV)/.installed
 CORES  := build/cores
 
-.PHONY: quickstart test test-all test-cores lint kernels benchmark layer-benchmark elastic elastic-benchmark overlap rounds anchors tables pictures docs clean
+.PHONY: quickstart test test-all test-cores test-pythons lint kernels benchmark layer-benchmark elastic elastic-benchmark overlap rounds anchors tables pictures docs clean
 
 # Two minutes on 2 cores: a corpus, 1F1B and helix on the same batches, a picture of what both ran.
 quickstart: $(READY)
@@ -30,6 +30,10 @@ test-all: $(READY) $(CORES)/.unpacked
 test-cores: $(READY) $(CORES)/.unpacked
 	PYTHON=$(abspath $(PY)) CORES=$(CORES) bash tests/support/cores/run.sh
 	OMP_NUM_THREADS=1 HELIXPIPE_CORES=$(abspath $(CORES)) $(PY) -m pytest -q tests/e2e/test_megatron_lm.py
+
+# What the base install does, on the other Pythons that are supported; PYTHONS names their commands.
+test-pythons:
+	bash tests/support/pythons/run.sh
 
 $(CORES)/.unpacked: tests/support/unpack_cores.py | $(READY)
 	$(PY) tests/support/unpack_cores.py $(CORES)
