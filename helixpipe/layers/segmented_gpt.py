@@ -328,9 +328,9 @@ class SegmentedGPTModel(LanguageModule):
             module.train(mode)
         return super().train(mode)
 
-    def _random_state(self) -> AbstractContextManager[Any]:
+    def _random_state(self, dropout: float) -> AbstractContextManager[Any]:
         """Dropout on sequence-parallel activations differs between tensor-parallel ranks."""
-        if self.config.sequence_parallel and self.config.hidden_dropout:
+        if self.config.sequence_parallel and dropout:
             return tensor_parallel.get_cuda_rng_tracker().fork()
         return nullcontext()
 
@@ -346,7 +346,8 @@ class SegmentedGPTModel(LanguageModule):
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             mask = AttnMaskType.causal
-            return core(query, key, value, None, attn_mask_type=mask, packed_seq_params=layout)
+            with self._random_state(self.config.attention_dropout):
+                return core(query, key, value, None, attn_mask_type=mask, packed_seq_params=layout)
 
         level = self.saving.level(number)
         if before and level is not Recompute.NONE:
@@ -369,7 +370,7 @@ class SegmentedGPTModel(LanguageModule):
         if not part:
             return values
         assert layer is not None
-        with self._random_state():
+        with self._random_state(self.config.hidden_dropout):
             if LayerPart.PRE in part:
                 query, key, value = self._query_key_value(layer, *values)
                 values = (*self._rotated(query, key, value, layout), *values)

@@ -13,11 +13,12 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from helixpipe.layers.attention.choice import AUTO
+from helixpipe.layers.attention.choice import AUTO, UNFUSED
 from helixpipe.layers.attention.core import FlashCoreAttention
 from helixpipe.layers.norm import TorchNorm
 from helixpipe.layers.optional_packages import TRANSFORMER_ENGINE as ENGINE_PACKAGE
@@ -95,7 +96,10 @@ def layer_spec(
             the configuration asks for.
     """
     spec = _megatrons_spec(config, implementation)
-    if not leaves_attention_to_engine(config, implementation):
+    if holds_scores(config, implementation):
+        # Of Transformer Engine's modules, too, which differ from it by rounding.
+        spec.submodules.self_attention.submodules.core_attention = DotProductAttention
+    elif not leaves_attention_to_engine(config, implementation):
         spec.submodules.self_attention.submodules.core_attention = partial(
             FlashCoreAttention, backend=implementation.attention
         )
@@ -124,7 +128,7 @@ def leaves_attention_to_engine(config: TransformerConfig, implementation: Implem
     Raises:
         ValueError: such a thing, and a backend that was named.
     """
-    if implementation.modules != TRANSFORMER_ENGINE.modules:
+    if implementation.modules != TRANSFORMER_ENGINE.modules or holds_scores(config, implementation):
         return False
     only_there = {
         "attention dropout": bool(config.attention_dropout),
@@ -138,6 +142,17 @@ def leaves_attention_to_engine(config: TransformerConfig, implementation: Implem
             f"--attention-backend {implementation.attention} does not have {asked_for[0]}; leave one out"
         )
     return bool(asked_for)
+
+
+def holds_scores(config: TransformerConfig, implementation: Implementation) -> bool:
+    """Whether Megatron's own attention runs, which holds a score for each pair of tokens.
+
+    It is asked for by name, or the only one that has dropout where Transformer Engine is not used.
+    """
+    if implementation.attention in UNFUSED:
+        return True
+    is_local = implementation.modules != TRANSFORMER_ENGINE.modules
+    return is_local and implementation.attention == AUTO and bool(config.attention_dropout)
 
 
 def final_norm(implementation: Implementation) -> type:

@@ -42,6 +42,7 @@ from megatron.pretrain.metrics import Planning, Reporter, gather_metrics, mean_l
 from megatron.pretrain.model import TrainingState, build_training_state, describe_attention
 from megatron.pretrain.outputs import Outputs, own_outputs
 from megatron.pretrain.settings.schedule import ScheduleSettings
+from megatron.pretrain.step import take_step
 from megatron.pretrain.step_profiler import StepProfiler
 
 ForwardStep = Callable[..., Any]
@@ -246,15 +247,11 @@ class _Run:
         self.housekeeping.before_optimizer()
         self.monitor.reach("optimizer")
         try:
-            _, grad_norm, _ = self.state.optimizer.step()
+            step = take_step(self.args, self.state)
         except NotFinite:
-            self.monitor.enter("diagnosis")
-            again = None if data is None else data.again()
-            raise explain(
-                self.args, self.state, self.forward_backward, iteration, losses, self.sums,
-                lambda: self._compute_gradients(iteration, again),
-            ) from None  # fmt: skip
-        self.state.scheduler.step(increment=self.args.global_batch_size)
+            raise self._explain(iteration, losses, data) from None
+        if not step.is_skipped:
+            self.state.scheduler.step(increment=self.args.global_batch_size)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         metrics, told = gather_metrics(
@@ -262,23 +259,36 @@ class _Run:
             iteration=iteration,
             consumed_samples=progress.consumed_samples,
             losses=losses,
-            grad_norm=grad_norm,
+            step=step,
             elapsed_ms=(time.perf_counter() - started) * 1e3,
             learning_rate=learning_rate,
             trace=self.forward_backward.trace,
             stop_flags=stop_flags(),
             planning=self.planning(),
         )
+        if step.is_skipped and not math.isfinite(metrics.lm_loss):
+            # No loss scale is low enough for it.
+            raise self._explain(iteration, losses, data)
         self.reporter.report(metrics)
         self.reporter.write_timeline(iteration, self.forward_backward.plan, self.forward_backward.trace)
         self.housekeeping.after_iteration(iteration)
         return told
 
+    def _explain(
+        self, iteration: int, losses: list[dict[str, torch.Tensor]], data: KeptBatches | None
+    ) -> NumericsError:
+        self.monitor.enter("diagnosis")
+        again = None if data is None else data.again()
+        return explain(
+            self.args, self.state, self.forward_backward, iteration, losses, self.sums,
+            lambda: self._compute_gradients(iteration, again),
+        )  # fmt: skip
+
     def _compute_gradients(
         self, iteration: int, data: Iterator[Batch] | None
     ) -> list[dict[str, torch.Tensor]]:
         """Forward and backward of one global batch, the same each time for the same weights and data."""
-        if self.args.hidden_dropout:
+        if self.args.hidden_dropout or self.args.attention_dropout:
             # Seeding by iteration makes dropout the same after a resume, without saving random states.
             seed_random_states(self.args.seed + 1_000_003 * iteration)
         for chunk in self.state.model:

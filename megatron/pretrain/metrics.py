@@ -71,6 +71,24 @@ class Planning(NamedTuple):
         return cls(predicted_ms, int(chunks), int(pipelines), int(slices), seconds, waited, fallback > 0)
 
 
+class StepResult(NamedTuple):
+    """What the optimizer has done in an iteration; the same on every rank.
+
+    Attributes:
+        grad_norm: of the whole model; None if it was not computed.
+        num_zeros_in_grad: elements that are zero, in the whole model; None if they were not counted.
+        params_norm: of the weights after the step; None if it was not computed.
+        loss_scale: that the losses were multiplied with; None where they are not.
+        is_skipped: whether gradients overflowed, and the weights have stayed.
+    """
+
+    grad_norm: float | None
+    num_zeros_in_grad: int | None = None
+    params_norm: float | None = None
+    loss_scale: float | None = None
+    is_skipped: bool = False
+
+
 @dataclass(frozen=True)
 class IterationMetrics:
     """The numbers of one iteration, the same on every rank; fields as in the metrics file.
@@ -91,6 +109,10 @@ class IterationMetrics:
     attention_backend: str
     learning_rate: float
     pipeline_ms: float
+    num_zeros_in_grad: int | None = None
+    params_norm: float | None = None
+    loss_scale: float | None = None
+    is_skipped: bool = False
     planning: Planning | None = None
 
     def to_json(self) -> str:
@@ -105,7 +127,7 @@ def gather_metrics(
     iteration: int,
     consumed_samples: int,
     losses: list[dict[str, torch.Tensor]],
-    grad_norm: float | None,
+    step: StepResult,
     elapsed_ms: float,
     learning_rate: float,
     trace: Trace,
@@ -119,7 +141,7 @@ def gather_metrics(
         iteration: number of the iteration, from 1.
         consumed_samples: of the job, this iteration's included.
         losses: one dictionary per micro batch where the loss is computed, empty elsewhere.
-        grad_norm: of the whole model, or None if it was not computed.
+        step: what the optimizer has done.
         elapsed_ms: this rank's time for the iteration, optimizer included.
         learning_rate: used in this iteration.
         trace: what this rank ran.
@@ -143,7 +165,7 @@ def gather_metrics(
         iteration=iteration,
         consumed_samples=consumed_samples,
         lm_loss=_mean_loss(loss_sums, token_counts),
-        grad_norm=grad_norm,
+        **step._asdict(),
         elapsed_ms=elapsed_ms,
         tokens_per_second=num_tokens / elapsed_ms * 1e3,
         peak_memory_bytes=[int(value) for value in memory],
@@ -292,6 +314,13 @@ def iteration_line(metrics: IterationMetrics, args: argparse.Namespace) -> str:
         f"lm loss: {metrics.lm_loss:.6E}",
         f"grad norm: {norm}",
     ]
+    if metrics.num_zeros_in_grad is not None:
+        parts.append(f"num zeros: {metrics.num_zeros_in_grad}")
+    if metrics.params_norm is not None:
+        parts.append(f"params norm: {metrics.params_norm:.3f}")
+    if metrics.loss_scale is not None:
+        parts.append(f"loss scale: {metrics.loss_scale:.1f}")
+        parts.append(f"skipped: {'yes' if metrics.is_skipped else 'no'}")
     parts.append(f"peak memory (GiB): {max(metrics.peak_memory_bytes) / 2**30:.2f}")
     if args.measure:
         parts.append(f"bubble: {100 * metrics.bubble_ratio:.1f}%")

@@ -27,10 +27,12 @@ from helixpipe.layers.spec import (
     TRANSFORMER_ENGINE,
     Implementation,
     default_implementation,
+    holds_scores,
     leaves_attention_to_engine,
 )
 from helixpipe.megatron_adapter.model_chunks import build_model_chunks
 from megatron.pretrain.settings.learning_rate import LearningRate
+from megatron.pretrain.settings.precision import Precision, make_deterministic
 from megatron.pretrain.settings.schedule import ScheduleSettings
 
 
@@ -74,6 +76,10 @@ def build_config(args: argparse.Namespace) -> TransformerConfig:
         params_dtype=args.params_dtype,
         pipeline_dtype=args.params_dtype,
         bf16=args.bf16,
+        fp16=args.fp16,
+        deterministic_mode=args.deterministic_mode,
+        cross_entropy_loss_fusion=fuse and args.cross_entropy_loss_fusion,
+        cross_entropy_fusion_impl=args.cross_entropy_fusion_impl,
         calculate_per_token_loss=args.calculate_per_token_loss,
         recompute_granularity=args.recompute_granularity,
         recompute_method=args.recompute_method,
@@ -83,7 +89,11 @@ def build_config(args: argparse.Namespace) -> TransformerConfig:
         bias_dropout_fusion=fuse,
         bias_activation_fusion=fuse and (args.swiglu or args.add_bias_linear),
         # The fused accumulation is part of Megatron's whole backward pass.
-        gradient_accumulation_fusion=has_apex_accumulation() and not args.schedule.splits_backward,
+        gradient_accumulation_fusion=(
+            has_apex_accumulation()
+            and not args.schedule.splits_backward
+            and args.gradient_accumulation_fusion
+        ),
         apply_rope_fusion=args.position_embedding_type == "rope" and can_fuse_rope(args.params_dtype),
     )
     config.finalize_model_grads_func = finalize_model_grads
@@ -95,12 +105,15 @@ def build_training_state(args: argparse.Namespace) -> TrainingState:
     if torch.cuda.is_available():
         # Now, as their self-test waits for the GPU, which may be waiting for a peer later.
         load_kernels()
+    if args.precision.is_deterministic:
+        make_deterministic()
     config = build_config(args)
     # Here an error is one line; Megatron adds the modules that it was building.
     _choose_attention(args, config)
     with deferred_initialization(config):
         models = _build_chunks(args, config)
-    fuse_weight_gradients(models)
+    if args.gradient_accumulation_fusion:
+        fuse_weight_gradients(models)
     chunks = [_wrap(args, config, model, index) for index, model in enumerate(models)]
     if args.overlap_grad_reduce:
         holds = [chunk.no_sync for chunk in chunks]
@@ -131,14 +144,18 @@ def implementation_of(args: argparse.Namespace) -> Implementation:
 def describe_attention(args: argparse.Namespace, state: TrainingState) -> tuple[str, str]:
     """The attention backend of this rank's layers, and with it why not a faster one."""
     choice = _choose_attention(args, unwrap(state.model[0]).config)
+    if choice is None and holds_scores(unwrap(state.model[0]).config, implementation_of(args)):
+        return "unfused", "unfused (Megatron's own, holds the score of each pair of tokens)"
     if choice is None:
         return TRANSFORMER_ENGINE.modules, f"{TRANSFORMER_ENGINE.modules} (its own module chooses)"
     return choice.backend.name, str(choice)
 
 
 def _choose_attention(args: argparse.Namespace, config: TransformerConfig) -> Choice | None:
-    """What the layers will choose, or None where Transformer Engine's own attention runs."""
+    """What the layers will choose, or None where Megatron's or Transformer Engine's own attention runs."""
     varies = args.schedule.execution.cuts_sequences
+    if holds_scores(config, implementation_of(args)):
+        return None
     if not varies and leaves_attention_to_engine(config, implementation_of(args)):
         return None
     return choose(args.attention_backend, problem_of(config, varies=varies))
@@ -167,7 +184,7 @@ def _wrap(
 ) -> torch.nn.Module:
     initialize_weights(model, config, args.seed)
     model = model.cuda()
-    if args.bf16:
+    if args.precision.dtype is not torch.float32:
         model = Float16Module(config, model)
     wrapped: torch.nn.Module = DistributedDataParallel(
         config,
@@ -175,7 +192,7 @@ def _wrap(
             use_distributed_optimizer=args.use_distributed_optimizer,
             overlap_grad_reduce=args.overlap_grad_reduce,
             overlap_param_gather=args.overlap_param_gather,
-            grad_reduce_in_fp32=args.bf16,
+            grad_reduce_in_fp32=args.precision.reduces_in_fp32,
         ),
         model,
         disable_bucketing=index > 0,
@@ -184,6 +201,7 @@ def _wrap(
 
 
 def _optimizer_config(args: argparse.Namespace) -> OptimizerConfig:
+    precision: Precision = args.precision
     return OptimizerConfig(
         optimizer=args.optimizer,
         lr=args.lr,
@@ -197,7 +215,14 @@ def _optimizer_config(args: argparse.Namespace) -> OptimizerConfig:
         adam_eps=args.adam_eps,
         sgd_momentum=args.sgd_momentum,
         bf16=args.bf16,
+        fp16=args.fp16,
+        loss_scale=precision.loss_scale,
+        initial_loss_scale=precision.initial_loss_scale,
+        min_loss_scale=precision.least_loss_scale,
+        loss_scale_window=precision.loss_scale_window,
+        hysteresis=precision.hysteresis,
         params_dtype=args.params_dtype,
+        log_num_zeros_in_grad=args.log_num_zeros_in_grad,
         use_distributed_optimizer=args.use_distributed_optimizer,
         overlap_param_gather=args.overlap_param_gather,
     )

@@ -188,8 +188,10 @@ def test_float32_and_odd_head_sizes_have_a_backend(libraries):
 
 
 def test_an_unknown_name_is_refused_with_the_list():
-    with pytest.raises(ValueError, match="'flash' is not known; choose one of auto, flash-attn-3, cudnn,"):
-        choose("flash", HOPPER)
+    with pytest.raises(
+        ValueError, match="'flush' is not known; choose one of auto, flash, fused, flash-attn-3, cudnn,"
+    ):
+        choose("flush", HOPPER)
 
 
 def test_layers_are_built_with_the_backend_that_was_named():
@@ -221,3 +223,9 @@ def test_the_page_shows_the_registry():
     """If this fails, put the table of ``python tools/attention.py`` into docs/attention.md."""
     assert markdown_table() in (ROOT / "docs" / "attention.md").read_text(encoding="utf-8")
     assert len(markdown_table().splitlines()) == len(BACKENDS) + 2
+
+
+@pytest.mark.parametrize(("name", "reason"), [("fused", "cudnn: runs on GPUs only")])
+def test_a_family_without_a_member_says_why(name, reason):
+    with pytest.raises(ValueError, match=f"--attention-backend {name} cannot be used: .*{reason}"):
+        choose(name, replace(HOPPER, capability=None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -24,6 +25,14 @@ _NEWER = (AtenCudnn, EngineCudnn, FlashAttention2, AtenFlash, AtenEfficient)
 _OLDER = (FlashAttention2, AtenFlash, AtenCudnn, EngineCudnn, AtenEfficient)
 
 BACKENDS: dict[str, type[AttentionBackend]] = {backend.name: backend for backend in (*_HOPPER, AtenCpu)}
+
+# Megatron's names of kinds of backends; of a kind the fastest that works is chosen.
+FAMILIES: dict[str, tuple[type[AttentionBackend], ...]] = {
+    "flash": (FlashAttention3, FlashAttention2, AtenFlash, AtenCpu),
+    "fused": (AtenCudnn, EngineCudnn),
+}
+# Megatron's own attention, which holds all scores: no backend of ours, but it has dropout.
+UNFUSED = ("unfused", "local")
 
 
 class Choice(NamedTuple):
@@ -57,28 +66,39 @@ def choose(name: str, problem: AttentionProblem) -> Choice:
     """Choose a backend, once per problem: every candidate runs forward and backward on a tiny input.
 
     Args:
-        name: of a backend, which then has to work, or ``auto``.
+        name: of a backend or of a family, which then has to work, or ``auto``.
         problem: what it is for.
 
     Raises:
         ValueError: an unknown name, a named backend that does not work, or none that does.
     """
-    if name != AUTO and name not in BACKENDS:
-        known = ", ".join((AUTO, *BACKENDS))
+    if name not in (AUTO, *FAMILIES, *BACKENDS):
+        known = ", ".join((AUTO, *FAMILIES, *BACKENDS))
         raise ValueError(f"attention backend {name!r} is not known; choose one of {known}")
     passed_over: dict[str, str] = {}
-    for backend in order_of(problem) if name == AUTO else (BACKENDS[name],):
+    for backend in _candidates(name, problem):
         try:
             return Choice(_tried(backend, problem), passed_over)
         except _Unusable as error:
             passed_over[backend.name] = str(error)
+    reasons = "; ".join(f"{backend}: {reason}" for backend, reason in passed_over.items())
     if name != AUTO:
         raise ValueError(
-            f"--attention-backend {name} cannot be used: {passed_over[name]}; "
+            f"--attention-backend {name} cannot be used: {passed_over.get(name, reasons)}; "
             "choose another, or leave it out to get the fastest that works"
         )
-    reasons = "; ".join(f"{backend}: {reason}" for backend, reason in passed_over.items())
     raise ValueError(f"no attention backend works ({reasons}); install one of them")
+
+
+def _candidates(name: str, problem: AttentionProblem) -> Sequence[type[AttentionBackend]]:
+    """The backends to try, in order; of a family also those that this device is not for, to say why."""
+    if name in BACKENDS:
+        return (BACKENDS[name],)
+    order = order_of(problem)
+    if name == AUTO:
+        return order
+    family = FAMILIES[name]
+    return [backend for backend in order if backend in family] or family
 
 
 def place() -> tuple[torch.device, tuple[int, int] | None]:

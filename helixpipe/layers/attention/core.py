@@ -90,7 +90,10 @@ class FlashCoreAttention(MegatronModule):
         super().__init__(config=config)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         if dropout:
-            raise ValueError(f"attention dropout ({dropout}) is not supported; use --attention-dropout 0")
+            raise ValueError(
+                f"--attention-backend {backend} has no dropout ({dropout}); use unfused, or "
+                "--attention-dropout 0"
+            )
         if attn_mask_type is not AttnMaskType.causal or attention_type != "self":
             raise ValueError("only causal self-attention is supported")
         if config.softmax_type != "vanilla":

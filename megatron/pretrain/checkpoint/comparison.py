@@ -29,6 +29,8 @@ CHANGES_NOTHING = frozenset((
     # What watches the job.
     "distributed_timeout_minutes", "hang_timeout_s", "check_gradients_every", "check_layers_every",
     "eval_interval", "eval_iters", "exit_interval", "exit_duration_in_mins", "manual_gc",
+    "cross_entropy_loss_fusion", "cross_entropy_fusion_impl", "gradient_accumulation_fusion",
+    "deterministic_mode", "log_params_norm", "log_num_zeros_in_grad",
     "manual_gc_interval", "manual_gc_eval", "empty_unused_memory_level",
     # Where files are; what is in the data is compared by itself.
     "data_path", "tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "vocab_size",
@@ -56,7 +58,7 @@ _FIXED = frozenset((
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
     "normalization", "swiglu", "position_embedding_type", "untie_embeddings_and_output_weights",
     "add_bias_linear", "add_qkv_bias", "qk_layernorm", "padded_vocab_size", "use_distributed_optimizer",
-    "bf16", "optimizer",
+    "bf16", "fp16", "optimizer",
 ))  # fmt: skip
 
 # With another one of these, the position that was reached is one in another order of samples.

@@ -14,6 +14,7 @@ from helixpipe.commands.parser import flag_of
 from helixpipe.commands.tokenizer_arguments import tokenizer_settings
 from helixpipe.data.prefix import DatasetInfo, check_token_ids, inspect_prefix
 from helixpipe.data.text_tokenizers import TokenizerSettings
+from helixpipe.layers.attention.choice import UNFUSED
 from helixpipe.layers.spec import Implementation, check_implementation
 from helixpipe.plan.build import find_schedule
 from helixpipe.plan.cost_model import Recompute
@@ -27,6 +28,7 @@ from megatron.pretrain.settings.housekeeping import housekeeping_of
 from megatron.pretrain.settings.learning_rate import derive_length, learning_rate_of
 from megatron.pretrain.settings.megatron_command_line import translate
 from megatron.pretrain.settings.parser import build_parser
+from megatron.pretrain.settings.precision import precision_of
 from megatron.pretrain.settings.profiling import profiling_settings
 from megatron.pretrain.settings.range_choice import choose_range
 from megatron.pretrain.settings.recomputation import asked_levels, memory_saving
@@ -71,6 +73,8 @@ def parse_arguments(
     derive_length(args)
     derive_layout(args)
     derive_model(args)
+    args.precision = precision_of(args)
+    args.params_dtype = args.precision.dtype
     _check_training(args)
     args.dataset = dataset
     args.tokenizer = _tokenizer(args)
@@ -161,7 +165,24 @@ def _check_allowed(args: argparse.Namespace) -> None:
             )
 
 
+def _check_attention(args: argparse.Namespace, entry: Schedule) -> None:
+    flag = (
+        "--attention-dropout" if args.attention_dropout else f"--attention-backend {args.attention_backend}"
+    )
+    execution = entry.execution
+    if (
+        execution is not None
+        and execution.cuts_sequences
+        and (args.attention_dropout or args.attention_backend in UNFUSED)
+    ):
+        raise ValueError(
+            f"{flag} does not go with {args.pipeline_schedule}, whose attention runs by parts of sequences; "
+            "use --attention-dropout 0 and another --attention-backend"
+        )
+
+
 def _check_schedule(args: argparse.Namespace, entry: Schedule, *, is_chosen: bool) -> None:
+    _check_attention(args, entry)
     if args.attention_range == AUTO and "attention_range" not in entry.options:
         raise ValueError(f"--attention-range does not apply to {args.pipeline_schedule}; remove it")
     is_used = is_chosen or args.attention_range == AUTO or args.round_order == "interlocked"

@@ -9,25 +9,28 @@ from __future__ import annotations
 
 SUPPORTED = frozenset(
     """
-    adam-beta1 adam-beta2 adam-eps add-qkv-bias async-save attention-backend attention-dropout bf16
-    calculate-per-token-loss clip-grad data-cache-path data-path decoupled-lr decoupled-min-lr
-    disable-bias-linear disable-manual-gc-eval distributed-timeout-minutes empty-unused-memory-level
-    end-weight-decay eod-mask-loss eval-interval eval-iters exit-duration-in-mins exit-interval
-    ffn-hidden-size global-batch-size group-query-attention hidden-dropout hidden-size init-method-std
-    kv-channels load log-interval lr lr-decay-iters lr-decay-samples lr-decay-style lr-warmup-fraction
+    accumulate-allreduce-grads-in-fp32 adam-beta1 adam-beta2 adam-eps add-qkv-bias async-save
+    attention-backend attention-dropout bf16 calculate-per-token-loss clip-grad
+    cross-entropy-fusion-impl cross-entropy-loss-fusion data-cache-path data-path decoupled-lr
+    decoupled-min-lr deterministic-mode disable-bias-linear disable-manual-gc-eval
+    distributed-timeout-minutes empty-unused-memory-level end-weight-decay eod-mask-loss eval-interval
+    eval-iters exit-duration-in-mins exit-interval ffn-hidden-size fp16 global-batch-size
+    grad-reduce-in-bf16 group-query-attention hidden-dropout hidden-size hysteresis init-method-std
+    initial-loss-scale kv-channels load log-interval log-num-zeros-in-grad log-params-norm loss-scale
+    loss-scale-window lr lr-decay-iters lr-decay-samples lr-decay-style lr-warmup-fraction
     lr-warmup-init lr-warmup-iters lr-warmup-samples lr-wsd-decay-iters lr-wsd-decay-samples
     lr-wsd-decay-style make-vocab-size-divisible-by manual-gc manual-gc-interval max-position-embeddings
-    micro-batch-size min-lr no-manual-gc-eval norm-epsilon normalization num-attention-heads num-layers
-    num-layers-per-virtual-pipeline-stage num-query-groups num-workers optimizer overlap-grad-reduce
-    overlap-param-gather padded-vocab-size pipeline-model-parallel-size position-embedding-type
-    pretrained-checkpoint profile profile-ranks profile-step-end profile-step-start qk-layernorm
-    recompute-granularity recompute-method recompute-modules recompute-num-layers rope-scaling-factor
-    rotary-base rotary-percent rotary-seq-len-interpolation-factor save save-interval seed seq-length
-    sequence-parallel sgd-momentum split start-weight-decay swiglu tensor-model-parallel-size
-    train-iters train-samples transformer-impl untie-embeddings-and-output-weights
-    use-distributed-optimizer use-rope-scaling weight-decay weight-decay-incr-style
-    merge-file tiktoken-num-special-tokens tiktoken-pattern tokenizer-model tokenizer-type vocab-file
-    vocab-size
+    merge-file micro-batch-size min-loss-scale min-lr no-gradient-accumulation-fusion no-manual-gc-eval
+    norm-epsilon normalization num-attention-heads num-layers num-layers-per-virtual-pipeline-stage
+    num-query-groups num-workers optimizer overlap-grad-reduce overlap-param-gather padded-vocab-size
+    pipeline-model-parallel-size position-embedding-type pretrained-checkpoint profile profile-ranks
+    profile-step-end profile-step-start qk-layernorm recompute-granularity recompute-method
+    recompute-modules recompute-num-layers rope-scaling-factor rotary-base rotary-percent
+    rotary-seq-len-interpolation-factor save save-interval seed seq-length sequence-parallel
+    sgd-momentum split start-weight-decay swiglu tensor-model-parallel-size tiktoken-num-special-tokens
+    tiktoken-pattern tokenizer-model tokenizer-type train-iters train-samples transformer-impl
+    untie-embeddings-and-output-weights use-distributed-optimizer use-rope-scaling vocab-file vocab-size
+    weight-decay weight-decay-incr-style
     """.split()
 )
 
@@ -42,7 +45,7 @@ NEEDLESS: dict[str, str] = {
     "this program does so anyway": """
         use-mcore-models attention-softmax-in-fp32 no-create-attention-mask-in-dataloader
         override-opt-param-scheduler override-opt_param-scheduler exit-signal-handler
-        exit-signal-handler-for-training accumulate-allreduce-grads-in-fp32 no-masked-softmax-fusion
+        exit-signal-handler-for-training no-masked-softmax-fusion
         use-flash-attn verify-integrity ckpt-fully-parallel-save use-dist-ckpt
         dist-ckpt-format=torch_dist ckpt-format=torch_dist no-ckpt-fully-parallel-save
         auto-detect-ckpt-format dataloader-type=single exit-signal=SIGTERM use-cpu-initialization
@@ -332,9 +335,9 @@ REFUSED: dict[str, str] = {
         ckpt-step dist-ckpt-format dist-ckpt-save-pre-mcore-014 load-main-params-from-ckpt no-save-optim
         no-save-rng non-persistent-ckpt-type non-persistent-global-ckpt-dir
         non-persistent-local-ckpt-algo non-persistent-local-ckpt-dir non-persistent-save-interval
-        override-ckpt-iteration persistent-save-interval replication
-        replication-jump save-activations-interval save-dgrads-interval save-params-interval
-        save-retain-interval save-tokens-per-expert-interval save-wgrads-interval
+        override-ckpt-iteration persistent-save-interval replication replication-jump
+        save-activations-interval save-dgrads-interval save-params-interval save-retain-interval
+        save-tokens-per-expert-interval save-wgrads-interval
     """,
     "options come from the command line, and the checkpoint's are compared with them; give them": """
         disable-use-tokenizer-model-from-checkpoint-args no-use-tokenizer-model-from-checkpoint-args
@@ -352,7 +355,7 @@ REFUSED: dict[str, str] = {
     """,
     "gradients are reduced in fp32 by the mean over tokens; remove it": """
         ddp-average-in-collective ddp-param-name-patterns-for-fp32-local-accumulation
-        ddp-reduce-scatter-with-fp32-accumulation grad-reduce-in-bf16
+        ddp-reduce-scatter-with-fp32-accumulation
     """,
     "there is one copy of a sharded optimizer; use 1": """
         num-distributed-optimizer-instances
@@ -369,11 +372,11 @@ REFUSED: dict[str, str] = {
         log-device-memory-used log-memory-interval memory-snapshot-path record-memory-history
     """,
     "what is logged is in --metrics-jsonl; use that": """
-        config-logger-dir disable-log-loss-scale-to-tensorboard log-memory-to-tensorboard
-        log-num-zeros-in-grad log-params-norm log-progress log-throughput log-timers-to-tensorboard
-        log-validation-ppl-to-tensorboard log-world-size-to-tensorboard logging-level
-        no-log-loss-scale-to-tensorboard tensorboard-dir tensorboard-log-interval tensorboard-queue-size
-        timing-log-level wandb-entity wandb-exp-name wandb-project wandb-save-dir
+        config-logger-dir disable-log-loss-scale-to-tensorboard log-memory-to-tensorboard log-progress
+        log-throughput log-timers-to-tensorboard log-validation-ppl-to-tensorboard
+        log-world-size-to-tensorboard logging-level no-log-loss-scale-to-tensorboard tensorboard-dir
+        tensorboard-log-interval tensorboard-queue-size timing-log-level wandb-entity wandb-exp-name
+        wandb-project wandb-save-dir
     """,
     "data are read by their prefix; use tools/prepare_data.py and --data-path": """
         allow-ambiguous-pad-tokens chat-template data-args-path dataloader-inter-document-masking
@@ -382,10 +385,9 @@ REFUSED: dict[str, str] = {
         no-tokenizer-sentencepiece-ignore-extra-whitespaces null-tokenizer-eod-id null-tokenizer-pad-id
         object-storage-cache-path per-dataset-sequences-path per-split-data-args-path
         reset-attention-mask reset-position-ids sample-rate sft sft-tokenizer-prompt-format
-        test-data-path tiktoken-special-tokens
-        tokenizer-hf-include-special-tokens tokenizer-hf-no-include-special-tokens
-        tokenizer-hf-no-use-fast tokenizer-hf-use-fast tokenizer-metadata
-        tokenizer-sentencepiece-legacy tokenizer-special-tokens train-data-path
+        test-data-path tiktoken-special-tokens tokenizer-hf-include-special-tokens
+        tokenizer-hf-no-include-special-tokens tokenizer-hf-no-use-fast tokenizer-hf-use-fast
+        tokenizer-metadata tokenizer-sentencepiece-legacy tokenizer-special-tokens train-data-path
         trust-remote-code valid-data-path vocab-extra-ids
     """,
     "it is for tests of Megatron; remove it": """
@@ -395,8 +397,6 @@ REFUSED: dict[str, str] = {
         exit-signal exit-signal-handler-for-dataloader
     """,
     "this is not built yet; remove it": """
-        cross-entropy-fusion-impl cross-entropy-loss-fusion deterministic-mode fp16
-        fp16-lm-cross-entropy hysteresis initial-loss-scale loss-scale loss-scale-window min-loss-scale
-        no-gradient-accumulation-fusion
+        fp16-lm-cross-entropy
     """,
 }

@@ -10,12 +10,13 @@ from helixpipe.commands.parser import Parser
 from helixpipe.commands.ranges import GIBIBYTES, LAYERS, RANKS, SEED, Real, Whole
 from helixpipe.commands.tokenizer_arguments import VOCABULARY, add_tokenizer_arguments
 from helixpipe.layers.attention.choice import AUTO as AUTO_BACKEND
-from helixpipe.layers.attention.choice import BACKENDS
+from helixpipe.layers.attention.choice import BACKENDS, FAMILIES, UNFUSED
 from helixpipe.plan.schedules.request import ATTENTION_RANGES, HEAD_PLACEMENTS, ROUND_ORDERS
 from megatron.pretrain.settings.elastic import add_elastic_arguments
 from megatron.pretrain.settings.ending import add_ending_arguments
 from megatron.pretrain.settings.housekeeping import add_housekeeping_arguments
 from megatron.pretrain.settings.learning_rate import add_learning_rate_arguments
+from megatron.pretrain.settings.precision import add_precision_arguments
 from megatron.pretrain.settings.profiling import add_profiling_arguments
 from megatron.pretrain.settings.recomputation import add_memory_arguments
 from megatron.pretrain.settings.schedule import AUTO, DEFAULT_SCHEDULE, executable_schedules
@@ -32,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_elastic_arguments(parser)
     add_learning_rate_arguments(parser)
     _add_training_arguments(parser)
+    add_precision_arguments(parser)
     _add_data_arguments(parser)
     _add_output_arguments(parser)
     add_ending_arguments(parser)
@@ -137,7 +139,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--attention-backend",
         default=AUTO_BACKEND,
-        choices=(AUTO_BACKEND, *BACKENDS),
+        choices=(AUTO_BACKEND, *FAMILIES, *UNFUSED, *BACKENDS),
         help="default auto: the fastest that works on this GPU; see docs/attention.md",
     )
     add("--num-layers", type=LAYERS, required=True)
@@ -172,7 +174,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--attention-dropout",
         type=Real(least=0.0, below=1.0),
         default=0.0,
-        help="only 0: the flash kernels have none",
+        help="above 0: with --attention-backend unfused, or Transformer Engine's own attention",
     )
     add("--hidden-dropout", type=Real(least=0.0, below=1.0), default=0.0)
     add("--init-method-std", type=Real(above=0.0), default=0.02)
@@ -189,8 +191,15 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--adam-beta2", type=Real(least=0.0, below=1.0), default=0.999)
     add("--adam-eps", type=Real(above=0.0), default=1e-8)
     add("--sgd-momentum", type=Real(least=0.0, below=1.0), default=0.9)
-    add("--bf16", action="store_true", help="bfloat16 weights, fp32 gradients and optimizer; default fp32")
     add("--calculate-per-token-loss", action="store_true")
+    add("--cross-entropy-loss-fusion", action="store_true", help="one kernel for the loss, on GPUs")
+    add("--cross-entropy-fusion-impl", choices=("native", "te"), default="native", help="whose kernel")
+    add(
+        "--no-gradient-accumulation-fusion",
+        action="store_false",
+        dest="gradient_accumulation_fusion",
+        help="add weight gradients apart from the product that makes them",
+    )
     add("--seed", type=SEED, default=1234)
     add(
         "--check-gradients-every",
@@ -234,6 +243,8 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     add = group.add_argument
     add("--log-interval", type=Whole(), default=1)
+    add("--log-params-norm", action="store_true", help="norm of the weights after each step")
+    add("--log-num-zeros-in-grad", action="store_true", help="how many elements of the gradient are zero")
     add("--metrics-jsonl", type=Path, metavar="PATH", help="one JSON object per iteration")
     add("--trace-dir", type=Path, metavar="DIR", help="the measured timeline of every iteration")
     add(

@@ -100,7 +100,7 @@ def workload_of(args: argparse.Namespace) -> Workload:
         data_parallel=args.data_parallel_size,
         distributed_optimizer=args.use_distributed_optimizer,
         whole_logits=args.loss_chunk_size is None,
-        element_bytes=2 if args.bf16 else 4,
+        element_bytes=args.params_dtype.itemsize,
     )
 
 

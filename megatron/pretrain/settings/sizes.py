@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 
-import torch
-
 # Megatron's defaults
 ROTARY_BASE = 10000
 ROPE_SCALING_FACTOR = 8.0
@@ -93,12 +91,7 @@ def derive_model(args: argparse.Namespace) -> None:
             f"--seq-length {args.seq_length} is longer than the model's --max-position-embeddings "
             f"{args.max_position_embeddings}; use at most {args.max_position_embeddings}, or raise the other"
         )
-    if args.attention_dropout:
-        raise ValueError(
-            f"--attention-dropout {args.attention_dropout} is not supported by the flash kernels; use 0"
-        )
     _check_rotary(args)
-    args.params_dtype = torch.bfloat16 if args.bf16 else torch.float32
 
 
 def _check_rotary(args: argparse.Namespace) -> None:
