@@ -39,7 +39,6 @@ from helixpipe.megatron_adapter.elastic_batch import ElasticBatch  # noqa: E402
 from helixpipe.megatron_adapter.elastic_forward_backward import ElasticForwardBackward  # noqa: E402
 from helixpipe.megatron_adapter.schedule import device  # noqa: E402
 from helixpipe.plan.cost_model import Workload  # noqa: E402
-from helixpipe.plan.cost_model.model import model_from_arguments  # noqa: E402
 from helixpipe.profiling import profile_chunks  # noqa: E402
 from helixpipe.runtime.trace import default_clock  # noqa: E402
 from megatron.pretrain.data.variable_length import VariableLengthDataset  # noqa: E402
@@ -47,6 +46,7 @@ from megatron.pretrain.initialize import finalize, initialize  # noqa: E402
 from megatron.pretrain.metrics import sum_losses  # noqa: E402
 from megatron.pretrain.model import TrainingState, build_training_state  # noqa: E402
 from megatron.pretrain.settings.arguments import parse_arguments  # noqa: E402
+from megatron.pretrain.settings.job import JobSettings  # noqa: E402
 from pretrain_gpt import forward_step  # noqa: E402
 
 # At which the head is measured, see elastic-profile.
@@ -82,8 +82,8 @@ def main() -> int:
     try:
         initialize(_training_arguments(options, "--pipeline-schedule 1f1b"))
         costs = _measured_costs(options)
-        state, args = _elastic_state(options, costs)
-        batches = _batches(options, args)
+        state, settings = _elastic_state(options, costs)
+        batches = _batches(options, settings)
         schedule = ElasticForwardBackward(clock=default_clock())
         samples: list[dict[str, Sample]] = []
         for number, batch in enumerate(batches):
@@ -120,7 +120,7 @@ def build_parser() -> ScriptParser:
     return parser
 
 
-def _training_arguments(options: argparse.Namespace, schedule: str) -> argparse.Namespace:
+def _training_arguments(options: argparse.Namespace, schedule: str) -> JobSettings:
     line = f"""{schedule} --pipeline-model-parallel-size {os.environ.get("WORLD_SIZE", "1")}
         --num-layers {options.num_layers} --hidden-size {options.hidden_size}
         --num-attention-heads {options.num_attention_heads} --seq-length {options.max_seq_length}
@@ -131,10 +131,10 @@ def _training_arguments(options: argparse.Namespace, schedule: str) -> argparse.
 
 
 def _measured_costs(options: argparse.Namespace) -> ChunkCosts:
-    args = _training_arguments(options, "--pipeline-schedule 1f1b")
+    settings = _training_arguments(options, "--pipeline-schedule 1f1b")
     longest = min(options.max_seq_length, options.profile_length)
     workload = Workload(
-        model=model_from_arguments("benchmark", vars(args)),
+        model=settings.workload.model,
         seq_length=min(longest, _PIECES_LENGTH),
         element_bytes=4,
     )
@@ -144,19 +144,17 @@ def _measured_costs(options: argparse.Namespace) -> ChunkCosts:
     return fit.costs
 
 
-def _elastic_state(
-    options: argparse.Namespace, costs: ChunkCosts
-) -> tuple[TrainingState, argparse.Namespace]:
+def _elastic_state(options: argparse.Namespace, costs: ChunkCosts) -> tuple[TrainingState, JobSettings]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "costs.json"
         path.write_text(costs_to_json(costs), encoding="utf-8")
         limit = f"--memory-limit-gib {options.memory_limit_gib}"
-        args = _training_arguments(options, f"--pipeline-schedule elastic --elastic-costs {path} {limit}")
-    return build_training_state(args), args
+        settings = _training_arguments(options, f"--pipeline-schedule elastic --elastic-costs {path} {limit}")
+    return build_training_state(settings), settings
 
 
-def _batches(options: argparse.Namespace, args: argparse.Namespace) -> list[Batch]:
-    dataset = VariableLengthDataset(args.dataset, options.max_seq_length)
+def _batches(options: argparse.Namespace, settings: JobSettings) -> list[Batch]:
+    dataset = VariableLengthDataset(settings.data.dataset, options.max_seq_length)
     order = ShuffledOrder(len(dataset), options.seed)
     sizes = [_WARMUP_BATCH_SIZE] + [options.global_batch_size] * options.batches
     batches, taken = [], 0
@@ -164,7 +162,7 @@ def _batches(options: argparse.Namespace, args: argparse.Namespace) -> list[Batc
         chosen = order.samples(taken, size)
         taken += size
         sequences = [dataset[int(sample)].ids for sample in chosen]
-        batches.append(Batch(sequences, _plans([len(ids) - 1 for ids in sequences], args.elastic_job)))
+        batches.append(Batch(sequences, _plans([len(ids) - 1 for ids in sequences], settings.elastic_job)))
     return batches
 
 

@@ -36,7 +36,6 @@ from helixpipe.data.prefix import DatasetInfo  # noqa: E402
 from helixpipe.megatron_adapter.schedule import chunk_iterators, device, make_forward_backward  # noqa: E402
 from helixpipe.plan.build import find_schedule  # noqa: E402
 from helixpipe.plan.cost_model import Recompute, Workload, costs_of_plan  # noqa: E402
-from helixpipe.plan.cost_model.model import model_from_arguments  # noqa: E402
 from helixpipe.plan.simulation.simulate import simulate  # noqa: E402
 from helixpipe.profiling import profile  # noqa: E402
 from helixpipe.runtime.trace import default_clock  # noqa: E402
@@ -44,6 +43,7 @@ from megatron.pretrain.initialize import finalize, initialize  # noqa: E402
 from megatron.pretrain.metrics import sum_losses  # noqa: E402
 from megatron.pretrain.model import TrainingState, build_training_state  # noqa: E402
 from megatron.pretrain.settings.arguments import parse_arguments  # noqa: E402
+from megatron.pretrain.settings.job import JobSettings  # noqa: E402
 from pretrain_gpt import forward_step  # noqa: E402
 
 BASELINE = "1f1b"
@@ -53,7 +53,7 @@ class Contender(NamedTuple):
     """A schedule with a model of its own."""
 
     name: str
-    args: argparse.Namespace
+    settings: JobSettings
     schedule: Any
     state: TrainingState
 
@@ -134,17 +134,17 @@ def _contenders(options: argparse.Namespace) -> list[Contender]:
     for name in options.schedules:
         if "virtual_stages" in find_schedule(name).options and options.pipeline_ranks == 1:
             raise ValueError(f"{name} needs two or more pipeline ranks; leave it out of --schedules")
-        args = _training_arguments(options, name)
+        settings = _training_arguments(options, name)
         if not dist.is_initialized():
-            initialize(args)
+            initialize(settings)
         # Megatron keeps the number of virtual stages in a global; each contender sets its own.
-        parallel_state.set_virtual_pipeline_model_parallel_world_size(args.schedule.virtual_stages)
-        schedule = make_forward_backward(args.schedule.execution, args.schedule.plan, default_clock())
-        contenders.append(Contender(name, args, schedule, build_training_state(args)))
+        parallel_state.set_virtual_pipeline_model_parallel_world_size(settings.schedule.virtual_stages)
+        schedule = make_forward_backward(settings.schedule.execution, settings.schedule.plan, default_clock())
+        contenders.append(Contender(name, settings, schedule, build_training_state(settings)))
     return contenders
 
 
-def _training_arguments(options: argparse.Namespace, schedule: str) -> argparse.Namespace:
+def _training_arguments(options: argparse.Namespace, schedule: str) -> JobSettings:
     line = f"""--pipeline-schedule {schedule} --pipeline-model-parallel-size {options.pipeline_ranks}
         --tensor-model-parallel-size {options.tensor_model_parallel_size}
         --num-layers {options.num_layers} --hidden-size {options.hidden_size}
@@ -168,12 +168,13 @@ def _training_arguments(options: argparse.Namespace, schedule: str) -> argparse.
 
 def _predictions(options: argparse.Namespace, contenders: list[Contender]) -> dict[str, float]:
     """Milliseconds of each schedule's iteration, simulated with times measured by ``profile``."""
-    args = contenders[0].args
+    settings = contenders[0].settings
+    parallel = settings.parallel
     workload = Workload(
-        model=model_from_arguments("benchmark", vars(args)),
-        seq_length=args.seq_length,
-        tensor_parallel=args.tensor_model_parallel_size,
-        sequence_parallel=args.sequence_parallel,
+        model=settings.workload.model,
+        seq_length=settings.training.seq_length,
+        tensor_parallel=parallel.tensor_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
         element_bytes=2 if options.bf16 else 4,
     )
     pieces = profile(workload)
@@ -190,11 +191,11 @@ def _report_predictions(predicted: dict[str, float], samples: dict[str, list[Sam
         print(f"{name:12} predicted {milliseconds:9.1f} ms, measured over predicted {ratio:.3f}")
 
 
-def _random_batches(args: argparse.Namespace, seed: int) -> Iterator[dict[str, torch.Tensor]]:
+def _random_batches(settings: JobSettings, seed: int) -> Iterator[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(seed)
-    shape = (args.micro_batch_size, args.seq_length)
+    shape = (settings.training.micro_batch_size, settings.training.seq_length)
     while True:
-        text = torch.randint(args.dataset.vocab_size, (shape[0], shape[1] + 1), generator=generator)
+        text = torch.randint(settings.data.dataset.vocab_size, (shape[0], shape[1] + 1), generator=generator)
         yield {
             "tokens": text[:, :-1],
             "labels": text[:, 1:],
@@ -204,10 +205,10 @@ def _random_batches(args: argparse.Namespace, seed: int) -> Iterator[dict[str, t
 
 
 def _iteration(contender: Contender, round_number: int) -> Sample:
-    _, args, schedule, state = contender
-    parallel_state.set_virtual_pipeline_model_parallel_world_size(args.schedule.virtual_stages)
+    _, settings, schedule, state = contender
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(settings.schedule.virtual_stages)
     rank = parallel_state.get_pipeline_model_parallel_rank()
-    data = _random_batches(args, round_number) if args.schedule.plan.read_by(rank) else None
+    data = _random_batches(settings, round_number) if schedule.plan.read_by(rank) else None
     for chunk in state.model:
         chunk.zero_grad_buffer()  # type: ignore[operator]
     state.optimizer.zero_grad()
@@ -217,9 +218,9 @@ def _iteration(contender: Contender, round_number: int) -> Sample:
         forward_step_func=forward_step,
         data_iterator=chunk_iterators(data, state.model),
         model=state.model,
-        num_microbatches=args.num_microbatches,
-        seq_length=args.seq_length,
-        micro_batch_size=args.micro_batch_size,
+        num_microbatches=settings.training.num_microbatches,
+        seq_length=settings.training.seq_length,
+        micro_batch_size=settings.training.micro_batch_size,
     )
     state.optimizer.step()
     if torch.cuda.is_available():

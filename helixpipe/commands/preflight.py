@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from helixpipe.commands.planning import read_plan, read_text
 from helixpipe.commands.ranges import RANKS, Real, Whole
 from helixpipe.plan import Plan
-from helixpipe.plan.cost_model import Pieces, Recompute, costs_of_plan, predict_pieces
+from helixpipe.plan.cost_model import Hardware, Pieces, Recompute, costs_of_plan, predict_pieces
 from helixpipe.plan.simulation.costs import Costs, parse_costs
 from helixpipe.plan.simulation.link_needs import LinkNeed, link_needs
 from helixpipe.reliability.exit_codes import exit_code_of, leave_exit_code
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
     from helixpipe.preflight.flight import Demand, Outcome
+    from megatron.pretrain.settings.job import JobSettings
 
 
 class _Rest(argparse.Action):
@@ -195,22 +196,25 @@ def _demand_of_job(words: Sequence[str], hardware: str | None) -> Demand:
     plan: Plan | None = job.schedule.plan
     costs = _predicted_costs(job, plan, hardware) if plan is not None else None
     needs = link_needs(plan, costs) if plan is not None and costs is not None else {}
-    return _demand_of(plan, job.pipeline_model_parallel_size, needs, job.tensor_model_parallel_size)
+    stages, shared = job.parallel.pipeline_model_parallel_size, job.parallel.tensor_model_parallel_size
+    return _demand_of(plan, stages, needs, shared)
 
 
-def _predicted_costs(job: argparse.Namespace, plan: Plan, hardware: str | None) -> Costs | None:
+def _predicted_costs(job: JobSettings, plan: Plan, hardware: str | None) -> Costs | None:
     """Of the shortest operations, which recompute nothing; None if the machine is not known."""
     from helixpipe.plan.advise import read_machine
-    from megatron.pretrain.settings.schedule_choice import check_profile, known_machine, workload_of
+    from megatron.pretrain.settings.schedule_choice import check_profile, known_machine
 
-    machine = read_machine(hardware) if hardware is not None else known_machine(job)
+    if hardware is not None:
+        machine: Hardware | Pieces | None = read_machine(hardware)
+    else:
+        machine = known_machine(job.schedule.hardware)
     if machine is None:
         return None
-    workload = workload_of(job)
     if isinstance(machine, Pieces):
-        check_profile(job, machine, workload)
+        check_profile(job.schedule.hardware, machine, job.workload)
         return costs_of_plan(machine, plan, Recompute.NONE)
-    return costs_of_plan(predict_pieces(workload, machine), plan, Recompute.NONE)
+    return costs_of_plan(predict_pieces(job.workload, machine), plan, Recompute.NONE)
 
 
 def _demand_of(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
@@ -13,14 +12,13 @@ from helixpipe.elastic.replicas import share_out
 from helixpipe.plan.advise import read_machine
 from helixpipe.plan.advise.job import RESERVED_GIB
 from helixpipe.plan.advise.messages import peak_with_messages
-from helixpipe.plan.cost_model import Hardware, Pieces, Recompute, Workload, costs_of_plan, predict_pieces
+from helixpipe.plan.cost_model import Hardware, Pieces, Recompute, costs_of_plan, predict_pieces
 from helixpipe.plan.plan import Plan
 from helixpipe.plan.simulation.costs import Costs
 from helixpipe.plan.simulation.simulate import simulate
-from megatron.pretrain.data.elastic_iterators import training_documents
-from megatron.pretrain.data.variable_length import VariableLengthDataset
-from megatron.pretrain.settings.recomputation import job_levels
-from megatron.pretrain.settings.schedule_choice import check_profile, known_machine, workload_of
+from megatron.pretrain.data.elastic_iterators import training_dataset
+from megatron.pretrain.settings.job import JobSettings, MemorySettings, ParallelSettings
+from megatron.pretrain.settings.schedule_choice import check_profile, known_machine
 
 _GIB = 2**30
 _RECOMPUTE = {"selective": Recompute.SELECTIVE, "full": Recompute.FULL}
@@ -44,23 +42,23 @@ class Prediction(NamedTuple):
     limit_bytes: int | None
 
 
-def describe(args: argparse.Namespace, hardware: str | None) -> Iterator[str]:
+def describe(settings: JobSettings, hardware: str | None) -> Iterator[str]:
     """The lines of ``--dry-run``.
 
     Args:
-        args: of the job, checked.
+        settings: of the job.
         hardware: on which to predict; if None what the job's ``--hardware`` names, or this GPU.
 
     Raises:
         ValueError: hardware that is not known, or was not measured for these sizes.
     """
-    yield _layout(args)
-    yield f"batch: {_batch(args)}; {args.train_iters} iterations"
-    plan: Plan | None = args.schedule.plan
-    if args.schedule.reason:
-        yield f"choice: {args.schedule.reason}"
+    yield _layout(settings.parallel)
+    yield f"batch: {_batch(settings)}; {settings.training.train_iters} iterations"
+    plan = settings.schedule.plan
+    if settings.schedule.reason:
+        yield f"choice: {settings.schedule.reason}"
     if plan is None:
-        yield from _first_batch(args)
+        yield from _first_batch(settings)
         return
     operations = sum(len(order) for order in plan.orders)
     options = ", ".join(f"{name} {value}" for name, value in plan.parameters.items() if name != "num_layers")
@@ -68,24 +66,26 @@ def describe(args: argparse.Namespace, hardware: str | None) -> Iterator[str]:
         f"plan: {plan.schedule}{f' ({options})' if options else ''}, {plan.num_segments} segments on "
         f"{plan.num_ranks} ranks, {operations} operations; valid"
     )
-    yield f"recompute: {_recompute(args)}"
-    prediction = predict(args, plan, hardware)
+    yield f"recompute: {_recompute(settings.memory)}"
+    prediction = predict(settings, plan, hardware)
     if prediction is None:
         yield "prediction: none, as the machine is not known; name it, as in --dry-run h20"
         return
-    yield from _predicted(args, prediction)
+    yield from _predicted(settings, prediction)
 
 
-def _first_batch(args: argparse.Namespace) -> Iterator[str]:
+def _first_batch(settings: JobSettings) -> Iterator[str]:
     """Of a schedule that plans each batch: the plan of the first, as one replica has it."""
-    name, job = args.schedule.name, args.elastic_job
-    if not args.dataset.prefix:
+    name, job, training = settings.schedule.name, settings.elastic_job, settings.training
+    assert job is not None
+    if not settings.data.dataset.prefix:
         yield f"plan: {name}, each batch has its own; with the data at hand, the first one is planned here"
         return
-    dataset = VariableLengthDataset(args.dataset, args.max_seq_length, training_documents(args))
-    samples = ShuffledOrder(len(dataset), args.seed).samples(0, args.global_batch_size)
+    dataset = training_dataset(settings)
+    samples = ShuffledOrder(len(dataset), training.seed).samples(0, training.global_batch_size)
     lengths = dataset.lengths[samples].tolist()
-    own = [lengths[number] for number in share_out(lengths, job.costs, args.data_parallel_size)[0]]
+    first, *_ = share_out(lengths, job.costs, settings.parallel.data_parallel_size)
+    own = [lengths[number] for number in first]
     found = plan_batch(own, job)
     recipe, prediction = found.recipe, found.prediction
     yield (
@@ -94,8 +94,8 @@ def _first_batch(args: argparse.Namespace) -> Iterator[str]:
         f"{', '.join(map(str, recipe.pipelines))}; valid"
     )
     yield (
-        f"predicted by {args.elastic_costs}: {_duration(prediction.time_ms / 1e3)} for this batch, bubble "
-        f"{prediction.bubble:.1%}, recomputation {prediction.recompute:.1%} of the computing"
+        f"predicted by {training.elastic_costs}: {_duration(prediction.time_ms / 1e3)} for this batch, "
+        f"bubble {prediction.bubble:.1%}, recomputation {prediction.recompute:.1%} of the computing"
     )
     yield (
         f"memory: {max(prediction.peak_with_messages) / _GIB:.1f} GiB on the fullest GPU, "
@@ -103,25 +103,25 @@ def _first_batch(args: argparse.Namespace) -> Iterator[str]:
     )
 
 
-def predict(args: argparse.Namespace, plan: Plan, hardware: str | None) -> Prediction | None:
+def predict(settings: JobSettings, plan: Plan, hardware: str | None) -> Prediction | None:
     """What the cost model says of the job's own plan; None if the machine is not known.
 
     Raises:
         ValueError: see :func:`describe`.
     """
-    machine = read_machine(hardware) if hardware is not None else known_machine(args)
+    machine = read_machine(hardware) if hardware is not None else known_machine(settings.schedule.hardware)
     if machine is None:
         return None
-    costs = _costs(args, plan, machine, workload_of(args))
+    costs = _costs(settings, plan, machine)
     simulation = simulate(plan, costs)
-    limit_gib = args.memory_limit_gib
+    limit_gib = settings.memory.memory_limit_gib
     if limit_gib is None and isinstance(machine, Hardware):
         limit_gib = machine.memory_gib - RESERVED_GIB
     return Prediction(
-        machine.name if isinstance(machine, Hardware) else str(hardware or args.hardware),
+        machine.name if isinstance(machine, Hardware) else str(hardware or settings.schedule.hardware),
         simulation.iteration_ms,
         simulation.timeline.bubble_ratio,
-        peak_with_messages(plan.compute_only(), costs, args.tensor_model_parallel_size),
+        peak_with_messages(plan.compute_only(), costs, settings.parallel.tensor_model_parallel_size),
         None if limit_gib is None else int(limit_gib * _GIB),
     )
 
@@ -133,49 +133,54 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
 
 
-def _costs(args: argparse.Namespace, plan: Plan, machine: Hardware | Pieces, workload: Workload) -> Costs:
+def _costs(settings: JobSettings, plan: Plan, machine: Hardware | Pieces) -> Costs:
+    workload, memory = settings.workload, settings.memory
     if isinstance(machine, Pieces):
-        check_profile(args, machine, workload)
+        check_profile(settings.schedule.hardware, machine, workload)
         pieces = machine
     else:
         pieces = predict_pieces(workload, machine)
-    granularity = args.recompute_granularity
-    return costs_of_plan(pieces, plan, job_levels(args) if granularity is None else _RECOMPUTE[granularity])
+    if memory.recompute_granularity is not None:
+        return costs_of_plan(pieces, plan, _RECOMPUTE[memory.recompute_granularity])
+    return costs_of_plan(pieces, plan, memory.memory_saving.recompute)
 
 
-def _layout(args: argparse.Namespace) -> str:
+def _layout(parallel: ParallelSettings) -> str:
     return (
-        f"layout: {args.world_size} GPUs = tensor {args.tensor_model_parallel_size} x pipeline "
-        f"{args.pipeline_model_parallel_size} x data {args.data_parallel_size}"
-        f"{', sequence parallel' if args.sequence_parallel else ''}"
-        f"{', distributed optimizer' if args.use_distributed_optimizer else ''}"
+        f"layout: {parallel.world_size} GPUs = tensor {parallel.tensor_model_parallel_size} x pipeline "
+        f"{parallel.pipeline_model_parallel_size} x data {parallel.data_parallel_size}"
+        f"{', sequence parallel' if parallel.sequence_parallel else ''}"
+        f"{', distributed optimizer' if parallel.use_distributed_optimizer else ''}"
     )
 
 
-def _batch(args: argparse.Namespace) -> str:
-    if args.schedule.plan is None:
-        return f"{args.global_batch_size} documents of at most {args.max_seq_length} tokens"
+def _batch(settings: JobSettings) -> str:
+    training = settings.training
+    if settings.schedule.plan is None:
+        return f"{training.global_batch_size} documents of at most {training.max_seq_length} tokens"
     return (
-        f"{args.global_batch_size} sequences of {args.seq_length} tokens = {args.num_microbatches} micro "
-        f"batches of {args.micro_batch_size} x {args.data_parallel_size} replicas"
+        f"{training.global_batch_size} sequences of {training.seq_length} tokens = "
+        f"{training.num_microbatches} micro batches of {training.micro_batch_size} x "
+        f"{settings.parallel.data_parallel_size} replicas"
     )
 
 
-def _recompute(args: argparse.Namespace) -> str:
-    if args.recompute_granularity is not None:
-        return str(args.recompute_granularity)
-    levels = job_levels(args)
+def _recompute(memory: MemorySettings) -> str:
+    if memory.recompute_granularity is not None:
+        return memory.recompute_granularity
+    levels = memory.memory_saving.recompute
     each = [levels] if isinstance(levels, Recompute) else levels
     runs: Sequence[tuple[str, int]] = [(level.value, len(list(run))) for level, run in groupby(each)]
     return runs[0][0] if len(runs) == 1 else ", ".join(f"{level} in {count} layers" for level, count in runs)
 
 
-def _predicted(args: argparse.Namespace, found: Prediction) -> Iterator[str]:
-    seconds = found.iteration_ms / 1e3
-    speed = args.global_batch_size * args.seq_length / seconds / args.world_size
+def _predicted(settings: JobSettings, found: Prediction) -> Iterator[str]:
+    seconds, training = found.iteration_ms / 1e3, settings.training
+    tokens = training.global_batch_size * training.seq_length
+    speed = tokens / seconds / settings.parallel.world_size
     yield (
         f"predicted on {found.machine}: {_duration(seconds)} per iteration, bubble {found.bubble:.1%}, "
-        f"{speed:.0f} tokens/s per GPU; {_duration(args.train_iters * seconds)} for all iterations"
+        f"{speed:.0f} tokens/s per GPU; {_duration(training.train_iters * seconds)} for all iterations"
     )
     memory = f"memory: {found.peak_bytes / _GIB:.1f} GiB on the fullest GPU"
     if found.limit_bytes is None:

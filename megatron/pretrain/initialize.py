@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import warnings
 from datetime import timedelta
@@ -17,9 +16,10 @@ from helixpipe.runtime.job_store import Place, open_store
 from megatron.pretrain.health.agreement import agree_on_arguments
 from megatron.pretrain.health.monitoring import join
 from megatron.pretrain.health.rendezvous import fresh_store
+from megatron.pretrain.settings.job import JobSettings
 
 
-def initialize(args: argparse.Namespace, monitor: Monitor | None = None) -> None:
+def initialize(settings: JobSettings, monitor: Monitor | None = None) -> None:
     """Join the process group, build Megatron's groups and seed the random states.
 
     Uses NCCL and one GPU per rank where GPUs are present, else gloo on the CPU with one thread per rank.
@@ -37,32 +37,35 @@ def initialize(args: argparse.Namespace, monitor: Monitor | None = None) -> None
         local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         torch.cuda.set_device(local_rank % count)
         backend = "nccl" if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= count else "gloo"
-    timeout = timedelta(minutes=args.distributed_timeout_minutes)
-    store = fresh_store(args.rank, args.world_size, timeout)
+    parallel = settings.parallel
+    timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
+    store = fresh_store(parallel.rank, parallel.world_size, timeout)
     if store is None:
-        store = open_store(Place.from_environment(args.world_size), args.rank, args.world_size, timeout)
+        store = open_store(
+            Place.from_environment(parallel.world_size), parallel.rank, parallel.world_size, timeout
+        )
     store.set_timeout(timeout)
     before = dist.PrefixStore("before", store)
     if monitor is not None:
-        join(args, monitor, before)
-    agree_on_arguments(args, before)
+        join(parallel.rank, monitor, before)
+    agree_on_arguments(settings, before)
     dist.init_process_group(
         backend,
         store=dist.PrefixStore("group", store),
-        rank=args.rank,
-        world_size=args.world_size,
+        rank=parallel.rank,
+        world_size=parallel.world_size,
         timeout=timeout,
     )
     parallel_state.initialize_model_parallel(
-        args.tensor_model_parallel_size,
-        args.pipeline_model_parallel_size,
-        args.schedule.virtual_stages,
-        distributed_timeout_minutes=args.distributed_timeout_minutes,
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        settings.schedule.virtual_stages,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
     )
     if monitor is not None:
         pipeline = parallel_state.get_pipeline_model_parallel_group()
         monitor.place_in_pipeline(dist.get_process_group_ranks(pipeline))
-    seed_random_states(args.seed)
+    seed_random_states(settings.training.seed)
 
 
 def seed_random_states(seed: int) -> None:

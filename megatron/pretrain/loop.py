@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ from megatron.pretrain.initialize import finalize, initialize, seed_random_state
 from megatron.pretrain.metrics import Planning, Reporter, gather_metrics, mean_loss
 from megatron.pretrain.model import TrainingState, build_training_state, describe_attention
 from megatron.pretrain.outputs import Outputs, own_outputs
-from megatron.pretrain.settings.schedule import ScheduleSettings
+from megatron.pretrain.settings.job import JobSettings
 from megatron.pretrain.step import take_step
 from megatron.pretrain.step_profiler import StepProfiler
 
@@ -49,14 +49,14 @@ ForwardStep = Callable[..., Any]
 
 
 def pretrain(
-    args: argparse.Namespace, forward_step: ForwardStep, before_exit: Callable[[], None] = lambda: None
+    settings: JobSettings, forward_step: ForwardStep, before_exit: Callable[[], None] = lambda: None
 ) -> int:
     """Train from the given arguments to ``--train-iters``, or until the scheduler asks to stop.
 
     If another rank is lost, fails or hangs, this process ends with a line that names it.
 
     Args:
-        args: from :func:`megatron.pretrain.settings.arguments.parse_arguments`.
+        settings: from :func:`megatron.pretrain.settings.arguments.parse_arguments`.
         forward_step: Megatron's ``forward_step_func(data_iterator, model)``.
         before_exit: called before the process ends because of another rank.
 
@@ -71,50 +71,48 @@ def pretrain(
         NumericsError: a loss or gradient that is not finite; the weights are those before the iteration.
         PeerLost: another rank has ended, and it is not known which.
     """
-    with monitored(args, before_exit) as monitor:
-        initialize(args, monitor)
-        code = _train(args, forward_step, monitor)
+    with monitored(settings, before_exit) as monitor:
+        initialize(settings, monitor)
+        code = _train(settings, forward_step, monitor)
         monitor.enter("end")
         finalize()
     return code
 
 
 @explains_out_of_memory
-def _train(args: argparse.Namespace, forward_step: ForwardStep, monitor: Monitor) -> int:
+def _train(settings: JobSettings, forward_step: ForwardStep, monitor: Monitor) -> int:
     monitor.enter("outputs")
-    with own_outputs(args) as outputs:
-        args.load = outputs.load
-        return _train_with(outputs, args, forward_step, monitor)
+    with own_outputs(settings) as outputs:
+        return _train_with(outputs, settings, forward_step, monitor)
 
 
-def _train_with(
-    outputs: Outputs, args: argparse.Namespace, forward_step: ForwardStep, monitor: Monitor
-) -> int:
-    args.measure = args.metrics_jsonl is not None or args.trace_dir is not None
-    clock = default_clock() if args.measure else NullClock()
-    schedule: ScheduleSettings = args.schedule
+def _train_with(outputs: Outputs, settings: JobSettings, forward_step: ForwardStep, monitor: Monitor) -> int:
+    clock = default_clock() if settings.output.measures else NullClock()
+    schedule, root = settings.schedule, outputs.load
     forward_backward = make_forward_backward(schedule.execution, schedule.plan, clock, monitor.progress)
     monitor.enter("build model")
-    state = build_training_state(args)
-    args.attention_backend, attention = describe_attention(args, state)
+    state = build_training_state(settings)
+    backend, attention = describe_attention(settings, state)
     monitor.enter("load")
-    loaded = load_checkpoint(args, state) if args.load is not None else Loaded()
-    if loaded.folder is None and args.pretrained_checkpoint is not None:
-        loaded = load_weights(args, state)
+    loaded = load_checkpoint(settings, root, state) if root is not None else Loaded()
+    pretrained = settings.checkpoint.pretrained_checkpoint
+    if loaded.folder is None and pretrained is not None:
+        loaded = load_weights(settings, pretrained, state)
     progress = loaded.progress
-    reporter = Reporter(args, progress.iteration)
-    _announce(args, loaded, reporter)
+    reporter = Reporter(settings, progress.iteration)
+    _announce(settings, loaded, reporter)
     reporter.say(attention_of_job(attention))
     monitor.enter("build data")
-    run = _Run(args, forward_step, forward_backward, state, reporter, monitor)
-    is_in_save = args.save is not None and args.load is not None and is_same_folder(args.load, args.save)
-    saver = Saver(args, reporter.say, outputs, loaded.folder if is_in_save else None, monitor)
+    run = _Run(settings, forward_step, forward_backward, state, backend, reporter, monitor)
+    save = settings.checkpoint.save
+    is_in_save = save is not None and root is not None and is_same_folder(root, save)
+    saver = Saver(settings, reporter.say, outputs, loaded.folder if is_in_save else None, monitor)
     if not schedule.execution.joins_documents:
-        validation = ElasticValidation(args, progress.evaluated_samples) if args.eval_iters else None
-        with closing(ElasticTraining(args, progress.position)) as batches:
+        validation = _elastic_validation(settings, progress.evaluated_samples)
+        with closing(ElasticTraining(settings, progress.position)) as batches:
             run.planning = batches.planning
             return _iterate(run, saver, progress, batches, validation)
-    iterators = build_iterators(args, progress.position, progress.evaluated_samples)
+    iterators = build_iterators(settings, progress.position, progress.evaluated_samples)
     return _iterate(run, saver, progress, *iterators)
 
 
@@ -126,13 +124,14 @@ def _iterate(
     valid_data: Iterator[Any] | None,
 ) -> int:
     """Train to ``--train-iters`` or until asked to stop, with evaluations and checkpoints; the exit code."""
-    args, monitor, reporter = run.args, run.monitor, run.reporter
-    memory = MemoryWatch(args)
-    request, end = StopRequest(), PlannedEnd(args.ending)
+    training, checkpoint = run.settings.training, run.settings.checkpoint
+    monitor, reporter = run.monitor, run.reporter
+    memory = MemoryWatch(run.settings)
+    request, end = StopRequest(), PlannedEnd(run.settings.ending)
     request.listen()
     data = None if train_data is None else KeptBatches(train_data)
-    while progress.iteration < args.train_iters:
-        progress = _after_batch(progress, args)
+    while progress.iteration < training.train_iters:
+        progress = _after_batch(progress, training.global_batch_size)
         try:
             with run.profiler.around(progress.iteration):
                 stops, statuses, overs = run.train_iteration(
@@ -148,24 +147,26 @@ def _iterate(
             raise
         saver.poll([SaveStatus(status) for status in statuses])
         memory.check()
-        is_last, must_stop = progress.iteration == args.train_iters, any(stops)
-        if args.eval_iters and (is_last or progress.iteration % args.eval_interval == 0) and not must_stop:
+        is_last, must_stop = progress.iteration == training.train_iters, any(stops)
+        is_eval_due = progress.iteration % training.eval_interval == 0
+        if training.eval_iters and (is_last or is_eval_due) and not must_stop:
             run.evaluate(progress.iteration, valid_data)
-            if progress.iteration % args.eval_interval == 0:
+            if is_eval_due:
                 # The evaluation at the end is one more, which a longer job does not have.
-                evaluated = progress.evaluated_samples + args.eval_iters * args.global_batch_size
+                evaluated = progress.evaluated_samples + training.eval_iters * training.global_batch_size
                 progress = progress._replace(evaluated_samples=evaluated)
         reason = end.reason(progress.iteration, is_over=any(overs))
-        is_due = args.save_interval is not None and progress.iteration % args.save_interval == 0
+        every = checkpoint.save_interval
+        is_due = every is not None and progress.iteration % every == 0
         ends = must_stop or bool(reason)
-        if args.save and (is_last or ends or is_due):
+        if checkpoint.save and (is_last or ends or is_due):
             monitor.enter("save")
             saver.save(run.state, progress, is_last=is_last or ends)
         if ends and not is_last:
             run.profiler.finish()
             if must_stop:
                 reason = request.signal_name or "a signal on another rank"
-            _announce_stop(args, progress, reason, reporter)
+            _announce_stop(checkpoint.save, progress, reason, reporter)
             return max(stops)
     reporter.say(reporter.planning_summary())
     reporter.say(memory.summary())
@@ -173,19 +174,23 @@ def _iterate(
     return 0
 
 
-def _after_batch(progress: Progress, args: argparse.Namespace) -> Progress:
+def _elastic_validation(settings: JobSettings, evaluated: int) -> ElasticValidation | None:
+    return ElasticValidation(settings, evaluated) if settings.training.eval_iters else None
+
+
+def _after_batch(progress: Progress, global_batch_size: int) -> Progress:
     return progress._replace(
         iteration=progress.iteration + 1,
-        consumed_samples=progress.consumed_samples + args.global_batch_size,
-        position=progress.position + args.global_batch_size,
+        consumed_samples=progress.consumed_samples + global_batch_size,
+        position=progress.position + global_batch_size,
     )
 
 
-def _announce_stop(args: argparse.Namespace, progress: Progress, reason: str, reporter: Reporter) -> None:
-    if args.save is None:
+def _announce_stop(save: Path | None, progress: Progress, reason: str, reporter: Reporter) -> None:
+    if save is None:
         what = "nothing is saved, there is no --save"
     else:
-        what = f"the same command with --load {args.save} goes on from there"
+        what = f"the same command with --load {save} goes on from there"
     reporter.say(f"stopped by {reason} after iteration {progress.iteration}: {what}")
 
 
@@ -194,26 +199,28 @@ class _Run:
 
     def __init__(
         self,
-        args: argparse.Namespace,
+        settings: JobSettings,
         forward_step: ForwardStep,
         forward_backward: ForwardBackward,
         state: TrainingState,
+        attention_backend: str,
         reporter: Reporter,
         monitor: Monitor,
     ) -> None:
-        self.args = args
+        self.settings = settings
         self.forward_step = forward_step
         self.forward_backward = forward_backward
         self.state = state
+        self.attention_backend = attention_backend
         self.reporter = reporter
         self.monitor = monitor
         self.planning: Callable[[], Planning | None] = lambda: None  # of the present iteration's plan
         self.sums = LayerSums(state.model, forward_backward.trace)
-        self.profiler = StepProfiler(args.profiling, args.rank)
+        self.profiler = StepProfiler(settings.profiling, settings.parallel.rank)
         self.second_computation = SecondComputation(
-            state.model, forward_backward.trace, args.check_layers_every
+            state.model, forward_backward.trace, settings.health.check_layers_every
         )
-        self.housekeeping = Housekeeping(args.housekeeping)
+        self.housekeeping = Housekeeping(settings.housekeeping)
         watch_gradient_norm(state.optimizer)
 
     def train_iteration(
@@ -239,23 +246,23 @@ class _Run:
         with self.second_computation.watching(iteration):
             losses = self._compute_gradients(iteration, data)
         self.second_computation.check(iteration)
-        every = self.args.check_gradients_every
+        every = self.settings.health.check_gradients_every
         if every is not None and iteration % every == 0:
-            check_replicas(
-                self.state.model, iteration, with_gradients=not self.args.use_distributed_optimizer
-            )
+            shards = self.settings.parallel.use_distributed_optimizer
+            check_replicas(self.state.model, iteration, with_gradients=not shards)
         self.housekeeping.before_optimizer()
         self.monitor.reach("optimizer")
         try:
-            step = take_step(self.args, self.state)
+            step = take_step(self.settings, self.state)
         except NotFinite:
             raise self._explain(iteration, losses, data) from None
         if not step.is_skipped:
-            self.state.scheduler.step(increment=self.args.global_batch_size)
+            self.state.scheduler.step(increment=self.settings.training.global_batch_size)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         metrics, told = gather_metrics(
-            self.args,
+            self.settings,
+            attention_backend=self.attention_backend,
             iteration=iteration,
             consumed_samples=progress.consumed_samples,
             losses=losses,
@@ -280,7 +287,7 @@ class _Run:
         self.monitor.enter("diagnosis")
         again = None if data is None else data.again()
         return explain(
-            self.args, self.state, self.forward_backward, iteration, losses, self.sums,
+            self.settings.parallel, self.state, self.forward_backward, iteration, losses, self.sums,
             lambda: self._compute_gradients(iteration, again),
         )  # fmt: skip
 
@@ -288,9 +295,9 @@ class _Run:
         self, iteration: int, data: Iterator[Batch] | None
     ) -> list[dict[str, torch.Tensor]]:
         """Forward and backward of one global batch, the same each time for the same weights and data."""
-        if self.args.hidden_dropout or self.args.attention_dropout:
+        if self.settings.model.hidden_dropout or self.settings.model.attention_dropout:
             # Seeding by iteration makes dropout the same after a resume, without saving random states.
-            seed_random_states(self.args.seed + 1_000_003 * iteration)
+            seed_random_states(self.settings.training.seed + 1_000_003 * iteration)
         for chunk in self.state.model:
             chunk.zero_grad_buffer()  # type: ignore[operator]
         self.state.optimizer.zero_grad()
@@ -304,7 +311,7 @@ class _Run:
             chunk.eval()
         losses: list[dict[str, torch.Tensor]] = []
         with torch.no_grad():
-            for _ in range(self.args.eval_iters):
+            for _ in range(self.settings.training.eval_iters):
                 losses += self._run_plan(self.forward_step, data, forward_only=True)
         for chunk in self.state.model:
             chunk.train()
@@ -320,41 +327,44 @@ class _Run:
     def _run_plan(
         self, forward_step: ForwardStep, data: Iterator[Any] | None, *, forward_only: bool
     ) -> list[dict[str, torch.Tensor]]:
-        chunks = self.state.model
+        chunks, training = self.state.model, self.settings.training
         return self.forward_backward(
             forward_step_func=forward_step,
             data_iterator=chunk_iterators(data, chunks),
             model=chunks,
-            num_microbatches=self.args.num_microbatches,
-            seq_length=self.args.seq_length,
-            micro_batch_size=self.args.micro_batch_size,
+            num_microbatches=training.num_microbatches,
+            seq_length=training.seq_length,
+            micro_batch_size=training.micro_batch_size,
             forward_only=forward_only,
         )
 
 
-def _announce(args: argparse.Namespace, loaded: Loaded, reporter: Reporter) -> None:
-    tp, pp, dp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.data_parallel_size
-    reporter.say(args.needless_flags)
-    reporter.say(args.schedule.reason)
-    batch = f"{args.num_microbatches} micro batches of {args.micro_batch_size} x {args.seq_length} tokens"
-    if not args.schedule.execution.joins_documents:
-        batch = f"batches of {args.global_batch_size} documents of at most {args.max_seq_length} tokens"
+def _announce(settings: JobSettings, loaded: Loaded, reporter: Reporter) -> None:
+    parallel, training, dataset = settings.parallel, settings.training, settings.data.dataset
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    reporter.say(settings.needless_flags)
+    reporter.say(settings.schedule.reason)
+    if settings.schedule.execution.joins_documents:
+        each = f"{training.micro_batch_size} x {training.seq_length} tokens"
+        batch = f"{training.num_microbatches} micro batches of {each}"
+    else:
+        longest = training.max_seq_length
+        batch = f"batches of {training.global_batch_size} documents of at most {longest} tokens"
     reporter.say(
-        f"{args.pipeline_schedule}: {args.world_size} ranks = tensor {tp} x pipeline {pp} x data {dp}; "
-        f"{batch}; "
-        f"{args.dataset.num_tokens} tokens in {args.dataset.num_documents} documents, "
-        f"vocabulary {args.dataset.vocab_size}"
+        f"{settings.schedule.name}: {parallel.world_size} ranks = tensor {tp} x pipeline {pp} x "
+        f"data {parallel.data_parallel_size}; {batch}; "
+        f"{dataset.num_tokens} tokens in {dataset.num_documents} documents, vocabulary {dataset.vocab_size}"
     )
     iteration = loaded.progress.iteration
     if loaded.folder is None:
         return
-    if loaded.folder.parent == args.pretrained_checkpoint:
+    if loaded.folder.parent == settings.checkpoint.pretrained_checkpoint:
         reporter.say(f"starting from the weights of {loaded.folder}")
     else:
-        reporter.say(f"going on from iteration {iteration} of {args.load}")
+        reporter.say(f"going on from iteration {iteration} of {loaded.folder.parent}")
     if loaded.changes:
         reporter.say(f"changed since then: {', '.join(change.text for change in loaded.changes)}")
     if loaded.progress.position < loaded.progress.consumed_samples:
         reporter.say(f"at sample {loaded.progress.position} of another order than that of the first samples")
-    if iteration >= args.train_iters:
-        reporter.say(f"nothing to train: --train-iters {args.train_iters} is reached; give more to go on")
+    if iteration >= training.train_iters:
+        reporter.say(f"nothing to train: --train-iters {training.train_iters} is reached; give more to go on")

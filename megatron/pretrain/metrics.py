@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +21,7 @@ from helixpipe.plan import Plan
 from helixpipe.plan.simulation.timeline import Timeline
 from helixpipe.reliability.loss_spikes import LossSpikes
 from helixpipe.runtime.trace import Trace
+from megatron.pretrain.settings.job import JobSettings
 from megatron.pretrain.side_outputs import MetricsFile, SideOutput, replace_file, say
 
 
@@ -122,8 +121,9 @@ class IterationMetrics:
 
 
 def gather_metrics(
-    args: argparse.Namespace,
+    settings: JobSettings,
     *,
+    attention_backend: str,
     iteration: int,
     consumed_samples: int,
     losses: list[dict[str, torch.Tensor]],
@@ -137,7 +137,8 @@ def gather_metrics(
     """Combine what each rank knows, in one collective; with the stop_flags of all ranks.
 
     Args:
-        args: parsed arguments.
+        settings: of the job.
+        attention_backend: that computes, by name.
         iteration: number of the iteration, from 1.
         consumed_samples: of the job, this iteration's included.
         losses: one dictionary per micro batch where the loss is computed, empty elsewhere.
@@ -158,8 +159,9 @@ def gather_metrics(
     plans, told = rest[: len(planning or ())], rest[len(planning or ()) :]
     elapsed_ms = max(elapsed)
     # Documents differ in tokens: of an elastic batch those with loss are counted.
-    joined = args.schedule.execution.joins_documents
-    num_tokens = args.global_batch_size * args.seq_length if joined else sum(token_counts)
+    training = settings.training
+    joined = settings.schedule.execution.joins_documents
+    num_tokens = training.global_batch_size * training.seq_length if joined else sum(token_counts)
     span = max(total)
     metrics = IterationMetrics(
         iteration=iteration,
@@ -170,8 +172,8 @@ def gather_metrics(
         tokens_per_second=num_tokens / elapsed_ms * 1e3,
         peak_memory_bytes=[int(value) for value in memory],
         bubble_ratio=1.0 - sum(busy) / (len(busy) * span) if span else 0.0,
-        schedule=args.pipeline_schedule,
-        attention_backend=args.attention_backend,
+        schedule=settings.schedule.name,
+        attention_backend=attention_backend,
         learning_rate=learning_rate,
         pipeline_ms=span,
         planning=Planning.over_ranks(list(zip(*plans, strict=True))) if plans else None,
@@ -211,22 +213,24 @@ class Reporter:
     """Prints on rank 0, and writes metrics and timelines there; what cannot be written does not end training.
 
     Args:
-        args: parsed arguments: where to write, how often to print.
+        settings: of the job: where to write, how often to print.
         iteration: the last finished iteration; lines of later ones in an existing file are set aside.
     """
 
-    def __init__(self, args: argparse.Namespace, iteration: int) -> None:
-        self.args = args
-        self._is_writer = args.rank == 0
+    def __init__(self, settings: JobSettings, iteration: int) -> None:
+        self._settings = settings
+        self._output = settings.output
+        self._is_writer = settings.parallel.rank == 0
         self._spikes = LossSpikes()
         self._plans: list[Planning] = []
         self._file: MetricsFile | None = None
-        self._metrics = SideOutput(args.metrics_jsonl, "metrics of iterations")
-        self._traces = SideOutput(args.trace_dir, "timelines and plans")
-        if self._is_writer and args.metrics_jsonl is not None:
+        self._metrics = SideOutput(self._output.metrics_jsonl, "metrics of iterations")
+        self._traces = SideOutput(self._output.trace_dir, "timelines and plans")
+        if self._is_writer and self._output.metrics_jsonl is not None:
             self._metrics.attempt(lambda: self._open(iteration))
-        if self._is_writer and args.trace_dir is not None and args.schedule.plan is not None:
-            self._traces.attempt(lambda: self._write("plan.json", args.schedule.plan.to_json()))
+        plan = settings.schedule.plan
+        if self._is_writer and self._output.trace_dir is not None and plan is not None:
+            self._traces.attempt(lambda: self._write("plan.json", plan.to_json()))
 
     def report(self, metrics: IterationMetrics) -> None:
         """Print the iteration's line and append to the metrics file."""
@@ -234,18 +238,18 @@ class Reporter:
             return
         if metrics.planning is not None:
             self._plans.append(metrics.planning)
-        if metrics.iteration % self.args.log_interval == 0:
-            say(iteration_line(metrics, self.args))
+        if metrics.iteration % self._output.log_interval == 0:
+            say(iteration_line(metrics, self._settings))
         spike = self._spikes.check(metrics.lm_loss)
         if spike:
             say(f"iteration {metrics.iteration}: {spike}")
-        if self.args.metrics_jsonl is not None:
+        if self._output.metrics_jsonl is not None:
             self._metrics.attempt(lambda: self._append(metrics))
 
     def write_timeline(self, iteration: int, plan: Plan | None, trace: Trace) -> None:
         """Write the measured timeline of the first pipeline, and a batch's own plan; collective."""
         assert plan is not None, "an iteration has run"
-        if self.args.trace_dir is None:
+        if self._output.trace_dir is None:
             return
         group = parallel_state.get_pipeline_model_parallel_group()
         ranks: list[Any] = [None] * dist.get_world_size(group)
@@ -260,11 +264,12 @@ class Reporter:
             )
             name = f"{iteration:07d}.json"
             self._traces.attempt(lambda: self._write(f"iteration_{name}", timeline.to_json()))
-            if self.args.schedule.plan is None:
+            if self._settings.schedule.plan is None:
                 self._traces.attempt(lambda: self._write(f"plan_{name}", plan.to_json()))
 
     def _open(self, iteration: int) -> None:
-        self._file = MetricsFile(self.args.metrics_jsonl, iteration)
+        assert self._output.metrics_jsonl is not None
+        self._file = MetricsFile(self._output.metrics_jsonl, iteration)
 
     def _append(self, metrics: IterationMetrics) -> None:
         if self._file is None:
@@ -273,7 +278,8 @@ class Reporter:
         self._file.append(metrics.to_json())
 
     def _write(self, name: str, text: str) -> None:
-        folder: Path = self.args.trace_dir
+        folder = self._output.trace_dir
+        assert folder is not None
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(folder / name, text)
 
@@ -300,17 +306,19 @@ class Reporter:
             say(text)
 
 
-def iteration_line(metrics: IterationMetrics, args: argparse.Namespace) -> str:
+def iteration_line(metrics: IterationMetrics, settings: JobSettings) -> str:
     """Megatron's line, with throughput and the measured bubble."""
     norm = "n/a" if metrics.grad_norm is None else f"{metrics.grad_norm:.3f}"
-    width = len(str(args.train_iters))
+    training, measures = settings.training, settings.output.measures
+    width = len(str(training.train_iters))
     parts = [
-        f" [{time.strftime('%Y-%m-%d %H:%M:%S')}] iteration {metrics.iteration:{width}d}/{args.train_iters}",
+        f" [{time.strftime('%Y-%m-%d %H:%M:%S')}] iteration "
+        f"{metrics.iteration:{width}d}/{training.train_iters}",
         f"consumed samples: {metrics.consumed_samples}",
         f"elapsed time per iteration (ms): {metrics.elapsed_ms:.1f}",
         f"tokens per second: {metrics.tokens_per_second:.0f}",
         f"learning rate: {metrics.learning_rate:.6E}",
-        f"global batch size: {args.global_batch_size}",
+        f"global batch size: {training.global_batch_size}",
         f"lm loss: {metrics.lm_loss:.6E}",
         f"grad norm: {norm}",
     ]
@@ -322,10 +330,10 @@ def iteration_line(metrics: IterationMetrics, args: argparse.Namespace) -> str:
         parts.append(f"loss scale: {metrics.loss_scale:.1f}")
         parts.append(f"skipped: {'yes' if metrics.is_skipped else 'no'}")
     parts.append(f"peak memory (GiB): {max(metrics.peak_memory_bytes) / 2**30:.2f}")
-    if args.measure:
+    if measures:
         parts.append(f"bubble: {100 * metrics.bubble_ratio:.1f}%")
     if metrics.planning is not None:
-        plan, measured = metrics.planning, f"{metrics.pipeline_ms:.1f}" if args.measure else "n/a"
+        plan, measured = metrics.planning, f"{metrics.pipeline_ms:.1f}" if measures else "n/a"
         parts.append(
             f"pipelines: {plan.num_pipelines} | chunks: {plan.num_chunks} | slices: {plan.num_slices}"
         )

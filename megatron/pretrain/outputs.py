@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,6 +14,7 @@ from megatron.pretrain.checkpoint.files import is_same_folder, lineage_of, track
 from megatron.pretrain.checkpoint.publishing import finish_publishing
 from megatron.pretrain.health.ownership import Locks, Owner, lock_beside, lock_in
 from megatron.pretrain.health.rendezvous import agent_store, job_identity
+from megatron.pretrain.settings.job import JobSettings
 from megatron.pretrain.side_outputs import say
 
 _STORE_TIMEOUT = timedelta(seconds=30)
@@ -40,7 +40,7 @@ class Outputs(NamedTuple):
 
 
 @contextmanager
-def own_outputs(args: argparse.Namespace) -> Iterator[Outputs]:
+def own_outputs(settings: JobSettings) -> Iterator[Outputs]:
     """Own what the options name until the context is left; collective.
 
     Raises:
@@ -48,7 +48,7 @@ def own_outputs(args: argparse.Namespace) -> Iterator[Outputs]:
             from; on every rank.
         OSError: a lock cannot be made; on every rank.
     """
-    if args.rank != 0:
+    if settings.parallel.rank != 0:
         yield Outputs("", None, _agreed(None, None))
         return
     job = job_identity(agent_store(_STORE_TIMEOUT))
@@ -56,7 +56,7 @@ def own_outputs(args: argparse.Namespace) -> Iterator[Outputs]:
     try:
         load, refusal = None, None
         try:
-            load = _take(args, job, locks)
+            load = _take(settings, job, locks)
         except (ValueError, OSError) as error:
             refusal = error
         yield Outputs(job, locks, _agreed(load, refusal))
@@ -74,35 +74,34 @@ def _agreed(load: Path | None, refusal: Exception | None) -> Path | None:
     return found
 
 
-def _take(args: argparse.Namespace, job: str, locks: Locks) -> Path | None:
+def _take(settings: JobSettings, job: str, locks: Locks) -> Path | None:
     """Own everything, finish what was begun there, and decide what to load."""
-    if args.trace_dir is not None:
-        locks.take(lock_in(args.trace_dir), f"--trace-dir {args.trace_dir}")
-    if args.metrics_jsonl is not None:
-        locks.take(lock_beside(args.metrics_jsonl), f"--metrics-jsonl {args.metrics_jsonl}")
-    load: Path | None = args.load
-    if args.save is None:
-        return load
-    locks.take(lock_in(args.save), f"--save {args.save}")
-    for note in finish_publishing(args.save):
+    trace_dir, metrics_jsonl = settings.output.trace_dir, settings.output.metrics_jsonl
+    if trace_dir is not None:
+        locks.take(lock_in(trace_dir), f"--trace-dir {trace_dir}")
+    if metrics_jsonl is not None:
+        locks.take(lock_beside(metrics_jsonl), f"--metrics-jsonl {metrics_jsonl}")
+    checkpoint = settings.checkpoint
+    if checkpoint.save is None:
+        return checkpoint.load
+    locks.take(lock_in(checkpoint.save), f"--save {checkpoint.save}")
+    for note in finish_publishing(checkpoint.save):
         say(note)
-    return _source(args, job)
+    return _source(checkpoint.load, checkpoint.save, job, sets_aside=checkpoint.set_aside_checkpoints)
 
 
-def _source(args: argparse.Namespace, job: str) -> Path | None:
+def _source(load: Path | None, save: Path, job: str, *, sets_aside: bool) -> Path | None:
     """``--load``, or ``--save`` if this job, before torchrun has started it again, has saved there.
 
     Raises:
         ValueError: ``--save`` holds checkpoints that the job does not go on from, and is not told to leave.
     """
-    save: Path = args.save
-    load: Path | None = args.load
     there = usable(save)
     if not there or (load is not None and is_same_folder(load, save)):
         return load
     if _is_saved_by(job, save):
         return save
-    if args.set_aside_checkpoints:
+    if sets_aside:
         return load
     raise ValueError(
         f"--save {save} holds checkpoints of another job, up to {there[-1].name}: give --load {save} to go "

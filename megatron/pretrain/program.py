@@ -74,9 +74,9 @@ def main() -> int:
 
 def _run(exit_barrier: ExitBarrier) -> int:
     try:
-        args = parse_arguments()
+        settings = parse_arguments()
         exit_barrier.checked()
-        return pretrain(args, forward_step, exit_barrier.leave)
+        return pretrain(settings, forward_step, exit_barrier.leave)
     except (ValueError, OSError) as error:
         return _fail(str(error), exit_code_of(error))
     except KeyboardInterrupt:

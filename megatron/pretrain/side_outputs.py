@@ -26,11 +26,11 @@ class SideOutput:
     """Writes to one path that may fail.
 
     Args:
-        path: where to, for the warning.
+        path: where to, for the warning; None for one that is never written to.
         what: is written, in the plural.
     """
 
-    def __init__(self, path: Path, what: str) -> None:
+    def __init__(self, path: Path | None, what: str) -> None:
         self._path = path
         self._what = what
         self._lost = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable
 
 import torch
@@ -15,16 +14,17 @@ from torch import Tensor
 from helixpipe.megatron_adapter.schedule import device
 from megatron.pretrain.metrics import StepResult
 from megatron.pretrain.model import TrainingState
+from megatron.pretrain.settings.job import JobSettings
 
 
-def take_step(args: argparse.Namespace, state: TrainingState) -> StepResult:
+def take_step(settings: JobSettings, state: TrainingState) -> StepResult:
     """Let the optimizer change the weights, unless scaled gradients have overflowed; collective."""
-    scale = float(state.optimizer.get_loss_scale()) if args.precision.is_scaled else None
+    scale = float(state.optimizer.get_loss_scale()) if settings.precision.is_scaled else None
     has_stepped, grad_norm, num_zeros = state.optimizer.step()
     return StepResult(
         grad_norm=grad_norm,
         num_zeros_in_grad=None if num_zeros is None else int(num_zeros),
-        params_norm=params_norm(state.model) if args.log_params_norm else None,
+        params_norm=params_norm(state.model) if settings.output.log_params_norm else None,
         loss_scale=scale,
         is_skipped=not has_stepped,
     )

@@ -211,8 +211,8 @@ def test_training_takes_a_value_as_it_is_or_refuses_it(monkeypatch, extra):
                 continue
             message = ""
             try:
-                args = parse_arguments([*MINIMAL, *extra.split(), f"{flag}={value!r}"], DATASET)
-                assert action.dest in DERIVED or getattr(args, action.dest) == taken
+                settings = parse_arguments([*MINIMAL, *extra.split(), f"{flag}={value!r}"], DATASET)
+                assert action.dest in DERIVED or settings.options[action.dest] == taken
             except ValueError as error:
                 message = str(error) or "nothing\n"
             assert "\n" not in message

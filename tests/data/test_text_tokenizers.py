@@ -221,12 +221,13 @@ def test_data_of_megatrons_own_tool_are_read_as_they_are(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="name their tokenizer with --tokenizer-type"):
         parse_arguments([*JOB, *given])
     null = ["--tokenizer-type", "NullTokenizer", "--vocab-size"]
-    args = parse_arguments([*JOB, *given, *null, "70000"])
-    assert (args.dataset.vocab_size, args.dataset.eod, args.dataset.num_tokens) == (70_001, 70_000, 33)
-    assert args.padded_vocab_size == 70_016
+    settings = parse_arguments([*JOB, *given, *null, "70000"])
+    info = settings.data.dataset
+    assert (info.vocab_size, info.eod, info.num_tokens) == (70_001, 70_000, 33)
+    assert settings.model.padded_vocab_size == 70_016
     with pytest.raises(ValueError, match="outside the vocabulary of 500 that the tokenizer has"):
         parse_arguments([*JOB, *given, *null, "499"])
-    assert inspect_prefix(prefix, args.tokenizer) == args.dataset
+    assert inspect_prefix(prefix, TokenizerSettings("NullTokenizer", vocab_size=70_000)) == info
     assert not (tmp_path / dataset_paths(prefix).tokenizer).exists()
 
 

@@ -100,7 +100,7 @@ def refusal(pretrain_gpt, corpus, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [str(word) for word in command])
         monkeypatch.setenv("WORLD_SIZE", str(world_size))
         monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setattr(loop, "initialize", lambda args, monitor: pytest.fail("went on with bad input"))
+        monkeypatch.setattr(loop, "initialize", lambda *_: pytest.fail("went on with bad input"))
         assert pretrain_gpt.main() == code
         output, errors = capsys.readouterr()
         assert output == ""

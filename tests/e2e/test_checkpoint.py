@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from argparse import Namespace
 
 import pytest
 from conftest import MODEL, metrics_of
+from job_settings import job_settings
 from ranks import run_on_ranks
 from training_worker import Fault, run_cases
 
@@ -235,7 +235,7 @@ def test_bad_tracker_lists_usable_steps(alone_half, tmp_path, case):
     tracker = tmp_path / "saved" / TRACKER
     tracker.write_bytes(content)
     with pytest.raises(ValueError, match=r".") as error:
-        load_checkpoint(Namespace(load=tmp_path / "saved"), state=None)
+        load_checkpoint(job_settings(), tmp_path / "saved", state=None)
     message = str(error.value)
     assert message.startswith(f"{tracker} {expected}")
     assert message.endswith("usable: iter_0000002")
@@ -245,14 +245,14 @@ def test_bad_tracker_lists_usable_steps(alone_half, tmp_path, case):
 def test_tracker_without_checkpoints(tmp_path):
     (tmp_path / TRACKER).write_text("2")
     with pytest.raises(ValueError, match="usable: none"):
-        load_checkpoint(Namespace(load=tmp_path), state=None)
+        load_checkpoint(job_settings(), tmp_path, state=None)
 
 
 def test_checkpoints_without_tracker(alone_half, tmp_path):
     shutil.copytree(alone_half, tmp_path / "saved")
     (tmp_path / "saved" / TRACKER).unlink()
     with pytest.raises(ValueError, match=f"no {TRACKER}; write the wanted iteration there"):
-        load_checkpoint(Namespace(load=tmp_path / "saved"), state=None)
+        load_checkpoint(job_settings(), tmp_path / "saved", state=None)
 
 
 @pytest.mark.slow
@@ -290,9 +290,9 @@ def test_bad_tracker_stops_the_job(launch_alone, alone_half, tmp_path):
 )
 def test_other_settings_are_refused(alone_half, corpus, monkeypatch, options, expected):
     monkeypatch.setenv("WORLD_SIZE", "1")
-    args = parse_arguments([*MODEL, "--data-path", str(corpus), "--load", str(alone_half), *options])
+    settings = parse_arguments([*MODEL, "--data-path", str(corpus), *options])
     with pytest.raises(ValueError, match=r".") as error:
-        load_checkpoint(args, state=None)
+        load_checkpoint(settings, alone_half, state=None)
     said = str(error.value)
     assert said.startswith(f"{alone_half / 'iter_0000002'} was trained with ")
     assert expected in said

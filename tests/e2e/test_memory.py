@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import MODEL, ROOT, free_port, run
+from job_settings import job_settings
 
 from helixpipe.layers.recomputing_layer import MemorySaving
 from helixpipe.plan import Kind, Operation, ScheduleRequest, build_plan
@@ -109,11 +110,11 @@ def test_operations_are_named_and_other_errors_left_alone():
 
 def test_outside_of_the_schedule_it_is_weights_and_states():
     @explains_out_of_memory
-    def run(args):
+    def run(settings):
         raise torch.OutOfMemoryError(CUDA_SAYS)
 
     with pytest.raises(OutOfMemory, match=r"outside of forward .* 20.50 GiB; .*--use-distributed-optimizer"):
-        run(Namespace())
+        run(job_settings())
 
 
 SIZES = {"num_layers": 2, "num_ranks": 2, "num_microbatches": 4}
@@ -162,15 +163,16 @@ ELASTIC = ScheduleSettings("elastic", Execution.CHUNKS, None)
     ],
     ids=str,
 )
-def test_only_what_is_not_done_yet_is_advised(changes, advised, not_advised):
-    usual = {
-        "memory_saving": MemorySaving(),
-        "transformer_impl": None,
-        "recompute_granularity": None,
-        "schedule": helix(),
-        "micro_batch_size": 1,
+def test_only_what_is_not_done_yet_is_advised(monkeypatch, changes, advised, not_advised):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    settings = job_settings()
+    usual = {"schedule": helix(), "memory_saving": MemorySaving()} | changes
+    schedule = usual.pop("schedule")
+    parts = {
+        name: replace(part, **{key: usual[key] for key in usual if hasattr(part, key)})
+        for name, part in ((name, getattr(settings, name)) for name in ("memory", "model", "training"))
     }
-    text = what_to_change(Namespace(**(usual | changes)))
+    text = what_to_change(replace(settings, schedule=schedule, **parts))
     for option in advised:
         assert option in text
     for option in not_advised:

@@ -85,8 +85,8 @@ def test_many_differences_are_counted(refusals):
 
 def test_an_old_copy_of_the_code_is_found(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "1")
-    args = parse_arguments(COMMAND.split(), DATASET)
-    here = fingerprint(args)["code of helixpipe"]
+    settings = parse_arguments(COMMAND.split(), DATASET)
+    here = fingerprint(settings)["code of helixpipe"]
     (tmp_path / "__init__.py").write_text("# older\n")
     monkeypatch.setattr(versions.helixpipe, "__file__", str(tmp_path / "__init__.py"))
-    assert fingerprint(args)["code of helixpipe"] != here
+    assert fingerprint(settings)["code of helixpipe"] != here

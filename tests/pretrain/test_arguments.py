@@ -40,83 +40,87 @@ def parse(monkeypatch):
 
 
 def test_defaults(parse):
-    args = parse()
-    assert args.pipeline_schedule == "1f1b"
-    assert (args.world_size, args.rank, args.data_parallel_size) == (1, 0, 1)
-    assert args.num_microbatches == 8
-    assert args.schedule.virtual_stages is None
-    assert args.kv_channels == 16
-    assert args.num_query_groups == 4
-    assert args.ffn_hidden_size == 256
-    assert args.max_position_embeddings == 32
-    assert args.lr_decay_iters == 10
-    assert args.params_dtype is torch.float32
-    assert args.add_bias_linear
-    assert args.dataset is DATASET
+    settings = parse()
+    assert settings.schedule.name == "1f1b"
+    assert (settings.parallel.world_size, settings.parallel.rank, settings.parallel.data_parallel_size) == (
+        1,
+        0,
+        1,
+    )
+    assert settings.training.num_microbatches == 8
+    assert settings.schedule.virtual_stages is None
+    assert settings.model.kv_channels == 16
+    assert settings.model.num_query_groups == 4
+    assert settings.model.ffn_hidden_size == 256
+    assert settings.model.max_position_embeddings == 32
+    assert settings.learning_rate.decay == 80
+    assert settings.model.params_dtype is torch.float32
+    assert settings.model.add_bias_linear
+    assert settings.data.dataset is DATASET
 
 
 def test_layout_comes_from_the_environment(parse):
-    args = parse(
+    settings = parse(
         "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --micro-batch-size 2",
         world_size=8,
         rank=5,
     )
-    assert (args.world_size, args.rank) == (8, 5)
-    assert args.data_parallel_size == 2
-    assert args.num_microbatches == 2
-    assert args.schedule.plan.num_ranks == 2
-    assert args.schedule.plan.num_microbatches == 2
+    assert (settings.parallel.world_size, settings.parallel.rank) == (8, 5)
+    assert settings.parallel.data_parallel_size == 2
+    assert settings.training.num_microbatches == 2
+    assert settings.schedule.plan.num_ranks == 2
+    assert settings.schedule.plan.num_microbatches == 2
 
 
 def test_without_torchrun_there_is_one_rank(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.delenv("RANK", raising=False)
-    args = parse_arguments(MINIMAL.split(), DATASET)
-    assert (args.world_size, args.rank) == (1, 0)
+    settings = parse_arguments(MINIMAL.split(), DATASET)
+    assert (settings.parallel.world_size, settings.parallel.rank) == (1, 0)
 
 
 def test_given_sizes_are_kept(parse):
-    args = parse(
+    settings = parse(
         "--kv-channels 8 --ffn-hidden-size 100 --max-position-embeddings 64 --lr-decay-iters 50 "
         "--group-query-attention --num-query-groups 2 --bf16 --disable-bias-linear"
     )
-    assert args.kv_channels == 8
-    assert args.ffn_hidden_size == 100
-    assert args.max_position_embeddings == 64
-    assert args.lr_decay_iters == 50
-    assert args.num_query_groups == 2
-    assert args.params_dtype is torch.bfloat16
-    assert not args.add_bias_linear
+    assert settings.model.kv_channels == 8
+    assert settings.model.ffn_hidden_size == 100
+    assert settings.model.max_position_embeddings == 64
+    assert settings.options["lr_decay_iters"] == 50
+    assert settings.model.num_query_groups == 2
+    assert settings.model.params_dtype is torch.bfloat16
+    assert not settings.model.add_bias_linear
 
 
 def test_head_size_may_differ_from_the_share_of_the_hidden_size(parse):
-    assert parse("--hidden-size 66 --kv-channels 16").kv_channels == 16
+    assert parse("--hidden-size 66 --kv-channels 16").model.kv_channels == 16
 
 
 @pytest.mark.parametrize(("per_chunk", "stages"), [(1, 4), (2, 2)])
 def test_virtual_stages(parse, per_chunk, stages):
-    args = parse(
+    settings = parse(
         "--pipeline-schedule interleaved --num-layers 8 --pipeline-model-parallel-size 2 "
         f"--num-layers-per-virtual-pipeline-stage {per_chunk}",
         world_size=2,
     )
-    assert args.schedule.virtual_stages == stages
-    assert args.schedule.plan.parameters["virtual_stages"] == stages
+    assert settings.schedule.virtual_stages == stages
+    assert settings.schedule.plan.parameters["virtual_stages"] == stages
 
 
 def test_helix_options_reach_the_schedule(parse):
-    args = parse(
+    settings = parse(
         "--pipeline-schedule helix --pipeline-model-parallel-size 4 --num-fold 1 --attention-range core",
         world_size=4,
     )
-    assert args.schedule.plan.parameters == {"num_layers": 4, "num_fold": 1, "attention_range": "core"}
+    assert settings.schedule.plan.parameters == {"num_layers": 4, "num_fold": 1, "attention_range": "core"}
 
 
 @pytest.mark.parametrize(("sequence", "found"), [(32, "core"), (4096, "block")])
 def test_the_range_with_the_smallest_messages_is_chosen(parse, sequence, found):
     options = "--pipeline-schedule helix --pipeline-model-parallel-size 2 --attention-range auto"
-    args = parse(f"{options} --seq-length {sequence}", world_size=2)
-    assert args.attention_range == args.schedule.plan.parameters["attention_range"] == found
+    settings = parse(f"{options} --seq-length {sequence}", world_size=2)
+    assert settings.schedule.plan.parameters["attention_range"] == found
 
 
 def test_the_heads_placement_reaches_the_schedule(parse):
@@ -158,7 +162,7 @@ def test_the_heads_placement_reaches_the_schedule(parse):
     ],
 )
 def test_what_is_done_to_save_memory(parse, arguments, saving):
-    assert parse(f"--max-position-embeddings 32768 {arguments}").memory_saving == saving
+    assert parse(f"--max-position-embeddings 32768 {arguments}").memory.memory_saving == saving
 
 
 def test_the_only_range_that_is_executed_is_chosen(parse):
@@ -178,8 +182,8 @@ def test_one_long_sequence_is_sliced_by_choice(parse):
 def test_automatic_slices_are_of_one_gpus_share(parse):
     line = f"{TP2} --seq-length 32768 --mlp-chunk-size auto"
     # The MLP is cut over two GPUs, the hidden state only by sequence parallelism.
-    assert parse(line, world_size=2).memory_saving.mlp_chunk_size == 16384
-    assert parse(f"{line} --sequence-parallel", world_size=2).memory_saving.mlp_chunk_size == 8192
+    assert parse(line, world_size=2).memory.memory_saving.mlp_chunk_size == 16384
+    assert parse(f"{line} --sequence-parallel", world_size=2).memory.memory_saving.mlp_chunk_size == 8192
 
 
 @pytest.mark.parametrize(
@@ -196,13 +200,13 @@ def test_automatic_slices_are_of_one_gpus_share(parse):
     ],
 )
 def test_vocabulary_is_padded(parse, vocabulary, multiple, tensor_size, padded):
-    args = parse(
+    settings = parse(
         f"--make-vocab-size-divisible-by {multiple} --tensor-model-parallel-size {tensor_size} "
         "--hidden-size 64 --num-attention-heads 8",
         world_size=tensor_size,
         dataset=dataclasses.replace(DATASET, vocab_size=vocabulary),
     )
-    assert args.padded_vocab_size == padded
+    assert settings.model.padded_vocab_size == padded
 
 
 @pytest.mark.parametrize("vocabulary", [1, 2, 127, 257, 301, 50257])
@@ -216,7 +220,7 @@ def test_padding_does_not_depend_on_the_layout(parse, vocabulary, multiple):
             "--hidden-size 48 --num-attention-heads 24",
             world_size=tensor_size,
             dataset=dataclasses.replace(DATASET, vocab_size=vocabulary),
-        ).padded_vocab_size
+        ).model.padded_vocab_size
 
     alone = padded(1, multiple)
     for tensor_size in (2, 3, 4, 6, 8, 12):
@@ -454,17 +458,17 @@ def prefix(tmp_path_factory):
 
 
 def test_dataset_is_inspected(parse, prefix):
-    args = parse(f"--data-path {prefix}", dataset=None)
-    assert args.dataset == inspect_prefix(prefix)
-    assert args.dataset.num_tokens == 110
-    assert args.padded_vocab_size == 384
+    settings = parse(f"--data-path {prefix}", dataset=None)
+    assert settings.data.dataset == inspect_prefix(prefix)
+    assert settings.data.dataset.num_tokens == 110
+    assert settings.model.padded_vocab_size == 384
 
 
 @pytest.mark.parametrize("split", ["969,30,1", "1,0,0", "0.9,0.1,0", "80, 10, 10", ".5,.5,0.", "100,0,0"])
 def test_splits(prefix, monkeypatch, split):
     monkeypatch.setenv("WORLD_SIZE", "1")
-    args = parse_arguments([*MINIMAL.split(), "--data-path", str(prefix), "--split", split])
-    assert args.split == split
+    settings = parse_arguments([*MINIMAL.split(), "--data-path", str(prefix), "--split", split])
+    assert settings.data.split == split
 
 
 @pytest.mark.parametrize(

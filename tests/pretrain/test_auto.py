@@ -8,7 +8,6 @@ import pytest
 
 from helixpipe.data.prefix import DatasetInfo
 from helixpipe.plan.cost_model import HARDWARE, Recompute, Workload, predict_pieces
-from helixpipe.plan.cost_model.model import model_from_arguments
 from megatron.pretrain.settings.arguments import parse_arguments
 from megatron.pretrain.settings.schedule import executable_schedules
 
@@ -31,11 +30,11 @@ def parsed(extra):
 
 
 def test_a_schedule_is_chosen_and_announced():
-    args = parsed("--hardware h20 --seq-length 32768")
-    assert args.pipeline_schedule in executable_schedules()
-    assert args.schedule.reason.startswith(f"auto chose {args.pipeline_schedule}")
-    assert args.schedule.plan.num_microbatches == 16
-    assert parsed("--hardware h20 --seq-length 32768").schedule.reason == args.schedule.reason, (
+    settings = parsed("--hardware h20 --seq-length 32768")
+    assert settings.schedule.name in executable_schedules()
+    assert settings.schedule.reason.startswith(f"auto chose {settings.schedule.name}")
+    assert settings.schedule.plan.num_microbatches == 16
+    assert parsed("--hardware h20 --seq-length 32768").schedule.reason == settings.schedule.reason, (
         "every rank chooses alike"
     )
 
@@ -43,31 +42,33 @@ def test_a_schedule_is_chosen_and_announced():
 def test_given_options_narrow_the_choice():
     assert parsed("--hardware h20 --seq-length 4096 --num-fold 1").schedule.plan.parameters["num_fold"] == 1
     chosen = parsed("--hardware h20 --seq-length 4096 --num-layers-per-virtual-pipeline-stage 1")
-    assert (chosen.pipeline_schedule, chosen.schedule.virtual_stages) == ("interleaved", 2)
+    assert (chosen.schedule.name, chosen.schedule.virtual_stages) == ("interleaved", 2)
     chosen = parsed("--hardware h20 --seq-length 4096 --attention-range auto --num-fold 2")
-    assert chosen.attention_range in ("core", "qkv", "block")
+    assert chosen.schedule.plan.parameters["attention_range"] in ("core", "qkv", "block")
     chosen = parsed("--hardware h20 --seq-length 4096 --head-placement spread")
-    assert (chosen.pipeline_schedule, chosen.head_placement) == ("helix", "spread")
+    assert (chosen.schedule.name, chosen.options["head_placement"]) == ("helix", "spread")
     chosen = parsed("--hardware h20 --seq-length 65536 --round-order interlocked")
     assert chosen.schedule.plan.parameters["round_order"] == "interlocked"
     chosen = parsed("--hardware h20 --seq-length 65536 --round-order filo")
     assert "round_order" not in chosen.schedule.plan.parameters
     again = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
     chosen = parsed(f"--hardware h20 --seq-length 4096 {again}")
-    assert chosen.pipeline_schedule != "helix"
+    assert chosen.schedule.name != "helix"
+
+
+def recomputed(words):
+    return parsed(words).memory.memory_saving.recompute
 
 
 def test_recomputation_is_as_given_or_where_memory_needs_it():
     long = "--hardware h20 --seq-length 131072"
-    assert parsed(long).memory_saving.recompute is Recompute.NONE
+    assert recomputed(long) is Recompute.NONE
     # As many layers as memory allows keep more.
-    levels = parsed(f"{long} --memory-limit-gib 16").memory_saving.recompute
+    levels = recomputed(f"{long} --memory-limit-gib 16")
     assert set(levels) == {Recompute.WITHOUT_ATTENTION, Recompute.PRODUCTS}
-    assert (
-        parsed(f"{long} --recompute-without-attention").memory_saving.recompute is Recompute.WITHOUT_ATTENTION
-    )
+    assert recomputed(f"{long} --recompute-without-attention") is Recompute.WITHOUT_ATTENTION
     never = f"{long} --memory-limit-gib 16 --no-recompute-without-attention"
-    assert parsed(never).memory_saving.recompute is Recompute.NONE
+    assert recomputed(never) is Recompute.NONE
     assert parsed(never).schedule.reason != parsed(f"{long} --memory-limit-gib 16").schedule.reason
 
 
@@ -85,8 +86,11 @@ def test_memory_decides():
 
 
 def profile_for(seq_length, **changes):
-    args = parsed(f"--hardware h20 --seq-length {seq_length}")
-    model = replace(model_from_arguments("here", vars(args)), **changes)
+    settings = parsed(f"--hardware h20 --seq-length {seq_length}")
+    model = replace(
+        settings.workload.model,
+        **changes,
+    )
     workload = Workload(model=model, seq_length=seq_length)
     return predict_pieces(workload, HARDWARE["h20"]).to_json()
 
@@ -94,8 +98,8 @@ def profile_for(seq_length, **changes):
 def test_a_profile_of_the_same_layers_is_accepted(tmp_path):
     path = tmp_path / "profile.json"
     path.write_text(profile_for(8192, num_layers=1))
-    args = parsed(f"--hardware {path} --seq-length 8192 --memory-limit-gib 80")
-    assert args.schedule.reason.startswith("auto chose")
+    settings = parsed(f"--hardware {path} --seq-length 8192 --memory-limit-gib 80")
+    assert settings.schedule.reason.startswith("auto chose")
 
 
 @pytest.mark.parametrize(
@@ -137,9 +141,9 @@ def test_the_range_follows_the_links(tmp_path, links, found):
     # The rates in use, without a choice of kernels.
     path.write_text(json.dumps({k: v for k, v in asdict(machine).items() if k != "attention_kernels"}))
     line = f"{LINE.replace('auto', 'helix')} --attention-range auto --seq-length 8192 --hardware {path}"
-    args = parse_arguments(line.split(), DATASET)
-    assert args.attention_range == args.schedule.plan.parameters["attention_range"] == found
-    told = re.findall(r"(core|qkv|block) ([\d.]+)", args.schedule.reason.partition(": ")[2])
+    settings = parse_arguments(line.split(), DATASET)
+    assert settings.schedule.plan.parameters["attention_range"] == found
+    told = re.findall(r"(core|qkv|block) ([\d.]+)", settings.schedule.reason.partition(": ")[2])
     assert [name for name, _ in told] == ["core", "qkv", "block"]
     assert min(told, key=lambda pair: float(pair[1]))[0] == found
 

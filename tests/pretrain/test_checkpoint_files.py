@@ -6,12 +6,12 @@ import pickle
 import random
 import resource
 import shutil
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from job_settings import job_settings
 from megatron.core.dist_checkpointing import ShardedTensor
 from ranks import run_on_ranks
 from torch.distributed.checkpoint import filesystem
@@ -365,20 +365,21 @@ def test_a_table_of_contents_must_fit_the_model(tmp_path, saved, message):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
 
 
-def test_a_folder_without_checkpoints_is_a_start_only_where_it_is_saved_to(tmp_path):
+def test_a_folder_without_checkpoints_is_a_start_only_where_it_is_saved_to(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
     (tmp_path / "iter_0000002.saving").mkdir()
-    assert load_checkpoint(Namespace(load=tmp_path, save=tmp_path), state=None) == Loaded()
+    assert load_checkpoint(job_settings(f"--save {tmp_path}"), tmp_path, state=None) == Loaded()
     with pytest.raises(DataError, match="holds no checkpoint; to start anew leave it out"):
-        load_checkpoint(Namespace(load=tmp_path, save=tmp_path / "other"), state=None)
+        load_checkpoint(job_settings(f"--save {tmp_path}/other"), tmp_path, state=None)
     with pytest.raises(DataError, match="holds no checkpoint"):
-        load_checkpoint(Namespace(load=tmp_path / "mistyped", save=None), state=None)
+        load_checkpoint(job_settings(), tmp_path / "mistyped", state=None)
 
 
 def ranks_with_other_trackers(root):
     """What a rank says that sees another tracker than the others, as on a file system that lags."""
     own = root / ("first" if dist.get_rank() == 0 else "second")
     with pytest.raises(DataError) as caught:
-        load_checkpoint(Namespace(load=own, save=own), state=None)
+        load_checkpoint(job_settings(f"--save {own}"), own, state=None)
     return str(caught.value)
 
 

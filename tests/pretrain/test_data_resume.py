@@ -82,12 +82,12 @@ def packed_batches(common, stand_on, layout, consumed):
         batches = [[] for _ in range(BATCHES)]
         for replica in range(replicas):
             stand_on(stage, stages, replica, replicas)
-            args = parse_arguments(f"{common} {options}".split())
-            data, _ = build_iterators(args, consumed)
+            settings = parse_arguments(f"{common} {options}".split())
+            data, _ = build_iterators(settings, consumed)
             if data is None:
                 continue
             for batch in batches:
-                for _ in range(args.num_microbatches):
+                for _ in range(settings.training.num_microbatches):
                     samples = next(data)
                     assert set(samples) == {"tokens", "labels", "loss_mask", "position_ids"}
                     assert len(samples["tokens"]) == micro_batch
@@ -188,8 +188,8 @@ class Bomb:
 def test_megatrons_index_cache_is_no_way_in_for_code(common, stand_on, tmp_path):
     """It asks numpy to read pickles."""
     stand_on(0, 1, 0, 1)
-    args = parse_arguments(f"{common} --data-cache-path {tmp_path / 'cache'}".split())
-    assert build_iterators(args, 0)[0] is not None
+    settings = parse_arguments(f"{common} --data-cache-path {tmp_path / 'cache'}".split())
+    assert build_iterators(settings, 0)[0] is not None
     caches = sorted((tmp_path / "cache").glob("*.npy"))
     assert len(caches) == 3
     canary = tmp_path / "canary"
@@ -198,12 +198,12 @@ def test_megatrons_index_cache_is_no_way_in_for_code(common, stand_on, tmp_path)
         for content in (pickle.dumps(Bomb(canary)), whole[:-8], b""):
             cache.write_bytes(content)
             with pytest.raises(DataError) as caught:
-                build_iterators(args, 0)
+                build_iterators(settings, 0)
             assert str(caught.value).startswith(f"{cache} is not an index that was cached here (")
             assert "\n" not in str(caught.value)
         cache.write_bytes(whole)
     assert not canary.exists()
-    build_iterators(args, 0)
+    build_iterators(settings, 0)
     # The bomb is a live one.
     cache.write_bytes(pickle.dumps(Bomb(canary)))
     np.load(cache, allow_pickle=True, mmap_mode="r")

@@ -31,16 +31,16 @@ def parse(monkeypatch, tmp_path):
 
 
 def test_the_job_is_derived(parse):
-    args = parse(f"{ELASTIC} --elastic-costs {{costs}}")
-    assert args.max_seq_length == 32
-    assert args.calculate_per_token_loss
-    job = args.elastic_job
+    settings = parse(f"{ELASTIC} --elastic-costs {{costs}}")
+    assert settings.training.max_seq_length == 32
+    assert settings.training.calculate_per_token_loss
+    job = settings.elastic_job
     assert (job.num_stages, job.num_layers, job.memory_limit_bytes) == (2, 4, 2 << 30)
-    schedule = make_forward_backward(args.schedule.execution, args.schedule.plan, NullClock())
+    schedule = make_forward_backward(settings.schedule.execution, settings.schedule.plan, NullClock())
     assert isinstance(schedule, ElasticForwardBackward)
     assert job.costs.token_multiple == 1
     longer = parse(f"{ELASTIC} --elastic-costs {{costs}} --max-seq-length 90 --position-embedding-type rope")
-    assert longer.max_seq_length == 90
+    assert longer.training.max_seq_length == 90
 
 
 def test_sequence_parallelism_pads_chunks(parse, tmp_path):

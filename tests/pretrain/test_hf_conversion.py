@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from helixpipe.__main__ import main as helixpipe
 from helixpipe.data.prefix import DatasetInfo
 from helixpipe.reliability.exit_codes import DataError
-from megatron.pretrain.checkpoint.comparison import CHANGES_NOTHING, MODEL, compare_settings
+from megatron.pretrain.checkpoint.comparison import CHANGES_NOTHING, MODEL, compare_model
 from megatron.pretrain.checkpoint.files import tracked
 from megatron.pretrain.hf import convert
 from megatron.pretrain.hf.config import ModelConfig
@@ -262,13 +262,13 @@ def test_weights_are_compared_with_the_model_of_the_job(changes, message, tmp_pa
         "--data-path",
         "x",
     ]
-    args = parse_arguments([*options, *changes.split()], dataset=DATASET)
+    settings = parse_arguments([*options, *changes.split()], dataset=DATASET)
     common = torch.load(tracked(tmp_path / "ours") / "common.pt", weights_only=True)
     if message:
         with pytest.raises(DataError, match=message):
-            compare_settings(common["settings"], args, "FOLDER", only_model=True)
+            compare_model(common["settings"], settings, "FOLDER")
     else:
-        found = compare_settings(common["settings"], args, "FOLDER", only_model=True)
+        found = compare_model(common["settings"], settings, "FOLDER")
         assert [change.text for change in found] == ["--rotary-base 500000 (was 10000)"] * (
             "allow" in changes
         )

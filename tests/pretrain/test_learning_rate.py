@@ -65,14 +65,14 @@ def parse(monkeypatch):
     return lambda more: parse_arguments(f"{MODEL} {more}".split(), DATASET)
 
 
-def rates_of(args, count=24):
+def rates_of(settings, count=24):
     """Learning rate and weight decay of the first iterations."""
     groups = [{"default_config": True}]
-    scheduler = _build_scheduler(args, SimpleNamespace(param_groups=groups))
+    scheduler = _build_scheduler(settings.learning_rate, SimpleNamespace(param_groups=groups))
     rows = []
     for _ in range(count):
         rows.append([groups[0]["lr"], groups[0]["weight_decay"]])
-        scheduler.step(args.global_batch_size)
+        scheduler.step(settings.training.global_batch_size)
     return rows
 
 
@@ -97,10 +97,10 @@ def test_a_fraction_of_the_decay_is_the_warm_up(parse):
 
 
 def test_samples_count_iterations(parse):
-    args = parse(LINES[2])
-    assert args.train_iters == 20  # 165 samples are 20 batches of 8 and a rest
-    assert [rate for rate, _ in rates_of(args, 3)] == pytest.approx([0, 8e-3 / 21, 16e-3 / 21], rel=1e-12)
-    assert args.learning_rate.job == 165
+    settings = parse(LINES[2])
+    assert settings.training.train_iters == 20  # 165 samples are 20 batches of 8 and a rest
+    assert [rate for rate, _ in rates_of(settings, 3)] == pytest.approx([0, 8e-3 / 21, 16e-3 / 21], rel=1e-12)
+    assert settings.learning_rate.job == 165
 
 
 def test_the_last_part_decays_by_itself(parse):

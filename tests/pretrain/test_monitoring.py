@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import signal
+from dataclasses import replace
 
 import pytest
 import torch.distributed as dist
+from job_settings import job_settings
 
 from megatron.pretrain.health import monitoring
 from megatron.pretrain.health.monitoring import PeerLost, monitored
-
-ARGS = argparse.Namespace(
-    rank=0, world_size=2, distributed_timeout_minutes=10, hang_timeout_s=None, failure_dir=None, save=None
-)
 
 
 class FakeMonitor:
@@ -30,31 +27,42 @@ class FakeMonitor:
         self.said.append("closed")
 
 
+@pytest.fixture
+def settings(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    return job_settings()
+
+
 @pytest.fixture(autouse=True)
 def without_sentinel(monkeypatch):
     monkeypatch.setattr(monitoring, "Monitor", FakeMonitor)
     monkeypatch.setattr(monitoring, "_VERDICT_S", 0.0)
 
 
-def said_after(error, args=ARGS):
+@pytest.fixture
+def said_after(settings):
     """What the others are told, and what leaves :func:`monitored`."""
-    with pytest.raises(BaseException) as caught, monitored(args, lambda: None) as monitor:  # noqa: PT011
-        raise error
-    return monitor.said, caught.value
+
+    def said_after(error):
+        with pytest.raises(BaseException) as caught, monitored(settings, lambda: None) as monitor:  # noqa: PT011
+            raise error
+        return monitor.said, caught.value
+
+    return said_after
 
 
-def test_a_good_end():
-    with monitored(ARGS, lambda: None) as monitor:
+def test_a_good_end(settings):
+    with monitored(settings, lambda: None) as monitor:
         pass
     assert monitor.said == ["closed"]
 
 
-def test_an_error_for_the_user_is_told_in_its_own_words():
+def test_an_error_for_the_user_is_told_in_its_own_words(said_after):
     error = ValueError("--lr is too high")
     assert said_after(error) == ([("--lr is too high", False)], error)
 
 
-def test_an_unexpected_error_is_told_with_its_kind_and_first_line():
+def test_an_unexpected_error_is_told_with_its_kind_and_first_line(said_after):
     error = ZeroDivisionError("by zero\nand more")
     assert said_after(error) == ([("ZeroDivisionError: by zero", True)], error)
 
@@ -67,23 +75,23 @@ def test_an_unexpected_error_is_told_with_its_kind_and_first_line():
         dist.DistNetworkError("the store has gone"),
     ],
 )
-def test_the_loss_of_a_peer_is_no_error_of_this_rank(error):
+def test_the_loss_of_a_peer_is_no_error_of_this_rank(said_after, error):
     said, left = said_after(error)
     assert said == [("it lost its connection to another rank", False)]
     assert isinstance(left, PeerLost)
 
 
-def test_a_request_to_stop_is_told_and_obeyed():
+def test_a_request_to_stop_is_told_and_obeyed(said_after):
     said, left = said_after(SystemExit(143))
     assert said == [("it was told to stop", False)]
     assert left.code == 143
 
 
-def test_a_single_rank_has_no_deadline_of_its_own_accord():
-    alone = argparse.Namespace(**{**vars(ARGS), "world_size": 1})
+def test_a_single_rank_has_no_deadline_of_its_own_accord(settings):
+    alone = replace(settings, parallel=replace(settings.parallel, world_size=1))
     with monitored(alone, lambda: None) as monitor:
         assert monitor.deadlines.of("step") == float("inf")
-    with monitored(ARGS, lambda: None) as monitor:
+    with monitored(settings, lambda: None) as monitor:
         assert monitor.deadlines.of("step") == 600.0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import errno
 import json
 import os
@@ -13,6 +12,7 @@ import time
 
 import pytest
 import torch.distributed as dist
+from job_settings import job_settings
 from ranks import run_on_ranks
 from threads import run_on_threads
 from training_worker import Fault, run_cases, small_model
@@ -92,17 +92,14 @@ def test_nothing_is_left_wherever_ctrl_c_comes(tmp_path, monkeypatch, has_links)
     monkeypatch.setattr(outputs.dist, "broadcast_object_list", lambda *_, **__: None)
     if not has_links:
         monkeypatch.setattr(os, "link", no_links)
-    args = argparse.Namespace(
-        rank=0, trace_dir=tmp_path / "traces", metrics_jsonl=tmp_path / "metrics", save=tmp_path / "saved",
-        load=None, set_aside_checkpoints=False,
-    )  # fmt: skip
-    args.trace_dir.mkdir()
-    args.save.mkdir()
+    settings = job_settings(
+        f"--trace-dir {tmp_path}/traces --metrics-jsonl {tmp_path}/metrics --save {tmp_path}/saved"
+    )
     before = set(tmp_path.rglob("*"))
     line, interrupted = 0, True
     while interrupted:
         line += 1
-        context, interrupted = outputs.own_outputs(args), False
+        context, interrupted = outputs.own_outputs(settings), False
         sys.settrace(interrupt_after(line))
         try:
             context.__enter__()
@@ -259,20 +256,18 @@ def test_a_job_that_torchrun_starts_again_knows_what_it_has_saved(tmp_path, monk
     store = dist.HashStore()
     monkeypatch.setattr(outputs, "agent_store", lambda _: store)
     load = tmp_path / "elsewhere" if loads_elsewhere else None
-    args = argparse.Namespace(
-        rank=0, save=tmp_path, load=load, trace_dir=None, metrics_jsonl=None, set_aside_checkpoints=False
-    )
+    settings = job_settings(f"--save {tmp_path}" + (f" --load {load}" if loads_elsewhere else ""))
     monkeypatch.setattr(dist, "broadcast_object_list", lambda *_, **__: None)
-    with outputs.own_outputs(args) as first:
+    with outputs.own_outputs(settings) as first:
         assert first.load == load
         folder = start_saving(tmp_path, 1)
         (folder / "weights").write_bytes(b"weights")
         digests = {"weights": digest(folder / "weights")}
         publish(tmp_path, 1, digests, job=first.job, previous=None, keep=None)
-    with outputs.own_outputs(args) as second:
+    with outputs.own_outputs(settings) as second:
         assert (second.job, second.load) == (first.job, tmp_path)
     store = dist.HashStore()
-    with pytest.raises(ValueError, match="holds checkpoints of another job"), outputs.own_outputs(args):
+    with pytest.raises(ValueError, match="holds checkpoints of another job"), outputs.own_outputs(settings):
         pass
 
 
@@ -281,8 +276,8 @@ class SecondJob(Fault):
 
     def on_step(self):
         if self.iteration == 2:
-            lock_in(self.args.save).unlink()
-            leave(lock_in(self.args.save))
+            lock_in(self.settings.checkpoint.save).unlink()
+            leave(lock_in(self.settings.checkpoint.save))
 
 
 @pytest.fixture(scope="module")

@@ -50,10 +50,10 @@ def reordered(plan, schedule="1f1b"):
 
 def test_the_plan_of_a_file_is_the_jobs(parse):
     plan = planned("helix", attention_range="block", head_placement="spread", num_fold=1)
-    args = parse(plan)
-    assert args.schedule.plan == plan
-    assert (args.pipeline_schedule, args.schedule.execution) == ("helix", Execution.SEGMENTS)
-    assert args.memory_saving.recompute is Recompute.WITHOUT_ATTENTION, "helix does so by itself"
+    settings = parse(plan)
+    assert settings.schedule.plan == plan
+    assert (settings.schedule.name, settings.schedule.execution) == ("helix", Execution.SEGMENTS)
+    assert settings.memory.memory_saving.recompute is Recompute.WITHOUT_ATTENTION, "helix does so by itself"
 
 
 def test_messages_are_added_to_a_plan_without_them(parse):
@@ -72,9 +72,9 @@ def test_megatrons_functions_run_only_their_own_order(parse):
 def test_a_plan_keeps_the_slices_it_says_and_gets_those_it_does_not(parse):
     plan = with_slice_ends(planned("seq1f1b", num_slices=2), (24, 32))
     assert parse(plan).schedule.plan == plan
-    args = parse(planned("seq1f1b", num_slices=2))
-    assert args.schedule.execution is Execution.SLICES
-    first, end = slice_ends(args.schedule.plan)
+    settings = parse(planned("seq1f1b", num_slices=2))
+    assert settings.schedule.execution is Execution.SLICES
+    first, end = slice_ends(settings.schedule.plan)
     assert 16 <= first < 32 == end
 
 

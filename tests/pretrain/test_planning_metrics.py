@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-from argparse import Namespace
+from dataclasses import replace
 
 import pytest
+from job_settings import job_settings
 from planning import LENGTHS, make_job
 
 from helixpipe.elastic import plan_batch
 from helixpipe.elastic.service.background import PlannedBatch
 from megatron.pretrain.metrics import IterationMetrics, Planning, Reporter, iteration_line
 
-ARGS = Namespace(
-    rank=0,
-    metrics_jsonl=None,
-    trace_dir=None,
-    log_interval=1,
-    train_iters=9,
-    global_batch_size=12,
-    measure=True,
-)
+
+@pytest.fixture
+def settings(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    return job_settings(f"--train-iters 9 --global-batch-size 12 --metrics-jsonl {tmp_path}/metrics")
 
 
 def metrics(iteration, planning):
@@ -41,7 +38,7 @@ def metrics(iteration, planning):
     )
 
 
-def test_a_plan_is_told():
+def test_a_plan_is_told(settings):
     plan = plan_batch(LENGTHS, make_job(3), slice_counts=[8])
     told = Planning.of(PlannedBatch(plan, 0.5, 0.25, "late"))
     assert told == (
@@ -51,17 +48,16 @@ def test_a_plan_is_told():
     assert {key: row[key] for key in told._fields} == told._asdict()
     assert row["pipeline_ms"] == 15.25
     assert "planning" not in row
-    line = iteration_line(metrics(1, told), ARGS)
+    line = iteration_line(metrics(1, told), settings)
     assert f"| slices: 8 | predicted (ms): {told.predicted_ms:.1f} | measured (ms): 15.2 |" in line
     assert line.endswith("| planning (s): 0.50 | waited (s): 0.25")
-    assert "measured (ms): n/a" in iteration_line(
-        metrics(1, told), Namespace(**{**vars(ARGS), "measure": False})
-    )
+    silent = replace(settings, output=replace(settings.output, metrics_jsonl=None))
+    assert "measured (ms): n/a" in iteration_line(metrics(1, told), silent)
 
 
-def test_other_schedules_have_no_plan_to_tell():
+def test_other_schedules_have_no_plan_to_tell(settings):
     assert not set(json.loads(metrics(1, None).to_json())) & {"planning", *Planning._fields}
-    assert "planning" not in iteration_line(metrics(1, None), ARGS)
+    assert "planning" not in iteration_line(metrics(1, None), settings)
 
 
 def test_replicas_wait_for_the_slowest():
@@ -70,8 +66,8 @@ def test_replicas_wait_for_the_slowest():
     assert Planning.over_ranks(rows[:1]) == (10.0, 5, 1, 2, 0.5, 0.1, False)
 
 
-def test_a_job_ends_with_what_planning_took(capsys):
-    reporter = Reporter(ARGS, 0)
+def test_a_job_ends_with_what_planning_took(capsys, settings):
+    reporter = Reporter(settings, 0)
     reporter.say(reporter.planning_summary())
     assert capsys.readouterr().out == ""
     for iteration, seconds in enumerate((1.0, 0.5, 0.3), start=1):
@@ -83,8 +79,7 @@ def test_a_job_ends_with_what_planning_took(capsys):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_one_rank_speaks(capsys, rank):
-    Reporter(Namespace(**{**vars(ARGS), "rank": rank}), 0).report(
-        metrics(1, Planning(1.0, 1, 1, 1, 1.0, 1.0, False))
-    )
+def test_one_rank_speaks(capsys, settings, rank):
+    its = replace(settings, parallel=replace(settings.parallel, rank=rank))
+    Reporter(its, 0).report(metrics(1, Planning(1.0, 1, 1, 1, 1.0, 1.0, False)))
     assert bool(capsys.readouterr().out) == (rank == 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,37 +50,40 @@ def another_value(action, value):
     return Path("/elsewhere") if action.type is Path else f"other than {value}"
 
 
-def with_another(args, name):
-    changed = {name: another_value(OPTIONS[name], getattr(args, name))}
-    return argparse.Namespace(**{**vars(args), **changed})
+def with_another(settings, name):
+    changed = {name: another_value(OPTIONS[name], settings.options[name])}
+    return replace(settings, options={**settings.options, **changed})
+
+
+def compared(saved, job, *allow_changed):
+    return compare_settings(saved, settings_of(job), allow_changed, "FOLDER")
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_is_compared_or_changes_nothing(parse, name):
-    args = parse()
-    saved, job = settings_of(args), with_another(args, name)
+    settings = parse()
+    saved, job = settings_of(settings), with_another(settings, name)
     if name in CHANGES_NOTHING:
-        assert compare_settings(saved, job, "FOLDER") == []
+        assert compared(saved, job) == []
         return
     if name == "train_iters":
-        (change,) = compare_settings(saved, job, "FOLDER")
+        (change,) = compared(saved, job)
         assert change.text == "--train-iters 4 (was 3)"
         return
     with pytest.raises(DataError, match=r"^FOLDER was trained with ") as refused:
-        compare_settings(saved, job, "FOLDER")
+        compared(saved, job)
     flag = OPTIONS[name].option_strings[0]
     assert f"was trained with {flag} " in str(refused.value)
     assert "\n" not in str(refused.value)
     option = name.replace("_", "-")
     assert str(refused.value).endswith(f" --allow-changed {option}") == (option in changeable())
-    job.allow_changed = [option]
     if option in changeable():
-        (change,) = compare_settings(saved, job, "FOLDER")
+        (change,) = compared(saved, job, option)
         assert change.text.startswith(f"{flag} ")
-        assert change.text.endswith(f" (was {getattr(args, name)})")
+        assert change.text.endswith(f" (was {settings.options[name]})")
     else:
         with pytest.raises(DataError, match="give the same, or use another checkpoint"):
-            compare_settings(saved, job, "FOLDER")
+            compared(saved, job, option)
 
 
 def test_what_changes_nothing_are_options():
@@ -90,82 +93,73 @@ def test_what_changes_nothing_are_options():
 def test_an_option_that_the_checkpoint_does_not_know_was_at_its_default(parse):
     saved = settings_of(parse())
     del saved["seed"]
-    assert compare_settings(saved, parse(), "FOLDER") == []
+    assert compared(saved, parse()) == []
     with pytest.raises(DataError, match="--seed 1234, this job has 7"):
-        compare_settings(saved, parse("--seed 7"), "FOLDER")
+        compared(saved, parse("--seed 7"))
 
 
 def test_a_setting_that_this_program_does_not_know_is_refused(parse):
     saved = {**settings_of(parse()), "z_loss": 0.1}
     with pytest.raises(DataError, match=r"was trained with --z-loss 0\.1, this job has None"):
-        compare_settings(saved, parse(), "FOLDER")
+        compared(saved, parse())
 
 
 @pytest.mark.parametrize("decay", ["", "--lr-decay-iters 3"])
 def test_learning_rates_follow_a_longer_job_only_if_they_always_did(parse, decay):
     saved = settings_of(parse(decay))
-    (change,) = compare_settings(saved, parse("--train-iters 9"), "FOLDER")
+    (change,) = compared(saved, parse("--train-iters 9"))
     assert change.text == "--train-iters 9 (was 3)"
     with pytest.raises(DataError, match="--lr-decay-iters 3, this job has 5"):
-        compare_settings(saved, parse("--train-iters 9 --lr-decay-iters 5"), "FOLDER")
+        compared(saved, parse("--train-iters 9 --lr-decay-iters 5"))
 
 
 def test_the_longest_position_matters_only_where_it_is_learned(parse):
     rope = "--position-embedding-type rope --max-position-embeddings"
     saved = settings_of(parse(f"{rope} 64"))
-    assert compare_settings(saved, parse(f"{rope} 128"), "FOLDER") == []
+    assert compared(saved, parse(f"{rope} 128")) == []
     with pytest.raises(DataError, match="--max-position-embeddings 64, this job has 128"):
-        compare_settings(
-            settings_of(parse("--max-position-embeddings 64")),
-            parse("--max-position-embeddings 128"),
-            "FOLDER",
-        )
+        compared(settings_of(parse("--max-position-embeddings 64")), parse("--max-position-embeddings 128"))
 
 
 def test_micro_batches_matter_only_where_they_weigh_differently(parse):
     per_token = "--calculate-per-token-loss"
-    assert (
-        compare_settings(settings_of(parse(per_token)), parse(f"{per_token} --micro-batch-size 2"), "") == []
-    )
+    assert compared(settings_of(parse(per_token)), parse(f"{per_token} --micro-batch-size 2")) == []
     with pytest.raises(DataError, match="--micro-batch-size 1, this job has 2"):
-        compare_settings(settings_of(parse()), parse("--micro-batch-size 2"), "")
+        compared(settings_of(parse()), parse("--micro-batch-size 2"))
 
 
 def test_documents_are_other_samples_than_packed_text(parse):
-    args = parse()
-    elastic = argparse.Namespace(
-        **{**vars(args), "schedule": ScheduleSettings("elastic", Execution.CHUNKS, None)}
-    )
+    settings = parse()
+    elastic = replace(settings, schedule=ScheduleSettings("elastic", Execution.CHUNKS, None))
     with pytest.raises(
         DataError, match=r"packed, this job has documents; .* --allow-changed pipeline-schedule$"
     ):
-        compare_settings(settings_of(args), elastic, "FOLDER")
-    elastic.allow_changed = ["pipeline-schedule"]
-    (change,) = compare_settings(settings_of(args), elastic, "FOLDER")
+        compared(settings_of(settings), elastic)
+    (change,) = compared(settings_of(settings), elastic, "pipeline-schedule")
     assert change.reorders
 
 
 def test_a_vocabulary_of_another_size_names_its_remedy(parse):
     saved = settings_of(parse("--make-vocab-size-divisible-by 128"))
-    assert compare_settings(saved, parse("--make-vocab-size-divisible-by 192"), "FOLDER") == []
+    assert compared(saved, parse("--make-vocab-size-divisible-by 192")) == []
     with pytest.raises(DataError, match="--padded-vocab-size 384, this job has 512; give the same"):
-        compare_settings(saved, parse("--make-vocab-size-divisible-by 256"), "FOLDER")
+        compared(saved, parse("--make-vocab-size-divisible-by 256"))
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx", ".tokenizer.json"])
 def test_data_is_known_by_its_content(parse, tmp_path, suffix):
-    args = parse()
-    info = inspect_prefix(args.data_path)
+    settings = parse()
+    info, prefix = settings.data.dataset, settings.data.data_path
     for other in (".bin", ".idx", ".tokenizer.json"):
-        (tmp_path / f"copy{other}").write_bytes(Path(f"{args.data_path}{other}").read_bytes())
-    copy = argparse.Namespace(**{**vars(args), "dataset": inspect_prefix(tmp_path / "copy")})
-    assert compare_settings(settings_of(args), copy, "FOLDER") == []
+        (tmp_path / f"copy{other}").write_bytes(Path(f"{prefix}{other}").read_bytes())
+    copy = replace(settings, data=replace(settings.data, dataset=inspect_prefix(tmp_path / "copy")))
+    assert compared(settings_of(settings), copy) == []
     content = bytearray((tmp_path / f"copy{suffix}").read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / f"copy{suffix}").write_bytes(content)
-    assert fingerprint(copy.dataset) != fingerprint(info)
+    assert fingerprint(copy.data.dataset) != fingerprint(info)
     with pytest.raises(DataError, match=r"the data of hash .*, or change it on purpose with .* data-path$"):
-        compare_settings(settings_of(args), copy, "FOLDER")
+        compared(settings_of(settings), copy)
 
 
 @pytest.fixture(scope="module")

@@ -30,13 +30,13 @@ def megatrons_mean_loss(
         longest: tokens of a sample.
     """
     _begin()
-    args = parse_arguments(words)
-    state = build_training_state(args)
-    load_checkpoint(args, state)
+    settings = parse_arguments(words)
+    state = build_training_state(settings)
+    load_checkpoint(settings, settings.checkpoint.load, state)
     model = unwrap(state.model[0]).eval()
     dataset = IndexedDataset(str(prefix))
     total, tokens = 0.0, 0
-    for sample in ShuffledOrder(len(documents), args.seed).samples(position, count):
+    for sample in ShuffledOrder(len(documents), settings.training.seed).samples(position, count):
         ids = torch.from_numpy(dataset[documents[sample]].astype("int64"))[: longest + 1]
         with torch.no_grad():
             losses = model(ids[None, :-1], torch.arange(len(ids) - 1)[None], None, labels=ids[None, 1:])
@@ -50,9 +50,9 @@ def refusals(jobs: list[list[str]]) -> list[str]:
     _begin()
     found = []
     for words in jobs:
-        args = parse_arguments(words)
+        settings = parse_arguments(words)
         try:
-            load_checkpoint(args, build_training_state(args))
+            load_checkpoint(settings, settings.checkpoint.load, build_training_state(settings))
         except ValueError as error:
             found.append(f"{type(error).__name__}: {error}")
         else:

@@ -99,11 +99,11 @@ def train_options(words: list[str], checkpoint: Path, case: Case, schedule: str,
 
 def loaded_state(options: list[str]) -> tuple[Any, Any]:
     """The parsed options, and the model that they name with its weights."""
-    args = parse_arguments(options, dataset=DATASET)
+    settings = parse_arguments(options, dataset=DATASET)
     with torch.enable_grad():
-        state = build_training_state(args)
-    load_weights(args, state)
-    return args, state
+        state = build_training_state(settings)
+    load_weights(settings, settings.checkpoint.pretrained_checkpoint, state)
+    return settings, state
 
 
 def logits_of_both(
@@ -121,12 +121,12 @@ def logits_of_both(
 def losses_and_gradients(case: Case, options: list[str]) -> tuple[list[Any], dict[str, torch.Tensor]]:
     """One iteration on this rank, under Megatron's own function for 1f1b, and by the plan for the others."""
     initialize(case)
-    args, state = loaded_state(options)
-    planned = make_forward_backward(args.schedule.execution, args.schedule.plan, HostClock())
-    is_own = args.pipeline_schedule != "1f1b"
+    settings, state = loaded_state(options)
+    planned = make_forward_backward(settings.schedule.execution, settings.schedule.plan, HostClock())
+    is_own = settings.schedule.name != "1f1b"
     function = planned if is_own else get_forward_backward_func()
     own = run_iteration(case, state.model, function)
-    return everywhere(own, args.schedule.plan if is_own else None), gather_gradients(state.model)
+    return everywhere(own, settings.schedule.plan if is_own else None), gather_gradients(state.model)
 
 
 def expected_of(hf: Any, model: Model, case: Case) -> tuple[list[float], dict[str, torch.Tensor]]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch.distributed as dist
+from job_settings import job_settings
 
 from helixpipe.data.prefix import inspect_prefix
 from megatron.pretrain.data import gpt, index_cache
@@ -14,12 +15,11 @@ from megatron.pretrain.data import gpt, index_cache
 
 def dataset_config(prefix, cache=None, seq_length=16):
     """What training asks Megatron for, of a tenth of the documents for validation."""
-    args = SimpleNamespace(
-        data_path=str(prefix), data_cache_path=None if cache is None else Path(cache),
-        dataset=inspect_prefix(prefix), seed=3, seq_length=seq_length, split="90,10,0", eod_mask_loss=False,
-        eval_iters=1,
-    )  # fmt: skip
-    return gpt._dataset_config(args)
+    words = f"--seq-length {seq_length} --data-path {prefix} --split 90,10,0 --seed 3 --eval-iters 1"
+    words += " --global-batch-size 24"  # for any number of ranks
+    settings = job_settings(words, inspect_prefix(prefix))
+    data = replace(settings.data, data_cache_path=None if cache is None else Path(cache))
+    return gpt.dataset_config(data, settings.training)
 
 
 def indices(dataset):

@@ -22,7 +22,7 @@ class WatchPlan(Fault):
         self.first_read = len(self.all_read)
 
     def on_gradients(self, state: Any) -> None:
-        self.seen.append(self.forward_backward.plan is self.args.schedule.plan)
+        self.seen.append(self.forward_backward.plan is self.settings.schedule.plan)
 
 
 def train_and_watch(folder: Path, common: str, runs: dict[str, str]) -> dict[str, dict[str, Any]]:
@@ -43,10 +43,10 @@ def train_and_watch(folder: Path, common: str, runs: dict[str, str]) -> dict[str
     found = {}
     ends = [*[watch.first_read for watch in watches.values()][1:], len(read)]
     for (name, watch), run, end in zip(watches.items(), finished, ends, strict=True):
-        planned = watch.args.schedule.plan
+        planned = watch.settings.schedule.plan
         rows = (
             (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-            if watch.args.rank == 0
+            if watch.settings.parallel.rank == 0
             else []
         )
         losses = [json.loads(row)["lm_loss"] for row in rows]

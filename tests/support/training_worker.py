@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import errno
 import os
 import resource
@@ -31,6 +30,7 @@ from megatron.pretrain.checkpoint.shards import HashingFile
 from megatron.pretrain.initialize import seed_random_states
 from megatron.pretrain.model import unwrap
 from megatron.pretrain.settings.arguments import parse_arguments
+from megatron.pretrain.settings.job import JobSettings
 
 real_fsync = os.fsync
 
@@ -41,14 +41,14 @@ class Fault:
     Attributes:
         iteration: the one that is being computed.
         runs: how often it has been computed.
-        args: of the run.
+        settings: of the run.
         monitor: of the run.
         seen: what else there is to tell.
     """
 
     iteration = 0
     runs = 0
-    args: argparse.Namespace
+    settings: JobSettings
     monitor: _Unwatched
     seen: list[Any]
 
@@ -304,7 +304,7 @@ class BlockedFolder(Fault):
 
     def on_step(self) -> None:
         if self.iteration == 2 and dist.get_rank() == 0:
-            (self.args.save / "iter_0000002.saving").touch()
+            (self.settings.checkpoint.save / "iter_0000002.saving").touch()
 
 
 class Snapshot(Fault):
@@ -367,17 +367,17 @@ def run_cases(
 
 
 def _run(arguments: list[str], fault: Fault) -> dict[str, Any]:
-    args = parse_arguments(arguments)
-    fault.args, fault.monitor, fault.seen = args, _Unwatched(), []
-    seed_random_states(args.seed)
-    parallel_state.set_virtual_pipeline_model_parallel_world_size(args.schedule.virtual_stages)
+    settings = parse_arguments(arguments)
+    fault.settings, fault.monitor, fault.seen = settings, _Unwatched(), []
+    seed_random_states(settings.training.seed)
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(settings.schedule.virtual_stages)
     before: dict[int, list[torch.Tensor]] = {}
     seen: dict[str, Any] = {}
     lines: list[str] = []
     build, compute = loop.build_training_state, loop._Run._compute_gradients
 
-    def build_and_spoil(args: Any) -> Any:
-        seen["state"] = build(args)
+    def build_and_spoil(settings: Any) -> Any:
+        seen["state"] = build(settings)
         fault.on_build(seen["state"], seen["schedule"])
         return seen["state"]
 
@@ -404,7 +404,7 @@ def _run(arguments: list[str], fault: Fault) -> dict[str, Any]:
         mock.patch("builtins.print", lambda text, **_: lines.append(text)),
     ):
         try:
-            code, error = loop._train(args, pretrain_gpt.forward_step, fault.monitor), ""
+            code, error = loop._train(settings, pretrain_gpt.forward_step, fault.monitor), ""
         except ValueError as raised:
             code, error = exit_code_of(raised), str(raised)
     # A job that is refused at once builds none.

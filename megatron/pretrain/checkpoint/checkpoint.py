@@ -7,7 +7,6 @@ canonical names, so a run may stop under one schedule and layout and go on under
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from helixpipe.reliability.exit_codes import DataError
-from megatron.pretrain.checkpoint.comparison import Change, compare_settings, settings_of
+from megatron.pretrain.checkpoint.comparison import Change, compare_model, compare_settings, settings_of
 from megatron.pretrain.checkpoint.files import (
     branch_of,
     check_file,
@@ -38,6 +37,7 @@ from megatron.pretrain.checkpoint.safe_pickle import find_unsafe_content, no_cod
 from megatron.pretrain.checkpoint.shards import describe
 from megatron.pretrain.checkpoint.sums import differing, global_sums
 from megatron.pretrain.model import TrainingState, unwrap
+from megatron.pretrain.settings.job import JobSettings, ParallelSettings
 from megatron.pretrain.side_outputs import say
 
 
@@ -72,40 +72,50 @@ class Loaded(NamedTuple):
     changes: tuple[Change, ...] = ()
 
 
-def load_checkpoint(args: argparse.Namespace, state: TrainingState) -> Loaded:
-    """Restore the newest checkpoint under ``--load``; no progress if there is none yet.
+def load_checkpoint(settings: JobSettings, root: Path, state: TrainingState) -> Loaded:
+    """Restore the newest checkpoint of a folder; no progress if there is none yet.
 
     Only a folder that is also the one of ``--save`` may hold none: it is the first start of the job.
+
+    Args:
+        settings: of the job.
+        root: ``--load``, or what takes its place, see :class:`megatron.pretrain.outputs.Outputs`.
+        state: to be overwritten.
 
     Raises:
         DataError: an unreadable tracker, a checkpoint that is missing or damaged, or one of a job with other
             settings; on every rank, before training uses a weight.
     """
-    folder = _verified_checkpoint(args.load, args, falls_back=args.load_fallback)
+    falls_back = settings.checkpoint.load_fallback
+    folder = _verified_checkpoint(settings, root, falls_back=falls_back)
     if folder is None:
-        if args.save is None or not is_same_folder(args.load, args.save):
+        save = settings.checkpoint.save
+        if save is None or not is_same_folder(root, save):
             raise DataError(
-                f"--load {args.load} holds no checkpoint; to start anew leave it out, or name it in "
-                "--save, too"
+                f"--load {root} holds no checkpoint; to start anew leave it out, or name it in --save, too"
             )
         return Loaded()
     with no_code_from_disk():
-        return _load_from(folder, args, state)
+        return _load_from(folder, settings, state)
 
 
-def load_weights(args: argparse.Namespace, state: TrainingState) -> Loaded:
-    """Take the weights of the newest checkpoint under ``--pretrained-checkpoint``; training begins with them.
+def load_weights(settings: JobSettings, root: Path, state: TrainingState) -> Loaded:
+    """Take the weights of the newest checkpoint of a folder; training begins with them.
+
+    Args:
+        settings: of the job.
+        root: ``--pretrained-checkpoint``.
+        state: whose weights are overwritten.
 
     Raises:
         DataError: see :func:`load_checkpoint`.
     """
-    root: Path = args.pretrained_checkpoint
-    folder = _verified_checkpoint(root, args, falls_back=False)
+    folder = _verified_checkpoint(settings, root, falls_back=False)
     if folder is None:
         raise DataError(f"--pretrained-checkpoint {root} holds no checkpoint; give a folder of --save")
     with no_code_from_disk():
         saved = dist_checkpointing.load_common_state_dict(str(folder))
-        changes = compare_settings(saved["settings"], args, str(folder), only_model=True)
+        changes = compare_model(saved["settings"], settings, str(folder))
         wanted = _weights_of(state)
         check_tensors(folder, wanted)
         loaded = _read(wanted, folder)
@@ -131,20 +141,21 @@ def _weights_of(state: TrainingState) -> dict[str, Any]:
     }
 
 
-def _verified_checkpoint(root: Path, args: argparse.Namespace, *, falls_back: bool) -> Path | None:
+def _verified_checkpoint(settings: JobSettings, root: Path, *, falls_back: bool) -> Path | None:
     """The newest checkpoint, its files found to be what was saved; ``falls_back`` to an older one if not."""
+    parallel = settings.parallel
     folder = _tracked_by_all(root)
     if folder is None:
         return None
     candidates = [folder, *_older(folder)] if falls_back else [folder]
     problem = ""
     for candidate in candidates:
-        problem = _problem_of(candidate, args)
+        problem = _problem_of(candidate, parallel)
         if not problem:
             return candidate
-        if args.rank == 0 and falls_back:
+        if parallel.rank == 0 and falls_back:
             say(f"{problem}; trying the checkpoint before it")
-    can_fall_back = root == args.load and not falls_back
+    can_fall_back = root != settings.checkpoint.pretrained_checkpoint and not falls_back
     hint = "; add --load-fallback to go on from the one before it" if can_fall_back else ""
     raise DataError(problem + hint)
 
@@ -178,13 +189,13 @@ def _tracked_by_all(root: Path) -> Path | None:
     return folders[rank]
 
 
-def _problem_of(folder: Path, args: argparse.Namespace) -> str:
+def _problem_of(folder: Path, parallel: ParallelSettings) -> str:
     """What is wrong with a checkpoint's files, the same on every rank; each hashes its share of them."""
     try:
         files = manifest_of(folder)
-        mine = share(list(files), args.rank, args.world_size)
+        mine = share(list(files), parallel.rank, parallel.world_size)
         found = {name: check_file(folder, name, files[name]) for name in mine}
-        if args.rank == 0 and not any(found.values()):
+        if parallel.rank == 0 and not any(found.values()):
             found[""] = find_unsafe_content(folder)
     except ValueError as error:
         found = {"": str(error)}
@@ -200,13 +211,14 @@ def _gathered(mine: dict[Any, Any]) -> dict[Any, Any]:
     return {name: value for part in everyone for name, value in part.items()}
 
 
-def _load_from(folder: Path, args: argparse.Namespace, state: TrainingState) -> Loaded:
+def _load_from(folder: Path, settings: JobSettings, state: TrainingState) -> Loaded:
     saved = dist_checkpointing.load_common_state_dict(str(folder))
-    changes = compare_settings(saved["settings"], args, str(folder))
+    here = settings_of(settings)
+    changes = compare_settings(saved["settings"], here, settings.checkpoint.allow_changed, str(folder))
     torch_adam = _distributed_torch_adam(state.optimizer)
     if torch_adam is not None:
         _start_steps(torch_adam)
-    wanted = sharded_state(state, Progress(), args, is_loading=True)
+    wanted = sharded_state(state, Progress(), here, is_loading=True)
     check_tensors(folder, wanted)
     loaded = _read(wanted, folder)
     for name, chunk in _named_models(state):
@@ -216,7 +228,7 @@ def _load_from(folder: Path, args: argparse.Namespace, state: TrainingState) -> 
     else:
         state.optimizer.load_state_dict(loaded["optimizer"])
     state.scheduler.load_state_dict(loaded["opt_param_scheduler"])
-    _check_sums(folder, saved["sums"], args, state)
+    _check_sums(folder, saved["sums"], here, state)
     progress = Progress(loaded["iteration"], **loaded["samples"])
     if any(change.reorders for change in changes):
         progress = progress._replace(position=0, evaluated_samples=0)
@@ -231,8 +243,8 @@ def _read(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
     return loaded
 
 
-def _check_sums(folder: Path, saved: dict[str, int], args: argparse.Namespace, state: TrainingState) -> None:
-    found = global_sums(sharded_state(state, Progress(), args, is_loading=False))
+def _check_sums(folder: Path, saved: dict[str, int], here: Mapping[str, Any], state: TrainingState) -> None:
+    found = global_sums(sharded_state(state, Progress(), here, is_loading=False))
     _refuse_changed(folder, saved, found)
 
 
@@ -248,9 +260,16 @@ def _refuse_changed(folder: Path, saved: Mapping[str, Any], found: Mapping[str, 
 
 
 def sharded_state(
-    state: TrainingState, progress: Progress, args: argparse.Namespace, *, is_loading: bool
+    state: TrainingState, progress: Progress, settings: Mapping[str, Any], *, is_loading: bool
 ) -> dict[str, Any]:
-    """Everything that a checkpoint holds, as Megatron's ``dist_checkpointing`` takes it."""
+    """Everything that a checkpoint holds, as Megatron's ``dist_checkpointing`` takes it.
+
+    Args:
+        state: of the model, the optimizer and the scheduler.
+        progress: that is saved.
+        settings: of the job, see :func:`settings_of`.
+        is_loading: the result is to be loaded into.
+    """
     models = {
         name: chunk.sharded_state_dict(metadata=content_metadata()) for name, chunk in _named_models(state)
     }
@@ -262,7 +281,7 @@ def sharded_state(
         "opt_param_scheduler": state.scheduler.state_dict(),
         "iteration": progress.iteration,
         "samples": {name: value for name, value in progress._asdict().items() if name != "iteration"},
-        "settings": settings_of(args),
+        "settings": settings,
     }
 
 

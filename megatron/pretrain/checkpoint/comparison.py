@@ -7,13 +7,13 @@ it.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from helixpipe.commands.parser import flag_of
 from helixpipe.data.fingerprint import fingerprint
 from helixpipe.reliability.exit_codes import DataError
+from megatron.pretrain.settings.job import JobSettings
 from megatron.pretrain.settings.parser import build_parser
 
 # The same losses within rounding, or none at all.
@@ -83,19 +83,18 @@ class Change(NamedTuple):
     reorders: bool
 
 
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+def settings_of(settings: JobSettings) -> dict[str, Any]:
     """What a checkpoint says of the job that saved it: plain values by name."""
-    names = {action.dest for action in build_parser()._actions} - {"help"} - CHANGES_NOTHING
-    found = {name: getattr(args, name) for name in sorted(names)}
-    if args.position_embedding_type != "learned_absolute":
+    options = settings.options
+    found = {name: options[name] for name in sorted(options.keys() - CHANGES_NOTHING)}
+    if options["position_embedding_type"] != "learned_absolute":
         # Nothing is learned for a position: the longest sequence may change.
         del found["max_position_embeddings"]
-    if not args.eod_mask_loss or args.calculate_per_token_loss:
+    if not options["eod_mask_loss"] or options["calculate_per_token_loss"]:
         # All micro batches weigh the same.
         del found["micro_batch_size"]
-    found["padded_vocab_size"] = args.padded_vocab_size
-    found["samples"] = "packed" if args.schedule.execution.joins_documents else "documents"
-    found["data"] = fingerprint(args.dataset)[:16]
+    found["samples"] = "packed" if settings.schedule.execution.joins_documents else "documents"
+    found["data"] = fingerprint(settings.data.dataset)[:16]
     return found
 
 
@@ -106,40 +105,44 @@ def changeable() -> list[str]:
     return sorted(name.replace("_", "-") for name in names)
 
 
-def model_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The part of :func:`settings_of` that describes the model."""
-    return {name: getattr(args, name) for name in sorted(MODEL)}
+def model_settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of :func:`settings_of` that describes the model, out of all options by name."""
+    return {name: options[name] for name in sorted(MODEL)}
 
 
-def differing_model_settings(saved: Mapping[str, Any], args: argparse.Namespace) -> list[str]:
-    """Options of the model that a checkpoint was saved with and that are not those of ``args``, in words."""
+def differing_model_settings(saved: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
+    """Options of the model that a checkpoint was saved with and that are not those given, in words."""
     default = build_parser().get_default
     return [
         f"{_shown(name, saved.get(name, default(name)))} and not the {_value(name, value)}"
-        for name, value in model_settings(args).items()
+        for name, value in model_settings(options).items()
         if saved.get(name, default(name)) != value
     ]
 
 
+def compare_model(saved: Mapping[str, Any], settings: JobSettings, source: str) -> list[Change]:
+    """As :func:`compare_settings`, for a job that takes the weights and nothing else."""
+    of_model = {name: saved[name] for name in saved.keys() & MODEL}
+    here = model_settings(settings.options)
+    return compare_settings(of_model, here, settings.checkpoint.allow_changed, source)
+
+
 def compare_settings(
-    saved: Mapping[str, Any], args: argparse.Namespace, source: str, *, only_model: bool = False
+    saved: Mapping[str, Any], here: Mapping[str, Any], allow_changed: Collection[str], source: str
 ) -> list[Change]:
     """What this job changes on purpose.
 
     Args:
         saved: :func:`settings_of` the job that saved the checkpoint.
-        args: parsed arguments of this job.
+        here: those of this job.
+        allow_changed: options, without dashes, that may differ.
         source: the checkpoint, for messages.
-        only_model: the job takes its weights and nothing else.
 
     Raises:
         DataError: one line with all settings that differ otherwise, and what to do.
     """
-    here = model_settings(args) if only_model else settings_of(args)
-    if only_model:
-        saved = {name: saved[name] for name in saved.keys() & MODEL}
     default = build_parser().get_default
-    allowed = {name.replace("-", "_") for name in args.allow_changed}
+    allowed = {name.replace("-", "_") for name in allow_changed}
     changes, refused = [], []
     for name in dict.fromkeys((*here, *saved)):
         if name in _CONDITIONAL and not (name in here and name in saved):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -18,12 +17,14 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from helixpipe.reliability.exit_codes import DataError
 from helixpipe.reliability.monitor import Monitor
 from megatron.pretrain.checkpoint.checkpoint import Progress, content_metadata, sharded_state
+from megatron.pretrain.checkpoint.comparison import settings_of
 from megatron.pretrain.checkpoint.files import digest, folder_of
 from megatron.pretrain.checkpoint.publishing import publish, saving_folder, start_saving
 from megatron.pretrain.checkpoint.shards import BACKEND, VERSION, PlannedSave, Written, describe
 from megatron.pretrain.checkpoint.sums import global_sums
 from megatron.pretrain.model import TrainingState
 from megatron.pretrain.outputs import Outputs
+from megatron.pretrain.settings.job import JobSettings
 
 
 class SaveStatus(IntEnum):
@@ -48,7 +49,7 @@ class Saver:
     removed, the checkpoints before it are untouched, and ``--on-save-failure`` decides.
 
     Args:
-        args: parsed arguments.
+        settings: of the job, with ``--save``, if it is to save.
         say: prints a line once for the whole job.
         outputs: what the job owns; verified before anything in ``--save`` is changed.
         previous: the checkpoint in ``--save`` that the job goes on from, if it does.
@@ -57,13 +58,14 @@ class Saver:
 
     def __init__(
         self,
-        args: argparse.Namespace,
+        settings: JobSettings,
         say: Callable[[str], None],
         outputs: Outputs,
         previous: Path | None,
         monitor: Monitor,
     ) -> None:
-        self._args = args
+        self._settings = settings
+        self._options = settings.checkpoint
         self._say = say
         self._outputs = outputs
         self._previous = previous
@@ -87,7 +89,7 @@ class Saver:
             DataError: a save failed, this or the one before it, and the job is to stop, or cannot save again.
         """
         self.finish()
-        if self._start(state, progress, is_last) and (is_last or not self._args.async_save):
+        if self._start(state, progress, is_last) and (is_last or not self._options.async_save):
             self.finish(must_succeed=is_last)
 
     def poll(self, statuses: Sequence[SaveStatus]) -> None:
@@ -113,12 +115,12 @@ class Saver:
         self._monitor.reach("write checkpoint")
         mine = pending.written.result()
         self._monitor.reach("publish checkpoint")
-        everyone: list[Any] = [None] * self._args.world_size
+        everyone: list[Any] = [None] * self._settings.parallel.world_size
         dist.all_gather_object(everyone, mine)
         error = _first_error([written.error for written in everyone])
         if not error:
             error = self._from_first_rank(lambda: self._publish(pending, everyone))
-        folder = folder_of(self._args.save, pending.iteration)
+        folder = folder_of(self._root, pending.iteration)
         if error:
             self._fail(pending.iteration, error, must_succeed)
         else:
@@ -127,36 +129,44 @@ class Saver:
 
     def _start(self, state: TrainingState, progress: Progress, must_succeed: bool) -> bool:
         """Agree on who writes what, and start to write; False if that failed already."""
-        args, folder = self._args, saving_folder(self._args.save, progress.iteration)
+        folder, overlaps = self._saving(progress.iteration), self._settings.parallel.overlap_param_gather
         error = self._from_first_rank(lambda: self._prepare(progress.iteration))
         plan = _AgreeingSave()
         if not error:
             for chunk in state.model:
-                if args.overlap_param_gather:
+                if overlaps:
                     # Parameters may still be on their way from the optimizer's shards.
                     chunk.disable_forward_pre_hook(param_sync=True)  # type: ignore[operator]
-            content = sharded_state(state, progress, args, is_loading=False)
+            content = sharded_state(state, progress, settings_of(self._settings), is_loading=False)
             error = plan.plan(content | {"sums": global_sums(content)}, folder)
             for chunk in state.model:
-                if args.overlap_param_gather:
+                if overlaps:
                     chunk.enable_forward_pre_hook()  # type: ignore[operator]
         if error:
             self._fail(progress.iteration, error, must_succeed)
             return False
-        buckets = plan.host_copy(detached=args.async_save)
+        buckets = plan.host_copy(detached=self._options.async_save)
         written: Future[Written] = Future()
         # A daemon: a rank that must end is not held up by a save that cannot be published any more.
         Thread(target=lambda: written.set_result(plan.write(buckets)), daemon=True).start()
         self._pending = _Pending(progress.iteration, plan, written)
         return True
 
+    @property
+    def _root(self) -> Path:
+        assert self._options.save is not None, "nothing is saved without --save"
+        return self._options.save
+
+    def _saving(self, iteration: int) -> Path:
+        return saving_folder(self._root, iteration)
+
     def _prepare(self, iteration: int) -> None:
         self._outputs.verify()
-        start_saving(self._args.save, iteration)
+        start_saving(self._root, iteration)
 
     def _publish(self, pending: _Pending, everyone: list[Written]) -> None:
         self._outputs.verify()
-        folder = saving_folder(self._args.save, pending.iteration)
+        folder = self._saving(pending.iteration)
         pending.plan.writer.finish(pending.plan.metadata, [written.results for written in everyone])
         save_config(CheckpointingConfig(BACKEND, VERSION), str(folder))
         digests = {name: found for written in everyone for name, found in written.digests.items()}
@@ -164,26 +174,26 @@ class Saver:
             if path.name not in digests:
                 digests[path.name] = digest(path, to_disk=True)
         self._previous, self._notes = publish(
-            self._args.save,
+            self._root,
             pending.iteration,
             digests,
             job=self._outputs.job,
             previous=self._previous,
-            keep=self._args.keep_checkpoints,
+            keep=self._options.keep_checkpoints,
         )
 
     def _from_first_rank(self, work: Callable[[], object]) -> str:
         """Do something on rank 0 only; what went wrong there, known to all."""
-        outcome = [_attempt(work) if self._args.rank == 0 else ""]
+        outcome = [_attempt(work) if self._settings.parallel.rank == 0 else ""]
         dist.broadcast_object_list(outcome, src=0)
         return f"rank 0: {outcome[0]}" if outcome[0] else ""
 
     def _fail(self, iteration: int, error: str, must_succeed: bool) -> None:
-        if self._args.rank == 0:
+        if self._settings.parallel.rank == 0:
             # What is left there would fill the disk further.
-            shutil.rmtree(saving_folder(self._args.save, iteration), ignore_errors=True)
+            shutil.rmtree(self._saving(iteration), ignore_errors=True)
         text = f"the checkpoint of iteration {iteration} was not saved ({error}); those before it are whole"
-        if must_succeed or self._args.on_save_failure == "stop":
+        if must_succeed or self._options.on_save_failure == "stop":
             raise DataError(text)
         self._say(f"{text}; training goes on")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 
 from megatron.core import parallel_state
@@ -11,7 +10,6 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
     parse_and_normalize_split,
 )
 
-from helixpipe.data.prefix import DatasetInfo
 from helixpipe.elastic.service.background import PlannedBatch
 from helixpipe.megatron_adapter.elastic_batch import ElasticBatch
 from megatron.pretrain.data.elastic_batches import (
@@ -22,6 +20,7 @@ from megatron.pretrain.data.elastic_batches import (
 )
 from megatron.pretrain.data.variable_length import VariableLengthDataset
 from megatron.pretrain.metrics import Planning
+from megatron.pretrain.settings.job import JobSettings
 
 # Parts of --split.
 _TRAINING, _VALIDATION = 0, 1
@@ -31,22 +30,23 @@ class ElasticTraining(Iterator[ElasticBatch]):
     """Endless iterator over this replica's batches, each with its plan; collective.
 
     Args:
-        args: parsed arguments.
+        settings: of the job.
         position: in the order of sequences: how many were trained on, over all replicas.
 
     Raises:
         ValueError: a split without documents, or fewer sequences in a batch than replicas.
     """
 
-    def __init__(self, args: argparse.Namespace, position: int = 0) -> None:
-        dataset = VariableLengthDataset(args.dataset, args.max_seq_length, training_documents(args))
+    def __init__(self, settings: JobSettings, position: int = 0) -> None:
+        dataset, job, training = training_dataset(settings), settings.elastic_job, settings.training
+        assert job is not None
         self._planned: PlannedBatch | None = None
         self._batches = ElasticBatches(
             dataset,
-            make_shared_planner(args.elastic_job),
-            global_batch_size=args.global_batch_size,
-            state={"consumed_samples": position, **identity_of(dataset, args.seed)},
-            **_share(args),
+            make_shared_planner(job),
+            global_batch_size=training.global_batch_size,
+            state={"consumed_samples": position, **identity_of(dataset, training.seed)},
+            **_share(training.seed),
         )
 
     def __next__(self) -> ElasticBatch:
@@ -69,21 +69,22 @@ class ElasticValidation(Iterator[ElasticBatch]):
     """Endless iterator over this replica's validation batches, which go on where evaluations ended.
 
     Args:
-        args: parsed arguments, with ``--eval-iters``.
+        settings: of the job, with ``--eval-iters``.
         evaluated: how many validation samples were seen.
 
     Raises:
         ValueError: no document in the split has a token to learn.
     """
 
-    def __init__(self, args: argparse.Namespace, evaluated: int) -> None:
-        dataset = VariableLengthDataset(args.dataset, args.max_seq_length, _documents(args, _VALIDATION))
+    def __init__(self, settings: JobSettings, evaluated: int) -> None:
+        dataset, job, training = _dataset(settings, _VALIDATION), settings.elastic_job, settings.training
+        assert job is not None
         self._batches = EvaluationBatches(
             dataset,
-            args.elastic_job,
-            global_batch_size=args.global_batch_size,
+            job,
+            global_batch_size=training.global_batch_size,
             consumed_samples=evaluated,
-            **_share(args),
+            **_share(training.seed),
         )
 
     def __next__(self) -> ElasticBatch:
@@ -91,21 +92,23 @@ class ElasticValidation(Iterator[ElasticBatch]):
         return ElasticBatch(*next(self._batches))
 
 
-def _share(args: argparse.Namespace) -> dict[str, int]:
+def _share(seed: int) -> dict[str, int]:
     return {
-        "seed": args.seed,
+        "seed": seed,
         "replica": parallel_state.get_data_parallel_rank(),
         "num_replicas": parallel_state.get_data_parallel_world_size(),
     }
 
 
-def training_documents(args: argparse.Namespace) -> range:
+def training_dataset(settings: JobSettings) -> VariableLengthDataset:
     """The documents that are trained on."""
-    return _documents(args, _TRAINING)
+    return _dataset(settings, _TRAINING)
 
 
-def _documents(args: argparse.Namespace, part: int) -> range:
+def _dataset(settings: JobSettings, part: int) -> VariableLengthDataset:
     """The documents of one part of ``--split``, which has been checked, rounded as Megatron rounds."""
-    info: DatasetInfo = args.dataset
-    bounds = convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split))[part]
-    return range(*(round(bound * float(info.num_documents)) for bound in bounds))
+    data, longest = settings.data, settings.training.max_seq_length
+    assert longest is not None
+    bounds = convert_split_vector_to_split_matrix(parse_and_normalize_split(data.split))[part]
+    documents = range(*(round(bound * float(data.dataset.num_documents)) for bound in bounds))
+    return VariableLengthDataset(data.dataset, longest, documents)

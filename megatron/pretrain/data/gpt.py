@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
@@ -22,8 +21,8 @@ from torch.utils.data import DataLoader
 from helixpipe.data.index_file import hash_of_file
 from helixpipe.data.prefix import DatasetInfo, dataset_paths
 from helixpipe.data.samples import ShuffledOrder
-from helixpipe.plan import Plan
 from megatron.pretrain.data.index_cache import build_datasets
+from megatron.pretrain.settings.job import DataSettings, JobSettings, TrainingSettings
 
 Batch = dict[str, torch.Tensor]
 
@@ -56,7 +55,7 @@ class PrefixTokenizer:
 
 
 def build_iterators(
-    args: argparse.Namespace, position: int, evaluated: int = 0
+    settings: JobSettings, position: int, evaluated: int = 0
 ) -> tuple[Iterator[Batch] | None, Iterator[Batch] | None]:
     """Endless iterators over this data-parallel rank's training and validation micro batches.
 
@@ -66,45 +65,50 @@ def build_iterators(
     must have passed :func:`check_split`.
 
     Args:
-        args: parsed arguments.
+        settings: of the job; its schedule has one plan for all batches.
         position: in the order of training samples: how many were seen, over all data-parallel ranks.
         evaluated: how many validation samples were seen.
 
     Raises:
         DataError: an index cache that is damaged or cannot be written.
     """
-    plan: Plan = args.schedule.plan
+    plan = settings.schedule.plan
+    assert plan is not None, "schedules of chunks have batches of their own"
     reads = plan.read_by(parallel_state.get_pipeline_model_parallel_rank())
-    train, valid, _ = build_datasets(_dataset_config(args), _ONE_EPOCH, reads_data=bool(reads))
+    train, valid, _ = build_datasets(
+        dataset_config(settings.data, settings.training), _ONE_EPOCH, reads_data=bool(reads)
+    )
     if train is None:
         return None, None
-    train_batches = _batches(args, train, position, reads)
-    return train_batches, _batches(args, valid, evaluated, reads) if args.eval_iters else None
+    train_batches = _batches(settings, train, position, reads)
+    if not settings.training.eval_iters:
+        return train_batches, None
+    return train_batches, _batches(settings, valid, evaluated, reads)
 
 
-def _dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
-    cache = cache_folder(args)
+def dataset_config(data: DataSettings, training: TrainingSettings) -> GPTDatasetConfig:
+    """What Megatron's datasets are built from."""
     config = GPTDatasetConfig(
-        random_seed=args.seed,
-        sequence_length=args.seq_length,
-        blend=([str(args.data_path)], None),
-        split=args.split,
-        path_to_cache=str(cache),
-        tokenizer=PrefixTokenizer(args.dataset),
+        random_seed=training.seed,
+        sequence_length=training.seq_length,
+        blend=([data.data_path], None),
+        split=data.split,
+        path_to_cache=str(cache_folder(data.data_path, data.data_cache_path)),
+        tokenizer=PrefixTokenizer(data.dataset),
         reset_position_ids=False,
         reset_attention_mask=False,
-        eod_mask_loss=args.eod_mask_loss,
+        eod_mask_loss=data.eod_mask_loss,
         create_attention_mask=False,
     )
     # Only what is used is built: from a split without documents Megatron draws samples for ever.
-    needed = ["training", "validation"] if args.eval_iters else ["training"]
+    needed = ["training", "validation"] if training.eval_iters else ["training"]
     config.split_matrix[len(needed) :] = [None] * (3 - len(needed))
     return config
 
 
-def cache_folder(args: argparse.Namespace) -> Path:
+def cache_folder(data_path: str, data_cache_path: Path | None) -> Path:
     """Where the indices of the dataset are kept."""
-    return args.data_cache_path or Path(args.data_path).parent / "cache"
+    return data_cache_path or Path(data_path).parent / "cache"
 
 
 def check_split(split: str, info: DatasetInfo, *, with_validation: bool) -> None:
@@ -148,17 +152,18 @@ class OwnMicroBatches(Iterator[Batch]):
 
 
 def _batches(
-    args: argparse.Namespace, dataset: GPTDataset, position: int, reads: Collection[int]
+    settings: JobSettings, dataset: GPTDataset, position: int, reads: Collection[int]
 ) -> Iterator[Batch]:
+    num_workers = settings.data.num_workers
     loader: DataLoader[Any] = DataLoader(
         dataset,
-        batch_sampler=_sampler(args, len(dataset), position, frozenset(reads)),
-        num_workers=args.num_workers,
+        batch_sampler=_sampler(settings.training, len(dataset), position, frozenset(reads)),
+        num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
-        persistent_workers=args.num_workers > 0,
-        worker_init_fn=_leave_process_group if args.num_workers > 0 else None,
+        persistent_workers=num_workers > 0,
+        worker_init_fn=_leave_process_group if num_workers > 0 else None,
     )
-    return OwnMicroBatches(iter(loader), reads, args.num_microbatches)
+    return OwnMicroBatches(iter(loader), reads, settings.training.num_microbatches)
 
 
 def _leave_process_group(worker: int) -> None:
@@ -167,7 +172,7 @@ def _leave_process_group(worker: int) -> None:
 
 
 def _sampler(
-    args: argparse.Namespace, length: int, position: int, reads: Collection[int]
+    training: TrainingSettings, length: int, position: int, reads: Collection[int]
 ) -> Iterator[list[int]]:
     """Sample numbers of this rank, micro batch by micro batch, epoch after epoch.
 
@@ -176,11 +181,11 @@ def _sampler(
     Consecutive micro batches of a global batch interleave over data-parallel ranks, so a job that
     goes on with another data-parallel size sees the same global batches.
     """
-    size, rank = args.micro_batch_size, parallel_state.get_data_parallel_rank()
+    size, rank = training.micro_batch_size, parallel_state.get_data_parallel_rank()
     # Megatron has shuffled the first epoch.
-    order = ShuffledOrder(length, args.seed, shuffles_first=False)
+    order = ShuffledOrder(length, training.seed, shuffles_first=False)
     position += rank * size
-    for micro_batch in cycle(range(args.num_microbatches)):
+    for micro_batch in cycle(range(training.num_microbatches)):
         if micro_batch in reads:
             yield order.samples(position, size).tolist()
         position += size * parallel_state.get_data_parallel_world_size()

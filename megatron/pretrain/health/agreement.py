@@ -2,52 +2,61 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 from typing import Any
 
 from torch.distributed import Store
 
+from helixpipe.commands.parser import flag_of
 from helixpipe.reliability.versions import versions
+from megatron.pretrain.settings.job import JobSettings
 
 # Of one rank or one host, or without effect on the numbers.
 _MAY_DIFFER = frozenset((
-    "rank", "data_path", "data_cache_path", "num_workers", "metrics_jsonl", "trace_dir", "save", "load",
-    "failure_dir", "log_interval", "hardware", "plan", "schedule", "dataset", "hang_timeout_s",
-    "elastic_costs", "profiling", "tokenizer", "tokenizer_model", "vocab_file", "merge_file",
+    "data_path", "data_cache_path", "num_workers", "metrics_jsonl", "trace_dir", "save", "load",
+    "failure_dir", "log_interval", "hardware", "plan", "hang_timeout_s", "elastic_costs",
+    "tokenizer_model", "vocab_file", "merge_file",
 ))  # fmt: skip
 # A disagreement in many arguments is shown by the first few.
 _MAX_SHOWN = 6
 
 
-def agree_on_arguments(args: argparse.Namespace, store: Store) -> None:
+def agree_on_arguments(settings: JobSettings, store: Store) -> None:
     """Compare arguments, plan, data set and versions over all ranks.
 
     Args:
-        args: parsed arguments.
+        settings: of this rank.
         store: one that all ranks reach.
 
     Raises:
         ValueError: on every rank, with both values, if a rank differs from rank 0.
     """
-    store.set(f"arguments/{args.rank}", json.dumps(fingerprint(args)))
-    if args.rank == 0:
-        store.set("disagreement", _disagreement(store, args.world_size))
+    rank = settings.parallel.rank
+    store.set(f"arguments/{rank}", json.dumps(fingerprint(settings)))
+    if rank == 0:
+        store.set("disagreement", _disagreement(store, settings.parallel.world_size))
     text = store.get("disagreement").decode()
     if text:
         raise ValueError(text)
 
 
-def fingerprint(args: argparse.Namespace) -> dict[str, str]:
+def fingerprint(settings: JobSettings) -> dict[str, str]:
     """Everything that must be the same on all ranks, by the name to show."""
     found: dict[str, Any] = {
-        "--" + name.replace("_", "-"): value for name, value in vars(args).items() if name not in _MAY_DIFFER
+        flag_of(name): value for name, value in settings.options.items() if name not in _MAY_DIFFER
+    }
+    found |= {
+        "world size": settings.parallel.world_size,
+        "padded vocabulary": settings.model.padded_vocab_size,
+        "what elastic plans are made by": settings.elastic_job,
     }
     # Where the files are may differ between hosts, but not what is in them.
-    found |= {f"data set, {k}": v for k, v in dataclasses.asdict(args.dataset).items() if k != "prefix"}
-    if args.schedule.plan is not None:
-        found["plan"] = args.schedule.plan.fingerprint[:16]
+    found |= {
+        f"data set, {k}": v for k, v in dataclasses.asdict(settings.data.dataset).items() if k != "prefix"
+    }
+    if settings.schedule.plan is not None:
+        found["plan"] = settings.schedule.plan.fingerprint[:16]
     found |= versions()
     return {name: str(value) for name, value in found.items()}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from helixpipe.reliability.exit_codes import NumericsError
 from megatron.pretrain.checkpoint.parameter_names import canonical_names, layer_of
 from megatron.pretrain.health.diagnosis import Finding, LayerSums, Probe, is_finite, origin
 from megatron.pretrain.model import TrainingState
+from megatron.pretrain.settings.job import ParallelSettings
 
 Losses = list[dict[str, torch.Tensor]]
 
@@ -119,7 +119,7 @@ class _Report(NamedTuple):
 
 
 def explain(
-    args: argparse.Namespace,
+    parallel: ParallelSettings,
     state: TrainingState,
     forward_backward: ForwardBackward,
     iteration: int,
@@ -130,7 +130,7 @@ def explain(
     """Say which rank and micro batch made the gradients of a step not finite; collective.
 
     Args:
-        args: parsed arguments.
+        parallel: this rank's place.
         state: with the step's gradients.
         forward_backward: with the plan and the trace of the step.
         iteration: number of the iteration.
@@ -143,8 +143,8 @@ def explain(
     """
     mine = _report(state, forward_backward, losses, sums.findings)
     stands = f"the optimizer has not stepped, the weights are those of iteration {iteration - 1}"
-    if not _all_ranks_met(iteration, args.world_size):
-        what = _what([(args.rank, mine)])
+    if not _all_ranks_met(iteration, parallel.world_size):
+        what = _what([(parallel.rank, mine)])
         return NumericsError(f"iteration {iteration}: {what}, but not on every rank; {stands}")
     first = _gathered(mine)
     probe = Probe(state.model, forward_backward.trace)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 import resource
 import sys
@@ -13,13 +12,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from helixpipe.layers.recomputing_layer import MemorySaving
 from helixpipe.megatron_adapter.schedule import device
 from helixpipe.plan.cost_model import HARDWARE, Recompute, costs_of_plan, predict_pieces
 from helixpipe.plan.schedules import SCHEDULES
 from helixpipe.plan.simulation.memory import peak_bytes
 from helixpipe.runtime.out_of_memory import OutOfMemory, amount_asked, held
-from megatron.pretrain.settings.schedule_choice import workload_of
+from megatron.pretrain.settings.job import JobSettings, MemorySettings
 
 _GIB = 2**30
 # Beyond this share of the limit the next longer message or fragment may not fit.
@@ -45,15 +43,15 @@ class MemoryWatch:
     """Warns this rank's user once, and sums up all ranks at the end.
 
     Args:
-        args: parsed arguments; ``--memory-limit-gib`` stands for what the device has.
+        settings: of the job; ``--memory-limit-gib`` stands for what the device has.
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self._args = args
+    def __init__(self, settings: JobSettings) -> None:
+        self._settings = settings
         self._warned = False
         self._limit: float | None = None
-        if args.memory_limit_gib is not None:
-            self._limit = args.memory_limit_gib * _GIB
+        if settings.memory.memory_limit_gib is not None:
+            self._limit = settings.memory.memory_limit_gib * _GIB
         elif torch.cuda.is_available():
             self._limit = torch.cuda.mem_get_info()[1]
 
@@ -64,8 +62,9 @@ class MemoryWatch:
             return
         self._warned = True
         sys.stderr.write(
-            f"pretrain_gpt: rank {self._args.rank}: warning: {reserved / _GIB:.2f} GiB of "
-            f"{self._limit / _GIB:.2f} GiB were in use; {self._estimate()}; {what_to_change(self._args)}\n"
+            f"pretrain_gpt: rank {self._settings.parallel.rank}: warning: {reserved / _GIB:.2f} GiB of "
+            f"{self._limit / _GIB:.2f} GiB were in use; {self._estimate()}; "
+            f"{what_to_change(self._settings)}\n"
         )
 
     def summary(self) -> str:
@@ -83,13 +82,13 @@ class MemoryWatch:
 
     def _estimate(self) -> str:
         """The plan's peak on this rank: weights, gradients, optimizer state and activations."""
-        plan = self._args.schedule.plan
+        plan = self._settings.schedule.plan
         if plan is None:
             return "every batch is planned to stay below the limit, by the bytes of --elastic-costs"
         # Bytes do not depend on rates.
-        pieces = predict_pieces(workload_of(self._args), HARDWARE["h100"])
+        pieces = predict_pieces(self._settings.workload, HARDWARE["h100"])
         try:
-            costs = costs_of_plan(pieces, plan, _recompute(self._args))
+            costs = costs_of_plan(pieces, plan, _recompute(self._settings.memory))
         except ValueError as error:
             # A plan from a file knows nothing of layers that recompute differently.
             return f"there is no estimate of the plan's: {error}"
@@ -97,28 +96,28 @@ class MemoryWatch:
         return f"the plan's estimate is {peak / _GIB:.2f} GiB"
 
 
-def _recompute(args: argparse.Namespace) -> Recompute | tuple[Recompute, ...]:
-    saving: MemorySaving = args.memory_saving
+def _recompute(memory: MemorySettings) -> Recompute | tuple[Recompute, ...]:
+    saving = memory.memory_saving
     if saving.recomputes:
         return saving.recompute
     return {None: Recompute.NONE, "selective": Recompute.SELECTIVE, "full": Recompute.FULL}[
-        args.recompute_granularity
+        memory.recompute_granularity
     ]
 
 
 def explains_out_of_memory(run: Callable[..., int]) -> Callable[..., int]:
-    """Decorate a function of the parsed arguments: where memory runs out, say what to change.
+    """Decorate a function of the settings: where memory runs out, say what to change.
 
     Raises:
         OutOfMemory: one line for the job's user, in the place of an allocator's error.
     """
 
     @functools.wraps(run)
-    def wrapper(args: argparse.Namespace, *others: Any, **named: Any) -> int:
+    def wrapper(settings: JobSettings, *others: Any, **named: Any) -> int:
         try:
-            return run(args, *others, **named)
+            return run(settings, *others, **named)
         except OutOfMemory as error:
-            raise OutOfMemory(f"{error}; {what_to_change(args)}") from error
+            raise OutOfMemory(f"{error}; {what_to_change(settings)}") from error
         except RuntimeError as error:
             asked = amount_asked(error)
             if asked is None:
@@ -133,24 +132,24 @@ def explains_out_of_memory(run: Callable[..., int]) -> Callable[..., int]:
     return wrapper
 
 
-def what_to_change(args: argparse.Namespace) -> str:
+def what_to_change(settings: JobSettings) -> str:
     """What would need less memory, from the cheapest in time to the dearest; only what is not done yet."""
-    saving = args.memory_saving
+    granularity, saving = settings.memory.recompute_granularity, settings.memory.memory_saving
     advice = []
-    if args.transformer_impl != "transformer_engine":
+    if settings.model.transformer_impl != "transformer_engine":
         advice += _smaller("--mlp-chunk-size", saving.mlp_chunk_size)
     advice += _smaller("--loss-chunk-size", saving.loss_chunk_size)
-    execution, plan = args.schedule.execution, args.schedule.plan
+    execution, plan = settings.schedule.execution, settings.schedule.plan
     parameters = {} if plan is None else plan.parameters
     if plan is None:
         advice.append("a lower --memory-limit-gib")
     elif (
         execution.recomputes_parts_of_layers
-        and args.recompute_granularity is None
+        and granularity is None
         and saving.recompute is not Recompute.WITHOUT_ATTENTION
     ):
         advice.append("--recompute-levels without-attention")
-    elif execution.recomputes_whole_layers and args.recompute_granularity != "full":
+    elif execution.recomputes_whole_layers and granularity != "full":
         advice.append(
             "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
             + (" --recompute-levels none" if saving.recomputes else "")
@@ -164,7 +163,7 @@ def what_to_change(args: argparse.Namespace) -> str:
         advice.append(f"--num-slices {2 * int(parameters['num_slices'])}")
     if parameters.get("num_fold", 1) != 1 and not execution.has_slices:
         advice.append("--num-fold 1")
-    if args.micro_batch_size > 1:
+    if settings.training.micro_batch_size > 1:
         advice.append("--micro-batch-size 1")
     advice.append("more tensor- or pipeline-parallel ranks")
     return f"to need less: {', or '.join(advice)}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -20,6 +19,7 @@ from torch.distributed import DistError, Store
 
 from helixpipe.reliability.deadlines import Deadlines
 from helixpipe.reliability.monitor import HubAddress, Monitor
+from megatron.pretrain.settings.job import JobSettings
 
 PROGRAM = "pretrain_gpt"
 
@@ -34,24 +34,26 @@ class PeerLost(Exception):
 
 
 @contextmanager
-def monitored(args: argparse.Namespace, before_exit: Callable[[], None]) -> Iterator[Monitor]:
+def monitored(settings: JobSettings, before_exit: Callable[[], None]) -> Iterator[Monitor]:
     """Watch this rank while it runs; an error inside is told to the other ranks.
 
     Args:
-        args: parsed arguments.
+        settings: of the job.
         before_exit: called if the process is ended because of another rank.
 
     Raises:
         PeerLost: another rank has ended, and this process was not told which.
     """
     # A single rank holds nobody up; it may be stopped from its terminal, or stand in a debugger.
-    fixed_s = 0.0 if args.world_size == 1 and args.hang_timeout_s is None else args.hang_timeout_s
+    parallel, fixed_s = settings.parallel, settings.health.hang_timeout_s
+    if parallel.world_size == 1 and fixed_s is None:
+        fixed_s = 0.0
     monitor = Monitor(
-        args.rank,
-        args.world_size,
+        parallel.rank,
+        parallel.world_size,
         program=PROGRAM,
-        stack_folder=_stack_folder(args),
-        deadlines=Deadlines(60.0 * args.distributed_timeout_minutes, fixed_s),
+        stack_folder=_stack_folder(settings.health.failure_dir, settings.checkpoint.save),
+        deadlines=Deadlines(60.0 * parallel.distributed_timeout_minutes, fixed_s),
         before_exit=before_exit,
     )
     try:
@@ -75,9 +77,9 @@ def monitored(args: argparse.Namespace, before_exit: Callable[[], None]) -> Iter
     monitor.close()
 
 
-def join(args: argparse.Namespace, monitor: Monitor, store: Store) -> None:
+def join(rank: int, monitor: Monitor, store: Store) -> None:
     """Let the ranks watch each other; ``store`` is one that all of them reach."""
-    if args.rank == 0:
+    if rank == 0:
         store.set("hub", json.dumps(monitor.address(_hosts())))
     monitor.join(HubAddress(*json.loads(store.get("hub"))))
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
@@ -101,11 +103,11 @@ def _is_peer_loss(error: Exception) -> bool:
     )
 
 
-def _stack_folder(args: argparse.Namespace) -> Path:
-    if args.failure_dir is not None:
-        return Path(args.failure_dir)
-    if args.save is not None:
-        return Path(args.save) / "failures"
+def _stack_folder(failure_dir: Path | None, save: Path | None) -> Path:
+    if failure_dir is not None:
+        return failure_dir
+    if save is not None:
+        return save / "failures"
     return Path(tempfile.gettempdir()) / f"{PROGRAM}-{os.getuid()}"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -71,7 +70,7 @@ def import_model(
     common = {
         "iteration": 0,
         "samples": {},
-        "settings": model_settings(_parsed(model)),
+        "settings": model_settings(_options(model)),
         "sums": {name: value % 2**64 for name, value in sums.items()},
     }
     torch.save(common, target / "common.pt")
@@ -114,7 +113,7 @@ def export_model(
         raise ValueError(unsafe)
     common = torch.load(checkpoint / "common.pt", map_location="cpu", weights_only=True)
     model = describe_model(read_config(reference), common["settings"]["padded_vocab_size"])
-    differing = differing_model_settings(common["settings"], _parsed(model))
+    differing = differing_model_settings(common["settings"], _options(model))
     if differing:
         raise ValueError(
             f"{checkpoint} was trained with {'; '.join(differing)} of {reference / CONFIG}; give a "
@@ -126,12 +125,12 @@ def export_model(
     return checkpoint
 
 
-def _parsed(model: Model) -> argparse.Namespace:
+def _options(model: Model) -> dict[str, Any]:
     """The model's options as pretrain_gpt.py reads them."""
     args = build_parser().parse_args([*command_line(model), *_TRAINING])
     args.tensor_model_parallel_size = 1
     derive_model(args)
-    return args
+    return vars(args)
 
 
 def _layers(model: Model, rule: Rule) -> list[int | None]:

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from helixpipe.commands.parser import flag_of
 from helixpipe.commands.tokenizer_arguments import tokenizer_settings
@@ -25,6 +26,7 @@ from megatron.pretrain.data.gpt import cache_folder, check_split
 from megatron.pretrain.settings.elastic import derive_elastic
 from megatron.pretrain.settings.ending import ending_of
 from megatron.pretrain.settings.housekeeping import housekeeping_of
+from megatron.pretrain.settings.job import JobSettings, topics_of
 from megatron.pretrain.settings.learning_rate import derive_length, learning_rate_of
 from megatron.pretrain.settings.megatron_command_line import translate
 from megatron.pretrain.settings.parser import build_parser
@@ -41,7 +43,7 @@ from megatron.pretrain.settings.schedule import (
     read_plan,
     settings_for,
 )
-from megatron.pretrain.settings.schedule_choice import choose_schedule, known_costs
+from megatron.pretrain.settings.schedule_choice import choose_schedule, known_costs, workload_of
 from megatron.pretrain.settings.sizes import derive_layout, derive_model
 from megatron.pretrain.settings.slices import cut_sequences
 
@@ -51,8 +53,8 @@ def parse_arguments(
     dataset: DatasetInfo | None = None,
     *,
     makes_folders: bool = True,
-) -> argparse.Namespace:
-    """Parse and check the arguments, and derive the sizes that follow from them.
+) -> JobSettings:
+    """Parse and check the arguments, derive the sizes that follow from them, and freeze the result.
 
     The world size is taken from ``WORLD_SIZE``, as torchrun sets it. No process group is needed, and none
     is built before everything here has been found to fit.
@@ -66,28 +68,42 @@ def parse_arguments(
         ValueError: one line that names the argument, its value and what to use instead.
     """
     translated = translate(sys.argv[1:] if command_line is None else command_line)
-    args = build_parser().parse_args(translated.words)
-    args.needless_flags = translated.note()
+    parser = build_parser()
+    args = parser.parse_args(translated.words)
     args.world_size = int(os.environ.get("WORLD_SIZE", "1"))
     args.rank = int(os.environ.get("RANK", "0"))
     derive_length(args)
     derive_layout(args)
     derive_model(args)
-    args.precision = precision_of(args)
-    args.params_dtype = args.precision.dtype
+    precision = precision_of(args)
+    args.params_dtype = precision.dtype
+    learning_rate, housekeeping = learning_rate_of(args), housekeeping_of(args)
     _check_training(args)
     args.dataset = dataset
     args.tokenizer = _tokenizer(args)
-    args.schedule = _choose_schedule(args)
-    args.dataset = args.dataset or _inspect_data(args, args.schedule.execution)
+    schedule = _choose_schedule(args)
+    args.dataset = args.dataset or _inspect_data(args, schedule.execution)
     args.padded_vocab_size = _pad_vocabulary(args)
     args.memory_saving = memory_saving(args)
     if args.transformer_impl is not None:
         check_implementation(Implementation(args.transformer_impl))
-    args.profiling = profiling_settings(args)
+    profiling = profiling_settings(args)
     if makes_folders:
         _make_output_folders(args)
-    return args
+    options = {action.dest: getattr(args, action.dest) for action in parser._actions if action.dest != "help"}
+    return JobSettings(
+        **topics_of(vars(args)),
+        schedule=schedule,
+        precision=precision,
+        learning_rate=learning_rate,
+        elastic_job=args.elastic_job,
+        ending=ending_of(args),
+        housekeeping=housekeeping,
+        profiling=profiling,
+        workload=workload_of(args),
+        needless_flags=translated.note(),
+        options=MappingProxyType(options),
+    )
 
 
 def _choose_schedule(args: argparse.Namespace) -> ScheduleSettings:
@@ -123,9 +139,6 @@ def _choose_schedule(args: argparse.Namespace) -> ScheduleSettings:
 
 
 def _check_training(args: argparse.Namespace) -> None:
-    args.learning_rate = learning_rate_of(args)
-    args.ending = ending_of(args)
-    args.housekeeping = housekeeping_of(args)
     for name in ("save_interval", "keep_checkpoints"):
         if getattr(args, name) is not None and args.save is None:
             raise ValueError(f"{flag_of(name)} {getattr(args, name)} needs --save DIR")
@@ -238,7 +251,7 @@ def _inspect_data(args: argparse.Namespace, execution: Execution) -> DatasetInfo
             f"{args.seq_length}; prepare more text or use at most {info.num_tokens - 1}"
         )
     if execution.joins_documents:
-        _check_cache_folder(cache_folder(args))
+        _check_cache_folder(cache_folder(args.data_path, args.data_cache_path))
     check_split(args.split, info, with_validation=args.eval_iters > 0)
     return info
 

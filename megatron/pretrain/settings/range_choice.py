@@ -35,7 +35,7 @@ def choose_range(args: argparse.Namespace, request: ScheduleRequest) -> tuple[Pl
             build_plan(args.pipeline_schedule, replace(request, attention_range=ranges[0])),
             f"attention range auto chose {ranges[0]}, the only one that {args.pipeline_schedule} trains with",
         )
-    machine = known_machine(args)
+    machine = known_machine(args.hardware)
     if machine is None:
         found = cheapest_range(_sizes(args), args.num_fold or DEFAULT_FOLD)
         args.attention_range = found
@@ -45,7 +45,7 @@ def choose_range(args: argparse.Namespace, request: ScheduleRequest) -> tuple[Pl
         )
     workload = workload_of(args)
     if isinstance(machine, Pieces):
-        check_profile(args, machine, workload)
+        check_profile(args.hardware, machine, workload)
         pieces = machine
     else:
         pieces = predict_pieces(workload, machine)

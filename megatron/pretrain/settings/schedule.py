@@ -34,12 +34,14 @@ class ScheduleSettings:
         execution: how it is carried out.
         plan: of every iteration, validated: the object that is executed. None where each batch has its own.
         reason: a line that tells why it was chosen, where the user left the choice open.
+        hardware: what its times were predicted for; None for this GPU.
     """
 
     name: str
     execution: Execution
     plan: Plan | None
     reason: str = ""
+    hardware: str | None = None
 
     @property
     def virtual_stages(self) -> int | None:
@@ -98,7 +100,7 @@ def settings_for(args: argparse.Namespace, plan: Plan | None, reason: str = "") 
                 f"{args.pipeline_schedule} computes weight gradients apart, which --transformer-impl "
                 "transformer_engine cannot; use local, or another schedule"
             )
-    return ScheduleSettings(args.pipeline_schedule, execution, plan, reason)
+    return ScheduleSettings(args.pipeline_schedule, execution, plan, reason, args.hardware)
 
 
 def read_plan(args: argparse.Namespace) -> Plan:

@@ -44,7 +44,7 @@ def choose_schedule(args: argparse.Namespace) -> tuple[Plan, str]:
     Raises:
         ValueError: hardware that is not known or was not measured for these sizes, or nothing that fits.
     """
-    machine = known_machine(args)
+    machine = known_machine(args.hardware)
     if machine is None:
         raise ValueError(
             "--pipeline-schedule auto needs --hardware: "
@@ -57,7 +57,7 @@ def choose_schedule(args: argparse.Namespace) -> tuple[Plan, str]:
         )
     workload = workload_of(args)
     if isinstance(machine, Pieces):
-        check_profile(args, machine, workload)
+        check_profile(args.hardware, machine, workload)
     job = make_job(
         machine,
         workload,
@@ -79,10 +79,10 @@ def choose_schedule(args: argparse.Namespace) -> tuple[Plan, str]:
     )
 
 
-def known_machine(args: argparse.Namespace) -> Hardware | Pieces | None:
+def known_machine(hardware: str | None) -> Hardware | Pieces | None:
     """What ``--hardware`` names, else the preset of this GPU if there is one."""
-    if args.hardware is not None:
-        return read_machine(args.hardware)
+    if hardware is not None:
+        return read_machine(hardware)
     # Like "NVIDIA H100 80GB HBM3": h20 must not be found in h200.
     words = torch.cuda.get_device_name().lower().split() if torch.cuda.is_available() else []
     return next((machine for name, machine in HARDWARE.items() if name in words), None)
@@ -110,12 +110,12 @@ def known_costs(args: argparse.Namespace) -> KnownCosts | None:
     Raises:
         ValueError: hardware that is not known or was not measured for these sizes.
     """
-    machine = known_machine(args) if args.round_order == "interlocked" else None
+    machine = known_machine(args.hardware) if args.round_order == "interlocked" else None
     if machine is None:
         return None
     workload = workload_of(args)
     if isinstance(machine, Pieces):
-        check_profile(args, machine, workload)
+        check_profile(args.hardware, machine, workload)
     pieces = machine if isinstance(machine, Pieces) else predict_pieces(workload, machine)
     recompute = job_levels(args)
     limit_gib = args.memory_limit_gib
@@ -125,7 +125,7 @@ def known_costs(args: argparse.Namespace) -> KnownCosts | None:
     )
 
 
-def check_profile(args: argparse.Namespace, profile: Pieces, workload: Workload) -> None:
+def check_profile(hardware: str | None, profile: Pieces, workload: Workload) -> None:
     """A profile holds for the sizes it was measured with; depth, names and replicas do not change a layer.
 
     Raises:
@@ -144,7 +144,7 @@ def check_profile(args: argparse.Namespace, profile: Pieces, workload: Workload)
     for name, value in wanted.items():
         if measured[name] != value:
             raise ValueError(
-                f"--hardware {args.hardware} was measured with {name.replace('_', ' ')} {measured[name]}, "
+                f"--hardware {hardware} was measured with {name.replace('_', ' ')} {measured[name]}, "
                 f"this job has {value}; profile again with the job's sizes"
             )
 

@@ -32,8 +32,8 @@ def cut_sequences(args: argparse.Namespace, plan: Plan) -> Plan:
 
 def _pieces(args: argparse.Namespace) -> Pieces:
     """Times of the job's layers: measured, or predicted for its hardware."""
-    machine, workload = known_machine(args), workload_of(args)
+    machine, workload = known_machine(args.hardware), workload_of(args)
     if isinstance(machine, Pieces):
-        check_profile(args, machine, workload)
+        check_profile(args.hardware, machine, workload)
         return machine
     return predict_pieces(workload, machine or HARDWARE[_USUAL])

@@ -1,0 +1,270 @@
+"""What a job is told, frozen: one class for each topic, made from the checked command line in one place.
+
+Fields have the names of the options, which :mod:`megatron.pretrain.settings.parser` describes; those with
+another name are derived from several. To add an option: a line in the parser, and a field here in its topic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from helixpipe.data.prefix import DatasetInfo
+from helixpipe.elastic import ElasticJob
+from helixpipe.layers.recomputing_layer import MemorySaving
+from helixpipe.plan.cost_model import Workload
+from megatron.pretrain.settings.ending import Ending
+from megatron.pretrain.settings.housekeeping import HousekeepingSettings
+from megatron.pretrain.settings.learning_rate import LearningRate
+from megatron.pretrain.settings.precision import Precision
+from megatron.pretrain.settings.profiling import ProfilingSettings
+from megatron.pretrain.settings.schedule import ScheduleSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The model and what computes it; sizes that were left out are filled in.
+
+    Attributes:
+        padded_vocab_size: rows of the embedding, given or derived.
+        params_dtype: of weights and activations.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    max_position_embeddings: int
+    position_embedding_type: str
+    rotary_base: int
+    rotary_percent: float
+    rotary_seq_len_interpolation_factor: float | None
+    use_rope_scaling: bool
+    rope_scaling_factor: float
+    normalization: str
+    norm_epsilon: float
+    swiglu: bool
+    qk_layernorm: bool
+    add_bias_linear: bool
+    add_qkv_bias: bool
+    untie_embeddings_and_output_weights: bool
+    attention_dropout: float
+    hidden_dropout: float
+    init_method_std: float
+    padded_vocab_size: int
+    bf16: bool
+    fp16: bool
+    params_dtype: torch.dtype
+    transformer_impl: str | None
+    attention_backend: str
+    cross_entropy_loss_fusion: bool
+    cross_entropy_fusion_impl: str
+    gradient_accumulation_fusion: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelSettings:
+    """This rank among the others, and what they share."""
+
+    rank: int
+    world_size: int
+    tensor_model_parallel_size: int
+    pipeline_model_parallel_size: int
+    data_parallel_size: int
+    sequence_parallel: bool
+    use_distributed_optimizer: bool
+    overlap_grad_reduce: bool
+    overlap_param_gather: bool
+    distributed_timeout_minutes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorySettings:
+    """What is computed again, or in slices, to keep less.
+
+    Attributes:
+        memory_saving: of this project; the options of recomputation are Megatron's.
+    """
+
+    memory_limit_gib: float | None
+    recompute_granularity: str | None
+    recompute_method: str | None
+    recompute_num_layers: int | None
+    recompute_modules: tuple[str, ...]
+    memory_saving: MemorySaving
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """Batches and iterations.
+
+    Attributes:
+        num_microbatches: of one data-parallel rank and iteration.
+        max_seq_length: of a document under schedules that do not join them; None under others.
+        elastic_costs: what plans of such batches are made by; None under others.
+    """
+
+    micro_batch_size: int
+    global_batch_size: int
+    num_microbatches: int
+    seq_length: int
+    max_seq_length: int | None
+    elastic_costs: Path | None
+    train_iters: int
+    eval_interval: int
+    eval_iters: int
+    calculate_per_token_loss: bool
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """How weights change; rates over the job are in :class:`LearningRate`."""
+
+    optimizer: str
+    lr: float
+    min_lr: float
+    decoupled_lr: float | None
+    decoupled_min_lr: float | None
+    weight_decay: float
+    clip_grad: float
+    adam_beta1: float
+    adam_beta2: float
+    adam_eps: float
+    sgd_momentum: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Where samples come from.
+
+    Attributes:
+        dataset: what the headers of its files say.
+    """
+
+    data_path: str
+    split: str
+    data_cache_path: Path | None
+    num_workers: int
+    eod_mask_loss: bool
+    dataset: DatasetInfo
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where the indices of the dataset are kept."""
+        return self.data_cache_path or Path(self.data_path).parent / "cache"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    """Files that a job can go on from."""
+
+    save: Path | None
+    save_interval: int | None
+    keep_checkpoints: int | None
+    set_aside_checkpoints: bool
+    async_save: bool
+    on_save_failure: str
+    load: Path | None
+    pretrained_checkpoint: Path | None
+    load_fallback: bool
+    allow_changed: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputSettings:
+    """What is told of iterations."""
+
+    log_interval: int
+    metrics_jsonl: Path | None
+    trace_dir: Path | None
+    log_params_norm: bool
+    log_num_zeros_in_grad: bool
+
+    @property
+    def measures(self) -> bool:
+        """True if operations are timed."""
+        return self.metrics_jsonl is not None or self.trace_dir is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealthSettings:
+    """What watches the job."""
+
+    hang_timeout_s: float | None
+    failure_dir: Path | None
+    check_gradients_every: int | None
+    check_layers_every: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSettings:
+    """Everything about a job.
+
+    Attributes:
+        schedule: how it is scheduled, with the plan.
+        precision: number formats and the scaling of losses.
+        learning_rate: with weight decay, over the job.
+        elastic_job: what batches are planned by where each has its own plan; None elsewhere.
+        ending, housekeeping: see there.
+        profiling: what torch's profiler watches on this rank; None for nothing.
+        workload: the model and how it is cut, for the cost model.
+        needless_flags: a line about Megatron's flags that change nothing here; empty if there are none.
+        options: all options by name, as they are used: what ranks and checkpoints are compared by. Whoever
+            needs one of them takes it from its topic.
+    """
+
+    model: ModelSettings
+    parallel: ParallelSettings
+    memory: MemorySettings
+    training: TrainingSettings
+    optimizer: OptimizerSettings
+    data: DataSettings
+    checkpoint: CheckpointSettings
+    output: OutputSettings
+    health: HealthSettings
+    schedule: ScheduleSettings
+    precision: Precision
+    learning_rate: LearningRate
+    elastic_job: ElasticJob | None
+    ending: Ending
+    housekeeping: HousekeepingSettings
+    profiling: ProfilingSettings | None
+    workload: Workload
+    needless_flags: str
+    options: Mapping[str, Any]
+
+
+_TOPICS = {
+    "model": ModelSettings,
+    "parallel": ParallelSettings,
+    "memory": MemorySettings,
+    "training": TrainingSettings,
+    "optimizer": OptimizerSettings,
+    "data": DataSettings,
+    "checkpoint": CheckpointSettings,
+    "output": OutputSettings,
+    "health": HealthSettings,
+}
+
+
+def topics_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of :class:`JobSettings` that are made of options and of what is derived from them.
+
+    Args:
+        values: checked, for every field.
+    """
+    return {
+        name: topic(**{field.name: _frozen(values[field.name]) for field in fields(topic)})
+        for name, topic in _TOPICS.items()
+    }
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
