@@ -251,13 +251,9 @@ PATCHED = (
         "megatron.core.pipeline_parallel.schedules", "get_forward_backward_func",
         "gives a schedule of ours to another program", _CORE,
     ),
-    *(
-        ContactPoint(
-            "megatron.core.pipeline_parallel.schedules", name,
-            "stops a step that another program makes without the schedule that it asked for", _CORE,
-        )
-        for name in ("forward_backward_no_pipelining", "forward_backward_pipelining_without_interleaving",
-                     "forward_backward_pipelining_with_interleaving")
+    ContactPoint(
+        "megatron.core.pipeline_parallel.schedules", "get_model_config",
+        "stops a step that another program makes without the schedule that it asked for", _CORE,
     ),
     ContactPoint(
         "megatron.core.models.gpt:GPTModel", "__new__",

@@ -130,8 +130,14 @@ class PlannedForwardBackward:
         raise NotImplementedError
 
     def fitted(self, plan: Plan, config: TransformerConfig, size: IterationSize) -> Plan:
-        """The plan with what depends on the model and its sequences, like where slices end."""
-        return plan
+        """The plan with what depends on the model and its sequences.
+
+        Slices whose ends it does not say get ends by floating-point operations.
+        """
+        if not plan.slices or slice_ends(plan) is not None:
+            return plan
+        shared = config.tensor_model_parallel_size if config.sequence_parallel else 1
+        return cut_at_equal_times(plan, size.seq_length, operations_of_layer(config), shared)
 
     def modules_with_weights(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
         """What holds the linear layers that this rank computes with, whoever owns the weights."""
@@ -218,13 +224,6 @@ class SlicedSegmentForwardBackward(SegmentForwardBackward):
         """See :class:`PlannedForwardBackward`."""
         (model,) = chunks
         return SlicedGPTSegments(model, _segmented(model), plan, rank, size, dtype, self._weight_gradients)
-
-    def fitted(self, plan: Plan, config: TransformerConfig, size: IterationSize) -> Plan:
-        """A plan that does not say where its slices end gets ends by floating-point operations."""
-        if slice_ends(plan) is not None:
-            return plan
-        shared = config.tensor_model_parallel_size if config.sequence_parallel else 1
-        return cut_at_equal_times(plan, size.seq_length, operations_of_layer(config), shared)
 
 
 def _segmented(model: torch.nn.Module) -> SegmentedGPTModel:

@@ -51,9 +51,17 @@ def build_segments_for(options: Options) -> Callable[[], None]:
             return object.__new__(cls)
         bound = signature.bind(None, *args, **arguments)
         bound.apply_defaults()
-        return build_segments(options, bound.arguments, signature)
+        return _built(build_segments(options, bound.arguments, signature))
 
     return replace("megatron.core.models.gpt:GPTModel", "__new__", staticmethod(new))
+
+
+def _built(model: torch.nn.Module) -> torch.nn.Module:
+    """The model, safe from Python's calling ``__init__`` for what ``__new__`` gives, if it is a GPTModel."""
+    if isinstance(model, GPTModel):
+        kind = type(model)
+        model.__class__ = type(kind.__name__, (kind,), {"__init__": lambda self, *args, **arguments: None})
+    return model
 
 
 def build_segments(

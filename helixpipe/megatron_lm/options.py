@@ -16,9 +16,9 @@ from helixpipe.plan.schedules.request import ATTENTION_RANGES, HEAD_PLACEMENTS, 
 
 _OF_PLANS = (
     "num_fold", "attention_range", "head_placement", "round_order", "split_weight_gradients",
-    "resend_context",
+    "resend_context", "num_slices",
 )  # fmt: skip
-_INSIDE = (Execution.MEGATRON, Execution.STAGES, Execution.SEGMENTS, Execution.SLICED_SEGMENTS)
+_OUTSIDE = (None, Execution.CHUNKS)
 _OF_MODELS = ("recompute_levels", "mlp_chunk_size", "loss_chunk_size")
 
 
@@ -80,6 +80,7 @@ def _parser() -> Parser:
     add("--head-placement", choices=HEAD_PLACEMENTS)
     add("--round-order", choices=ROUND_ORDERS)
     add("--split-weight-gradients", action=argparse.BooleanOptionalAction)
+    add("--num-slices", type=Whole())
     add("--resend-context", action="store_true", default=None)
     add("--recompute-levels")
     add("--mlp-chunk-size", type=Whole())
@@ -90,7 +91,7 @@ def _parser() -> Parser:
 def _checked(found: argparse.Namespace) -> Options:
     name = found.pipeline_schedule
     entry = find_schedule(name)
-    if entry.execution not in _INSIDE:
+    if entry.execution in _OUTSIDE:
         can = ", ".join(n for n, other in SCHEDULES.items() if _runs_inside(other))
         raise ValueError(f"{name} does not run inside Megatron-LM's training program; choose one of {can}")
     if not _runs_inside(entry):
@@ -108,7 +109,7 @@ def _checked(found: argparse.Namespace) -> Options:
             f"{name} can be planned with the attention range {attention_range} but not executed; use "
             f"--attention-range {' or '.join(entry.executed_ranges)}"
         )
-    if not entry.execution.cuts_layers:
+    if entry.execution is None or not entry.execution.cuts_layers:
         for option in _OF_MODELS:
             if getattr(found, option):
                 raise ValueError(f"{flag_of(option)} does not apply to {name} here; remove it")
@@ -123,4 +124,4 @@ def _checked(found: argparse.Namespace) -> Options:
 
 
 def _runs_inside(entry: Schedule) -> bool:
-    return entry.execution in _INSIDE and not entry.needs_untied_weights
+    return entry.execution not in _OUTSIDE and not entry.needs_untied_weights

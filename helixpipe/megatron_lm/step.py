@@ -22,6 +22,7 @@ from helixpipe.megatron_adapter.forward_backward import (
     PlannedForwardBackward,
     SegmentForwardBackward,
     SlicedSegmentForwardBackward,
+    SliceForwardBackward,
     StageForwardBackward,
 )
 from helixpipe.megatron_adapter.plan_source import PlanOnDemand
@@ -41,6 +42,7 @@ class Step:
         count: steps and evaluations that were made.
         forward_backward: what carries out the plan.
         is_segmented: the model is cut at its attention.
+        is_another_model: GPTModel itself does not compute it: it is cut at its attention or into slices.
     """
 
     def __init__(self, options: Options) -> None:
@@ -48,10 +50,12 @@ class Step:
         execution = options.entry.execution
         assert execution is not None
         self.is_segmented = execution.cuts_layers
+        self.is_another_model = execution.cuts_layers or execution.has_slices
         self.reads_on_all_ranks = options.plan.get("head_placement", "first") != "first"
         kinds = {
             Execution.STAGES: StageForwardBackward,
             Execution.SEGMENTS: SegmentForwardBackward,
+            Execution.SLICES: SliceForwardBackward,
             Execution.SLICED_SEGMENTS: SlicedSegmentForwardBackward,
         }
         plans = PlanOnDemand(options.schedule, options.plan)
@@ -81,7 +85,7 @@ class Step:
         **arguments: Any,
     ) -> list[Any]:
         """Run one iteration; Megatron's arguments and return value, losses on the last pipeline rank."""
-        if self.is_segmented and collect_non_loss_data:
+        if self.is_another_model and collect_non_loss_data:
             raise ValueError(
                 f"the {self.forward_backward.name} schedule does not collect data that is no loss; leave "
                 "process_non_loss_data_func out"
@@ -89,7 +93,9 @@ class Step:
         config = get_model_config(model[0] if isinstance(model, list) else model)
         with _timed(config):
             report = self.forward_backward(
-                forward_step_func=as_one_stage(forward_step_func) if self.is_segmented else forward_step_func,
+                forward_step_func=as_one_stage(forward_step_func)
+                if self.is_another_model
+                else forward_step_func,
                 model=model,
                 forward_only=forward_only,
                 collect_non_loss_data=collect_non_loss_data,

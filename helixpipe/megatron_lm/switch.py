@@ -9,7 +9,6 @@ import logging
 import re
 import sys
 from collections.abc import Callable
-from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +21,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 OLDEST, TOO_NEW = (0, 16, 1), (0, 20, 0)
-# One of these makes a step where a program does not ask for ours.
-STOCK = (
-    "forward_backward_no_pipelining",
-    "forward_backward_pipelining_without_interleaving",
-    "forward_backward_pipelining_with_interleaving",
-)
 
 _undo: list[Callable[[], None]] = []
 _enabled: tuple[Options, Step] | None = None
@@ -73,7 +66,7 @@ def enable(command_line: list[str] | None = None) -> Step | None:
     version = check_version()
     step = Step(options)
     _put_in_place(step)
-    if step.is_segmented:
+    if step.is_another_model:
         _undo.append(build_segments_for(options))
         if step.reads_on_all_ranks and find_spec("megatron.training") is not None:
             _replace("megatron.training.training", "build_train_valid_test_data_iterators", as_one_stage)
@@ -105,10 +98,12 @@ def check_version() -> str:
 
 
 def _put_in_place(step: Step) -> None:
+    from helixpipe.contact_points import replace
+
     module = "megatron.core.pipeline_parallel.schedules"
     _replace(module, "get_forward_backward_func", lambda original: step.get)
-    for name in STOCK:
-        _replace(module, name, lambda original: partial(_refuse_stock))
+    # What all schedules of Megatron's call before their first message; in that module only.
+    _undo.append(replace(module, "get_model_config", _refuse_stock))
 
 
 def _refuse_stock(*args: object, **options: object) -> None:

@@ -42,6 +42,7 @@ def test_without_a_schedule_nothing_is_taken():
         ("--pipeline-schedule zb-h1 --num-fold 2", "--num-fold does not apply to zb-h1"),
         ("--pipeline-schedule zb-h1 --mlp-chunk-size 8", "--mlp-chunk-size does not apply to zb-h1"),
         ("--pipeline-schedule helix --num-fold 0", "--num-fold"),
+        ("--pipeline-schedule helix --num-slices 2", "--num-slices does not apply to helix"),
         ("--pipeline-schedule helix --resend-context", "--resend-context does not apply to helix"),
         ("--pipeline-schedule sliced-helix --round-order filo", "--round-order does not apply"),
         ("--pipeline-schedule sliced-helix --attention-range block", "use --attention-range core"),

@@ -14,6 +14,8 @@ COMMANDS = (
     "--recompute-levels none",
     "--pipeline-schedule zb-h1",
     "--pipeline-schedule sliced-helix --num-fold 3",
+    "--pipeline-schedule seq1f1b",
+    "--pipeline-schedule seq1f1b --num-slices 3",
     "--pipeline-schedule sliced-helix --head-placement spread --resend-context --loss-chunk-size 5",
 )
 
@@ -50,6 +52,7 @@ def test_switched_off_everything_is_megatrons_again(losses):
     ("what", "words"),
     [
         ("stock", "call helixpipe.megatron_lm.enable() in the script's first line"),
+        ("stock schedule", "call helixpipe.megatron_lm.enable() in the script's first line"),
         ("config", "does not know qk_l2_norm=True of TransformerConfig"),
         ("argument", "does not know fp16_lm_cross_entropy=True of GPTModel"),
         ("spec", "this model's layer spec is another"),

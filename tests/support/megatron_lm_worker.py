@@ -9,7 +9,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel import get_forward_backward_func, schedules
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 from models import SEED, VOCABULARY, Case, batches, initialize, make_config
@@ -118,7 +118,8 @@ def _message(function: Any) -> str:
 def refusals() -> dict[str, str]:
     """What is refused, by what is wrong; empty text where nothing was raised."""
     initialize(CASE)
-    held = [STOCK]  # no module's attribute: nothing can be put in its place
+    # No module's attributes: nothing can be put in their place.
+    held = [STOCK, schedules.forward_backward_pipelining_without_interleaving]
     enable("--pipeline-schedule helix".split())
     world = torch.distributed.new_group([0, 1])
     other = torch.distributed.new_group([torch.distributed.get_rank()], use_local_synchronization=True)
@@ -130,6 +131,7 @@ def refusals() -> dict[str, str]:
     wrong.pp = other
     found = {
         "stock": _message(lambda: run(CASE, held[0])),
+        "stock schedule": _message(lambda: run(CASE, lambda: held[1])),
         "config": _message(lambda: build_stage(CASE, qk_l2_norm=True)),
         "argument": _message(lambda: build_stage(CASE, fp16_lm_cross_entropy=True)),
         "spec": _message(lambda: build_stage(CASE, spec=spec)),

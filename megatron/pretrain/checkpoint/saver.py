@@ -26,6 +26,8 @@ from megatron.pretrain.model import TrainingState
 from megatron.pretrain.outputs import Outputs
 from megatron.pretrain.settings.job import JobSettings
 
+MEGATRONS_WRITER = "mcore"
+
 
 class SaveStatus(IntEnum):
     """How far this rank is with writing its part; ranks exchange it with the iteration's metrics."""
@@ -219,12 +221,14 @@ class _AgreeingSave(PlannedSave):
             return str(refused)
         return ""
 
-    def async_save(self, sharded_state_dict: Any, checkpoint_dir: Path) -> Any:
+    def async_save(self, sharded_state_dict: Any, checkpoint_dir: Path, async_strategy: str = "") -> Any:
         """See Megatron's strategy."""
         error = self._agree("")
         if error:
             raise _Refused(error)
-        return super().async_save(sharded_state_dict, checkpoint_dir)
+        # Since 0.17 it asks whose writer is to be used, of which the other one is of another package.
+        strategy = (MEGATRONS_WRITER,) if async_strategy else ()
+        return super().async_save(sharded_state_dict, checkpoint_dir, *strategy)
 
     def _agree(self, error: str) -> str:
         self._agreed = True

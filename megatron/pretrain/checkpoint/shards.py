@@ -62,7 +62,9 @@ class PlannedSave(TorchDistSaveShardedStrategy):
         # Where Megatron's writing processes would put their answers; without it, it starts a process.
         replace(filesystem_async.__name__, "_results_queue", queue.SimpleQueue())
 
-    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any) -> AsyncRequest:
+    def _get_save_and_finalize_callbacks(
+        self, writer: Any, planned: Any, async_strategy: str = ""
+    ) -> AsyncRequest:
         self.writer, self.metadata = writer, planned[1]
         return AsyncRequest(None, (), [])
 
