@@ -157,12 +157,17 @@ def _layout(parallel: ParallelSettings) -> str:
 def _batch(settings: JobSettings) -> str:
     training = settings.training
     if settings.schedule.plan is None:
-        return f"{training.global_batch_size} documents of at most {training.max_seq_length} tokens"
+        most = training.max_seq_length
+        return f"{_counted(training.global_batch_size, 'document')} of at most {most} tokens"
     return (
-        f"{training.global_batch_size} sequences of {training.seq_length} tokens = "
-        f"{training.num_microbatches} micro batches of {training.micro_batch_size} x "
-        f"{settings.parallel.data_parallel_size} replicas"
+        f"{_counted(training.global_batch_size, 'sequence')} of {training.seq_length} tokens = "
+        f"{_counted(training.num_microbatches, 'micro batch', 'es')} of {training.micro_batch_size} x "
+        f"{_counted(settings.parallel.data_parallel_size, 'replica')}"
     )
+
+
+def _counted(number: int, what: str, plural: str = "s") -> str:
+    return f"{number} {what}{'' if number == 1 else plural}"
 
 
 def _recompute(memory: MemorySettings) -> str:
