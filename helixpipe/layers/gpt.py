@@ -9,6 +9,8 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from helixpipe.layers.chunked_loss import chunked_loss
+from helixpipe.layers.documents import Documents
+from helixpipe.layers.elastic.positions import angles_at
 from helixpipe.layers.recomputing_layer import NOTHING_SAVED, MemorySaving
 from helixpipe.layers.slices import mark_sliced
 from helixpipe.layers.spec import Implementation, block_spec
@@ -34,6 +36,8 @@ def build_gpt(
         arguments: the rest of GPTModel's.
     """
     spec = block_spec(config, implementation, vp_stage, pp_rank, saving)
+    if implementation.documents:
+        return DocumentGPTModel(saving.loss_chunk_size, config, spec, vp_stage=vp_stage, **arguments)
     if saving.loss_chunk_size is None:
         return GPTModel(config, spec, vp_stage=vp_stage, **arguments)
     return ChunkedLossGPTModel(saving.loss_chunk_size, config, spec, vp_stage=vp_stage, **arguments)
@@ -63,3 +67,30 @@ class ChunkedLossGPTModel(GPTModel):
         weight = self.shared_embedding_or_output_weight() if tied else None
         loss = self.compute_language_model_loss
         return chunked_loss(hidden_states, labels, self.output_layer, weight, loss, size)
+
+
+class DocumentGPTModel(ChunkedLossGPTModel):
+    """Attends within documents, which it is given as packed-sequence parameters; on every stage."""
+
+    def forward(self, *args: Any, packed_seq_params: Documents | None = None, **arguments: Any) -> Any:
+        """See GPTModel.
+
+        Raises:
+            ValueError: no documents.
+        """
+        if packed_seq_params is None:
+            raise ValueError("the forward step must give every stage the documents of its micro batch")
+        return super().forward(*args, packed_seq_params=packed_seq_params, **arguments)
+
+    def _preprocess(
+        self, input_ids: Tensor, position_ids: Tensor, *args: Any, packed_seq_params: Documents, **others: Any
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+        """Megatron's, with rotary positions that begin anew in every document.
+
+        Attention sees no difference between them and positions that go on, but for rounding.
+        """
+        hidden = self.embedding(input_ids, position_ids) if self.pre_process else None
+        angles = None
+        if self.position_embedding_type == "rope":
+            angles = angles_at(self.rotary_pos_emb, packed_seq_params.positions)
+        return hidden, angles, None, None, None, None

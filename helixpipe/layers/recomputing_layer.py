@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from helixpipe.kernels.choice import activate, fused_form
+from helixpipe.layers.documents import Documents
 from helixpipe.layers.recompute import Tensors, recompute
 from helixpipe.layers.rotary import rotate
 from helixpipe.layers.slices import SlicedFunction, in_slices, mark_sliced
@@ -136,6 +137,7 @@ class SavingTransformerLayer(TransformerLayer):
             return super()._forward_attention(hidden_states, *args, **kwargs)
         mask = args[0] if args else kwargs.pop("attention_mask", None)
         angles = kwargs.pop("rotary_pos_emb", None)
+        documents = kwargs.pop("packed_seq_params", None)
         unknown = [name for name, value in kwargs.items() if value is not None]
         if len(args) > 1 or unknown:
             named = ", ".join(unknown) or "cross-attention"
@@ -149,7 +151,10 @@ class SavingTransformerLayer(TransformerLayer):
             return query, key, value
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return attention.core_attention(query, key, value, mask, attn_mask_type=attention.attn_mask_type)
+            kind = attention.attn_mask_type
+            return attention.core_attention(
+                query, key, value, mask, attn_mask_type=kind, packed_seq_params=documents
+            )
 
         output = attend_to(self, self.level, hidden_states, rotated, attend)
         add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
@@ -165,8 +170,10 @@ class SavingTransformerLayer(TransformerLayer):
     ) -> Tensor:
         """Megatron's, with fc2 as the consumer of a recomputed activation, or in slices.
 
-        ``later`` takes what newer releases pass, like 0.19's ``packed_seq_params``.
+        ``later`` takes what newer releases pass, like 0.19's ``packed_seq_params``, which is for attention.
         """
+        if isinstance(later.get("packed_seq_params"), Documents):
+            del later["packed_seq_params"]
         if any(value is not None for value in (inference_context, padding_mask, *later.values())):
             return super()._forward_mlp(hidden_states, inference_context, padding_mask, **later)
         if self.mlp_chunk_size is not None:

@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from megatron.core import tensor_parallel
@@ -28,9 +29,11 @@ from torch import Tensor
 
 from helixpipe.layers.borrowed_modules import BorrowedModules
 from helixpipe.layers.chunked_loss import chunked_loss
+from helixpipe.layers.documents import Documents
 from helixpipe.layers.elastic.context import ContextStore
 from helixpipe.layers.elastic.core_attention import attend_to_slices
 from helixpipe.layers.elastic.layout import ChunkLayout
+from helixpipe.layers.elastic.positions import rotate_at
 from helixpipe.layers.recomputing_layer import (
     NOTHING_SAVED,
     MemorySaving,
@@ -52,6 +55,7 @@ from helixpipe.plan.cost_model import Recompute
 from helixpipe.refusals import refuse
 
 Tensors = tuple[Tensor, ...]
+Layout: TypeAlias = ChunkLayout | Documents
 
 
 def _borrowing_config(config: TransformerConfig) -> TransformerConfig:
@@ -111,6 +115,7 @@ class SegmentedGPTModel(LanguageModule):
         self.share_embeddings_and_output_weights = share_embeddings_and_output_weights
         self.saving = saving
         self.contexts = contexts
+        self.needs_documents = implementation.documents
         if share_embeddings_and_output_weights and self.pre_process != self.post_process:
             raise ValueError("tied embeddings need the first and the last segment on one rank")
 
@@ -247,7 +252,7 @@ class SegmentedGPTModel(LanguageModule):
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         borrowed: Sequence[Tensor] | None = None,
-        layout: ChunkLayout | None = None,
+        layout: Layout | None = None,
     ) -> Tensors:
         """Run one segment of one micro batch.
 
@@ -258,7 +263,8 @@ class SegmentedGPTModel(LanguageModule):
             labels: [b, s], for the last segment; None returns logits instead of losses.
             borrowed: weights for a segment whose own weights are elsewhere, as :meth:`lent_parameters` gives
                 them there.
-            layout: of the slice that the micro batch is; None for whole sequences.
+            layout: of the slice that the micro batch is, or the documents of its sequences; None for whole
+                sequences.
 
         Returns:
             Even segments: what the attention range starts from: query [s, b, heads, d], key and value
@@ -270,7 +276,7 @@ class SegmentedGPTModel(LanguageModule):
         number, is_attention = divmod(segment, 2)
         if is_attention:
             if borrowed is not None:
-                return self._borrowed[1].compute(self._run_attention, borrowed, number, inputs)
+                return self._borrowed[1].compute(self._run_attention, borrowed, number, inputs, layout)
             layer = self.decoder.layers[str(number)] if self._attention_part else None
             return self._run_attention(layer, number, inputs, layout)
         if segment == self.num_segments - 1:
@@ -339,7 +345,7 @@ class SegmentedGPTModel(LanguageModule):
         layer: TransformerLayer | None,
         number: int,
         inputs: Tensors,
-        layout: ChunkLayout | None = None,
+        layout: Layout | None = None,
     ) -> Tensors:
         """The attention range of layer ``number``, with the weights of ``layer`` where it has any."""
         before, core = LayerPart.PRE & self._attention_part, self._cores[number]
@@ -353,9 +359,10 @@ class SegmentedGPTModel(LanguageModule):
         if before and level is not Recompute.NONE:
             assert layer is not None
             (residual,) = inputs
-            output = attend_to(layer, level, residual, self._rotated, attend)
+            rotated = partial(self._rotated, layout=layout)
+            output = attend_to(layer, level, residual, rotated, attend)
         else:
-            *attended, residual = self._run_parts(layer, before, inputs)
+            *attended, residual = self._run_parts(layer, before, inputs, layout)
             output = attend(*attended)
         return self._run_parts(layer, LayerPart.POST & self._attention_part, (output, residual))
 
@@ -364,7 +371,7 @@ class SegmentedGPTModel(LanguageModule):
         layer: TransformerLayer | None,
         part: LayerPart,
         values: Tensors,
-        layout: ChunkLayout | None = None,
+        layout: Layout | None = None,
     ) -> Tensors:
         """Consecutive parts of a layer: each takes what the one before it returns."""
         if not part:
@@ -386,20 +393,19 @@ class SegmentedGPTModel(LanguageModule):
             return layer.query_key_value(hidden)
         return layer.self_attention.get_query_key_value_tensors(layer.input_layernorm(hidden))
 
-    def _rotated(
-        self, query: Tensor, key: Tensor, value: Tensor, layout: ChunkLayout | None = None
-    ) -> Tensors:
+    def _rotated(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout | None = None) -> Tensors:
         """Queries and keys with their rotary positions, if the model has any."""
-        if self.rotary_pos_emb is not None:
-            if layout is None:
-                angles = self.rotary_pos_emb(query.shape[0])
-            else:
-                (piece,) = layout.pieces
-                angles = self.rotary_pos_emb(piece.sequence_length)[piece.start :][: piece.length]
-            group = self.pg_collection.cp
-            query = rotate(query, angles, self.config, group)
-            key = rotate(key, angles, self.config, group)
-        return query, key, value
+        rotary, group = self.rotary_pos_emb, self.pg_collection.cp
+        if rotary is None:
+            return query, key, value
+        if isinstance(layout, Documents):
+            return (*rotate_at(query, key, layout.positions, rotary, self.config, group), value)
+        if layout is None:
+            angles = rotary(query.shape[0])
+        else:
+            (piece,) = layout.pieces
+            angles = rotary(piece.sequence_length)[piece.start :][: piece.length]
+        return (*(rotate(tensor, angles, self.config, group) for tensor in (query, key)), value)
 
     def _project(self, layer: TransformerLayer, attention_output: Tensor, residual: Tensor) -> Tensor:
         projected = layer.self_attention.linear_proj(attention_output)

@@ -33,10 +33,12 @@ class Implementation:
     Attributes:
         modules: ``local``, Megatron's own linear layers with our norms, or ``transformer_engine``.
         attention: name of an attention backend, or ``auto``: the fastest that works.
+        documents: attention ends at the documents of which sequences are joined.
     """
 
     modules: str
     attention: str = AUTO
+    documents: bool = False
 
 
 LOCAL = Implementation("local")
@@ -101,7 +103,7 @@ def layer_spec(
         spec.submodules.self_attention.submodules.core_attention = DotProductAttention
     elif not leaves_attention_to_engine(config, implementation):
         spec.submodules.self_attention.submodules.core_attention = partial(
-            FlashCoreAttention, backend=implementation.attention
+            FlashCoreAttention, backend=implementation.attention, documents=implementation.documents
         )
     if saving.changes_layer(layer):
         spec.module = SavingTransformerLayer
@@ -126,7 +128,7 @@ def leaves_attention_to_engine(config: TransformerConfig, implementation: Implem
     """Whether Transformer Engine's own attention module runs: for what no backend of ours has.
 
     Raises:
-        ValueError: such a thing, and a backend that was named.
+        ValueError: such a thing, and a backend that was named or documents at which attention ends.
     """
     if implementation.modules != TRANSFORMER_ENGINE.modules or holds_scores(config, implementation):
         return False
@@ -141,6 +143,8 @@ def leaves_attention_to_engine(config: TransformerConfig, implementation: Implem
         raise ValueError(
             f"--attention-backend {implementation.attention} does not have {asked_for[0]}; leave one out"
         )
+    if asked_for and implementation.documents:
+        raise ValueError(f"--reset-attention-mask does not go with {asked_for[0]}; leave one out")
     return bool(asked_for)
 
 
@@ -148,11 +152,19 @@ def holds_scores(config: TransformerConfig, implementation: Implementation) -> b
     """Whether Megatron's own attention runs, which holds a score for each pair of tokens.
 
     It is asked for by name, or the only one that has dropout where Transformer Engine is not used.
+
+    Raises:
+        ValueError: so it does, and attention is to end at documents.
     """
-    if implementation.attention in UNFUSED:
-        return True
     is_local = implementation.modules != TRANSFORMER_ENGINE.modules
-    return is_local and implementation.attention == AUTO and bool(config.attention_dropout)
+    needs_it = is_local and implementation.attention == AUTO and bool(config.attention_dropout)
+    holds = needs_it or implementation.attention in UNFUSED
+    if holds and implementation.documents:
+        raise ValueError(
+            "--reset-attention-mask needs a flash attention backend; leave --attention-dropout and "
+            "--attention-backend unfused out"
+        )
+    return holds
 
 
 def final_norm(implementation: Implementation) -> type:

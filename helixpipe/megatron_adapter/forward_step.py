@@ -18,9 +18,11 @@ from megatron.core.pipeline_parallel.schedules import forward_step_calc_loss
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from helixpipe.layers.documents import Documents
+
 _SIGNATURE = inspect.signature(GPTModel.forward)
 # What a model that is cut, at its attention or into slices, can honour; the mask is checked to be causal.
-_USED = ("input_ids", "position_ids", "attention_mask", "labels", "loss_mask")
+_USED = ("input_ids", "position_ids", "attention_mask", "labels", "loss_mask", "packed_seq_params")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class ModelCall:
     tokens: Tensor
     position_ids: Tensor | None
     labels: Tensor | None
+    documents: Documents | None = None
 
 
 def _refuse(*operands: Any) -> NoReturn:
@@ -73,9 +76,13 @@ class StandInModel:
         for name, value in arguments.items():
             if name not in ("self", *_USED) and value is not None:
                 raise ValueError(f"this schedule does not support the model argument {name!r}")
-        tokens = arguments["input_ids"]
+        tokens, documents = arguments["input_ids"], arguments.get("packed_seq_params")
+        if not isinstance(documents, Documents | None):
+            raise ValueError("this schedule does not support Megatron's packed_seq_params; pass Documents")
         _check_mask(arguments.get("attention_mask"), tokens.shape[1])
-        return PendingOutput(ModelCall(tokens, arguments.get("position_ids"), arguments.get("labels")))
+        return PendingOutput(
+            ModelCall(tokens, arguments.get("position_ids"), arguments.get("labels"), documents)
+        )
 
 
 def _check_mask(mask: Tensor | None, seq_length: int) -> None:

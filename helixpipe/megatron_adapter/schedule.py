@@ -112,18 +112,21 @@ def make_forward_backward(
     return _FROM_PLAN[execution](plan, clock=clock, progress=progress)
 
 
-def chunk_iterators(data: Iterator[Any] | None, model: list[torch.nn.Module]) -> Any:
+def chunk_iterators(
+    data: Iterator[Any] | None, model: list[torch.nn.Module], *, for_all: bool = False
+) -> Any:
     """The data iterator in the form that Megatron's schedules take.
 
     With several model chunks each has an iterator of its own, and one that is neither first nor last gets
-    None: reading from the common one would take micro batches away from the chunk that needs them.
+    None: reading from the common one would take micro batches away from the chunk that needs them. If
+    attention needs to know of documents, all read.
     """
     if len(model) == 1:
         return data
     ends = [
         index
         for index, chunk in enumerate(model)
-        if any(get_attr_wrapped_model(chunk, name) for name in ("pre_process", "post_process"))
+        if for_all or any(get_attr_wrapped_model(chunk, name) for name in ("pre_process", "post_process"))
     ]
     iterators: list[Iterator[Any] | None] = [None] * len(model)
     if data is not None:

@@ -330,7 +330,7 @@ class _Run:
         chunks, training = self.state.model, self.settings.training
         return self.forward_backward(
             forward_step_func=forward_step,
-            data_iterator=chunk_iterators(data, chunks),
+            data_iterator=chunk_iterators(data, chunks, for_all=self.settings.data.ends_at_documents),
             model=chunks,
             num_microbatches=training.num_microbatches,
             seq_length=training.seq_length,

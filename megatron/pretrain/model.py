@@ -93,7 +93,10 @@ def build_config(settings: JobSettings) -> TransformerConfig:
             and not settings.schedule.splits_backward
             and model.gradient_accumulation_fusion
         ),
-        apply_rope_fusion=model.position_embedding_type == "rope" and can_fuse_rope(model.params_dtype),
+        # The fused one turns all sequences of a micro batch alike.
+        apply_rope_fusion=model.position_embedding_type == "rope"
+        and can_fuse_rope(model.params_dtype)
+        and not (settings.data.ends_at_documents and settings.training.micro_batch_size > 1),
     )
     config.finalize_model_grads_func = finalize_model_grads
     return config
@@ -138,7 +141,8 @@ def implementation_of(settings: JobSettings) -> Implementation:
         slices_mlp = settings.memory.memory_saving.mlp_chunk_size is not None
         needs_local = settings.schedule.splits_backward or slices_mlp
         modules = LOCAL if needs_local else default_implementation()
-    return replace(modules, attention=settings.model.attention_backend)
+    documents = settings.data.ends_at_documents
+    return replace(modules, attention=settings.model.attention_backend, documents=documents)
 
 
 def describe_attention(settings: JobSettings, state: TrainingState) -> tuple[str, str]:
@@ -153,12 +157,13 @@ def describe_attention(settings: JobSettings, state: TrainingState) -> tuple[str
 
 def _choose_attention(settings: JobSettings, config: TransformerConfig) -> Choice | None:
     """What the layers will choose, or None where Megatron's or Transformer Engine's own attention runs."""
-    varies = settings.schedule.execution.cuts_sequences
+    cuts = settings.schedule.execution.cuts_sequences
     if holds_scores(config, implementation_of(settings)):
         return None
-    if not varies and leaves_attention_to_engine(config, implementation_of(settings)):
+    if not cuts and leaves_attention_to_engine(config, implementation_of(settings)):
         return None
-    return choose(settings.model.attention_backend, problem_of(config, varies=varies))
+    problem = problem_of(config, varies=cuts or settings.data.ends_at_documents)
+    return choose(settings.model.attention_backend, problem)
 
 
 def _build_chunks(settings: JobSettings, config: TransformerConfig) -> list[torch.nn.Module]:

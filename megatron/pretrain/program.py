@@ -25,6 +25,7 @@ from torch import Tensor  # noqa: E402
 
 # Hides broken packages, which must come before any import of megatron.core.
 import helixpipe.layers  # noqa: E402, F401
+from helixpipe.layers.documents import Documents  # noqa: E402
 from helixpipe.reliability.exit_codes import INTERRUPTED, PEER_LOST, exit_code_of, leave_exit_code  # noqa: E402
 from megatron.pretrain.health.exit_barrier import ExitBarrier  # noqa: E402
 from megatron.pretrain.health.monitoring import PROGRAM, PeerLost  # noqa: E402
@@ -34,13 +35,18 @@ from megatron.pretrain.settings.arguments import parse_arguments  # noqa: E402
 EXIT_UNEXPECTED = 1  # an error in the program; the others are in helixpipe.reliability.exit_codes
 
 
-def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> tuple[Tensor | None, ...]:
-    """Tokens, labels, loss mask and positions of the next micro batch, [b, s] each; None without data."""
+def get_batch(data_iterator: Iterator[dict[str, Any]] | None) -> tuple[Any, ...]:
+    """Tokens, labels, loss mask and positions of the next micro batch, [b, s] each; None without data.
+
+    Last come its :class:`Documents`, if attention ends at them.
+    """
     if data_iterator is None:
-        return None, None, None, None
+        return None, None, None, None, None
     batch = next(data_iterator)
     names = ("tokens", "labels", "loss_mask", "position_ids")
-    return tuple(batch[name].cuda(non_blocking=True) for name in names)
+    tensors = tuple(batch[name].cuda(non_blocking=True) for name in names)
+    documents: Documents | None = batch.get("documents")
+    return *tensors, documents and documents.on(tensors[0].device)
 
 
 def loss_func(loss_mask: Tensor | None, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -52,11 +58,11 @@ def loss_func(loss_mask: Tensor | None, losses: Tensor) -> tuple[Tensor, Tensor,
     return total, tokens.int(), {"lm loss": torch.stack([total.detach(), tokens])}
 
 
-def forward_step(data_iterator: Iterator[dict[str, Tensor]] | None, model: Any) -> tuple[Any, Any]:
+def forward_step(data_iterator: Iterator[dict[str, Any]] | None, model: Any) -> tuple[Any, Any]:
     """Megatron's forward step: the model's output and the function that turns it into a loss."""
-    tokens, labels, loss_mask, position_ids = get_batch(data_iterator)
+    tokens, labels, loss_mask, position_ids, documents = get_batch(data_iterator)
     # No mask: attention is causal in every core attention used here.
-    output = model(tokens, position_ids, None, labels=labels)
+    output = model(tokens, position_ids, None, labels=labels, packed_seq_params=documents)
     return output, partial(loss_func, loss_mask)
 
 

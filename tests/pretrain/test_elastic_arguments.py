@@ -43,6 +43,11 @@ def test_the_job_is_derived(parse):
     assert longer.training.max_seq_length == 90
 
 
+def test_documents_are_apart_anyhow(parse):
+    args = parse(f"{ELASTIC} --elastic-costs {{costs}} --reset-attention-mask --reset-position-ids")
+    assert not args.data.ends_at_documents
+
+
 def test_sequence_parallelism_pads_chunks(parse, tmp_path):
     path = tmp_path / "tensor.json"
     path.write_text(costs_to_json(replace(ideal_costs(), tensor_parallel=2)), encoding="utf-8")

@@ -96,6 +96,7 @@ class Case:
     extra: int = 0
     num_slices: int = 1
     resend_context: bool = False
+    documents: bool = False
 
     @property
     def has_weight_gradients(self) -> bool:
@@ -105,7 +106,7 @@ class Case:
     @property
     def implementation(self) -> Implementation:
         """What computes the layers, with any attention backend."""
-        return Implementation(self.modules)
+        return Implementation(self.modules, documents=self.documents)
 
     @property
     def is_tied(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from helixpipe.layers.attention.choice import AUTO, choose, problem_of, problem_with
-from helixpipe.layers.attention.interface import AttentionBackend, ForwardResult
+from helixpipe.layers.attention.interface import AttentionBackend, ForwardResult, Spans
+from helixpipe.layers.documents import Documents
 
 
 class _Attention(torch.autograd.Function):
@@ -32,14 +34,57 @@ class _Attention(torch.autograd.Function):
         return (*ctx.backend.backward(grad, query, key, value, result, ctx.scale), None, None)
 
 
+class _DocumentAttention(torch.autograd.Function):
+    """Sequence by sequence, for documents lie elsewhere in each; one launch each where kernels pack."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        backend: AttentionBackend,
+        rows: tuple[Spans, ...],
+    ) -> Tensor:
+        ctx.backend, ctx.scale, ctx.rows = backend, scale, rows
+        results = []
+        for row, spans in enumerate(rows):
+            own_query, own_key, own_value = (tensor[row : row + 1] for tensor in (query, key, value))
+            results.append(backend.forward(own_query, own_key, own_value, scale, spans=spans))
+        ctx.extra = [result.extra for result in results]
+        output = _stacked([result.output for result in results])
+        log_sum_exp = _stacked([result.log_sum_exp for result in results])
+        ctx.save_for_backward(query, key, value, output, log_sum_exp)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = []
+        for row, (spans, extra) in enumerate(zip(ctx.rows, ctx.extra, strict=True)):
+            own_grad, query, key, value, output, log_sum_exp = (
+                tensor[row : row + 1] for tensor in (grad, *ctx.saved_tensors)
+            )
+            result = ForwardResult(output, log_sum_exp, extra)
+            gradients.append(
+                ctx.backend.backward(own_grad, query, key, value, result, ctx.scale, spans=spans)
+            )
+        return (*(_stacked(parts) for parts in zip(*gradients, strict=True)), None, None, None)
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
 def causal_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     scale: float | None = None,
     backend: AttentionBackend | None = None,
+    documents: Documents | None = None,
 ) -> Tensor:
-    """Causal attention over a whole sequence.
+    """Causal attention over a whole sequence, or within each of its documents.
 
     Args:
         query: [s, b, heads, d].
@@ -47,6 +92,7 @@ def causal_attention(
         value: like ``key``.
         scale: factor of the scores, ``1/sqrt(d)`` if None.
         backend: what computes it; None: the fastest that works.
+        documents: of the sequences; None: each is one.
 
     Returns:
         [s, b, heads * d].
@@ -56,7 +102,11 @@ def causal_attention(
     query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
     if backend is None:
         backend = choose(AUTO, problem_with(query, key)).backend
-    return _Attention.apply(query, key, value, scale, backend).permute(2, 0, 1, 3).flatten(2)
+    if documents is None:
+        output = _Attention.apply(query, key, value, scale, backend)
+    else:
+        output = _DocumentAttention.apply(query, key, value, scale, backend, documents.rows)
+    return output.permute(2, 0, 1, 3).flatten(2)
 
 
 class FlashCoreAttention(MegatronModule):
@@ -67,6 +117,7 @@ class FlashCoreAttention(MegatronModule):
 
     Args:
         backend: name of the attention backend, or ``auto``.
+        documents: attention ends at documents, which lie elsewhere in every batch.
 
     Raises:
         ValueError: attention dropout, sliding windows or softmax variants, which these kernels do not have,
@@ -85,6 +136,7 @@ class FlashCoreAttention(MegatronModule):
         softmax_scale: float | None = None,
         attention_dropout: float | None = None,
         backend: str = AUTO,
+        documents: bool = False,
         **unused: Any,
     ) -> None:
         super().__init__(config=config)
@@ -103,7 +155,7 @@ class FlashCoreAttention(MegatronModule):
         if config.apply_query_key_layer_scaling:
             raise ValueError("query-key layer scaling is not supported; it only serves fp16 softmax")
         self.scale = softmax_scale
-        self.backend = choose(backend, problem_of(config, varies=self._varies)).backend
+        self.backend = choose(backend, problem_of(config, varies=self._varies or documents)).backend
 
     def forward(
         self,
@@ -117,8 +169,9 @@ class FlashCoreAttention(MegatronModule):
     ) -> Tensor:
         """[s, b, heads, d], [s, b, groups, d] twice -> [s, b, heads * d].
 
-        The mask argument exists for Megatron's calling convention: the mask is causal by construction.
+        The mask argument exists for Megatron's calling convention: the mask is causal by construction, and
+        where there are :class:`Documents`, given as packed-sequence parameters, ends with each of them.
         """
-        if attention_bias is not None or packed_seq_params is not None:
-            raise ValueError("attention bias and packed sequences are not supported")
-        return causal_attention(query, key, value, self.scale, self.backend)
+        if attention_bias is not None or not isinstance(packed_seq_params, Documents | None):
+            raise ValueError("attention bias and Megatron's packed sequences are not supported")
+        return causal_attention(query, key, value, self.scale, self.backend, packed_seq_params)

@@ -1,4 +1,4 @@
-"""Rotary positions of packed and sliced sequences."""
+"""Rotary positions of packed, joined and sliced sequences."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def angles_at(rotary: RotaryEmbedding, positions: Tensor) -> Tensor:
 
     Args:
         rotary: of the model.
-        positions: [1, T], whole numbers up to 2^24.
+        positions: [b, s], whole numbers up to 2^24.
 
     Returns:
-        [T, 1, 1, rotated part of d] in float32.
+        [s, b, 1, rotated part of d] in float32.
     """
-    rows = positions.view(-1).to(rotary.inv_freq.dtype)
+    rows = positions.t().reshape(-1).to(rotary.inv_freq.dtype)
     if rotary.seq_len_interpolation_factor is not None:
         rows = rows * (1 / rotary.seq_len_interpolation_factor)
     if rotary.inv_freq.device != positions.device:
@@ -34,7 +34,7 @@ def angles_at(rotary: RotaryEmbedding, positions: Tensor) -> Tensor:
         angles = angles.repeat_interleave(2, dim=-1)
     else:
         angles = torch.cat((angles, angles), dim=-1)
-    return angles[:, None, None, :]
+    return angles.view(positions.shape[1], positions.shape[0], 1, -1)
 
 
 class _RotateAt(autograd.Function):
@@ -75,9 +75,9 @@ def rotate_at(
     """Megatron's ``apply_rotary_pos_emb`` for tokens at any positions.
 
     Args:
-        query: [T, 1, heads, d].
-        key: [T, 1, groups, d].
-        positions: [1, T].
+        query: [s, b, heads, d].
+        key: [s, b, groups, d].
+        positions: [b, s].
         rotary: of the model.
         config: tells how channels are paired.
         group: of context parallelism.

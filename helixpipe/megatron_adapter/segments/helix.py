@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from helixpipe.layers.documents import Documents
 from helixpipe.layers.segmented_gpt import SegmentedGPTModel, Tensors
 from helixpipe.megatron_adapter.forward_step import (
     IterationInput,
@@ -70,11 +71,14 @@ class GPTSegments:
         self._last_loss = max(losses_here or (), default=None)
         self._num_read = 0
         self._pending: dict[int, _PendingCall] = {}
+        # Of micro batches whose attention this rank runs somewhere: of all.
+        self._documents: dict[int, Documents] = {}
 
     def begin(self, iteration: IterationInput) -> None:
         """Take over an iteration's input."""
         self._input = iteration
         self._pending.clear()
+        self._documents.clear()
         self._num_read = 0
         self.result = IterationResult()
 
@@ -95,15 +99,18 @@ class GPTSegments:
     def forward(self, segment: int, micro_batch: int, inputs: Tensors) -> Tensors:
         """See :class:`helixpipe.runtime.executor.Segments`."""
         assert self._input is not None
+        documents = self._documents_of(micro_batch) if self.segmented.needs_documents else None
         if segment == 0:
             self._read_to(micro_batch + 1)
             call, _ = self._pending[micro_batch]
             if not self._has_loss(micro_batch):
                 del self._pending[micro_batch]
-            return self.segmented.forward_segment(0, (), tokens=call.tokens, position_ids=call.position_ids)
+            return self.segmented.forward_segment(
+                0, (), tokens=call.tokens, position_ids=call.position_ids, layout=documents
+            )
         borrowed = None if self.lending is None else self.lending.weights_for(segment, micro_batch)
         if segment < self.segmented.num_segments - 1:
-            return self.segmented.forward_segment(segment, inputs, borrowed=borrowed)
+            return self.segmented.forward_segment(segment, inputs, layout=documents, borrowed=borrowed)
         self._read_to(micro_batch + 1)
         call, loss_func = self._pending.pop(micro_batch)
         if micro_batch == self._last_loss:
@@ -128,13 +135,24 @@ class GPTSegments:
         (data_iterator,) = self._input.data_iterators
         skip = getattr(data_iterator, "skip", None)
         while self._num_read < count:
-            if self.segmented.pre_process or self._has_loss(self._num_read):
-                self._pending[self._num_read] = self._next_call(self._num_read)
+            is_used = self.segmented.pre_process or self._has_loss(self._num_read)
+            if is_used or self.segmented.needs_documents:
+                call, loss_func = self._next_call(self._num_read)
+                if is_used:
+                    self._pending[self._num_read] = call, loss_func
+                if call.documents is not None:
+                    self._documents[self._num_read] = call.documents
             elif skip is not None:
                 skip()
             else:
                 self._next_call(self._num_read)
             self._num_read += 1
+
+    def _documents_of(self, micro_batch: int) -> Documents:
+        self._read_to(micro_batch + 1)
+        if micro_batch not in self._documents:
+            raise ValueError("the forward step must give the model, on every rank, a micro batch's documents")
+        return self._documents[micro_batch]
 
     def _lent_parameters(self, segment: int) -> list[torch.nn.Parameter]:
         parameters = self.segmented.lent_parameters(segment)

@@ -124,6 +124,8 @@ class SliceSegments:
             (data_iterator,) = self._input.data_iterators
             shape = (self._size.micro_batch_size, self._size.seq_length)
             call = self._input.call(data_iterator, self._stand_in, shape, piece.sequence)
+            if call[0].documents is not None:
+                raise ValueError("attention over slices of sequences does not end at documents")
             self._calls[piece.sequence] = call
         return self._calls[piece.sequence] if piece.is_continued else self._calls.pop(piece.sequence)
 

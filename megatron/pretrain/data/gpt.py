@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from helixpipe.data.index_file import hash_of_file
 from helixpipe.data.prefix import DatasetInfo, dataset_paths
 from helixpipe.data.samples import ShuffledOrder
+from helixpipe.layers.documents import documents_of
 from megatron.pretrain.data.index_cache import build_datasets
 from megatron.pretrain.settings.job import DataSettings, JobSettings, TrainingSettings
 
@@ -74,7 +75,10 @@ def build_iterators(
     """
     plan = settings.schedule.plan
     assert plan is not None, "schedules of chunks have batches of their own"
-    reads = plan.read_by(parallel_state.get_pipeline_model_parallel_rank())
+    reads: Collection[int] = plan.read_by(parallel_state.get_pipeline_model_parallel_rank())
+    if settings.data.ends_at_documents:
+        # Every rank attends to some of every micro batch, and finds its documents without asking another.
+        reads = range(settings.training.num_microbatches)
     train, valid, _ = build_datasets(
         dataset_config(settings.data, settings.training), _ONE_EPOCH, reads_data=bool(reads)
     )
@@ -95,6 +99,7 @@ def dataset_config(data: DataSettings, training: TrainingSettings) -> GPTDataset
         split=data.split,
         path_to_cache=str(cache_folder(data.data_path, data.data_cache_path)),
         tokenizer=PrefixTokenizer(data.dataset),
+        # Done for a whole micro batch in DocumentBatches: Megatron's takes a step for every document.
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=data.eod_mask_loss,
@@ -151,6 +156,34 @@ class OwnMicroBatches(Iterator[Batch]):
         assert not next(self._is_own), "this micro batch must be read"
 
 
+class DocumentBatches(Iterator[dict[str, Any]]):
+    """Micro batches with what follows from where their documents end.
+
+    Args:
+        batches: with tokens [b, s].
+        eod: the token that ends a document.
+        reset_position_ids: positions begin anew in every document, as Megatron's dataset has them.
+        reset_attention_mask: add the ``documents``, within which attention stays.
+    """
+
+    def __init__(
+        self, batches: Iterator[Batch], eod: int, *, reset_position_ids: bool, reset_attention_mask: bool
+    ) -> None:
+        self._batches = batches
+        self._eod = eod
+        self._resets_positions = reset_position_ids
+        self._resets_mask = reset_attention_mask
+
+    def __next__(self) -> dict[str, Any]:
+        batch: dict[str, Any] = next(self._batches)
+        documents = documents_of(batch["tokens"], self._eod)
+        if self._resets_positions:
+            batch["position_ids"] = documents.positions
+        if self._resets_mask:
+            batch["documents"] = documents
+        return batch
+
+
 def _batches(
     settings: JobSettings, dataset: GPTDataset, position: int, reads: Collection[int]
 ) -> Iterator[Batch]:
@@ -163,7 +196,18 @@ def _batches(
         persistent_workers=num_workers > 0,
         worker_init_fn=_leave_process_group if num_workers > 0 else None,
     )
-    return OwnMicroBatches(iter(loader), reads, settings.training.num_microbatches)
+    batches: Iterator[Batch] = iter(loader)
+    data = settings.data
+    if data.reset_position_ids or data.reset_attention_mask:
+        batches = DocumentBatches(
+            batches,
+            data.dataset.eod,
+            reset_position_ids=data.reset_position_ids,
+            reset_attention_mask=data.reset_attention_mask,
+        )
+    if data.ends_at_documents:
+        return batches  # nobody skips what everybody needs
+    return OwnMicroBatches(batches, reads, settings.training.num_microbatches)
 
 
 def _leave_process_group(worker: int) -> None:

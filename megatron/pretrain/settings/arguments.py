@@ -83,6 +83,7 @@ def parse_arguments(
     args.tokenizer = _tokenizer(args)
     schedule = _choose_schedule(args)
     args.dataset = args.dataset or _inspect_data(args, schedule.execution)
+    args.ends_at_documents = _ends_at_documents(args, schedule.execution)
     args.padded_vocab_size = _pad_vocabulary(args)
     args.memory_saving = memory_saving(args)
     if args.transformer_impl is not None:
@@ -226,6 +227,16 @@ def _check_recompute(args: argparse.Namespace) -> None:
         raise ValueError("--recompute-granularity full needs --recompute-method and --recompute-num-layers")
     if args.recompute_granularity != "full" and (args.recompute_method or args.recompute_num_layers):
         raise ValueError("--recompute-method and --recompute-num-layers need --recompute-granularity full")
+
+
+def _ends_at_documents(args: argparse.Namespace, execution: Execution) -> bool:
+    """Whether attention has to find the documents in joined sequences."""
+    if args.reset_attention_mask and execution.joins_documents and execution.cuts_sequences:
+        raise ValueError(
+            f"--reset-attention-mask is not supported by {args.pipeline_schedule}, whose slices do not end "
+            "at documents; use another schedule or leave it out"
+        )
+    return bool(args.reset_attention_mask and execution.joins_documents)
 
 
 def _tokenizer(args: argparse.Namespace) -> TokenizerSettings | None:

@@ -145,6 +145,7 @@ class DataSettings:
     """Where samples come from.
 
     Attributes:
+        ends_at_documents: attention has to find the documents in joined sequences.
         dataset: what the headers of its files say.
     """
 
@@ -153,6 +154,9 @@ class DataSettings:
     data_cache_path: Path | None
     num_workers: int
     eod_mask_loss: bool
+    reset_position_ids: bool
+    reset_attention_mask: bool
+    ends_at_documents: bool
     dataset: DatasetInfo
 
     @property

@@ -31,6 +31,7 @@ SUPPORTED = frozenset(
     tiktoken-pattern tokenizer-model tokenizer-type train-iters train-samples transformer-impl
     untie-embeddings-and-output-weights use-distributed-optimizer use-rope-scaling vocab-file vocab-size
     weight-decay weight-decay-incr-style
+    reset-position-ids reset-attention-mask
     """.split()
 )
 
@@ -384,7 +385,7 @@ REFUSED: dict[str, str] = {
         mock-data no-mmap-bin-files no-pad-vocab-size
         no-tokenizer-sentencepiece-ignore-extra-whitespaces null-tokenizer-eod-id null-tokenizer-pad-id
         object-storage-cache-path per-dataset-sequences-path per-split-data-args-path
-        reset-attention-mask reset-position-ids sample-rate sft sft-tokenizer-prompt-format
+        sample-rate sft sft-tokenizer-prompt-format
         test-data-path tiktoken-special-tokens tokenizer-hf-include-special-tokens
         tokenizer-hf-no-include-special-tokens tokenizer-hf-no-use-fast tokenizer-hf-use-fast
         tokenizer-metadata tokenizer-sentencepiece-legacy tokenizer-special-tokens train-data-path

@@ -237,6 +237,16 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data-cache-path", type=Path, help="default: the folder cache beside the data")
     add("--num-workers", type=Whole(least=0, most=1024), default=0, help="processes that read ahead")
     add("--eod-mask-loss", action="store_true", help="no loss at ends of documents")
+    add(
+        "--reset-position-ids",
+        action="store_true",
+        help="learned positions begin anew in every document (elastic: always)",
+    )
+    add(
+        "--reset-attention-mask",
+        action="store_true",
+        help="tokens attend within their document, as if it stood alone (elastic: always)",
+    )
 
 
 def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
