@@ -46,6 +46,10 @@ _OPTIMIZERS = "megatron.core.optimizer"
 # Called or read.
 CALLED = (
     ContactPoint(
+        "torch._C", "_storage_Use_Count", "whether anybody still uses a buffer of a message", _TORCH
+    ),
+    ContactPoint("torch:UntypedStorage", "_cdata", "the storage, for the count above", _TORCH),
+    ContactPoint(
         "torch.ops.aten", "_scaled_dot_product_flash_attention_for_cpu",
         "attention with its log-sum-exp", _TORCH,
         _FLASH_INPUT,

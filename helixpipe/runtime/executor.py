@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -174,6 +175,7 @@ class Executor:
                 self._bind_loan(loan, steps)
         if self._contexts is not None:
             self._contexts.bind(steps)
+        self._bind_buffers(steps)
         if self.mail.run_ahead is not None:
             for op in filter(lambda op: op.kind.is_compute, steps):
                 steps[op] = _followed(steps[op], self.mail.run_ahead.started)
@@ -269,6 +271,21 @@ class Executor:
                 weights if forward == forwards[0] else None,
                 forgets=not self.plan.has_backward and forward == forwards[-1],
             )
+
+    def _bind_buffers(self, steps: dict[Operation, Step]) -> None:
+        """Buffers of what was received are used again after the last operation that reads them."""
+        for operation in self._order:
+            needed = input_of(operation, self.plan.num_segments)
+            if needed is None or needed in self._slots:
+                continue
+            receive = self._receives[self.plan.receive_of(needed)]
+            receive.gives_back = True
+            is_kept = operation.kind is Kind.F and self.plan.has_backward
+            # What a forward alone reads is in the buffers behind the first.
+            steps[operation] = _followed(steps[operation], partial(receive.give_back, int(is_kept)))
+            if is_kept:
+                backward = operation._replace(kind=Kind.B)
+                steps[backward] = _followed(steps[backward], receive.give_back)
 
     @property
     def _lending(self) -> WeightLending:

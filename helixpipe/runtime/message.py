@@ -15,6 +15,7 @@ from operator import mul
 
 import torch
 from torch import Tensor
+from torch._C import _storage_Use_Count
 
 from helixpipe import kernels
 
@@ -109,12 +110,30 @@ class MessageBuffer:
         header: [HEADER_WORDS].
     """
 
-    __slots__ = ("data", "header", "tensors")
+    __slots__ = ("_own_references", "_storage", "data", "header", "tensors")
 
     def __init__(self, data: Tensor, tensors: tuple[Tensor, ...], header: Tensor) -> None:
         self.data = data
         self.tensors = tensors
         self.header = header
+        self._storage = data.untyped_storage()
+        self._own_references = self._num_references()
+
+    def _num_references(self) -> int:
+        return _storage_Use_Count(self._storage._cdata)
+
+    @property
+    def is_unused(self) -> bool:
+        """True unless somebody else has tensors in its memory, be it a graph that keeps them."""
+        return self._num_references() == self._own_references
+
+    def views(self) -> tuple[Tensor, ...]:
+        """The tensors for somebody else: as long as one of them lives, the buffer is in use.
+
+        They share its version: autograd refuses to read what it has saved of them once the buffer is written
+        to again.
+        """
+        return tuple(tensor.detach() for tensor in self.tensors)
 
     def fill(self, tensors: Sequence[Tensor]) -> None:
         """Copy tensors, which fit the layout, one after the other.

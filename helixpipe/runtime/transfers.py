@@ -6,7 +6,6 @@ iterations.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, TypeAlias
 
@@ -16,9 +15,10 @@ from torch import Tensor
 from helixpipe.plan.operation import Operation
 from helixpipe.plan.simulation.message_buffers import UnfinishedSends
 from helixpipe.reliability.record import Progress
+from helixpipe.runtime.buffer_pool import BufferPool, Shelf
 from helixpipe.runtime.communicator import Communicator, Handle
 from helixpipe.runtime.header import HeaderCheck, Message
-from helixpipe.runtime.message import MessageBuffer, MessageLayout
+from helixpipe.runtime.message import MessageBuffer
 from helixpipe.runtime.run_ahead import RunAhead
 from helixpipe.runtime.trace import Trace
 
@@ -57,11 +57,27 @@ class Slot:
         return self._tensors is None
 
 
+class Part(NamedTuple):
+    """One buffer of a message, bound to all that is the same in every iteration.
+
+    Attributes:
+        number: in the messages' headers.
+        peer: rank at the other end.
+        tag: of the communicator.
+        shelf: where buffers of its layout are.
+    """
+
+    number: int
+    peer: int
+    tag: int
+    shelf: Shelf
+
+
 class _Sent(NamedTuple):
     """A buffer under way, which must not change before its handle was waited for."""
 
     handle: Handle
-    layout: MessageLayout
+    shelf: Shelf
     buffer: MessageBuffer
 
 
@@ -81,9 +97,6 @@ class Mail:
         run_ahead: where the host only enqueues, told of what the device waits for; else None.
     """
 
-    # Buffers of finished sends that wait for a message of their size.
-    MAX_IDLE = 2
-
     def __init__(
         self,
         communicator: Communicator,
@@ -100,32 +113,33 @@ class Mail:
         self.headers = HeaderCheck(plan_digest, messages, device)
         self.numbers = {message.tag: number for number, message in enumerate(messages)}
         self.unfinished: UnfinishedSends[tuple[Operation, list[_Sent]]] = UnfinishedSends()
-        self._idle: deque[tuple[MessageLayout, MessageBuffer]] = deque(maxlen=self.MAX_IDLE)
+        self.pool = BufferPool(device)
         self.run_ahead: RunAhead | None = None
 
-    def send(self, message: Message, number: int, tensors: Sequence[Tensor]) -> _Sent:
-        """Start sending the tensors of one buffer."""
-        layout, peer = message.layout, message.operation.peer
-        assert peer is not None
-        layout.check(tensors)
-        buffer = self._idle_buffer(layout) or layout.empty(self.device)
-        buffer.fill(tensors)
-        self.headers.write(number, buffer)
-        return _Sent(self.communicator.send(buffer.data, peer, message.tag), layout, buffer)
+    def parts(self, messages: Sequence[Message]) -> tuple[Part, ...]:
+        """The buffers of a message."""
+        found = []
+        for message in messages:
+            peer = message.operation.peer
+            assert peer is not None
+            shelf = self.pool.shelf(message.layout)
+            found.append(Part(self.numbers[message.tag], peer, message.tag, shelf))
+        return tuple(found)
 
-    def bound(self, operation: Operation, sent: list[_Sent]) -> None:
+    def send(self, part: Part, tensors: Sequence[Tensor]) -> _Sent:
+        """Start sending the tensors of one buffer."""
+        shelf = part.shelf
+        shelf.layout.check(tensors)
+        buffer = shelf.take()
+        buffer.fill(tensors)
+        self.headers.write(part.number, buffer)
+        return _Sent(self.communicator.send(buffer.data, part.peer, part.tag), shelf, buffer)
+
+    def bound(self, operation: Operation, sent: list[_Sent], num_bytes: int) -> None:
         """Note what has been sent, and wait for the oldest if too much is unfinished."""
-        num_bytes = sum(part.layout.num_elements * part.layout.dtype.itemsize for part in sent)
         self.unfinished.add(num_bytes, (operation, sent))
         while self.unfinished.are_too_many:
             self._finish_oldest()
-
-    def _idle_buffer(self, layout: MessageLayout) -> MessageBuffer | None:
-        for index, (fits, buffer) in enumerate(self._idle):
-            if fits == layout:
-                del self._idle[index]
-                return buffer
-        return None
 
     def _finish_oldest(self) -> None:
         """Wait for a send; on a GPU the current stream waits, so whatever is written next follows it."""
@@ -143,26 +157,32 @@ class Mail:
 
     def _reuse_oldest(self) -> None:
         _, sent = self.unfinished.take_oldest()
-        self._idle.extend((part.layout, part.buffer) for part in sent)
+        for part in sent:
+            part.shelf.give(part.buffer)
 
     def finish(self) -> None:
         """Wait for all sends, at the end of an iteration."""
         while self.unfinished:
             self._finish_oldest()
-        # Between iterations others may need their memory.
-        self._idle.clear()
+        self.pool.trim()
 
 
 class Receive:
-    """A message to this rank: posted in the plan's order, waited for by the operation that needs it."""
+    """A message to this rank: posted in the plan's order, waited for by the operation that needs it.
 
-    __slots__ = ("_incoming", "_mail", "_messages", "operation")
+    Attributes:
+        gives_back: True if somebody calls :meth:`give_back` when the tensors are needed no more.
+    """
+
+    __slots__ = ("_incoming", "_mail", "_parts", "_taken", "gives_back", "operation")
 
     def __init__(self, mail: Mail, operation: Operation, messages: Sequence[Message]) -> None:
         self.operation = operation
+        self.gives_back = False
         self._mail = mail
-        self._messages = [(message, mail.numbers[message.tag]) for message in messages]
-        self._incoming: list[tuple[int, Handle, MessageBuffer]] = []
+        self._parts = mail.parts(messages)
+        self._incoming: list[tuple[Part, Handle, MessageBuffer]] = []
+        self._taken: list[tuple[Shelf, MessageBuffer]] = []
 
     @property
     def is_posted(self) -> bool:
@@ -172,12 +192,11 @@ class Receive:
     def post(self) -> None:
         """Begin to receive."""
         mail = self._mail
-        for message, number in self._messages:
-            buffer = message.layout.empty(mail.device)
+        for part in self._parts:
+            buffer = part.shelf.take()
             mail.headers.clear(buffer)
-            assert message.operation.peer is not None
-            handle = mail.communicator.receive(buffer.data, message.operation.peer, message.tag)
-            self._incoming.append((number, handle, buffer))
+            handle = mail.communicator.receive(buffer.data, part.peer, part.tag)
+            self._incoming.append((part, handle, buffer))
 
     def take(self) -> Tensors:
         """See :class:`Source`; waits for the message."""
@@ -192,27 +211,40 @@ class Receive:
         if mail.run_ahead is not None:
             mail.run_ahead.await_message(self.operation, [handle for _, handle, _ in incoming])
         self._incoming = []
-        for number, _, buffer in incoming:
-            mail.headers.compare(number, buffer)
-        return tuple(tensor for _, _, buffer in incoming for tensor in buffer.tensors)
+        tensors: Tensors = ()
+        for part, _, buffer in incoming:
+            mail.headers.compare(part.number, buffer)
+            tensors += buffer.views()
+            if self.gives_back:
+                self._taken.append((part.shelf, buffer))
+        return tensors
+
+    def give_back(self, first: int = 0) -> None:
+        """The tensors are needed no more, from those of buffer ``first`` on."""
+        for shelf, buffer in self._taken[first:]:
+            shelf.give(buffer)
+        del self._taken[first:]
 
 
 class Send:
     """A message from this rank."""
 
-    __slots__ = ("_mail", "_messages", "operation")
+    __slots__ = ("_mail", "_num_bytes", "_parts", "operation")
 
     def __init__(self, mail: Mail, operation: Operation, messages: Sequence[Message]) -> None:
         self.operation = operation
         self._mail = mail
-        self._messages = [(message, mail.numbers[message.tag]) for message in messages]
+        self._parts = mail.parts(messages)
+        self._num_bytes = sum(
+            message.layout.num_elements * message.layout.dtype.itemsize for message in messages
+        )
 
     def post(self, tensors: Tensors) -> None:
         """Begin to send the tensors of all its buffers."""
         first, sent = 0, []
-        for message, number in self._messages:
-            last = first + len(message.layout.shapes)
-            sent.append(self._mail.send(message, number, tensors[first:last]))
+        for part in self._parts:
+            last = first + len(part.shelf.layout.shapes)
+            sent.append(self._mail.send(part, tensors[first:last]))
             first = last
         assert first == len(tensors)
-        self._mail.bound(self.operation, sent)
+        self._mail.bound(self.operation, sent, self._num_bytes)

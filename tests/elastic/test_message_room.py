@@ -37,7 +37,7 @@ def job_with_links(memory_gib=8.0, item_bytes=8192.0, tensor_parallel=1, **chang
 class TokenSegments:
     """One number for each token of a chunk that a GPU has passes from stage to stage."""
 
-    lending = None
+    lending = contexts = None
 
     def __init__(self, plan, costs):
         self.weight_gradients = DeferredWeightGradients()

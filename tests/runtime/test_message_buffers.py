@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 import pytest
-from counting import held_while_running
+import torch
+from counting import Counting, held_while_running
 from split_plans import with_weight_gradients
 from test_executor import plan_of
 from threads import run_on_threads
@@ -11,6 +12,7 @@ from toy_segments import ROWS, SplitToySegments, ToySegments, make_executor
 
 from helixpipe.plan.simulation.costs import Costs, LoanBytes, SegmentCost
 from helixpipe.plan.simulation.message_buffers import UnfinishedSends, buffer_bytes
+from helixpipe.runtime.buffer_pool import BufferPool
 from helixpipe.runtime.communicator import InMemoryFabric
 from helixpipe.runtime.message import MessageLayout
 
@@ -92,13 +94,69 @@ def test_sends_are_bounded_by_number_and_by_bytes():
     assert not sends.are_too_many
 
 
-def test_buffers_of_equal_size_are_used_again(monkeypatch):
-    plan, made = plan_of("gpipe", 2, 2, 40), []
-    empty = MessageLayout.empty
-    monkeypatch.setattr(MessageLayout, "empty", lambda *args: made.append(1) or empty(*args))
-    fabric = InMemoryFabric(2)
-    run_on_threads(2, lambda rank: make_executor(plan, ToySegments(2), fabric.communicator(rank)).run())
-    # Forward messages are two buffers. All that are received are new, for autograd keeps them; of those that
-    # are sent, as many as may be unfinished and the one that is about to be.
-    received, sent = 40 * (2 + 1), (UnfinishedSends.max_count + 1) * (2 + 1)
-    assert len(made) == received + sent
+def executors_of(plan, communicator=Counting):
+    fabric = InMemoryFabric(plan.num_ranks)
+    return [
+        make_executor(plan, ToySegments(plan.num_segments), communicator(fabric.communicator(rank)))
+        for rank in range(plan.num_ranks)
+    ]
+
+
+def run_all(executors):
+    run_on_threads(len(executors), lambda rank: executors[rank].run())
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The layouts of buffers that are made, in order."""
+    layouts, empty = [], MessageLayout.empty
+    monkeypatch.setattr(
+        MessageLayout, "empty", lambda layout, *args: layouts.append(1) or empty(layout, *args)
+    )
+    return layouts
+
+
+def test_buffers_of_equal_size_are_used_again(made):
+    executors = executors_of(plan_of("gpipe", 2, 2, 40))
+    run_all(executors)
+    # Forward messages are two buffers, of which the backward pass keeps the first. Of those received but not
+    # kept one is read while the next one is posted; of those sent, as many as may be unfinished and the one
+    # that is about to be.
+    kept, received, sent = 40, 2 * (1 + 1), (UnfinishedSends.max_count + 1) * (2 + 1)
+    assert len(made) == kept + received + sent
+    made.clear()
+    run_all(executors)
+    assert made == []
+
+
+def test_idle_buffers_are_bounded(monkeypatch):
+    monkeypatch.setattr(BufferPool, "max_bytes", 3000)
+    monkeypatch.setattr(BufferPool, "max_bytes_between", 1000)
+    executors = executors_of(plan_of("gpipe", 2, 2, 40))
+    levels = [[], []]
+    for executor, seen in zip(executors, levels, strict=True):
+        pool, steps = executor.mail.pool, executor.steps
+        executor.steps = [
+            (op, lambda step=step, pool=pool, seen=seen: (step(), seen.append(pool.bytes)))
+            for op, step in steps
+        ]
+    run_all(executors)
+    assert 2000 < max(map(max, levels)) <= 3000
+    for executor in executors:
+        pool = executor.mail.pool
+        idle = sum(len(shelf.idle) * shelf.layout.num_bytes for shelf in pool._shelves.values())
+        assert idle == pool.bytes <= 1000
+
+
+def test_a_buffer_that_a_graph_keeps_is_not_given_to_another_message():
+    pool = BufferPool(torch.device("cpu"))
+    shelf = pool.shelf(MessageLayout((torch.Size((3, 2)), torch.Size((4,))), torch.float64))
+    buffer = shelf.take()
+    first, second = (view.requires_grad_() for view in buffer.views())
+    result = (first.square().sum(), second)
+    del first, second
+    shelf.give(buffer)
+    del result
+    assert not shelf.idle  # it was the graph's
+    shelf.give(buffer)
+    assert shelf.take() is buffer

@@ -16,6 +16,8 @@ from helixpipe.elastic.search.quick_plan import plan_quickly
 from helixpipe.plan import PlanError, ScheduleRequest, build_plan, validate
 from helixpipe.plan.device_model import DEVICE_MODELS, find_stall
 from helixpipe.reliability.record import NoProgress
+from helixpipe.runtime.message import MessageBuffer
+from helixpipe.runtime.transfers import Mail, Receive
 
 DEVICES = {
     "one queue": {},
@@ -171,6 +173,31 @@ def test_a_rank_whose_device_hangs_is_found_at_the_message_that_does_not_come():
     with pytest.raises(Deadlock):
         run_on_threads(2, run)
     assert str(records[0].waits[-1]) == "0RECV_B2@1"
+
+
+def test_a_send_buffer_that_is_used_too_early_is_noticed(monkeypatch):
+    """While the device may still send it."""
+    bound = Mail.bound
+
+    def bound_and_give(mail, operation, sent, num_bytes):
+        bound(mail, operation, sent, num_bytes)
+        for part in sent:
+            part.shelf.give(part.buffer)
+
+    monkeypatch.setattr(Mail, "bound", bound_and_give)
+    with pytest.raises(AssertionError, match=r"the buffer of send \d+ to rank 1 is used too early, for send"):
+        execute(plan_of("gpipe", 2, 8), NcclLikeFabric(2, num_queues=8))
+
+
+def test_a_receive_buffer_that_is_used_too_early_is_noticed(monkeypatch):
+    """When the forward has run, but not the backward: gradients are wrong, whatever the order of streams."""
+    plan = plan_of("gpipe", 2, 8)
+    check(plan, num_queues=8)
+    monkeypatch.setattr(MessageBuffer, "is_unused", True)
+    give_back = Receive.give_back
+    monkeypatch.setattr(Receive, "give_back", lambda receive, first=0: give_back(receive))
+    with pytest.raises((AssertionError, RuntimeError)):
+        check(plan, num_queues=8)
 
 
 def messages_held(run_ahead):

@@ -67,6 +67,7 @@ class _Host:
     has_ended: bool = False
     held_bytes: int = 0
     peak_bytes: int = 0
+    buffers: dict[_Kernel, range] = field(default_factory=dict)  # addresses, of messages under way
 
 
 class NcclLikeFabric:
@@ -169,7 +170,21 @@ class NcclLikeFabric:
         # What was enqueued for computing so far may write or read the buffer.
         needs = [host.last[_COMPUTE]] if _COMPUTE in host.last else []
         message = (sender, receiver, number)
-        return self.enqueue(rank, stream, what, *needs, message=message, num_bytes=buffer.nbytes)
+        kernel = self.enqueue(rank, stream, what, *needs, message=message, num_bytes=buffer.nbytes)
+        self._use_buffer(host, kernel, buffer)
+        return kernel
+
+    def _use_buffer(self, host: _Host, kernel: _Kernel, buffer: Tensor) -> None:
+        """Its memory, which was just written to, may be that of another message only if that one has ended.
+
+        What has ended to the compute stream: it writes what is sent, and clears what is received into.
+        """
+        addresses = range(buffer.data_ptr(), buffer.data_ptr() + buffer.nbytes)
+        for other, taken in host.buffers.items():
+            overlaps = addresses.start < taken.stop and taken.start < addresses.stop
+            if overlaps and not _follows(host.last.get(_COMPUTE), other):
+                raise AssertionError(f"the buffer of {other.what} is used too early, for {kernel.what}")
+        host.buffers[kernel] = addresses
 
     def put(self, kernel: _Kernel, data: Tensor) -> None:
         assert kernel.message is not None
@@ -242,6 +257,7 @@ class NcclLikeFabric:
             host = self._hosts[end.rank]
             next(queue for queue in host.queues.values() if queue and queue[0] is end).popleft()
             host.held_bytes -= end.num_bytes
+            host.buffers.pop(end, None)
             end.is_done, end.needs = True, []
         return True
 
@@ -260,6 +276,19 @@ class NcclLikeFabric:
         for number, queue in sorted(host.queues.items()):
             if queue:
                 yield f"    queue {number} stands at {queue[0].what}, {len(queue) - 1} behind it"
+
+
+def _follows(kernel: _Kernel | None, other: _Kernel) -> bool:
+    """Whether ``kernel`` cannot begin before ``other`` has ended."""
+    pending, seen = [kernel] if kernel else [], set()
+    while pending:
+        needed = pending.pop()
+        if needed is other:
+            return True
+        if id(needed) not in seen:
+            seen.add(id(needed))
+            pending += needed.needs
+    return False
 
 
 class NcclLikeCommunicator:
