@@ -49,7 +49,8 @@ def activate(input: Tensor, bias: Tensor | None, form: str) -> Tensor:
     The backward pass writes its result over ``input``, whose data nobody else may need by then: the output of
     a matrix product. It runs once.
     """
-    return _Activate.apply(input, bias, form)
+    output: Tensor = _Activate.apply(input, bias, form)
+    return output
 
 
 class _Activate(torch.autograd.Function):

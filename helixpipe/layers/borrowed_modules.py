@@ -46,7 +46,8 @@ class BorrowedModules(torch.nn.Module):
             _inside.reset(token)
 
     def _call(self, weights: dict[str, Tensor], function: Callable[..., Result], *arguments: Any) -> Result:
-        return functional_call(self, weights, (function, *arguments))
+        found: Result = functional_call(self, weights, (function, *arguments))
+        return found
 
     def forward(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """Not to be called but by :meth:`compute`, which puts the weights in their places."""

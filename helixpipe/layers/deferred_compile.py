@@ -29,7 +29,8 @@ def _compile_when_called(
 ) -> Callable[..., Any]:
     @functools.cache
     def compiled() -> Callable[..., Any]:
-        return compile_now(function, **options)
+        found: Callable[..., Any] = compile_now(function, **options)
+        return found
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -62,7 +62,8 @@ class ChunkedLossGPTModel(GPTModel):
     ) -> Tensor:
         size = self._loss_chunk_size
         if size is None or not self.post_process or labels is None or self.config.mtp_num_layers:
-            return super()._postprocess(hidden_states, input_ids, position_ids, labels, **others)
+            output: Tensor = super()._postprocess(hidden_states, input_ids, position_ids, labels, **others)
+            return output
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else None
         loss = self.compute_language_model_loss

@@ -24,7 +24,7 @@ class TorchNorm:
             raise ValueError(f"normalization {config.normalization!r}; choose one of {', '.join(kinds)}")
         if config.layernorm_zero_centered_gamma:
             raise ValueError("zero-centered norm weights need Transformer Engine")
-        norm = kinds[config.normalization](hidden_size, eps=eps, dtype=config.params_dtype)
+        norm: torch.nn.Module = kinds[config.normalization](hidden_size, eps=eps, dtype=config.params_dtype)
         for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return norm

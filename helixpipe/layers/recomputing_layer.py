@@ -127,14 +127,16 @@ class SavingTransformerLayer(TransformerLayer):
         """norm1 and QKV; [s, b, h] -> query [s, b, heads, d], key and value [s, b, groups, d]."""
         project = self.self_attention.get_query_key_value_tensors
         if self.level is Recompute.NONE:
-            return project(self.input_layernorm(hidden))
+            output: Tensors = project(self.input_layernorm(hidden))
+            return output
         # QKV's weight gradient needs the norm's output; QKV's own is sent away.
         return recompute(lambda hidden: (self.input_layernorm(hidden),), project, hidden)
 
     def _forward_attention(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """Megatron's, with the core attention as the consumer of recomputed queries, keys and values."""
         if self.level is Recompute.NONE or not torch.is_grad_enabled():
-            return super()._forward_attention(hidden_states, *args, **kwargs)
+            result: tuple[Tensor, None] = super()._forward_attention(hidden_states, *args, **kwargs)
+            return result
         mask = args[0] if args else kwargs.pop("attention_mask", None)
         angles = kwargs.pop("rotary_pos_emb", None)
         documents = kwargs.pop("packed_seq_params", None)
@@ -152,9 +154,10 @@ class SavingTransformerLayer(TransformerLayer):
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             kind = attention.attn_mask_type
-            return attention.core_attention(
+            output: Tensor = attention.core_attention(
                 query, key, value, mask, attn_mask_type=kind, packed_seq_params=documents
             )
+            return output
 
         output = attend_to(self, self.level, hidden_states, rotated, attend)
         add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
@@ -172,10 +175,12 @@ class SavingTransformerLayer(TransformerLayer):
 
         ``later`` takes what newer releases pass, like 0.19's ``packed_seq_params``, which is for attention.
         """
+        result: Tensor
         if isinstance(later.get("packed_seq_params"), Documents):
             del later["packed_seq_params"]
         if any(value is not None for value in (inference_context, padding_mask, *later.values())):
-            return super()._forward_mlp(hidden_states, inference_context, padding_mask, **later)
+            result = super()._forward_mlp(hidden_states, inference_context, padding_mask, **later)
+            return result
         if self.mlp_chunk_size is not None:
             output = self._sliced_mlp(hidden_states, self.mlp_chunk_size)
         elif self.level is Recompute.PRODUCTS:
@@ -188,10 +193,12 @@ class SavingTransformerLayer(TransformerLayer):
         elif self.level is Recompute.WITHOUT_ATTENTION:
             output = self._second_half(self._first_half, hidden_states)
         else:
-            return super()._forward_mlp(hidden_states)
+            result = super()._forward_mlp(hidden_states)
+            return result
         # fc2 leaves its bias to the addition that follows; Transformer Engine's is never None.
         bias = self.mlp.linear_fc2.bias if self.config.add_bias_linear else None
-        return self._forward_post_mlp((output, bias), hidden_states)
+        result = self._forward_post_mlp((output, bias), hidden_states)
+        return result
 
     def _first_half(self, hidden: Tensor) -> Tensor:
         """norm2, fc1 and the activation function; [s, b, h] -> [s, b, ffn]."""
@@ -204,7 +211,8 @@ class SavingTransformerLayer(TransformerLayer):
         form = fused_form(self.mlp, wide)
         if form is not None:
             return activate(wide, bias, form)
-        return _without_products(self.mlp, linear_fc1=bias, linear_fc2=None)(wide)[0]
+        output: Tensor = _without_products(self.mlp, linear_fc1=bias, linear_fc2=None)(wide)[0]
+        return output
 
     def _second_half(self, produce: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
         """fc2, as the consumer of an activation that is computed again."""

@@ -23,7 +23,8 @@ class _Rotate(autograd.Function):
         ctx: Any, tensor: Tensor, angles: Tensor, config: TransformerConfig, group: dist.ProcessGroup
     ) -> Tensor:
         ctx.angles, ctx.config, ctx.group = angles, config, group
-        return apply_rotary_pos_emb(tensor, angles, config=config, cp_group=group)
+        output: Tensor = apply_rotary_pos_emb(tensor, angles, config=config, cp_group=group)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
@@ -47,4 +48,5 @@ def rotate(tensor: Tensor, angles: Tensor, config: TransformerConfig, group: dis
     Returns:
         Like ``tensor``.
     """
-    return _Rotate.apply(tensor, angles, config, group)
+    output: Tensor = _Rotate.apply(tensor, angles, config, group)
+    return output

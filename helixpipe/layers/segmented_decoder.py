@@ -49,7 +49,7 @@ class SegmentedDecoder(MegatronModule):
             self.final_layernorm = build_norm(config, norm)
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+        self, prefix: str = "", sharded_offsets: tuple[()] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """Megatron's checkpoint names: layers are stacked along a first axis of length L, or numbered."""
         assert not sharded_offsets
@@ -74,7 +74,10 @@ class SegmentedDecoder(MegatronModule):
 
 def build_norm(config: TransformerConfig, norm: type) -> torch.nn.Module:
     """A norm over the hidden size."""
-    return build_module(norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+    found: torch.nn.Module = build_module(
+        norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+    )
+    return found
 
 
 def owned_parts(

@@ -180,7 +180,7 @@ class SegmentedGPTModel(LanguageModule):
         return borrowed
 
     def _build_core(self, spec: ModuleSpec, number: int) -> torch.nn.Module:
-        return spec.submodules.self_attention.submodules.core_attention(
+        found: torch.nn.Module = spec.submodules.self_attention.submodules.core_attention(
             config=self.config,
             layer_number=number + 1,
             attn_mask_type=AttnMaskType.causal,
@@ -188,6 +188,7 @@ class SegmentedGPTModel(LanguageModule):
             softmax_scale=self.config.softmax_scale,
             pg_collection=self.pg_collection,
         )
+        return found
 
     def _build_output_layer(
         self, config: TransformerConfig, is_tied: bool
@@ -332,12 +333,14 @@ class SegmentedGPTModel(LanguageModule):
         """Switch dropout on or off, also in what is no submodule."""
         for module in (*self._cores, *self._borrowed.values()):
             module.train(mode)
-        return super().train(mode)
+        super().train(mode)
+        return self
 
     def _random_state(self, dropout: float) -> AbstractContextManager[Any]:
         """Dropout on sequence-parallel activations differs between tensor-parallel ranks."""
         if self.config.sequence_parallel and dropout:
-            return tensor_parallel.get_cuda_rng_tracker().fork()
+            found: AbstractContextManager[Any] = tensor_parallel.get_cuda_rng_tracker().fork()
+            return found
         return nullcontext()
 
     def _run_attention(
@@ -353,7 +356,8 @@ class SegmentedGPTModel(LanguageModule):
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             mask = AttnMaskType.causal
             with self._random_state(self.config.attention_dropout):
-                return core(query, key, value, None, attn_mask_type=mask, packed_seq_params=layout)
+                output: Tensor = core(query, key, value, None, attn_mask_type=mask, packed_seq_params=layout)
+            return output
 
         level = self.saving.level(number)
         if before and level is not Recompute.NONE:
@@ -391,7 +395,8 @@ class SegmentedGPTModel(LanguageModule):
         # An attention segment computes norm1 and QKV again together, for the core; others norm1, for QKV.
         if isinstance(layer, SavingTransformerLayer) and LayerPart.PRE not in self._attention_part:
             return layer.query_key_value(hidden)
-        return layer.self_attention.get_query_key_value_tensors(layer.input_layernorm(hidden))
+        output: Tensors = layer.self_attention.get_query_key_value_tensors(layer.input_layernorm(hidden))
+        return output
 
     def _rotated(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout | None = None) -> Tensors:
         """Queries and keys with their rotary positions, if the model has any."""
@@ -410,7 +415,8 @@ class SegmentedGPTModel(LanguageModule):
     def _project(self, layer: TransformerLayer, attention_output: Tensor, residual: Tensor) -> Tensor:
         projected = layer.self_attention.linear_proj(attention_output)
         add = layer.self_attn_bda(self.training, self.config.bias_dropout_fusion)
-        return add(projected, residual, layer.hidden_dropout)
+        output: Tensor = add(projected, residual, layer.hidden_dropout)
+        return output
 
     def _run_last(
         self,
@@ -433,10 +439,10 @@ class SegmentedGPTModel(LanguageModule):
         return (loss(labels, logits),)
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+        self, prefix: str = "", sharded_offsets: tuple[()] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """Megatron's checkpoint form of this rank's share."""
-        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         # Megatron's GPTModel keeps no extra state for the head either.
         state.pop(f"{prefix}output_layer._extra_state", None)
         return state

@@ -48,7 +48,8 @@ def in_slices(function: SlicedFunction, input: Tensor, *constants: Tensor) -> Te
         [s, …], with what follows as ``function`` returns it.
     """
     function = function._replace(again=with_same_weights(function.again))
-    return _InSlices.apply(function, input, len(constants), *constants, *function.parameters)
+    output: Tensor = _InSlices.apply(function, input, len(constants), *constants, *function.parameters)
+    return output
 
 
 def automatic_size(num_tokens: int, width: int, hidden_size: int) -> int:

@@ -172,7 +172,8 @@ def final_norm(implementation: Implementation) -> type:
     if implementation.modules == TRANSFORMER_ENGINE.modules:
         from megatron.core.extensions.transformer_engine import TENorm
 
-        return TENorm
+        found: type = TENorm
+        return found
     return TorchNorm
 
 

@@ -98,7 +98,8 @@ def _linear(
     # Without an input gradient there is nothing to split: the backward pass is the weight gradient.
     if torch.is_grad_enabled() and weight.requires_grad and input.requires_grad:
         layer = _Layer(weight, allreduce_dgrad, sequence_parallel, tp_group, defer)
-        return _SplitLinear.apply(input, bias, layer)
+        output: Tensor = _SplitLinear.apply(input, bias, layer)
+        return output
     return unsplit(
         input=input,
         weight=weight,
@@ -149,7 +150,7 @@ def _whole_sequence(input: Tensor, layer: _Layer) -> Tensor:
     if not layer.sequence_parallel:
         return input
     assert layer.group is not None
-    whole = parallel_state.get_global_memory_buffer().get_tensor(
+    whole: Tensor = parallel_state.get_global_memory_buffer().get_tensor(
         [input.shape[0] * layer.group.size(), *input.shape[1:]], input.dtype, "mpu"
     )
     dist.all_gather_into_tensor(whole, input.contiguous(), group=layer.group)

@@ -170,7 +170,8 @@ class _LayerOverChunk:
         return torch.randn(shape, dtype=self.layer.config.params_dtype, device=self.device)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return self.layer(hidden, self._layout)
+        output: Tensor = self.layer(hidden, self._layout)
+        return output
 
     def kept_bytes(self) -> int:
         """Bytes that a forward keeps for its backward, beside weights and the context: others keep these."""

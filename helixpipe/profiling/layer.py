@@ -92,7 +92,8 @@ class _Measurement:
         assert model.decoder.final_layernorm is not None
         weight = model.embedding.word_embeddings.weight if model.output_layer.weight is None else None
         logits, _ = model.output_layer(model.decoder.final_layernorm(hidden), weight=weight)
-        return model.compute_language_model_loss(self.tokens, logits).mean()
+        output: Tensor = model.compute_language_model_loss(self.tokens, logits).mean()
+        return output
 
     def _fc1(self, hidden: Tensor) -> Tensor:
         """The MLP's first matrix and activation function, as Megatron's MLP without fused kernels."""
@@ -101,9 +102,11 @@ class _Measurement:
         if bias is not None:
             wide = wide + bias
         if not self.workload.model.gated:
-            return mlp.activation_func(wide)
+            activated: Tensor = mlp.activation_func(wide)
+            return activated
         gate, up = wide.chunk(2, dim=-1)
-        return mlp.activation_func(gate) * up
+        product: Tensor = mlp.activation_func(gate) * up
+        return product
 
     @staticmethod
     def _shared(whole: Times, parts: Mapping[str, Times]) -> dict[str, Times]:

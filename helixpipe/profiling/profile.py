@@ -172,7 +172,7 @@ def _model(workload: Workload) -> tuple[SegmentedGPTModel, DistributedDataParall
 def _elastic_layer(workload: Workload) -> ElasticLayer:
     """One layer as elastic pipelines execute it, its gradients where training has them."""
     config = _config(workload)
-    layer = ElasticLayer(config, default_implementation(), rotates=workload.model.gated).cuda()
+    layer: ElasticLayer = ElasticLayer(config, default_implementation(), rotates=workload.model.gated).cuda()
     _wrapped(config, layer)
     return layer
 

@@ -91,10 +91,11 @@ class AtenFlash(AttentionBackend):
     ) -> Gradients:
         """See :class:`AttentionBackend`."""
         cum_q, cum_k, max_q, max_k, seed, offset = result.extra
-        return aten._scaled_dot_product_flash_attention_backward(
+        found: Gradients = aten._scaled_dot_product_flash_attention_backward(
             grad, query, key, value, result.output, result.log_sum_exp.contiguous(),
             cum_q, cum_k, max_q, max_k, 0.0, causal, seed, offset, scale=scale,
         )  # fmt: skip
+        return found
 
     def forward_packed(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, spans: Spans

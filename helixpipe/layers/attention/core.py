@@ -102,6 +102,7 @@ def causal_attention(
     query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
     if backend is None:
         backend = choose(AUTO, problem_with(query, key)).backend
+    output: Tensor
     if documents is None:
         output = _Attention.apply(query, key, value, scale, backend)
     else:

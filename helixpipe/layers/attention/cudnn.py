@@ -98,10 +98,11 @@ class AtenCudnn(_Cudnn):
         causal: bool,
     ) -> Gradients:
         """See :class:`AttentionBackend`."""
-        return aten._scaled_dot_product_cudnn_attention_backward(
+        found: Gradients = aten._scaled_dot_product_cudnn_attention_backward(
             grad, query, key, value, result.output, result.log_sum_exp.contiguous()[..., None],
             *result.extra, 0.0, causal, scale=scale,
         )  # fmt: skip
+        return found
 
 
 class EngineCudnn(_Cudnn):

@@ -85,4 +85,5 @@ def rotate_at(
     Returns:
         Query and key, rotated.
     """
-    return _RotateAt.apply(query, key, positions, rotary, config, group)
+    output: tuple[Tensor, Tensor] = _RotateAt.apply(query, key, positions, rotary, config, group)
+    return output

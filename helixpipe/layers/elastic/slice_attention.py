@@ -183,5 +183,7 @@ def slice_attention(
         problem = problem_with(*(tensor.permute(1, 2, 0, 3) for tensor in (query, key)))
         backend = choose(AUTO, replace(problem, varies=True)).backend
     keeps_graph = torch.is_grad_enabled()
-    output = _SliceAttention.apply(query, key, value, scale, layer, layout, contexts, backend, keeps_graph)
+    output: Tensor = _SliceAttention.apply(
+        query, key, value, scale, layer, layout, contexts, backend, keeps_graph
+    )
     return output.flatten(2)
