@@ -166,17 +166,18 @@ def test_what_is_done_to_save_memory(parse, arguments, saving):
 
 
 def test_the_only_range_that_is_executed_is_chosen(parse):
-    args = parse(f"{PP2} --pipeline-schedule sliced-helix --attention-range auto", 2)
-    assert args.schedule.plan.parameters["attention_range"] == args.attention_range == "core"
-    assert "the only one" in args.schedule.reason
+    settings = parse(f"{PP2} --pipeline-schedule sliced-helix --attention-range auto", 2)
+    assert settings.schedule.plan.parameters["attention_range"] == "core"
+    assert "the only one" in settings.schedule.reason
 
 
 def test_one_long_sequence_is_sliced_by_choice(parse):
     """Of all that can be executed with as many sequences as there are."""
     long = f"{PP2} --seq-length 131072 --max-position-embeddings 131072 --global-batch-size 1 --bf16"
-    args = parse(f"{long} --pipeline-schedule auto --hardware h20 --num-fold 2 --head-placement spread", 2)
-    assert args.pipeline_schedule == "sliced-helix"
-    assert slice_ends(args.schedule.plan)[-1] == 131072
+    options = "--pipeline-schedule auto --hardware h20 --num-fold 2 --head-placement spread"
+    settings = parse(f"{long} {options}", 2)
+    assert settings.schedule.name == "sliced-helix"
+    assert slice_ends(settings.schedule.plan)[-1] == 131072
 
 
 def test_automatic_slices_are_of_one_gpus_share(parse):

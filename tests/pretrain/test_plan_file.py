@@ -80,10 +80,10 @@ def test_a_plan_keeps_the_slices_it_says_and_gets_those_it_does_not(parse):
 
 def test_a_plan_of_sliced_helix_is_cut_where_forwards_take_equally_long(parse):
     plan = planned("sliced-helix", num_fold=2)
-    args = parse(plan)
-    assert args.schedule.execution is Execution.SLICED_SEGMENTS
-    assert args.memory_saving.recompute is Recompute.WITHOUT_ATTENTION
-    ends = slice_ends(args.schedule.plan)
+    settings = parse(plan)
+    assert settings.schedule.execution is Execution.SLICED_SEGMENTS
+    assert settings.memory.memory_saving.recompute is Recompute.WITHOUT_ATTENTION
+    ends = slice_ends(settings.schedule.plan)
     assert len(ends) == 4
     assert (
         parse(with_slice_ends(plan, (10, 20, 30, 32))).schedule.plan.parameters["slice_ends"] == "10,20,30,32"
