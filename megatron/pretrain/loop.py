@@ -358,7 +358,7 @@ def _announce(settings: JobSettings, loaded: Loaded, reporter: Reporter) -> None
     iteration = loaded.progress.iteration
     if loaded.folder is None:
         return
-    if loaded.folder.parent == settings.checkpoint.pretrained_checkpoint:
+    if loaded.progress == Progress():
         reporter.say(f"starting from the weights of {loaded.folder}")
     else:
         reporter.say(f"going on from iteration {iteration} of {loaded.folder.parent}")

@@ -10,7 +10,13 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from megatron.pretrain.checkpoint.files import is_same_folder, lineage_of, tracked, usable
+from megatron.pretrain.checkpoint.files import (
+    is_megatron_lms,
+    is_same_folder,
+    lineage_of,
+    tracked,
+    usable,
+)
 from megatron.pretrain.checkpoint.publishing import finish_publishing
 from megatron.pretrain.health.ownership import Locks, Owner, lock_beside, lock_in
 from megatron.pretrain.health.rendezvous import agent_store, job_identity
@@ -85,6 +91,12 @@ def _take(settings: JobSettings, job: str, locks: Locks) -> Path | None:
     if checkpoint.save is None:
         return checkpoint.load
     locks.take(lock_in(checkpoint.save), f"--save {checkpoint.save}")
+    theirs = next((folder for folder in checkpoint.save.glob("iter_*") if is_megatron_lms(folder)), None)
+    if theirs is not None:
+        raise ValueError(
+            f"--save {checkpoint.save} holds {theirs.name} of another program, with which ours cannot be one "
+            "series; give another folder"
+        )
     for note in finish_publishing(checkpoint.save):
         say(note)
     return _source(checkpoint.load, checkpoint.save, job, sets_aside=checkpoint.set_aside_checkpoints)

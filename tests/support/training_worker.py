@@ -343,7 +343,8 @@ def _named_states(state: Any) -> Iterator[tuple[tuple[str, str, int], torch.Tens
                 first = optimizer._get_model_param_range_map(parameter)["param"].start
             else:
                 continue  # another data-parallel rank has all of it
-            for kind in ("exp_avg", "exp_avg_sq", "step"):
+            # There are none before the first step.
+            for kind in {"exp_avg", "exp_avg_sq", "step"} & found.keys():
                 yield (name, kind, 0 if kind == "step" else first), found[kind].detach().clone().flatten()
 
 

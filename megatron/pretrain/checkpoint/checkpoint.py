@@ -7,10 +7,12 @@ canonical names, so a run may stop under one schedule and layout and go on under
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import megatron.core
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
@@ -22,10 +24,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from helixpipe.reliability.exit_codes import DataError
+from megatron.pretrain.checkpoint.common_state import load_with_placeholders, read_common
 from megatron.pretrain.checkpoint.comparison import Change, compare_model, compare_settings, settings_of
 from megatron.pretrain.checkpoint.files import (
     branch_of,
     check_file,
+    is_megatron_lms,
     is_same_folder,
     iteration_of,
     manifest_of,
@@ -33,12 +37,22 @@ from megatron.pretrain.checkpoint.files import (
     tracked,
     usable,
 )
-from megatron.pretrain.checkpoint.safe_pickle import find_unsafe_content, no_code_from_disk, read_table
+from megatron.pretrain.checkpoint.inspection import faults_by_table
+from megatron.pretrain.checkpoint.megatron_lm import RESHARDABLE, check_theirs, is_readable, samples_of
+from megatron.pretrain.checkpoint.safe_pickle import (
+    find_unsafe_content,
+    load_plain,
+    no_code_from_disk,
+    read_table,
+)
 from megatron.pretrain.checkpoint.shards import describe
 from megatron.pretrain.checkpoint.sums import differing, global_sums
 from megatron.pretrain.model import TrainingState, unwrap
 from megatron.pretrain.settings.job import JobSettings, ParallelSettings
 from megatron.pretrain.side_outputs import say
+
+# The form of the optimizer's state in a checkpoint.
+CONTENT = {"distrib_optim_sharding_type": RESHARDABLE}
 
 
 class Progress(NamedTuple):
@@ -95,8 +109,24 @@ def load_checkpoint(settings: JobSettings, root: Path, state: TrainingState) -> 
                 f"--load {root} holds no checkpoint; to start anew leave it out, or name it in --save, too"
             )
         return Loaded()
-    with no_code_from_disk():
-        return _load_from(folder, settings, state)
+    # A job that torchrun has started again goes on with all that it has saved.
+    is_restart, options = root != settings.checkpoint.load, settings.checkpoint
+    if options.finetune and not is_restart:
+        return _load_weights_from(folder, settings, state)
+    with _reading(folder):
+        return _load_from(folder, settings, state, with_optimizer=is_restart or not options.no_load_optim)
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Inside, a checkpoint can be read without running code of it."""
+    if not is_readable(folder, megatron.core.__version__):
+        raise DataError(
+            f"{folder} was saved with megatron-core 0.19 or later, in a form that "
+            f"{megatron.core.__version__} does not read; use 0.19 here, too"
+        )
+    with no_code_from_disk(load_with_placeholders if is_megatron_lms(folder) else load_plain):
+        yield
 
 
 def load_weights(settings: JobSettings, root: Path, state: TrainingState) -> Loaded:
@@ -113,19 +143,30 @@ def load_weights(settings: JobSettings, root: Path, state: TrainingState) -> Loa
     folder = _verified_checkpoint(settings, root, falls_back=False)
     if folder is None:
         raise DataError(f"--pretrained-checkpoint {root} holds no checkpoint; give a folder of --save")
-    with no_code_from_disk():
-        saved = dist_checkpointing.load_common_state_dict(str(folder))
-        changes = compare_model(saved["settings"], settings, str(folder))
-        wanted = _weights_of(state)
-        check_tensors(folder, wanted)
-        loaded = _read(wanted, folder)
-        for name, chunk in _named_models(state):
-            chunk.load_state_dict(loaded[name], strict=False)
+    return _load_weights_from(folder, settings, state)
+
+
+def _load_weights_from(folder: Path, settings: JobSettings, state: TrainingState) -> Loaded:
+    changes: list[Change] = []
+    with _reading(folder):
+        common = read_common(folder)
+        if is_megatron_lms(folder):
+            check_theirs(folder, common, _options_of(settings), with_optimizer=False)
+        else:
+            changes = compare_model(common["settings"], settings, str(folder))
+        _restore_weights(folder, common, state)
+    return Loaded(folder=folder, changes=tuple(changes))
+
+
+def _restore_weights(folder: Path, common: Mapping[str, Any], state: TrainingState) -> None:
+    wanted = _weights_of(state)
+    check_tensors(folder, wanted)
+    loaded = _read(wanted, folder)
+    for name, chunk in _named_models(state):
+        chunk.load_state_dict(loaded[name], strict=False)
     # The optimizer has copies of its own.
     state.optimizer.reload_model_params()
-    found = global_sums(_weights_of(state))
-    _refuse_changed(folder, {name: saved["sums"].get(name) for name in found}, found)
-    return Loaded(folder=folder, changes=tuple(changes))
+    _check_sums(folder, common, _weights_of(state))
 
 
 def _weights_of(state: TrainingState) -> dict[str, Any]:
@@ -192,6 +233,9 @@ def _tracked_by_all(root: Path) -> Path | None:
 def _problem_of(folder: Path, parallel: ParallelSettings) -> str:
     """What is wrong with a checkpoint's files, the same on every rank; each hashes its share of them."""
     try:
+        if is_megatron_lms(folder):
+            problems = faults_by_table(folder, parallel.rank, parallel.world_size)
+            return next((text for found in _by_rank(problems[:1]) for text in found), "")
         files = manifest_of(folder)
         mine = share(list(files), parallel.rank, parallel.world_size)
         found = {name: check_file(folder, name, files[name]) for name in mine}
@@ -200,6 +244,11 @@ def _problem_of(folder: Path, parallel: ParallelSettings) -> str:
     except ValueError as error:
         found = {"": str(error)}
     return next((text for _, text in sorted(_gathered(found).items()) if text), "")
+
+
+def _by_rank(mine: list[str]) -> list[list[str]]:
+    """The lists of all ranks."""
+    return list(_gathered({dist.get_rank() if dist.is_initialized() else 0: mine}).values())
 
 
 def _gathered(mine: dict[Any, Any]) -> dict[Any, Any]:
@@ -211,28 +260,71 @@ def _gathered(mine: dict[Any, Any]) -> dict[Any, Any]:
     return {name: value for part in everyone for name, value in part.items()}
 
 
-def _load_from(folder: Path, settings: JobSettings, state: TrainingState) -> Loaded:
-    saved = dist_checkpointing.load_common_state_dict(str(folder))
-    here = settings_of(settings)
-    changes = compare_settings(saved["settings"], here, settings.checkpoint.allow_changed, str(folder))
+def _load_from(folder: Path, settings: JobSettings, state: TrainingState, *, with_optimizer: bool) -> Loaded:
+    common, here = read_common(folder), settings_of(settings)
+    changes: list[Change] = []
+    if is_megatron_lms(folder):
+        check_theirs(folder, common, _options_of(settings), with_optimizer=with_optimizer)
+        # Samples come in another order here: position 0.
+        progress = Progress(int(common["iteration"]), samples_of(common))
+    else:
+        changes = compare_settings(common["settings"], here, settings.checkpoint.allow_changed, str(folder))
+        progress = Progress(common["iteration"], **common["samples"])
+        if any(change.reorders for change in changes):
+            progress = progress._replace(position=0, evaluated_samples=0)
+    if with_optimizer:
+        _restore(folder, common, here, state)
+    else:
+        _restore_weights(folder, common, state)
+        state.scheduler.step(increment=progress.consumed_samples)
+    return Loaded(progress, folder, tuple(changes))
+
+
+def _options_of(settings: JobSettings) -> dict[str, Any]:
+    """Options by name, as Megatron-LM says them in a checkpoint."""
+    return {**settings.options, "padded_vocab_size": settings.model.padded_vocab_size}
+
+
+def _restore(
+    folder: Path, common: Mapping[str, Any], settings: Mapping[str, Any], state: TrainingState
+) -> None:
+    """Overwrite weights, optimizer states and the position of the learning rate."""
     torch_adam = _distributed_torch_adam(state.optimizer)
     if torch_adam is not None:
         _start_steps(torch_adam)
-    wanted = sharded_state(state, Progress(), here, is_loading=True)
+    wanted = sharded_state(state, Progress(), settings, is_loading=True)
     check_tensors(folder, wanted)
     loaded = _read(wanted, folder)
     for name, chunk in _named_models(state):
         chunk.load_state_dict(loaded[name], strict=False)
+    _choose_rates(loaded, state)
+    chosen = [{**group} for group in state.optimizer.param_groups]
     if torch_adam is not None:
         _load_with_steps(torch_adam, loaded["optimizer"])
     else:
         state.optimizer.load_state_dict(loaded["optimizer"])
+    for group, options in zip(state.optimizer.param_groups, chosen, strict=True):
+        # Rates, betas and the like are this job's, as far as comparing the settings has let them differ.
+        group.update({name: value for name, value in options.items() if name not in ("params", "step")})
     state.scheduler.load_state_dict(loaded["opt_param_scheduler"])
-    _check_sums(folder, saved["sums"], here, state)
-    progress = Progress(loaded["iteration"], **loaded["samples"])
-    if any(change.reorders for change in changes):
-        progress = progress._replace(position=0, evaluated_samples=0)
-    return Loaded(progress, folder, tuple(changes))
+    _check_sums(folder, common, sharded_state(state, Progress(), settings, is_loading=False))
+
+
+def _choose_rates(loaded: Mapping[str, Any], state: TrainingState) -> None:
+    """Put this job's rates into loaded parameter groups, which since 0.19 are told apart by them, too."""
+    saved = loaded["opt_param_scheduler"]
+    for group in _groups_in(loaded["optimizer"]):
+        for name in ("max_lr", "min_lr"):
+            if group.get(name) == saved[name]:
+                group[name] = getattr(state.scheduler, name)
+
+
+def _groups_in(optimizer: Any) -> Iterator[dict[str, Any]]:
+    """Parameter groups in an optimizer's loaded state, which is nested otherwise for each kind."""
+    if isinstance(optimizer, dict):
+        yield from optimizer.get("param_groups", ())
+        for value in optimizer.values():
+            yield from _groups_in(value)
 
 
 def _read(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -243,14 +335,13 @@ def _read(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
     return loaded
 
 
-def _check_sums(folder: Path, saved: dict[str, int], here: Mapping[str, Any], state: TrainingState) -> None:
-    found = global_sums(sharded_state(state, Progress(), here, is_loading=False))
-    _refuse_changed(folder, saved, found)
-
-
-def _refuse_changed(folder: Path, saved: Mapping[str, Any], found: Mapping[str, int]) -> None:
+def _check_sums(folder: Path, common: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Refuse weights or states in memory that are not those that were in memory when they were saved."""
-    names = differing(saved, found)
+    if is_megatron_lms(folder):
+        # It has none.
+        return
+    saved, found = common["sums"], global_sums(state)
+    names = differing({name: saved.get(name) for name in found}, found)
     if names:
         more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
         raise DataError(
@@ -325,10 +416,9 @@ def _named_models(state: TrainingState) -> list[tuple[str, Any]]:
 
 
 def content_metadata() -> dict[str, Any]:
-    """The form of the optimizer's state in a checkpoint."""
-    # The one form of the distributed optimizer's state that any other layout can read.
+    """The form of the optimizer's state in a checkpoint, and the group that shares it."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    return {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": group}
+    return {**CONTENT, "dp_cp_group": group}
 
 
 def _distributed_torch_adam(optimizer: Any) -> DistributedOptimizer | None:

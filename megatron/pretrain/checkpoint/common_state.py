@@ -1,28 +1,21 @@
 """What a checkpoint says of its job: the part that is not in shards, ours and Megatron-LM's.
 
-Up to megatron-core 0.18 it is the file ``common.pt``, since 0.19 an object among the shards. Megatron-LM
-pickles its whole ``args`` there, with whatever objects a script has put into them. They are read through
-torch's restricted reader: a class that it does not know becomes a :class:`Placeholder`, which does nothing.
+Megatron-LM pickles its whole ``args`` there, with whatever objects a script has put into them. They are read
+through torch's restricted reader: a class that it does not know becomes a :class:`Placeholder`, which does
+nothing.
 """
 
 from __future__ import annotations
 
-import argparse
-import io
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from helixpipe.reliability.exit_codes import DataError
-from megatron.pretrain.checkpoint.safe_pickle import read_table
-
-COMMON_FILE = "common.pt"
-# Under which megatron-core 0.19 keeps it among the shards.
-_COMMON_OBJECT = "common_state/shard_0_1"
-_DOES_NOT_READ = "cannot be read; use another checkpoint"
+from megatron.pretrain.checkpoint.safe_pickle import MegatronArguments, load_plain, open_common
 
 
 class Placeholder:
@@ -38,20 +31,23 @@ class Placeholder:
         return f"<{', '.join(map(repr, self.arguments))}>"
 
 
-def load_plain(stream: IO[bytes], **options: Any) -> Any:
-    """``torch.load`` of plain data and tensors; ``pickle.UnpicklingError`` for what could run code.
+def load_with_placeholders(source: Any, **options: Any) -> Any:
+    """``torch.load`` of plain data and tensors, and :class:`Placeholder` for objects of unknown classes.
 
     Args:
-        stream: of what ``torch.save`` wrote.
+        source: a file that ``torch.save`` has written, or its path.
         options: of ``torch.load``.
+
+    Raises:
+        pickle.UnpicklingError: what could run code.
     """
-    unknown = torch.serialization.get_unsafe_globals_in_checkpoint(stream)
-    stream.seek(0)
-    stand_ins: list[Any] = [
-        (Placeholder, name) for name in unknown if name != f"argparse.{argparse.Namespace.__name__}"
-    ]
-    with torch.serialization.safe_globals([argparse.Namespace, *stand_ins]):
-        return torch.load(stream, **{**options, "weights_only": True, "map_location": "cpu"})
+    unknown = torch.serialization.get_unsafe_globals_in_checkpoint(source)
+    if hasattr(source, "seek"):
+        source.seek(0)
+    known = f"{MegatronArguments.__module__}.{MegatronArguments.__qualname__}"
+    stand_ins: list[Any] = [(Placeholder, name) for name in unknown if name != known]
+    with torch.serialization.safe_globals(stand_ins):
+        return load_plain(source, **options)
 
 
 def read_common(folder: Path) -> dict[str, Any]:
@@ -61,33 +57,23 @@ def read_common(folder: Path) -> dict[str, Any]:
         DataError: it is not there, damaged, or more than plain data.
     """
     try:
-        found: Any = load_plain(_open_common(folder))
+        with open_common(folder) as stream:
+            found: Any = load_with_placeholders(stream)
     except pickle.UnpicklingError:
         raise DataError(f"{folder}: what it says of its job is more than plain data; do not use it") from None
     except (OSError, RuntimeError, KeyError, ValueError, EOFError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{folder}: what it says of its job {_DOES_NOT_READ} ({reason})") from None
+        raise DataError(
+            f"{folder}: what it says of its job cannot be read ({reason}); use another checkpoint"
+        ) from None
     # As an object among shards it is one of a list.
     found = found[0] if isinstance(found, list) and len(found) == 1 else found
     if not isinstance(found, dict):
-        raise DataError(f"{folder}: what it says of its job {_DOES_NOT_READ} (no dictionary)")
+        raise DataError(f"{folder}: what it says of its job is no dictionary; use another checkpoint")
     return found
 
 
 def arguments_in(common: Mapping[str, Any]) -> dict[str, Any]:
     """Megatron-LM's arguments in a common state, by name; empty if there are none."""
     args = common.get("args")
-    return dict(vars(args)) if isinstance(args, argparse.Namespace) else {}
-
-
-def _open_common(folder: Path) -> IO[bytes]:
-    path = folder / COMMON_FILE
-    if path.exists():
-        return path.open("rb")
-    places = read_table(folder).storage_data or {}
-    place = next((place for index, place in places.items() if index.fqn == _COMMON_OBJECT), None)
-    if place is None or place.relative_path != Path(place.relative_path).name:
-        raise KeyError(f"it has neither {COMMON_FILE} nor {_COMMON_OBJECT}")
-    with (folder / place.relative_path).open("rb") as stream:
-        stream.seek(place.offset)
-        return io.BytesIO(stream.read(place.length))
+    return dict(vars(args)) if isinstance(args, MegatronArguments) else {}

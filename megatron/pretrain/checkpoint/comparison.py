@@ -37,7 +37,8 @@ CHANGES_NOTHING = frozenset((
     "tiktoken_pattern", "tiktoken_num_special_tokens", "data_cache_path", "log_interval",
     "metrics_jsonl", "trace_dir", "failure_dir", "save",
     "save_interval", "keep_checkpoints", "set_aside_checkpoints", "async_save", "on_save_failure",
-    "load", "load_fallback", "pretrained_checkpoint", "allow_changed", "profile", "profile_step_start",
+    "load", "load_fallback", "finetune", "no_load_optim", "pretrained_checkpoint", "allow_changed",
+    "profile", "profile_step_start",
     "profile_step_end", "profile_ranks",
     # What is compared under another name: --num-query-groups, the padded size of the vocabulary,
     # --train-iters.

@@ -18,6 +18,8 @@ from helixpipe.reliability.exit_codes import DataError
 MANIFEST = "manifest.json"
 LINEAGE = "lineage.json"
 TRACKER = "latest_checkpointed_iteration.txt"
+# Of megatron.core.dist_checkpointing: there is one in every checkpoint.
+FORM = "metadata.json"
 FORMAT = "helixpipe-checkpoint"
 _CHUNK_BYTES = 1 << 22
 
@@ -84,6 +86,11 @@ def usable(root: Path) -> list[Path]:
     return sorted((path for path in found if (path / MANIFEST).is_file()), key=iteration_of)
 
 
+def is_megatron_lms(folder: Path) -> bool:
+    """True for a checkpoint that another program has saved: it has no manifest."""
+    return (folder / FORM).is_file() and not (folder / MANIFEST).exists()
+
+
 def branch_of(folder: Path) -> list[Path]:
     """A published checkpoint after those beside it that it goes back to, oldest first.
 
@@ -117,7 +124,7 @@ def _id_of(folder: Path) -> str:
 
 
 def tracked(root: Path) -> Path | None:
-    """The checkpoint that the tracker names, or None if nothing was ever saved here.
+    """The checkpoint that the tracker names, ours or another program's; None if nothing was ever saved here.
 
     Raises:
         DataError: a tracker that is unreadable, missing, or names what is not there; the message lists what
@@ -133,7 +140,7 @@ def tracked(root: Path) -> Path | None:
     if not text.isdecimal():
         raise DataError(f"{tracker} holds {text!r} instead of an iteration; {choice}")
     folder = folder_of(root, int(text))
-    if folder not in usable(root):
+    if folder not in usable(root) and not is_megatron_lms(folder):
         raise DataError(f"{tracker} names {folder.name}, which is not there; {choice}")
     return folder
 

@@ -15,15 +15,17 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from helixpipe.reliability.exit_codes import DataError
 from megatron.pretrain.checkpoint.common_state import arguments_in, read_common
 from megatron.pretrain.checkpoint.files import (
-    MANIFEST,
+    FORM,
     TRACKER,
     check_file,
     folder_of,
+    is_megatron_lms,
     manifest_of,
+    share,
 )
 from megatron.pretrain.checkpoint.safe_pickle import find_unsafe_content, read_table
 
-TABLE, FORM = ".metadata", "metadata.json"
+TABLE = ".metadata"
 BACKEND = "torch_dist"
 _OPTIMIZER = "optimizer."
 # Of a job, as far as either program says it: Megatron's names.
@@ -53,11 +55,6 @@ def find_checkpoint(path: Path) -> Path:
     if not folder.is_dir():
         raise DataError(f"{path / TRACKER} names {folder.name}, which is not there; give iter_… itself")
     return folder
-
-
-def is_megatron_lms(folder: Path) -> bool:
-    """True for a checkpoint of torch_dist that another program has saved: it has no manifest."""
-    return (folder / FORM).is_file() and not (folder / MANIFEST).exists()
 
 
 def facts(folder: Path) -> Iterator[tuple[str, Any]]:
@@ -99,7 +96,7 @@ def faults(folder: Path) -> list[str]:
     """
     try:
         if is_megatron_lms(folder):
-            return _faults_by_table(folder)
+            return faults_by_table(folder)
         files = manifest_of(folder)
     except DataError as error:
         return [str(error)]
@@ -107,7 +104,13 @@ def faults(folder: Path) -> list[str]:
     return [text for text in found if text] or list(filter(None, [find_unsafe_content(folder)]))
 
 
-def _faults_by_table(folder: Path) -> list[str]:
+def faults_by_table(folder: Path, rank: int = 0, num_ranks: int = 1) -> list[str]:
+    """What is wrong with a checkpoint of another program, a line each.
+
+    Args:
+        folder: of the checkpoint.
+        rank, num_ranks: which share of the shards to read.
+    """
     try:
         form = json.loads((folder / FORM).read_text(encoding="utf-8"))
         if form.get("sharded_backend") != BACKEND:
@@ -127,8 +130,8 @@ def _faults_by_table(folder: Path) -> list[str]:
     by_file: dict[str, list[tuple[str, Any]]] = {}
     for index, place in (table.storage_data or {}).items():
         by_file.setdefault(place.relative_path, []).append((index.fqn, place))
-    for name, places in sorted(by_file.items()):
-        found += _faults_of_file(folder, name, places)
+    for name in share(list(by_file), rank, num_ranks):
+        found += _faults_of_file(folder, name, by_file[name])
     try:
         read_common(folder)
     except DataError as error:
@@ -155,7 +158,7 @@ def _is_whole(stream: IO[bytes], offset: int, length: int) -> bool:
     try:
         with zipfile.ZipFile(io.BufferedReader(_Part(stream, offset, length))) as archive:
             return archive.testzip() is None
-    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, OSError):
+    except Exception:  # a damaged archive may raise anything
         return False
 
 

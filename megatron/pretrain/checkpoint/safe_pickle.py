@@ -6,8 +6,10 @@ be called. Here only the names that such a table really holds are found.
 
 from __future__ import annotations
 
+import argparse
+import io
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -15,6 +17,12 @@ from typing import IO, Any
 import torch
 
 from helixpipe.contact_points import replace
+
+# What a checkpoint says of its job: a file, and since megatron-core 0.19 an object among the shards.
+COMMON_FILE, _COMMON_OBJECT = "common.pt", "common_state/shard_0_1"
+# In which Megatron-LM keeps its arguments there.
+MegatronArguments = argparse.Namespace
+_load = torch.load
 
 # Classes without side effects, and torch's own types.
 _KNOWN = {
@@ -65,7 +73,7 @@ def find_unsafe_content(folder: Path) -> str:
 
     A table of contents may also lead torch to files outside of the folder.
     """
-    for name, read in ((".metadata", _read_places), ("common.pt", _read_common)):
+    for name, read in ((".metadata", _read_places), (COMMON_FILE, _read_common)):
         try:
             read(folder)
         except Exception as error:  # a damaged pickle may raise anything
@@ -87,16 +95,43 @@ def _read_places(folder: Path) -> None:
             raise ValueError(f"it names {name!r}, which is not a file of this folder")
 
 
+def open_common(folder: Path) -> IO[bytes]:
+    """What a checkpoint says of its job, as ``torch.save`` wrote it.
+
+    Raises:
+        OSError, KeyError: it is not there.
+    """
+    path = folder / COMMON_FILE
+    if path.exists():
+        return path.open("rb")
+    places = read_table(folder).storage_data or {}
+    place = next((place for index, place in places.items() if index.fqn == _COMMON_OBJECT), None)
+    if place is None or place.relative_path != Path(place.relative_path).name:
+        raise KeyError(f"neither {COMMON_FILE} nor {_COMMON_OBJECT} is there")
+    with (folder / place.relative_path).open("rb") as stream:
+        stream.seek(place.offset)
+        return io.BytesIO(stream.read(place.length))
+
+
 def _read_common(folder: Path) -> None:
-    torch.load(folder / "common.pt", map_location="cpu", weights_only=True)
+    with open_common(folder) as stream:
+        load_plain(stream)
+
+
+def load_plain(source: Any, **options: Any) -> Any:
+    """``torch.load`` of plain data, tensors and options; ``pickle.UnpicklingError`` for all else."""
+    with torch.serialization.safe_globals([MegatronArguments]):
+        return _load(source, **{**options, "weights_only": True, "map_location": "cpu"})
 
 
 @contextmanager
-def no_code_from_disk() -> Iterator[None]:
-    """Inside, torch's checkpoint reader and ``torch.load`` build plain data only, and raise for the rest."""
-    load = torch.load
+def no_code_from_disk(load: Callable[..., Any] = load_plain) -> Iterator[None]:
+    """Inside, torch's checkpoint reader builds plain data only, and raises for the rest.
+
+    Args:
+        load: takes the place of ``torch.load``.
+    """
     with ExitStack() as undone:
         undone.callback(replace("torch.distributed.checkpoint.filesystem", "pickle", _SafePickle))
-        plain = lambda *args, **kwargs: load(*args, **{**kwargs, "weights_only": True})  # noqa: E731
-        undone.callback(replace("torch", "load", plain))
+        undone.callback(replace("torch", "load", load))
         yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import asdict
 from enum import IntEnum
 from pathlib import Path
 from threading import Thread
@@ -16,9 +17,10 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 
 from helixpipe.reliability.exit_codes import DataError
 from helixpipe.reliability.monitor import Monitor
-from megatron.pretrain.checkpoint.checkpoint import Progress, content_metadata, sharded_state
+from megatron.pretrain.checkpoint.checkpoint import CONTENT, Progress, sharded_state
 from megatron.pretrain.checkpoint.comparison import settings_of
 from megatron.pretrain.checkpoint.files import digest, folder_of
+from megatron.pretrain.checkpoint.megatron_lm import ours_for_theirs
 from megatron.pretrain.checkpoint.publishing import publish, saving_folder, start_saving
 from megatron.pretrain.checkpoint.shards import BACKEND, VERSION, PlannedSave, Written, describe
 from megatron.pretrain.checkpoint.sums import global_sums
@@ -140,7 +142,8 @@ class Saver:
                     # Parameters may still be on their way from the optimizer's shards.
                     chunk.disable_forward_pre_hook(param_sync=True)  # type: ignore[operator]
             content = sharded_state(state, progress, settings_of(self._settings), is_loading=False)
-            error = plan.plan(content | {"sums": global_sums(content)}, folder)
+            content |= {"sums": global_sums(content), **self._for_megatron_lm(progress)}
+            error = plan.plan(content, folder)
             for chunk in state.model:
                 if overlaps:
                     chunk.enable_forward_pre_hook()  # type: ignore[operator]
@@ -161,6 +164,20 @@ class Saver:
 
     def _saving(self, iteration: int) -> Path:
         return saving_folder(self._root, iteration)
+
+    def _for_megatron_lm(self, progress: Progress) -> dict[str, Any]:
+        """What Megatron-LM's program looks for; see :mod:`megatron.pretrain.checkpoint.megatron_lm`."""
+        parallel, model = self._settings.parallel, asdict(self._settings.model)
+        model.pop("params_dtype")
+        return ours_for_theirs(
+            model | settings_of(self._settings),
+            consumed_samples=progress.consumed_samples,
+            evaluated_samples=progress.evaluated_samples,
+            world_size=parallel.world_size,
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            data_parallel_size=parallel.data_parallel_size,
+        )
 
     def _prepare(self, iteration: int) -> None:
         self._outputs.verify()
@@ -211,7 +228,7 @@ class _AgreeingSave(PlannedSave):
         self._agreed = False
         try:
             dist_checkpointing.save(
-                state, str(folder), self, async_sharded_save=True, content_metadata=content_metadata()
+                state, str(folder), self, async_sharded_save=True, content_metadata=CONTENT
             )
         except (OSError, RuntimeError) as error:
             if self._agreed:

@@ -22,6 +22,7 @@ from helixpipe.plan.cost_model import Recompute
 from helixpipe.plan.execution import Execution
 from helixpipe.plan.schedules import Schedule
 from megatron.pretrain.checkpoint.comparison import changeable
+from megatron.pretrain.checkpoint.files import is_same_folder
 from megatron.pretrain.data.gpt import cache_folder, check_split
 from megatron.pretrain.settings.elastic import derive_elastic
 from megatron.pretrain.settings.ending import ending_of
@@ -155,8 +156,13 @@ def _check_training(args: argparse.Namespace) -> None:
     ):
         if getattr(args, name) != default and args.save is None:
             raise ValueError(f"{flag_of(name)} needs --save DIR")
-    if args.load_fallback and args.load is None:
-        raise ValueError("--load-fallback needs --load DIR")
+    for name in ("load_fallback", "finetune", "no_load_optim"):
+        if getattr(args, name) and args.load is None:
+            raise ValueError(f"{flag_of(name)} needs --load DIR")
+    if args.finetune and args.save is not None and is_same_folder(args.load, args.save):
+        raise ValueError(
+            f"--finetune begins anew with the weights of --load {args.load}; give a --save of its own"
+        )
     if args.allow_changed:
         _check_allowed(args)
     if args.pretrained_checkpoint is not None and args.optimizer == "sgd":

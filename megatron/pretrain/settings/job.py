@@ -178,6 +178,8 @@ class CheckpointSettings:
     load: Path | None
     pretrained_checkpoint: Path | None
     load_fallback: bool
+    finetune: bool
+    no_load_optim: bool
     allow_changed: tuple[str, ...]
 
 

@@ -14,13 +14,14 @@ SUPPORTED = frozenset(
     cross-entropy-fusion-impl cross-entropy-loss-fusion data-cache-path data-path decoupled-lr
     decoupled-min-lr deterministic-mode disable-bias-linear disable-manual-gc-eval
     distributed-timeout-minutes empty-unused-memory-level end-weight-decay eod-mask-loss eval-interval
-    eval-iters exit-duration-in-mins exit-interval ffn-hidden-size fp16 global-batch-size
+    eval-iters exit-duration-in-mins exit-interval ffn-hidden-size finetune fp16 global-batch-size
     grad-reduce-in-bf16 group-query-attention hidden-dropout hidden-size hysteresis init-method-std
     initial-loss-scale kv-channels load log-interval log-num-zeros-in-grad log-params-norm loss-scale
     loss-scale-window lr lr-decay-iters lr-decay-samples lr-decay-style lr-warmup-fraction
     lr-warmup-init lr-warmup-iters lr-warmup-samples lr-wsd-decay-iters lr-wsd-decay-samples
     lr-wsd-decay-style make-vocab-size-divisible-by manual-gc manual-gc-interval max-position-embeddings
-    merge-file micro-batch-size min-loss-scale min-lr no-gradient-accumulation-fusion no-manual-gc-eval
+    merge-file micro-batch-size min-loss-scale min-lr no-gradient-accumulation-fusion no-load-optim
+    no-manual-gc-eval
     norm-epsilon normalization num-attention-heads num-layers num-layers-per-virtual-pipeline-stage
     num-query-groups num-workers optimizer overlap-grad-reduce overlap-param-gather padded-vocab-size
     pipeline-model-parallel-size position-embedding-type pretrained-checkpoint profile profile-ranks
@@ -50,6 +51,9 @@ NEEDLESS: dict[str, str] = {
         use-flash-attn verify-integrity ckpt-fully-parallel-save use-dist-ckpt
         dist-ckpt-format=torch_dist ckpt-format=torch_dist no-ckpt-fully-parallel-save
         auto-detect-ckpt-format dataloader-type=single exit-signal=SIGTERM use-cpu-initialization
+    """,
+    "random states follow from seed and iteration": """
+        no-load-rng no-save-rng
     """,
     "query-key scaling cancels out, and scores are in fp32": """
         apply-query-key-layer-scaling
@@ -334,7 +338,7 @@ REFUSED: dict[str, str] = {
     "checkpoints are saved whole, as torch_dist; use --save, --load, --keep-checkpoints": """
         ckpt-convert-format ckpt-convert-save ckpt-convert-update-legacy-dist-opt-format ckpt-format
         ckpt-step dist-ckpt-format dist-ckpt-save-pre-mcore-014 load-main-params-from-ckpt no-save-optim
-        no-save-rng non-persistent-ckpt-type non-persistent-global-ckpt-dir
+        non-persistent-ckpt-type non-persistent-global-ckpt-dir
         non-persistent-local-ckpt-algo non-persistent-local-ckpt-dir non-persistent-save-interval
         override-ckpt-iteration persistent-save-interval replication replication-jump
         save-activations-interval save-dgrads-interval save-params-interval save-retain-interval
@@ -344,8 +348,8 @@ REFUSED: dict[str, str] = {
         disable-use-tokenizer-model-from-checkpoint-args no-use-tokenizer-model-from-checkpoint-args
         use-checkpoint-args use-mp-args-from-checkpoint-args
     """,
-    "--load goes on with all that a checkpoint holds; use --pretrained-checkpoint for its weights": """
-        exit-on-missing-checkpoint finetune no-load-optim no-load-rng
+    "a --load that is not the --save must hold a checkpoint; remove it": """
+        exit-on-missing-checkpoint
     """,
     "evaluation has the batch size of training, on one set; use --eval-iters": """
         eval-global-batch-size eval-micro-batch-size full-validation multiple-validation-sets skip-train

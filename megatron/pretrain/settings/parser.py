@@ -288,6 +288,8 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
         "a checkpoint",
     )
     add("--load-fallback", action="store_true", help="from an older one if the latest is damaged")
+    add("--finetune", action="store_true", help="take the weights of --load, and begin with iteration 0")
+    add("--no-load-optim", action="store_true", help="leave the optimizer's states in --load where they are")
     add(
         "--allow-changed",
         nargs="+",
