@@ -104,6 +104,11 @@ CALLED = (
          "dropout_p", "is_causal", "rng_state", "unused"),
     ),
     ContactPoint(
+        "megatron.core.models.common.embeddings.yarn_rotary_pos_embedding",
+        "_yarn_get_concentration_factor_from_config",
+        "what YaRN multiplies queries and keys by", _CORE, ("config",),
+    ),
+    ContactPoint(
         "megatron.core.models.common.embeddings.rope_utils", "_apply_rotary_pos_emb_bshd",
         "what fused rotary positions are held against", _CORE, ("t", "freqs"),
     ),

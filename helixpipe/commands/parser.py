@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from helixpipe.reliability.exit_codes import BAD_USAGE
 
@@ -71,6 +71,18 @@ class ScriptParser(Parser):
     def error(self, message: str) -> NoReturn:
         """Exit with one line on stderr."""
         self.exit(BAD_USAGE, f"{self.prog}: error: {message}{self._suggestion(message)}\n")
+
+
+def argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A function that raises ``ValueError``, as the ``type`` of an option: its message is what is shown."""
+
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
 
 
 def flag_of(name: str) -> str:

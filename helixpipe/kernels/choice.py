@@ -14,6 +14,11 @@ from helixpipe.kernels.checks import has_type
 SWIGLU = "swiglu"
 
 
+def gelu_tanh(input: Tensor) -> Tensor:
+    """GELU by its approximation with tanh, which GPT-2 and Gemma were trained with."""
+    return functional.gelu(input, approximate="tanh")
+
+
 def add_gradient(total: Tensor, gradient: Tensor) -> None:
     """``total += gradient``; in one pass of 16-byte accesses where a gradient is added to a sum in fp32."""
     fits = has_type(gradient) and total.dtype is torch.promote_types(gradient.dtype, torch.float32)
@@ -38,6 +43,8 @@ def fused_form(mlp: Any, tensor: Tensor) -> str | None:
     if mlp.activation_func == functional.silu and config.gated_linear_unit:
         changed = config.activation_func_clamp_value is not None or config.glu_linear_offset
         return None if changed else SWIGLU
+    if mlp.activation_func == gelu_tanh and not config.gated_linear_unit:
+        return "tanh"
     if mlp.activation_func == functional.gelu and not config.gated_linear_unit:
         return "tanh" if config.bias_activation_fusion else "none"
     return None

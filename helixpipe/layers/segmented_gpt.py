@@ -19,7 +19,6 @@ from typing import Any, TypeAlias
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType, ModelType
@@ -40,7 +39,7 @@ from helixpipe.layers.recomputing_layer import (
     SavingTransformerLayer,
     attend_to,
 )
-from helixpipe.layers.rotary import rotate
+from helixpipe.layers.rotary import POSITIONS, angles_of, build_rotary, rotate
 from helixpipe.layers.segmented_decoder import SegmentedDecoder, build_norm, owned_parts
 from helixpipe.layers.slices import mark_sliced
 from helixpipe.layers.spec import (
@@ -79,7 +78,7 @@ class SegmentedGPTModel(LanguageModule):
         attention_range: what attention segments hold: ``core``, ``qkv`` or ``block``.
         lends_head: the last segment, too, runs on other ranks than its weights'.
         share_embeddings_and_output_weights: tie the head to the embedding; both segments must be here.
-        position_embedding_type: ``learned_absolute``, ``rope`` or ``none``.
+        position_embedding_type: one of :data:`~helixpipe.layers.rotary.POSITIONS`.
         saving: what to do to keep less for the backward pass.
         contexts: where attention finds keys and values of earlier slices; None for a model of whole
             sequences. Slices need the attention range ``core``.
@@ -127,9 +126,7 @@ class SegmentedGPTModel(LanguageModule):
                 position_embedding_type=position_embedding_type,
                 tp_group=self.pg_collection.tp,
             )
-        self.rotary_pos_emb: RotaryEmbedding | None = None
-        if position_embedding_type == "rope":
-            self.rotary_pos_emb = self._build_rotary(**{"rotary_percent": 1.0, **rotary})
+        self.rotary_pos_emb = build_rotary(position_embedding_type, config, self.pg_collection.cp, **rotary)
         specs = self._layer_specs(implementation)
         self._attention_part = ATTENTION_PARTS[attention_range]
         self.decoder = SegmentedDecoder(
@@ -154,16 +151,6 @@ class SegmentedGPTModel(LanguageModule):
         if self.contexts is not None:
             attend_to_slices(specs, self.contexts, implementation.attention)
         return specs
-
-    def _build_rotary(self, **options: Any) -> RotaryEmbedding:
-        config = self.config
-        return RotaryEmbedding(
-            kv_channels=config.kv_channels,
-            rotary_interleaved=config.rotary_interleaved,
-            **options,
-            use_cpu_initialization=config.use_cpu_initialization,
-            cp_group=self.pg_collection.cp,
-        )
 
     def _build_borrowed(self, specs: Sequence[ModuleSpec], norm: type | None) -> dict[int, BorrowedModules]:
         """By segment, attention under 1; in a dictionary, as they are no submodules: they have no weights.
@@ -406,10 +393,10 @@ class SegmentedGPTModel(LanguageModule):
         if isinstance(layout, Documents):
             return (*rotate_at(query, key, layout.positions, rotary, self.config, group), value)
         if layout is None:
-            angles = rotary(query.shape[0])
+            angles = angles_of(rotary, query.shape[0])
         else:
             (piece,) = layout.pieces
-            angles = rotary(piece.sequence_length)[piece.start :][: piece.length]
+            angles = angles_of(rotary, piece.sequence_length)[piece.start :][: piece.length]
         return (*(rotate(tensor, angles, self.config, group) for tensor in (query, key)), value)
 
     def _project(self, layer: TransformerLayer, attention_output: Tensor, residual: Tensor) -> Tensor:
@@ -491,7 +478,6 @@ def check_supported(config: TransformerConfig, position_embedding_type: str) -> 
         "softmax variants": config.softmax_type != "vanilla",
         "CPU offloading": config.cpu_offloading,
         "CUDA graphs": config.cuda_graph_impl != "none",
-        f"position embedding {position_embedding_type!r}": position_embedding_type
-        not in ("learned_absolute", "rope", "none"),
+        f"position embedding {position_embedding_type!r}": position_embedding_type not in POSITIONS,
     }
     refuse(unsupported, "the helix schedule does not support {}; leave it out or use 1f1b")

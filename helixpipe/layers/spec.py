@@ -134,7 +134,8 @@ def leaves_attention_to_engine(config: TransformerConfig, implementation: Implem
         return False
     only_there = {
         "attention dropout": bool(config.attention_dropout),
-        "sliding-window attention": config.window_size is not None,
+        # A backend that is named computes windows in blocks.
+        "sliding windows": config.window_size is not None and implementation.attention == AUTO,
         f"the softmax variant {config.softmax_type!r}": config.softmax_type != "vanilla",
         "context parallelism": config.context_parallel_size > 1,
     }

@@ -42,7 +42,8 @@ KNOWN = frozenset(
         "num_moe_experts", "multi_latent_attention", "context_parallel_size", "recompute_granularity",
         "recompute_method", "recompute_num_layers", "recompute_modules", "distribute_saved_activations",
         "virtual_pipeline_model_parallel_size", "fp8", "fp4", "cpu_offloading", "mtp_num_layers",
-        "cuda_graph_impl", "softmax_type", "window_size", "fp32_residual_connection",
+        "cuda_graph_impl", "softmax_type", "window_size", "window_attn_skip_freq",
+        "fp32_residual_connection",
     }
 )  # fmt: skip
 

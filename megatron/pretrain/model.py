@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
+from helixpipe.kernels.choice import gelu_tanh
 from helixpipe.kernels.extension import load as load_kernels
 from helixpipe.layers.attention.choice import Choice, choose, problem_of
 from helixpipe.layers.fusions import can_fuse_rope, fuse_weight_gradients, has_apex_accumulation
@@ -29,7 +31,7 @@ from helixpipe.layers.spec import (
     leaves_attention_to_engine,
 )
 from helixpipe.megatron_adapter.model_chunks import build_model_chunks
-from megatron.pretrain.settings.job import JobSettings
+from megatron.pretrain.settings.job import JobSettings, ModelSettings
 from megatron.pretrain.settings.learning_rate import LearningRate
 from megatron.pretrain.settings.precision import make_deterministic
 
@@ -57,10 +59,12 @@ def build_config(settings: JobSettings) -> TransformerConfig:
         normalization=model.normalization,
         layernorm_epsilon=model.norm_epsilon,
         gated_linear_unit=model.swiglu,
-        activation_func=torch.nn.functional.silu if model.swiglu else torch.nn.functional.gelu,
+        activation_func=_activation(model),
         add_bias_linear=model.add_bias_linear,
         add_qkv_bias=model.add_qkv_bias,
         qk_layernorm=model.qk_layernorm,
+        window_size=model.window_size,
+        window_attn_skip_freq=_skip_frequency(model),
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         init_method_std=model.init_method_std,
@@ -86,7 +90,7 @@ def build_config(settings: JobSettings) -> TransformerConfig:
         recompute_modules=list(memory.recompute_modules),
         use_cpu_initialization=True,
         bias_dropout_fusion=fuse,
-        bias_activation_fusion=fuse and (model.swiglu or model.add_bias_linear),
+        bias_activation_fusion=fuse and not model.openai_gelu and (model.swiglu or model.add_bias_linear),
         # The fused accumulation is part of Megatron's whole backward pass.
         gradient_accumulation_fusion=(
             has_apex_accumulation()
@@ -99,7 +103,26 @@ def build_config(settings: JobSettings) -> TransformerConfig:
         and not (settings.data.ends_at_documents and settings.training.micro_batch_size > 1),
     )
     config.finalize_model_grads_func = finalize_model_grads
+    if model.position_embedding_type == "yarn":
+        # Where Megatron's modules look for them.
+        config.yarn_rotary_scaling_factor = model.rotary_scaling_factor
+        config.yarn_original_max_position_embeddings = model.yarn_original_max_position_embeddings
+        config.yarn_beta_fast, config.yarn_beta_slow = model.yarn_beta_fast, model.yarn_beta_slow
+        config.yarn_mscale = config.yarn_mscale_all_dim = None
+        config.yarn_correction_range_round_to_int = True
     return config
+
+
+def _activation(model: ModelSettings) -> Callable[[torch.Tensor], torch.Tensor]:
+    if model.swiglu:
+        return torch.nn.functional.silu
+    return gelu_tanh if model.openai_gelu else torch.nn.functional.gelu
+
+
+def _skip_frequency(model: ModelSettings) -> int | list[int] | None:
+    """In the form in which Megatron's modules look for it."""
+    frequency = model.window_attn_skip_freq
+    return list(frequency) if isinstance(frequency, tuple) else frequency
 
 
 def build_training_state(settings: JobSettings) -> TrainingState:

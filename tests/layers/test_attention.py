@@ -195,7 +195,7 @@ def configured(**values):
         ({}, {"mask": AttnMaskType.padding}, "causal"),
         ({}, {"mask": AttnMaskType.no_mask}, "causal"),
         ({}, {"kind": "cross"}, "self-attention"),
-        ({"window_size": (16, 0)}, {}, "sliding-window"),
+        ({"window_size": (16, 2)}, {}, "--window-size 16,2 reaches 2 tokens ahead; use 16,0"),
         ({"apply_query_key_layer_scaling": True}, {}, "query-key layer scaling"),
         ({"softmax_type": "off-by-one"}, {}, "softmax"),
         ({"softmax_type": "learnable"}, {}, "softmax"),

@@ -355,7 +355,7 @@ def test_known_position_embeddings(kind):
     check_supported(configured(Case(pp=1)), kind)
 
 
-@pytest.mark.parametrize("kind", ["yarn", "mrope", "relative"])
+@pytest.mark.parametrize("kind", ["mrope", "relative"])
 def test_unknown_position_embeddings_are_refused(kind):
     with pytest.raises(ValueError, match=f"position embedding '{kind}'"):
         check_supported(configured(Case(pp=1)), kind)

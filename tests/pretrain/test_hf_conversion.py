@@ -79,7 +79,18 @@ def described(**changes):
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "also": 1}}, "also"),
         ({"rope_theta": 10000.5}, "rope_theta 10000.5 is not supported"),
         ({"intermediate_size": None}, "has no intermediate_size"),
-        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window true is not supported"),
+        (
+            {
+                "model_type": "qwen2",
+                "use_sliding_window": True,
+                "sliding_window": 9,
+                "layer_types": ["chunked_attention"] * 3,
+            },
+            "layer_types 'chunked_attention' is not supported",
+        ),
+        ({"model_type": "mistral"}, "has no sliding_window; add it, null for none"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "attention_factor": 1.0}}, "attention_factor"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": False}}, "truncate false is not"),
         (
             {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2.0}},
             "low_freq_factor of llama3's rotary scaling must be 1",

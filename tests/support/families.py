@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from models import VOCABULARY, Case, batches, everywhere, gather_gradients, initialize, run_iteration
+from models import (
+    VOCABULARY,
+    Case,
+    batches,
+    everywhere,
+    gather_gradients,
+    initialize,
+    relative_error,
+    run_iteration,
+)
+from ranks import run_on_ranks
+from safetensors.torch import load_file
 from stages import batch_of, run_segments
 
 from helixpipe.data.prefix import DatasetInfo
@@ -16,6 +27,7 @@ from helixpipe.megatron_adapter.schedule import make_forward_backward
 from helixpipe.runtime.trace import HostClock
 from megatron.pretrain.checkpoint.checkpoint import load_weights
 from megatron.pretrain.hf.config import ModelConfig
+from megatron.pretrain.hf.convert import export_model, import_model
 from megatron.pretrain.hf.families import describe_model
 from megatron.pretrain.hf.families.family import Model
 from megatron.pretrain.model import build_training_state, unwrap
@@ -55,8 +67,23 @@ TINY: dict[str, dict[str, Any]] = {
         "model_type": "llama", **_SIZES,
         "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
     },
+    "llama-yarn": {
+        "model_type": "llama", **_SIZES, "max_position_embeddings": 128,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32,
+        },
+    },
     "qwen-2.5": {"model_type": "qwen2", **_SIZES, "tie_word_embeddings": True},
+    "qwen-2.5-window": {
+        "model_type": "qwen2", **_SIZES, "use_sliding_window": True, "sliding_window": 7,
+        "max_window_layers": 2,
+    },
     "qwen-3": {"model_type": "qwen3", **_SIZES, "head_dim": 16},
+    "mistral": {"model_type": "mistral", **_SIZES, "sliding_window": 7},
+    "gpt-2": {
+        "model_type": "gpt2", "vocab_size": 100, "n_embd": 32, "n_head": 4, "n_layer": 4, "n_positions": 64,
+        "initializer_range": 0.2,
+    },
 }  # fmt: skip
 
 
@@ -76,14 +103,33 @@ def make_tiny(name: str, folder: Path) -> Any:
     return model.eval()
 
 
+class Imported(NamedTuple):
+    """A tiny model that was imported.
+
+    Attributes:
+        name: in :data:`TINY`.
+        hf: transformers' model.
+        folder, checkpoint: where it was saved, and imported to.
+        words: the options printed.
+    """
+
+    name: str
+    hf: Any
+    folder: Path
+    checkpoint: Path
+    words: list[str]
+
+
+def import_tiny(name: str, folder: Path) -> Imported:
+    """Make a family's tiny model below ``folder``, and import it."""
+    hf = make_tiny(name, folder / "hf")
+    words = import_model(folder / "hf", folder / "checkpoint")
+    return Imported(name, hf, folder / "hf", folder / "checkpoint", words)
+
+
 def tiny_model(name: str, folder: Path) -> Model:
     """What the saved config.json describes."""
     return describe_model(ModelConfig(json.loads((folder / "config.json").read_text()), name))
-
-
-def case_of(p: int, **values: Any) -> Case:
-    """The case whose batches a family's models are compared on."""
-    return Case(pp=p, **values)
 
 
 def train_options(words: list[str], checkpoint: Path, case: Case, schedule: str, *extra: str) -> list[str]:
@@ -148,3 +194,57 @@ def expected_of(hf: Any, model: Model, case: Case) -> tuple[list[float], dict[st
             name = name.replace("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
             gradients[name] = rule.join(tuple(given[theirs] for theirs in rule.names(layer)))
     return losses, gradients
+
+
+def logits_error(made: Imported) -> float:
+    """Largest difference of our logits from transformers', over the largest of these; both of our models."""
+    case = Case(pp=1)
+    options = [train_options(made.words, made.checkpoint, case, schedule) for schedule in ("1f1b", "helix")]
+    with torch.no_grad():
+        expected = made.hf(batch_of(case)["tokens"]).logits
+    (both,) = run_on_ranks(1, logits_of_both, case, *options)
+    assert all(found.shape == expected.shape for found in both)
+    return float(max((found - expected).abs().max() for found in both) / expected.abs().max())
+
+
+class Errors(NamedTuple):
+    """Largest relative errors under helix, of the losses and of any tensor's gradient."""
+
+    losses: float
+    gradients: float
+
+
+def errors_under_helix(made: Imported, p: int) -> dict[str, Errors]:
+    """Against Megatron's own model under its own 1F1B on as many ranks, and against transformers."""
+    case = Case(pp=p)
+    theirs = expected_of(made.hf, tiny_model(made.name, made.folder), case)
+    of_ours = [
+        run_on_ranks(
+            p, losses_and_gradients, case, train_options(made.words, made.checkpoint, case, schedule)
+        )[0]
+        for schedule in ("1f1b", "helix")
+    ]
+    megatrons, (losses, gradients) = of_ours
+    found = {}
+    for name, (expected_losses, expected) in (("megatron", megatrons), ("transformers", theirs)):
+        assert gradients.keys() == expected.keys()
+        assert all(gradient.norm() > 0 for gradient in expected.values())
+        found[name] = Errors(
+            max(abs(a - b) / abs(b) for a, b in zip(losses, expected_losses, strict=True)),
+            max(relative_error(gradients[key], gradient) for key, gradient in expected.items()),
+        )
+    return found
+
+
+def changed_by_round_trip(made: Imported, folder: Path) -> list[str]:
+    """Names of tensors and files that are not, to the bit, what was imported, once exported to ``folder``."""
+    export_model(made.checkpoint, folder)
+    before, after = (load_file(path / "model.safetensors") for path in (made.folder, folder))
+    changed = sorted(before.keys() ^ after.keys())
+    changed += [
+        name
+        for name in before.keys() & after.keys()
+        if before[name].dtype != after[name].dtype or not torch.equal(before[name], after[name])
+    ]
+    files = [path.name for path in made.folder.glob("*.json")]
+    return changed + [n for n in files if (folder / n).read_bytes() != (made.folder / n).read_bytes()]

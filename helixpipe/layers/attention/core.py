@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from helixpipe.layers.attention.choice import AUTO, choose, problem_of, problem_with
 from helixpipe.layers.attention.interface import AttentionBackend, ForwardResult, Spans
+from helixpipe.layers.attention.windows import WindowAttention
 from helixpipe.layers.documents import Documents
 
 
@@ -110,6 +112,24 @@ def causal_attention(
     return output.permute(2, 0, 1, 3).flatten(2)
 
 
+def window_of(config: TransformerConfig, layer_number: int) -> int:
+    """How many tokens a layer's attention sees, its own included; 0 for all before it.
+
+    Args:
+        config: with Megatron's ``window_size`` and ``window_attn_skip_freq``.
+        layer_number: in the whole model, from 1.
+
+    Raises:
+        ValueError: a window over later tokens.
+    """
+    if not is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
+        return 0
+    before, after = config.window_size
+    if after != 0:
+        raise ValueError(f"--window-size {before},{after} reaches {after} tokens ahead; use {before},0")
+    return int(before) + 1 if before >= 0 else 0
+
+
 class FlashCoreAttention(MegatronModule):
     """Megatron's core-attention slot, filled with :func:`causal_attention`.
 
@@ -121,8 +141,8 @@ class FlashCoreAttention(MegatronModule):
         documents: attention ends at documents, which lie elsewhere in every batch.
 
     Raises:
-        ValueError: attention dropout, sliding windows or softmax variants, which these kernels do not have,
-            or a backend that does not work.
+        ValueError: attention dropout or softmax variants, which these kernels do not have, or a backend that
+            does not work.
     """
 
     # Lengths of sequences are those of the configuration.
@@ -151,12 +171,17 @@ class FlashCoreAttention(MegatronModule):
             raise ValueError("only causal self-attention is supported")
         if config.softmax_type != "vanilla":
             raise ValueError(f"the softmax variant {config.softmax_type!r} is not supported")
-        if config.window_size is not None:
-            raise ValueError("sliding-window attention is not supported")
+        window = window_of(config, layer_number)
+        if window and self._varies:
+            raise ValueError(
+                "sliding-window attention is not supported by schedules that cut sequences; use helix or 1f1b"
+            )
         if config.apply_query_key_layer_scaling:
             raise ValueError("query-key layer scaling is not supported; it only serves fp16 softmax")
         self.scale = softmax_scale
         self.backend = choose(backend, problem_of(config, varies=self._varies or documents)).backend
+        if window:
+            self.backend = WindowAttention(self.backend, window)
 
     def forward(
         self,

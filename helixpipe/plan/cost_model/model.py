@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from helixpipe.plan.cost_model.hugging_face import from_hugging_face, not_understood, with_vocabulary
-from helixpipe.plan.cost_model.script import NEUTRAL, SIZES, SWITCHES, arguments_of_script
+from helixpipe.plan.cost_model.script import NEUTRAL, SIZES, SWITCHES, WINDOWS, arguments_of_script
 from helixpipe.plan.cost_model.shape import MODELS, ModelShape, size_of
+from helixpipe.plan.windows import parse_skip_frequency, parse_window, windows_of_layers
 
 
 def read_model(source: str, vocab_size: int | None = None) -> ModelShape:
@@ -70,14 +71,23 @@ def model_from_arguments(source: str, arguments: Mapping[str, Any]) -> ModelShap
         vocab_size=size("padded_vocab_size" if arguments.get("padded_vocab_size") else "vocab_size"),
         gated=bool(arguments.get("swiglu", False)),
         tied=not arguments.get("untie_embeddings_and_output_weights", False),
+        windows=_windows_of_arguments(arguments, size("num_layers")),
     )
+
+
+def _windows_of_arguments(arguments: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
+    """Of a training program's options, or of their texts in a script."""
+    window, frequency = arguments.get("window_size"), arguments.get("window_attn_skip_freq")
+    window = parse_window(window) if isinstance(window, str) else window
+    frequency = parse_skip_frequency(frequency) if isinstance(frequency, str) else frequency
+    return windows_of_layers(window, frequency, num_layers)
 
 
 def _from_megatron(source: str, found: Mapping[str, Any], vocab_size: int | None) -> ModelShape:
     given = {key: value for key, value in found.items() if value is not None and value is not False}
     for key in given:
         name = key.replace("_", "-")
-        if name not in SIZES and name not in SWITCHES and name not in NEUTRAL:
+        if name not in SIZES and name not in SWITCHES and name not in NEUTRAL | WINDOWS:
             raise not_understood(source, f"--{name}")
     if given.get("swiglu") and "ffn_hidden_size" not in given:
         raise ValueError(

@@ -33,14 +33,14 @@ _NEUTRAL_SWITCHES = frozenset(
         "no-create-attention-mask-in-dataloader", "no-gradient-accumulation-fusion", "no-initialization",
         "no-load-optim", "no-load-rng", "no-manual-gc-eval", "no-masked-softmax-fusion",
         "no-mmap-bin-files", "no-persist-layer-norm", "no-position-embedding",
-        "no-recompute-without-attention", "no-rope-fusion", "no-save-optim", "no-save-rng",
+        "no-recompute-without-attention", "no-rope-fusion", "no-save-optim", "no-save-rng", "openai-gelu",
         "overlap-grad-reduce", "overlap-p2p-communication-warmup-flush", "overlap-param-gather",
         "overlap-param-gather-with-optimizer-step", "profile", "qk-layernorm", "recompute-activations",
         "recompute-without-attention", "resend-context", "reset-attention-mask", "reset-position-ids",
-        "sequence-parallel",
-        "set-aside-checkpoints", "split-weight-gradients", "standalone", "tp-comm-overlap",
-        "use-cpu-initialization", "use-distributed-optimizer", "use-flash-attn", "use-mcore-models",
-        "use-persistent-ckpt-worker", "use-rope-scaling", "use-rotary-position-embeddings",
+        "sequence-parallel", "set-aside-checkpoints", "split-weight-gradients", "standalone",
+        "tp-comm-overlap", "use-cpu-initialization", "use-distributed-optimizer", "use-flash-attn",
+        "use-mcore-models", "use-persistent-ckpt-worker", "use-rope-scaling",
+        "use-rotary-position-embeddings",
     )
 )  # fmt: skip
 # Flags with values that decide no shape: of training, its layout, data and output, and of launchers.
@@ -52,13 +52,12 @@ _NEUTRAL_VALUES = frozenset(
         "context-parallel-size", "cp-comm-type", "data-args-path", "data-cache-path", "data-parallel-size",
         "data-path", "dataloader-type", "decoupled-lr", "decoupled-min-lr", "dist-ckpt-strictness",
         "distributed-backend", "distributed-timeout-minutes", "dry-run", "elastic-costs",
-        "empty-unused-memory-level",
-        "end-weight-decay", "eval-interval", "eval-iters", "exit-duration-in-mins", "exit-interval",
-        "failure-dir", "global-batch-size", "hang-timeout-s", "hardware", "head-placement",
-        "hidden-dropout", "hysteresis", "init-method-std", "keep-checkpoints", "kill-on-bad-exit", "load",
-        "local-addr", "local-rank", "log-dir", "log-interval", "loss-chunk-size", "loss-scale",
-        "loss-scale-window", "lr", "lr-decay-iters", "lr-decay-samples", "lr-decay-style",
-        "lr-warmup-fraction", "lr-warmup-init", "lr-warmup-iters", "lr-warmup-samples",
+        "empty-unused-memory-level", "end-weight-decay", "eval-interval", "eval-iters",
+        "exit-duration-in-mins", "exit-interval", "failure-dir", "global-batch-size", "hang-timeout-s",
+        "hardware", "head-placement", "hidden-dropout", "hysteresis", "init-method-std", "keep-checkpoints",
+        "kill-on-bad-exit", "load", "local-addr", "local-rank", "log-dir", "log-interval",
+        "loss-chunk-size", "loss-scale", "loss-scale-window", "lr", "lr-decay-iters", "lr-decay-samples",
+        "lr-decay-style", "lr-warmup-fraction", "lr-warmup-init", "lr-warmup-iters", "lr-warmup-samples",
         "lr-wsd-decay-iters", "lr-wsd-decay-samples", "lr-wsd-decay-style", "make-vocab-size-divisible-by",
         "manual-gc-interval", "master-addr", "master-port", "max-position-embeddings", "max-restarts",
         "max-seq-length", "memory-limit-gib", "merge-file", "metrics-jsonl", "micro-batch-size",
@@ -71,15 +70,19 @@ _NEUTRAL_VALUES = frozenset(
         "profile-step-start", "rdzv-backend", "rdzv-conf", "rdzv-endpoint", "rdzv-id",
         "recompute-granularity", "recompute-levels", "recompute-method", "recompute-modules",
         "recompute-num-layers", "redirects", "role", "rope-scaling-factor", "rotary-base", "rotary-percent",
-        "rotary-seq-len-interpolation-factor", "round-order", "save", "save-interval", "seed", "seq-length",
-        "sgd-momentum", "split", "start-method", "start-weight-decay", "tee", "tensor-model-parallel-size",
-        "tensorboard-dir", "tensorboard-log-interval", "test-data-path", "tiktoken-num-special-tokens",
-        "tiktoken-pattern", "timing-log-level", "tokenizer-model", "tokenizer-type", "trace-dir",
-        "train-data-path", "train-iters", "train-samples", "transformer-impl", "valid-data-path",
-        "virtual-stages", "vocab-file", "wandb-exp-name", "wandb-project", "wandb-save-dir", "weight-decay",
-        "weight-decay-incr-style", "wgrad-deferral-limit",
+        "rotary-scaling-factor", "rotary-seq-len-interpolation-factor", "round-order", "save",
+        "save-interval", "seed", "seq-length", "sgd-momentum", "split", "start-method",
+        "start-weight-decay", "tee", "tensor-model-parallel-size", "tensorboard-dir",
+        "tensorboard-log-interval", "test-data-path", "tiktoken-num-special-tokens", "tiktoken-pattern",
+        "timing-log-level", "tokenizer-model", "tokenizer-type", "trace-dir", "train-data-path",
+        "train-iters", "train-samples", "transformer-impl", "valid-data-path", "virtual-stages",
+        "vocab-file", "wandb-exp-name", "wandb-project", "wandb-save-dir", "weight-decay",
+        "weight-decay-incr-style", "wgrad-deferral-limit", "yarn-beta-fast", "yarn-beta-slow",
+        "yarn-original-max-position-embeddings",
     )
 )  # fmt: skip
+# Flags that say which tokens attention sees.
+WINDOWS = frozenset(("window-size", "window-attn-skip-freq"))
 NEUTRAL = _NEUTRAL_SWITCHES | _NEUTRAL_VALUES
 
 _ASSIGNMENT = re.compile(r"(?:export\s+|declare\s+(?:-\w+\s+)*|local\s+|readonly\s+)?([A-Za-z_]\w*)\+?=")
@@ -186,7 +189,7 @@ def _name(word: str) -> str:
 
 
 def _value(source: str, flag: str, values: list[str]) -> str | bool:
-    if flag not in SIZES:
+    if flag not in SIZES | WINDOWS:
         return True
     if not values or not values[0]:
         raise ValueError(f"model {source}: --{flag} has no value; write the number")

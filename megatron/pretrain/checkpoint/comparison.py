@@ -48,10 +48,12 @@ CHANGES_NOTHING = frozenset((
 # What the outputs of a model with given weights depend on. Positions that are learned have a shape, and the
 # longest sequence may change otherwise.
 MODEL = frozenset((
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
-    "normalization", "norm_epsilon", "swiglu", "qk_layernorm", "add_bias_linear", "add_qkv_bias",
-    "untie_embeddings_and_output_weights", "position_embedding_type", "rotary_base", "rotary_percent",
-    "rotary_seq_len_interpolation_factor", "use_rope_scaling", "rope_scaling_factor", "padded_vocab_size",
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
+    "kv_channels", "normalization", "norm_epsilon", "swiglu", "openai_gelu", "qk_layernorm",
+    "add_bias_linear", "add_qkv_bias", "untie_embeddings_and_output_weights", "position_embedding_type",
+    "rotary_base", "rotary_percent", "rotary_seq_len_interpolation_factor", "use_rope_scaling",
+    "rope_scaling_factor", "padded_vocab_size", "window_size", "window_attn_skip_freq",
+    "rotary_scaling_factor", "yarn_original_max_position_embeddings", "yarn_beta_fast", "yarn_beta_slow",
 ))  # fmt: skip
 
 # What the form of weights and of optimizer states depends on: no option makes one fit the other.

@@ -48,6 +48,10 @@ class ModelConfig:
             raise ValueError(f"{self._source} has no {name}, which a {self.model_type} model needs; add it")
         return default
 
+    def has(self, name: str) -> bool:
+        """Whether the field is there, be it null."""
+        return name in self._values
+
     def require(self, name: str, *accepted: Any) -> None:
         """A field that, where it is there, has one of these values.
 

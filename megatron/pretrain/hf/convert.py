@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -59,7 +60,7 @@ def import_model(
         ValueError: something that is not understood, or an output that holds checkpoints.
     """
     model = describe_model(read_config(source), padded_rows)
-    folder = TensorFolder(source)
+    folder = TensorFolder(source, model.prefix)
     _check_names(source, model, folder)
     if usable(output) or (output.exists() and tracked(output)):
         raise ValueError(f"{output} holds checkpoints; give another --output")
@@ -225,7 +226,7 @@ def printed(words: list[str]) -> str:
         if word.startswith("--"):
             lines.append(word)
         else:
-            lines[-1] += f" {word}"
+            lines[-1] += f" {shlex.quote(word)}"
     return " \\\n".join(lines)
 
 

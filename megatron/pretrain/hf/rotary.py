@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from megatron.pretrain.hf.config import ModelConfig
@@ -50,8 +51,28 @@ def _scaling(config: ModelConfig, kind: str, rope: dict[str, Any]) -> Arguments:
                     "is a constant of Megatron's"
                 )
         return {"use_rope_scaling": True, "rope_scaling_factor": float(rope.pop("factor"))}
+    if kind == "yarn":
+        return _yarn(config, rope)
     config.refuse("rope_type", kind)
     return {}
+
+
+def _yarn(config: ModelConfig, rope: dict[str, Any]) -> Arguments:
+    factor = float(rope.pop("factor"))
+    expected = 0.1 * math.log(factor) + 1.0
+    if abs(rope.pop("attention_factor", expected) - expected) > 1e-9:
+        config.refuse("attention_factor", "other than YaRN's own")
+    longest = config.take("max_position_embeddings")
+    arguments: Arguments = {
+        "position_embedding_type": "yarn",
+        "rotary_scaling_factor": factor,
+        "yarn_original_max_position_embeddings": rope.pop("original_max_position_embeddings", longest),
+        "yarn_beta_fast": float(rope.pop("beta_fast", 32.0)),
+        "yarn_beta_slow": float(rope.pop("beta_slow", 1.0)),
+    }
+    if rope.pop("truncate", True) is not True:
+        config.refuse("truncate", False)
+    return arguments
 
 
 def _whole(config: ModelConfig, base: float) -> int:

@@ -79,6 +79,22 @@ def grouped(ours: str, theirs: tuple[str, str, str], heads: int, groups: int) ->
     return Rule(ours, theirs, join, split)
 
 
+def grouped_whole(ours: str, theirs: str, heads: int) -> Rule:
+    """Queries, keys and values of as many heads, which are one tensor, by groups.
+
+    Weights are [in, 3 * heads * d] there, biases [3 * heads * d].
+    """
+
+    def join(given: Tensors) -> Tensor:
+        by_groups: Tensor = given[0].t().unflatten(0, (3, heads, -1)).transpose(0, 1)
+        return by_groups.flatten(0, 2)
+
+    def split(tensor: Tensor) -> Tensors:
+        return (tensor.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2).t(),)
+
+    return Rule(ours, (theirs,), join, split)
+
+
 def padded(ours: str, theirs: str, rows: int, padded_rows: int) -> Rule:
     """A table of ``rows`` rows, which has rows of zeros after them here."""
 

@@ -23,6 +23,7 @@ class TensorFolder:
 
     Args:
         folder: with ``model.safetensors``, or several files and their index.
+        prefix: what names begin with; put before names in files that have it nowhere.
 
     Attributes:
         names: of all tensors.
@@ -31,7 +32,7 @@ class TensorFolder:
         ValueError: files that are missing or damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, prefix: str = "") -> None:
         self._folder = folder
         files = self._files()
         self._file_of: dict[str, Any] = {}
@@ -46,7 +47,8 @@ class TensorFolder:
                 if name in self._file_of:
                     raise ValueError(f"{folder} holds {name} twice, the second time in {file}; remove one")
                 self._file_of[name] = opened
-        self.names = frozenset(self._file_of)
+        self._missing = "" if any(name.startswith(prefix) for name in self._file_of) else prefix
+        self.names = frozenset(self._missing + name for name in self._file_of)
 
     def _files(self) -> list[str]:
         index = self._folder / _INDEX
@@ -69,7 +71,8 @@ class TensorFolder:
 
     def describe(self, name: str) -> Tensor:
         """Shape and type of a tensor, as a tensor without data."""
-        part = self._file_of[name].get_slice(name)
+        stored = name.removeprefix(self._missing)
+        part = self._file_of[stored].get_slice(stored)
         dtype = _DTYPES.get(part.get_dtype())
         if dtype is None:
             raise ValueError(
@@ -80,7 +83,8 @@ class TensorFolder:
 
     def read(self, name: str) -> Tensor:
         """A tensor, in host memory."""
-        tensor: Tensor = self._file_of[name].get_tensor(name)
+        stored = name.removeprefix(self._missing)
+        tensor: Tensor = self._file_of[stored].get_tensor(stored)
         return tensor
 
 

@@ -47,9 +47,16 @@ class ModelSettings:
     rotary_seq_len_interpolation_factor: float | None
     use_rope_scaling: bool
     rope_scaling_factor: float
+    rotary_scaling_factor: float | None
+    yarn_original_max_position_embeddings: int | None
+    yarn_beta_fast: float | None
+    yarn_beta_slow: float | None
+    window_size: tuple[int, int] | None
+    window_attn_skip_freq: int | tuple[int, ...] | None
     normalization: str
     norm_epsilon: float
     swiglu: bool
+    openai_gelu: bool
     qk_layernorm: bool
     add_bias_linear: bool
     add_qkv_bias: bool

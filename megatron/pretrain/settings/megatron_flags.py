@@ -23,16 +23,17 @@ SUPPORTED = frozenset(
     merge-file micro-batch-size min-loss-scale min-lr no-gradient-accumulation-fusion no-load-optim
     no-manual-gc-eval
     norm-epsilon normalization num-attention-heads num-layers num-layers-per-virtual-pipeline-stage
-    num-query-groups num-workers optimizer overlap-grad-reduce overlap-param-gather padded-vocab-size
-    pipeline-model-parallel-size position-embedding-type pretrained-checkpoint profile profile-ranks
-    profile-step-end profile-step-start qk-layernorm recompute-granularity recompute-method
-    recompute-modules recompute-num-layers rope-scaling-factor rotary-base rotary-percent
+    num-query-groups num-workers openai-gelu optimizer overlap-grad-reduce overlap-param-gather
+    padded-vocab-size pipeline-model-parallel-size position-embedding-type pretrained-checkpoint profile
+    profile-ranks profile-step-end profile-step-start qk-layernorm recompute-granularity
+    recompute-method recompute-modules recompute-num-layers reset-attention-mask reset-position-ids
+    rope-scaling-factor rotary-base rotary-percent rotary-scaling-factor
     rotary-seq-len-interpolation-factor save save-interval seed seq-length sequence-parallel
     sgd-momentum split start-weight-decay swiglu tensor-model-parallel-size tiktoken-num-special-tokens
     tiktoken-pattern tokenizer-model tokenizer-type train-iters train-samples transformer-impl
     untie-embeddings-and-output-weights use-distributed-optimizer use-rope-scaling vocab-file vocab-size
-    weight-decay weight-decay-incr-style
-    reset-position-ids reset-attention-mask
+    weight-decay weight-decay-incr-style window-attn-skip-freq window-size yarn-beta-fast yarn-beta-slow
+    yarn-original-max-position-embeddings
     """.split()
 )
 
@@ -203,7 +204,7 @@ REFUSED: dict[str, str] = {
     """,
     "latent attention is not built; use multi-head or grouped-query attention": """
         cache-mla-latents kv-lora-rank mla-down-proj-fusion mscale mscale-all-dim multi-latent-attention
-        q-lora-rank qk-head-dim qk-pos-emb-head-dim rotary-scaling-factor v-head-dim
+        q-lora-rank qk-head-dim qk-pos-emb-head-dim v-head-dim
     """,
     "this attention is not built; use causal softmax attention": """
         attention-output-gate disable-dsa-indexer-rotate-activation disable-dsa-indexer-scoring-relu
@@ -214,7 +215,6 @@ REFUSED: dict[str, str] = {
         linear-conv-kernel-dim linear-key-head-dim linear-num-key-heads linear-num-value-heads
         linear-value-head-dim log-max-attention-logit no-dsa-indexer-rotate-activation
         no-dsa-indexer-scoring-relu qk-clip qk-l2-norm softmax-type use-kitchen-attention
-        window-attn-skip-freq window-size
     """,
     "layers of several kinds are not built; use layers that are all alike": """
         decoder-num-layers disable-mamba-mem-eff-path encoder-num-layers
@@ -305,11 +305,11 @@ REFUSED: dict[str, str] = {
         data-parallel-random-init decoder-seq-length disable-bf16-reduced-precision-matmul
         embedding-init-method-std encoder-seq-length flash-attention-version fp32-residual-connection
         fused-residual-rmsnorm glu-linear-offset init-method-xavier-uniform no-initialization
-        no-position-embedding no-rope-freq no-yarn-correction-range-round-to-int onnx-safe openai-gelu
+        no-position-embedding no-rope-freq no-yarn-correction-range-round-to-int onnx-safe
         quick-geglu relative-attention-max-distance relative-attention-num-buckets rope-type
         rotary-interleaved squared-relu tensor-parallel-num-weight-shards
-        use-fused-weighted-squared-relu use-te-activation-func yarn-beta-fast yarn-beta-slow
-        yarn-correction-range-round-to-int yarn-original-max-position-embeddings
+        use-fused-weighted-squared-relu use-te-activation-func
+        yarn-correction-range-round-to-int
     """,
     "tensor-parallel messages are not overlapped; remove it": """
         tp-comm-overlap tp-comm-overlap-cfg tp-comm-overlap-rs-dgrad

@@ -6,21 +6,22 @@ import argparse
 import re
 from pathlib import Path
 
-from helixpipe.commands.parser import Parser
+from helixpipe.commands.parser import Parser, argument
 from helixpipe.commands.ranges import GIBIBYTES, LAYERS, RANKS, SEED, Real, Whole
 from helixpipe.commands.tokenizer_arguments import VOCABULARY, add_tokenizer_arguments
 from helixpipe.layers.attention.choice import AUTO as AUTO_BACKEND
 from helixpipe.layers.attention.choice import BACKENDS, FAMILIES, UNFUSED
 from helixpipe.plan.schedules.request import ATTENTION_RANGES, HEAD_PLACEMENTS, ROUND_ORDERS
+from helixpipe.plan.windows import parse_skip_frequency, parse_window
 from megatron.pretrain.settings.elastic import add_elastic_arguments
 from megatron.pretrain.settings.ending import add_ending_arguments
 from megatron.pretrain.settings.housekeeping import add_housekeeping_arguments
 from megatron.pretrain.settings.learning_rate import add_learning_rate_arguments
+from megatron.pretrain.settings.positions import add_position_arguments
 from megatron.pretrain.settings.precision import add_precision_arguments
 from megatron.pretrain.settings.profiling import add_profiling_arguments
 from megatron.pretrain.settings.recomputation import add_memory_arguments
 from megatron.pretrain.settings.schedule import AUTO, DEFAULT_SCHEDULE, executable_schedules
-from megatron.pretrain.settings.sizes import ROPE_SCALING_FACTOR, ROTARY_BASE
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -151,20 +152,29 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num-query-groups", type=Whole(), default=1)
     add("--seq-length", type=Whole(), required=True)
     add("--max-position-embeddings", type=Whole(), help="default: the sequence length")
-    add("--position-embedding-type", choices=("learned_absolute", "rope", "none"), default="learned_absolute")
-    add("--rotary-base", type=Whole(least=2), default=ROTARY_BASE)
-    add("--rotary-percent", type=Real(above=0.0, most=1.0), default=1.0)
-    add("--rotary-seq-len-interpolation-factor", type=Real(least=1.0))
-    add("--use-rope-scaling", action="store_true", help="rotary positions as in Llama 3.1 and later")
-    add("--rope-scaling-factor", type=Real(least=1.0), default=ROPE_SCALING_FACTOR, help="of it (default 8)")
+    add_position_arguments(add)
     add("--normalization", choices=("LayerNorm", "RMSNorm"), default="LayerNorm")
     add("--norm-epsilon", type=Real(above=0.0, below=1.0), default=1e-5)
     add("--swiglu", action="store_true")
+    add("--openai-gelu", action="store_true", help="GELU by its approximation with tanh, as in GPT-2")
     add("--qk-layernorm", action="store_true")
     add("--disable-bias-linear", action="store_false", dest="add_bias_linear")
     add("--add-qkv-bias", action="store_true")
     add("--untie-embeddings-and-output-weights", action="store_true")
     add("--make-vocab-size-divisible-by", type=Whole(), default=128)
+    add(
+        "--window-size",
+        type=argument(parse_window),
+        metavar="N,0",
+        help="tokens before its own that a token sees (default: all)",
+    )
+    add(
+        "--window-attn-skip-freq",
+        type=argument(parse_skip_frequency),
+        metavar="N",
+        help="with --window-size: every Nth layer sees all tokens; or 1 for a window or 0 for each layer, "
+        "like [1,1,0] (default: all layers have windows)",
+    )
     add(
         "--padded-vocab-size",
         type=Whole(),

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import math
 
-# Megatron's defaults
-ROTARY_BASE = 10000
-ROPE_SCALING_FACTOR = 8.0
+from helixpipe.plan.windows import windows_of_layers
+from megatron.pretrain.settings.positions import check_positions
 
 
 def derive_layout(args: argparse.Namespace) -> None:
@@ -91,33 +89,12 @@ def derive_model(args: argparse.Namespace) -> None:
             f"--seq-length {args.seq_length} is longer than the model's --max-position-embeddings "
             f"{args.max_position_embeddings}; use at most {args.max_position_embeddings}, or raise the other"
         )
-    _check_rotary(args)
-
-
-def _check_rotary(args: argparse.Namespace) -> None:
-    """Rotary embeddings turn pairs of channels, as many as the percentage leaves of a head, rounded down."""
-    if args.rope_scaling_factor != ROPE_SCALING_FACTOR and not args.use_rope_scaling:
-        raise ValueError("--rope-scaling-factor needs --use-rope-scaling; add it, or leave the factor out")
-    if args.position_embedding_type != "rope":
-        for flag, is_given in (
-            ("--rotary-percent", args.rotary_percent != 1.0),
-            ("--rotary-base", args.rotary_base != ROTARY_BASE),
-            ("--rotary-seq-len-interpolation-factor", args.rotary_seq_len_interpolation_factor is not None),
-            ("--use-rope-scaling", args.use_rope_scaling),
-        ):
-            if is_given:
-                raise ValueError(f"{flag} needs --position-embedding-type rope; add it, or leave {flag} out")
-        return
-    if args.kv_channels < 2:
-        raise ValueError("--kv-channels 1 has no pair of channels for --position-embedding-type rope; use 2")
-    channels = int(args.kv_channels * args.rotary_percent)
-    if channels < 2 or channels % 2:
-        # Rounded up, so that rounding the channels down finds the even number again.
-        share = math.ceil(1e6 * max(channels - channels % 2, 2) / args.kv_channels) / 1e6
-        raise ValueError(
-            f"--rotary-percent {args.rotary_percent:g} of --kv-channels {args.kv_channels} leaves {channels} "
-            f"channels to rotate, which must be an even number above 0; use {share:g}"
-        )
+    check_positions(args)
+    if args.openai_gelu and args.swiglu:
+        raise ValueError("--openai-gelu and --swiglu are two activation functions; leave one out")
+    if args.window_attn_skip_freq is not None and args.window_size is None:
+        raise ValueError("--window-attn-skip-freq needs --window-size; add it, or leave the frequency out")
+    windows_of_layers(args.window_size, args.window_attn_skip_freq, args.num_layers)
 
 
 def nearest(value: int, factor: int) -> str:

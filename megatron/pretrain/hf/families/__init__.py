@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from megatron.pretrain.hf.config import ModelConfig
-from megatron.pretrain.hf.families import llama, qwen
+from megatron.pretrain.hf.families import gpt2, llama, mistral, qwen
 from megatron.pretrain.hf.families.family import Describe, Model
 
 FAMILIES: Mapping[str, Describe] = {
     "llama": llama.describe,
     "qwen2": qwen.describe_qwen2,
     "qwen3": qwen.describe_qwen3,
+    "mistral": mistral.describe,
+    "gpt2": gpt2.describe,
 }
 
 

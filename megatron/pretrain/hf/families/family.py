@@ -17,16 +17,16 @@ class Model:
     Attributes:
         arguments: options of pretrain_gpt.py by name; True for a switch.
         rules: every tensor of the model, once.
-        vocab_size: rows of the embedding on Hugging Face.
         aliases: tensors that files may hold besides, by the tensor that they must equal.
         computed: ends of names of tensors that follow from the configuration, and are left out.
+        prefix: begins names, and may be missing in files.
     """
 
     arguments: dict[str, Any]
     rules: tuple[Rule, ...]
-    vocab_size: int
     aliases: dict[str, str]
-    computed: tuple[str, ...] = ()
+    computed: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    prefix: str = ""
 
 
 # The config.json and the rows of the embedding, None for those that it has, to the model.
@@ -34,15 +34,19 @@ Describe = Callable[[ModelConfig, int | None], Model]
 
 
 def decoder_arguments(config: ModelConfig) -> dict[str, Any]:
-    """The options that all decoders with RMSNorm, grouped queries and no biases of linear layers share."""
+    """The options that all decoders with RMSNorm, grouped queries and no biases of linear layers share.
+
+    What a file may leave out of them means the same to all families.
+    """
     heads, hidden = config.take("num_attention_heads"), config.take("hidden_size")
+    groups = (heads,) if config.model_type == "llama" else ()  # the others have defaults of their own
     arguments = {
         "num_layers": config.take("num_hidden_layers"),
         "hidden_size": hidden,
         "ffn_hidden_size": config.take("intermediate_size"),
         "num_attention_heads": heads,
         "group_query_attention": True,
-        "num_query_groups": config.take("num_key_value_heads", heads),
+        "num_query_groups": config.take("num_key_value_heads", *groups),
         "kv_channels": config.take("head_dim", hidden // heads),
         "max_position_embeddings": config.take("max_position_embeddings"),
         "normalization": "RMSNorm",
@@ -73,6 +77,25 @@ def mlp_rules() -> tuple[Rule, ...]:
     )
 
 
+def window_arguments(window: int, layer_types: list[str]) -> dict[str, Any]:
+    """The options for windows of so many tokens, in the layers of that type.
+
+    Raises:
+        ValueError: a type that is not known.
+    """
+    kinds = {"sliding_attention": 1, "full_attention": 0}
+    unknown = sorted(set(layer_types) - kinds.keys())
+    if unknown:
+        raise ValueError(f"layer_types {unknown[0]!r} is not supported; only {' and '.join(kinds)} are")
+    pattern = [kinds[kind] for kind in layer_types]
+    if not any(pattern):
+        return {}
+    arguments: dict[str, Any] = {"window_size": f"{window - 1},0"}
+    if not all(pattern):
+        arguments["window_attn_skip_freq"] = f"[{','.join(map(str, pattern))}]"
+    return arguments
+
+
 def norm_rules() -> tuple[Rule, ...]:
     """The norms before attention and MLP, and the one before the head."""
     theirs = "model.layers.{}."
@@ -84,22 +107,35 @@ def norm_rules() -> tuple[Rule, ...]:
 
 
 def decoder(
-    config: ModelConfig, padded_rows: int | None, arguments: dict[str, Any], rules: tuple[Rule, ...],
-    *, tied: bool = False,
-) -> Model:  # fmt: skip
-    """A decoder with its embedding and its head; ``tied`` if config.json says nothing of it."""
+    config: ModelConfig,
+    padded_rows: int | None,
+    arguments: dict[str, Any],
+    rules: tuple[Rule, ...],
+    *,
+    tied: bool = False,
+    embedding: str = "model.embed_tokens.weight",
+) -> Model:
+    """A decoder with its embedding and its head.
+
+    Args:
+        config: of the model.
+        padded_rows: of the embedding here; None for as many as there.
+        arguments: options of what lies between.
+        rules: of what lies between.
+        tied: whether the head is the embedding, if config.json says nothing of it.
+        embedding: its name.
+    """
     rows = config.take("vocab_size")
     padded_rows = rows if padded_rows is None else padded_rows
     if padded_rows < rows:
         raise ValueError(
             f"--padded-vocab-size {padded_rows} is less than the model's {rows}; use at least that"
         )
-    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    head = "lm_head.weight"
     ends = [padded("embedding.word_embeddings.weight", embedding, rows, padded_rows)]
     is_tied = config.take("tie_word_embeddings", tied)
     if not is_tied:
         ends.append(padded("output_layer.weight", head, rows, padded_rows))
         arguments = {**arguments, "untie_embeddings_and_output_weights": True}
     arguments = {**arguments, "padded_vocab_size": padded_rows}
-    aliases = {head: embedding} if is_tied else {}
-    return Model(arguments, (*ends, *rules), rows, aliases, computed=("rotary_emb.inv_freq",))
+    return Model(arguments, (*ends, *rules), aliases={head: embedding} if is_tied else {})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatron.pretrain.hf.config import ModelConfig
 from megatron.pretrain.hf.families.family import (
     Model,
@@ -10,6 +12,7 @@ from megatron.pretrain.hf.families.family import (
     decoder_arguments,
     mlp_rules,
     norm_rules,
+    window_arguments,
 )
 from megatron.pretrain.hf.rotary import rotary_arguments
 from megatron.pretrain.hf.rules import LAYERS, Rule, same
@@ -17,16 +20,15 @@ from megatron.pretrain.hf.rules import LAYERS, Rule, same
 
 def describe_qwen2(config: ModelConfig, padded_rows: int | None) -> Model:
     """See :data:`~megatron.pretrain.hf.families.family.Describe`."""
-    arguments = decoder_arguments(config) | rotary_arguments(config) | {"swiglu": True, "add_qkv_bias": True}
-    _require_whole_attention(config)
+    arguments = _arguments(config) | {"add_qkv_bias": True}
     rules = (*attention_rules(arguments, qkv_bias=True), *mlp_rules(), *norm_rules())
     return decoder(config, padded_rows, arguments, rules)
 
 
 def describe_qwen3(config: ModelConfig, padded_rows: int | None) -> Model:
     """See :data:`~megatron.pretrain.hf.families.family.Describe`."""
-    arguments = decoder_arguments(config) | rotary_arguments(config) | {"swiglu": True, "qk_layernorm": True}
-    _require_whole_attention(config)
+    arguments = _arguments(config) | {"qk_layernorm": True}
+    config.take("head_dim")  # that it has a default of its own
     config.require("attention_bias", False)
     rules = (*attention_rules(arguments), *query_key_norms(), *mlp_rules(), *norm_rules())
     return decoder(config, padded_rows, arguments, rules)
@@ -43,10 +45,16 @@ def query_key_norms() -> tuple[Rule, ...]:
     )
 
 
-def _require_whole_attention(config: ModelConfig) -> None:
+def _arguments(config: ModelConfig) -> dict[str, Any]:
+    """What both have; windows where they are used, in the layers from ``max_window_layers`` on."""
+    arguments = decoder_arguments(config) | rotary_arguments(config) | {"swiglu": True}
     config.require("hidden_act", "silu")
-    config.require("use_sliding_window", False)
-    config.ignore("sliding_window", "max_window_layers")  # they only mean something to sliding windows
+    window, first = config.take("sliding_window", 0), config.take("max_window_layers", 28)
     kinds = config.take("layer_types", [])
-    if set(kinds) - {"full_attention"}:
-        config.refuse("layer_types", kinds)
+    if not config.take("use_sliding_window", False) or not window:
+        return arguments
+    if not kinds:
+        without = min(first, arguments["num_layers"])
+        kinds = ["full_attention"] * without
+        kinds += ["sliding_attention"] * (arguments["num_layers"] - without)
+    return arguments | window_arguments(window, kinds)

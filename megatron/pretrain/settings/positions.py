@@ -1,0 +1,93 @@
+"""Options for the positions of tokens: learned or rotary, and how rotary ones are scaled."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import Any
+
+from helixpipe.commands.parser import flag_of
+from helixpipe.commands.ranges import Real, Whole
+from helixpipe.layers.rotary import POSITIONS
+
+# Megatron's defaults
+ROTARY_BASE = 10000
+ROPE_SCALING_FACTOR = 8.0
+
+
+def add_position_arguments(add: Callable[..., Any]) -> None:
+    """Add them, by a group's ``add_argument``."""
+    add("--position-embedding-type", choices=POSITIONS, default="learned_absolute")
+    add("--rotary-base", type=Whole(least=2), default=ROTARY_BASE)
+    add("--rotary-percent", type=Real(above=0.0, most=1.0), default=1.0)
+    add("--rotary-seq-len-interpolation-factor", type=Real(least=1.0))
+    add("--rotary-scaling-factor", type=Real(least=1.0), help="of yarn: how much longer sequences may be")
+    add("--yarn-original-max-position-embeddings", type=Whole(), help="longest sequence before YaRN")
+    add(
+        "--yarn-beta-fast",
+        type=Real(above=0.0),
+        help="turns above which channels stay as they are (default 32)",
+    )
+    add("--yarn-beta-slow", type=Real(above=0.0), help="turns below which they are interpolated (default 1)")
+    add("--use-rope-scaling", action="store_true", help="rotary positions as in Llama 3.1 and later")
+    add("--rope-scaling-factor", type=Real(least=1.0), default=ROPE_SCALING_FACTOR, help="of it (default 8)")
+
+
+def check_positions(args: argparse.Namespace) -> None:
+    """Set what was left out, and check that the options go together.
+
+    Rotary embeddings turn pairs of channels, as many as the percentage leaves of a head, rounded down.
+
+    Raises:
+        ValueError: options that do not; the message says what would.
+    """
+    if args.rope_scaling_factor != ROPE_SCALING_FACTOR and not args.use_rope_scaling:
+        raise ValueError("--rope-scaling-factor needs --use-rope-scaling; add it, or leave the factor out")
+    _check_yarn(args)
+    if args.position_embedding_type not in ("rope", "yarn"):
+        for flag, is_given in (
+            ("--rotary-percent", args.rotary_percent != 1.0),
+            ("--rotary-base", args.rotary_base != ROTARY_BASE),
+            ("--rotary-seq-len-interpolation-factor", args.rotary_seq_len_interpolation_factor is not None),
+            ("--use-rope-scaling", args.use_rope_scaling),
+        ):
+            if is_given:
+                raise ValueError(f"{flag} needs --position-embedding-type rope; add it, or leave {flag} out")
+        return
+    if args.kv_channels < 2:
+        raise ValueError("--kv-channels 1 has no pair of channels for --position-embedding-type rope; use 2")
+    channels = int(args.kv_channels * args.rotary_percent)
+    if channels < 2 or channels % 2:
+        # Rounded up, so that rounding the channels down finds the even number again.
+        share = math.ceil(1e6 * max(channels - channels % 2, 2) / args.kv_channels) / 1e6
+        raise ValueError(
+            f"--rotary-percent {args.rotary_percent:g} of --kv-channels {args.kv_channels} leaves {channels} "
+            f"channels to rotate, which must be an even number above 0; use {share:g}"
+        )
+
+
+def _check_yarn(args: argparse.Namespace) -> None:
+    """YaRN needs its factor and the length before; what is left out gets the values of its paper."""
+    needed = ("rotary_scaling_factor", "yarn_original_max_position_embeddings")
+    if args.position_embedding_type != "yarn":
+        for name in (*needed, "yarn_beta_fast", "yarn_beta_slow"):
+            if getattr(args, name) is not None:
+                raise ValueError(
+                    f"{flag_of(name)} needs --position-embedding-type yarn; add it, or leave it out"
+                )
+        return
+    if args.reset_position_ids:
+        raise ValueError(
+            "--reset-position-ids does not go with --position-embedding-type yarn yet; leave one out"
+        )
+    for name in needed:
+        if getattr(args, name) is None:
+            raise ValueError(f"--position-embedding-type yarn needs {flag_of(name)}; add it")
+    args.yarn_beta_fast = args.yarn_beta_fast or 32.0
+    args.yarn_beta_slow = args.yarn_beta_slow or 1.0
+    if args.rotary_percent != 1.0 or args.use_rope_scaling or args.rotary_seq_len_interpolation_factor:
+        raise ValueError(
+            "--position-embedding-type yarn scales all channels itself; leave --rotary-percent, "
+            "--use-rope-scaling and --rotary-seq-len-interpolation-factor out"
+        )

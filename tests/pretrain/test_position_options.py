@@ -1,0 +1,47 @@
+"""Options for rotary positions: what goes together, and what is filled in."""
+
+import pytest
+
+from helixpipe.data.prefix import DatasetInfo
+from megatron.pretrain.settings.arguments import parse_arguments
+
+DATASET = DatasetInfo(
+    prefix="unused", vocab_size=300, eod=0, num_documents=100, num_tokens=10_000, longest_document=500
+)
+MINIMAL = (
+    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --micro-batch-size 1 "
+    "--global-batch-size 8 --train-iters 10 --lr 1e-3 --data-path unused"
+)
+YARN = "--position-embedding-type yarn --rotary-scaling-factor 4 --yarn-original-max-position-embeddings 16"
+
+
+def parse(options):
+    return parse_arguments(f"{MINIMAL} {options}".split(), dataset=DATASET)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--rotary-scaling-factor 4", "--rotary-scaling-factor needs --position-embedding-type yarn"),
+        ("--position-embedding-type rope --yarn-beta-fast 3", "--yarn-beta-fast needs --position-embedding"),
+        ("--position-embedding-type yarn --rotary-scaling-factor 4", "needs --yarn-original-max-position"),
+        (f"{YARN} --rotary-percent 0.5", "scales all channels itself; leave --rotary-percent"),
+        (f"{YARN} --use-rope-scaling", "scales all channels itself"),
+        ("--use-rope-scaling", "--use-rope-scaling needs --position-embedding-type rope"),
+        ("--position-embedding-type rope --rope-scaling-factor 9", "factor needs --use-rope-scaling"),
+        ("--openai-gelu --swiglu", "two activation functions; leave one out"),
+        ("--window-attn-skip-freq 2", "--window-attn-skip-freq needs --window-size"),
+        ("--window-size 3,0 --window-attn-skip-freq [1,0]", "has 2 layers, and --num-layers is 4"),
+        ("--padded-vocab-size 299", "--padded-vocab-size 299 must be .* vocabulary of 300; use 300 or more"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        parse(options)
+
+
+def test_yarn_has_the_values_of_its_paper():
+    args = parse(YARN)
+    assert (args.yarn_beta_fast, args.yarn_beta_slow, args.rotary_scaling_factor) == (32.0, 1.0, 4.0)
+    assert parse(f"{YARN} --yarn-beta-fast 8").yarn_beta_fast == 8.0
+    assert parse("--padded-vocab-size 512").padded_vocab_size == 512
