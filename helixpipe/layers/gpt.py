@@ -14,6 +14,7 @@ from helixpipe.layers.elastic.positions import angles_at
 from helixpipe.layers.recomputing_layer import NOTHING_SAVED, MemorySaving
 from helixpipe.layers.slices import mark_sliced
 from helixpipe.layers.spec import Implementation, block_spec
+from helixpipe.layers.variants import apply_variants
 
 
 def build_gpt(
@@ -39,8 +40,11 @@ def build_gpt(
     if implementation.documents:
         return DocumentGPTModel(saving.loss_chunk_size, config, spec, vp_stage=vp_stage, **arguments)
     if saving.loss_chunk_size is None:
-        return GPTModel(config, spec, vp_stage=vp_stage, **arguments)
-    return ChunkedLossGPTModel(saving.loss_chunk_size, config, spec, vp_stage=vp_stage, **arguments)
+        model = GPTModel(config, spec, vp_stage=vp_stage, **arguments)
+    else:
+        model = ChunkedLossGPTModel(saving.loss_chunk_size, config, spec, vp_stage=vp_stage, **arguments)
+    apply_variants(model)
+    return model
 
 
 class ChunkedLossGPTModel(GPTModel):

@@ -26,6 +26,7 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from helixpipe.layers.attention.core import window_of
 from helixpipe.layers.borrowed_modules import BorrowedModules
 from helixpipe.layers.chunked_loss import chunked_loss
 from helixpipe.layers.documents import Documents
@@ -50,6 +51,7 @@ from helixpipe.layers.spec import (
     layer_spec,
     partial_layer_spec,
 )
+from helixpipe.layers.variants import build_local_rotary, scale_embedding
 from helixpipe.plan.cost_model import Recompute
 from helixpipe.refusals import refuse
 
@@ -126,6 +128,8 @@ class SegmentedGPTModel(LanguageModule):
                 position_embedding_type=position_embedding_type,
                 tp_group=self.pg_collection.tp,
             )
+            scale_embedding(self.embedding, config)
+        self._local_rotary = build_local_rotary(config, self.pg_collection.cp)
         self.rotary_pos_emb = build_rotary(position_embedding_type, config, self.pg_collection.cp, **rotary)
         specs = self._layer_specs(implementation)
         self._attention_part = ATTENTION_PARTS[attention_range]
@@ -275,9 +279,9 @@ class SegmentedGPTModel(LanguageModule):
             values: Tensors = (self.embedding(input_ids=tokens, position_ids=position_ids),)
         else:
             after = LayerPart.POST & ~self._attention_part
-            values = self._run_parts(self.decoder.layers[str(number - 1)], after, inputs)
+            values = self._run_parts(self.decoder.layers[str(number - 1)], number - 1, after, inputs)
         before = LayerPart.PRE & ~self._attention_part
-        return self._run_parts(self.decoder.layers[str(number)], before, values, layout)
+        return self._run_parts(self.decoder.layers[str(number)], number, before, values, layout)
 
     def lent_parameters(self, segment: int) -> list[torch.nn.Parameter]:
         """This rank's parameters of an attention segment, or of the last, which other ranks borrow."""
@@ -350,28 +354,29 @@ class SegmentedGPTModel(LanguageModule):
         if before and level is not Recompute.NONE:
             assert layer is not None
             (residual,) = inputs
-            rotated = partial(self._rotated, layout=layout)
+            rotated = partial(self._rotated, number, layout=layout)
             output = attend_to(layer, level, residual, rotated, attend)
         else:
-            *attended, residual = self._run_parts(layer, before, inputs, layout)
+            *attended, residual = self._run_parts(layer, number, before, inputs, layout)
             output = attend(*attended)
-        return self._run_parts(layer, LayerPart.POST & self._attention_part, (output, residual))
+        return self._run_parts(layer, number, LayerPart.POST & self._attention_part, (output, residual))
 
     def _run_parts(
         self,
         layer: TransformerLayer | None,
+        number: int,
         part: LayerPart,
         values: Tensors,
         layout: Layout | None = None,
     ) -> Tensors:
-        """Consecutive parts of a layer: each takes what the one before it returns."""
+        """Consecutive parts of layer ``number``: each takes what the one before it returns."""
         if not part:
             return values
         assert layer is not None
         with self._random_state(self.config.hidden_dropout):
             if LayerPart.PRE in part:
                 query, key, value = self._query_key_value(layer, *values)
-                values = (*self._rotated(query, key, value, layout), *values)
+                values = (*self._rotated(number, query, key, value, layout), *values)
             if LayerPart.PROJ in part:
                 values = (self._project(layer, *values),)
             if LayerPart.MLP in part:
@@ -385,9 +390,13 @@ class SegmentedGPTModel(LanguageModule):
         output: Tensors = layer.self_attention.get_query_key_value_tensors(layer.input_layernorm(hidden))
         return output
 
-    def _rotated(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout | None = None) -> Tensors:
-        """Queries and keys with their rotary positions, if the model has any."""
+    def _rotated(
+        self, number: int, query: Tensor, key: Tensor, value: Tensor, layout: Layout | None = None
+    ) -> Tensors:
+        """Queries and keys of layer ``number`` with their rotary positions, if the model has any."""
         rotary, group = self.rotary_pos_emb, self.pg_collection.cp
+        if self._local_rotary is not None and window_of(self.config, number + 1):
+            rotary = self._local_rotary
         if rotary is None:
             return query, key, value
         if isinstance(layout, Documents):
@@ -414,7 +423,8 @@ class SegmentedGPTModel(LanguageModule):
         labels: Tensor | None,
     ) -> Tensors:
         """What follows the last attention; a head without a weight of its own uses the embedding's."""
-        (hidden,) = self._run_parts(layer, LayerPart.POST & ~self._attention_part, inputs)
+        after = LayerPart.POST & ~self._attention_part
+        (hidden,) = self._run_parts(layer, self.config.num_layers - 1, after, inputs)
         hidden = final_layernorm(hidden)
         weight = self.embedding.word_embeddings.weight if output_layer.weight is None else None
         chunk, loss = self.saving.loss_chunk_size, self.compute_language_model_loss

@@ -24,6 +24,7 @@ from helixpipe.layers.norm import TorchNorm
 from helixpipe.layers.optional_packages import TRANSFORMER_ENGINE as ENGINE_PACKAGE
 from helixpipe.layers.optional_packages import why_not_usable
 from helixpipe.layers.recomputing_layer import NOTHING_SAVED, MemorySaving, SavingTransformerLayer
+from helixpipe.layers.variants import add_sandwich_norms, check_local, variants_of
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ def layer_spec(
             the configuration asks for.
     """
     spec = _megatrons_spec(config, implementation)
+    if variants_of(config).sandwich_norm:
+        add_sandwich_norms(spec)
     if holds_scores(config, implementation):
         # Of Transformer Engine's modules, too, which differ from it by rounding.
         spec.submodules.self_attention.submodules.core_attention = DotProductAttention
@@ -114,6 +117,7 @@ def layer_spec(
 def _megatrons_spec(config: TransformerConfig, implementation: Implementation) -> ModuleSpec:
     if implementation.modules == TRANSFORMER_ENGINE.modules:
         check_implementation(implementation)
+        check_local(config)
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
     layer = spec.submodules

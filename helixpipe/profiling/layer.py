@@ -52,7 +52,7 @@ class _Measurement:
         layer = self.layer
         mlp, attention = layer.mlp, layer.self_attention
         before = self._shared(
-            times(lambda x: model._run_parts(layer, LayerPart.PRE, (x,)), [self.hidden]),
+            times(lambda x: model._run_parts(layer, 0, LayerPart.PRE, (x,)), [self.hidden]),
             {
                 "norm1": times(layer.input_layernorm, [self.hidden]),
                 "qkv": times(attention.get_query_key_value_tensors, [self.hidden]),
@@ -61,7 +61,9 @@ class _Measurement:
         activated = mlp.linear_fc1(self.hidden)[0].shape[-1] // (2 if self.workload.model.gated else 1)
         wide = self._random((self.workload.seq_length, self.workload.micro_batch_size, activated))
         after = self._shared(
-            times(lambda o, x: model._run_parts(layer, LayerPart.POST, (o, x)), [self.context, self.hidden]),
+            times(
+                lambda o, x: model._run_parts(layer, 0, LayerPart.POST, (o, x)), [self.context, self.hidden]
+            ),
             {
                 "proj": times(lambda o, x: attention.linear_proj(o)[0] + x, [self.context, self.hidden]),
                 "norm2": times(layer.pre_mlp_layernorm, [self.hidden]),

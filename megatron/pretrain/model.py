@@ -30,6 +30,7 @@ from helixpipe.layers.spec import (
     holds_scores,
     leaves_attention_to_engine,
 )
+from helixpipe.layers.variants import Variants
 from helixpipe.megatron_adapter.model_chunks import build_model_chunks
 from megatron.pretrain.settings.job import JobSettings, ModelSettings
 from megatron.pretrain.settings.learning_rate import LearningRate
@@ -58,7 +59,9 @@ def build_config(settings: JobSettings) -> TransformerConfig:
         kv_channels=model.kv_channels,
         normalization=model.normalization,
         layernorm_epsilon=model.norm_epsilon,
-        gated_linear_unit=model.swiglu,
+        layernorm_zero_centered_gamma=model.apply_layernorm_1p,
+        softmax_scale=model.softmax_scale,
+        gated_linear_unit=model.swiglu or model.geglu,
         activation_func=_activation(model),
         add_bias_linear=model.add_bias_linear,
         add_qkv_bias=model.add_qkv_bias,
@@ -90,7 +93,9 @@ def build_config(settings: JobSettings) -> TransformerConfig:
         recompute_modules=list(memory.recompute_modules),
         use_cpu_initialization=True,
         bias_dropout_fusion=fuse,
-        bias_activation_fusion=fuse and not model.openai_gelu and (model.swiglu or model.add_bias_linear),
+        bias_activation_fusion=fuse
+        and not (model.openai_gelu or model.geglu)
+        and (model.swiglu or model.add_bias_linear),
         # The fused accumulation is part of Megatron's whole backward pass.
         gradient_accumulation_fusion=(
             has_apex_accumulation()
@@ -103,6 +108,11 @@ def build_config(settings: JobSettings) -> TransformerConfig:
         and not (settings.data.ends_at_documents and settings.training.micro_batch_size > 1),
     )
     config.finalize_model_grads_func = finalize_model_grads
+    config.variants = Variants(
+        embedding_scale=model.hidden_size**0.5 if model.scale_embedding else 1.0,
+        sandwich_norm=model.sandwich_norm,
+        rotary_base_local=model.rotary_base_local,
+    )
     if model.position_embedding_type == "yarn":
         # Where Megatron's modules look for them.
         config.yarn_rotary_scaling_factor = model.rotary_scaling_factor
@@ -116,7 +126,7 @@ def build_config(settings: JobSettings) -> TransformerConfig:
 def _activation(model: ModelSettings) -> Callable[[torch.Tensor], torch.Tensor]:
     if model.swiglu:
         return torch.nn.functional.silu
-    return gelu_tanh if model.openai_gelu else torch.nn.functional.gelu
+    return gelu_tanh if model.openai_gelu or model.geglu else torch.nn.functional.gelu
 
 
 def _skip_frequency(model: ModelSettings) -> int | list[int] | None:
@@ -162,7 +172,7 @@ def implementation_of(settings: JobSettings) -> Implementation:
     else:
         # Only Megatron's local linear layers can leave their weight gradient for later, or run in slices.
         slices_mlp = settings.memory.memory_saving.mlp_chunk_size is not None
-        needs_local = settings.schedule.splits_backward or slices_mlp
+        needs_local = settings.model.sandwich_norm or settings.schedule.splits_backward or slices_mlp
         modules = LOCAL if needs_local else default_implementation()
     documents = settings.data.ends_at_documents
     return replace(modules, attention=settings.model.attention_backend, documents=documents)

@@ -80,6 +80,17 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "qwen-3": {"model_type": "qwen3", **_SIZES, "head_dim": 16},
     "mistral": {"model_type": "mistral", **_SIZES, "sliding_window": 7},
+    # Without a token of padding, for which transformers' embeddings have no gradient.
+    "gemma": {"model_type": "gemma", **_SIZES, "head_dim": 16, "pad_token_id": None},
+    "gemma-3": {
+        "model_type": "gemma3_text", **_SIZES, "head_dim": 16, "pad_token_id": None,
+        "sliding_window": 7, "query_pre_attn_scalar": 24,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+        },
+    },
     "gpt-2": {
         "model_type": "gpt2", "vocab_size": 100, "n_embd": 32, "n_head": 4, "n_layer": 4, "n_positions": 64,
         "initializer_range": 0.2,

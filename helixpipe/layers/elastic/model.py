@@ -15,6 +15,7 @@ from helixpipe.layers.elastic.layout import ChunkLayout
 from helixpipe.layers.gpt import ChunkedLossGPTModel
 from helixpipe.layers.recomputing_layer import NOTHING_SAVED, MemorySaving
 from helixpipe.layers.spec import Implementation, block_spec
+from helixpipe.layers.variants import apply_variants, variants_of
 from helixpipe.refusals import refuse
 
 
@@ -110,7 +111,9 @@ def build_elastic_gpt(
     contexts = ContextStore()
     spec = block_spec(config, implementation, saving=saving)
     attend_to_slices(spec.layer_specs, contexts, implementation.attention)
-    return ElasticGPTModel(contexts, saving.loss_chunk_size, config, spec, **arguments)
+    model = ElasticGPTModel(contexts, saving.loss_chunk_size, config, spec, **arguments)
+    apply_variants(model)
+    return model
 
 
 def check_supported(
@@ -127,6 +130,7 @@ def check_supported(
         "multi-token prediction": bool(config.mtp_num_layers),
         "fused QKV rotary positions": config.fused_single_qkv_rope,
         "layers without rotary positions": bool(config.no_rope_freq),
+        "two bases of rotary positions": variants_of(config).rotary_base_local is not None,
         "CUDA graphs": config.cuda_graph_impl != "none",
         f"{position_embedding_type} positions": position_embedding_type
         not in ("learned_absolute", "rope", "none"),

@@ -15,7 +15,7 @@ SIZES = frozenset(
     )
 )  # fmt: skip
 # Flags without a value that decide a shape.
-SWITCHES = frozenset(("swiglu", "untie-embeddings-and-output-weights", "group-query-attention"))
+SWITCHES = frozenset(("swiglu", "geglu", "untie-embeddings-and-output-weights", "group-query-attention"))
 # Flags without a value that decide no shape. Precision that changes costs, such as fp8, is not here.
 _NEUTRAL_SWITCHES = frozenset(
     (
@@ -37,10 +37,10 @@ _NEUTRAL_SWITCHES = frozenset(
         "overlap-grad-reduce", "overlap-p2p-communication-warmup-flush", "overlap-param-gather",
         "overlap-param-gather-with-optimizer-step", "profile", "qk-layernorm", "recompute-activations",
         "recompute-without-attention", "resend-context", "reset-attention-mask", "reset-position-ids",
-        "sequence-parallel", "set-aside-checkpoints", "split-weight-gradients", "standalone",
-        "tp-comm-overlap", "use-cpu-initialization", "use-distributed-optimizer", "use-flash-attn",
-        "use-mcore-models", "use-persistent-ckpt-worker", "use-rope-scaling",
-        "use-rotary-position-embeddings",
+        "sandwich-norm", "scale-embedding", "sequence-parallel", "set-aside-checkpoints",
+        "split-weight-gradients", "standalone", "tp-comm-overlap", "use-cpu-initialization",
+        "use-distributed-optimizer", "use-flash-attn", "use-mcore-models", "use-persistent-ckpt-worker",
+        "use-rope-scaling", "use-rotary-position-embeddings",
     )
 )  # fmt: skip
 # Flags with values that decide no shape: of training, its layout, data and output, and of launchers.
@@ -69,16 +69,16 @@ _NEUTRAL_VALUES = frozenset(
         "position-embedding-type", "pretrained-checkpoint", "profile-ranks", "profile-step-end",
         "profile-step-start", "rdzv-backend", "rdzv-conf", "rdzv-endpoint", "rdzv-id",
         "recompute-granularity", "recompute-levels", "recompute-method", "recompute-modules",
-        "recompute-num-layers", "redirects", "role", "rope-scaling-factor", "rotary-base", "rotary-percent",
-        "rotary-scaling-factor", "rotary-seq-len-interpolation-factor", "round-order", "save",
-        "save-interval", "seed", "seq-length", "sgd-momentum", "split", "start-method",
-        "start-weight-decay", "tee", "tensor-model-parallel-size", "tensorboard-dir",
-        "tensorboard-log-interval", "test-data-path", "tiktoken-num-special-tokens", "tiktoken-pattern",
-        "timing-log-level", "tokenizer-model", "tokenizer-type", "trace-dir", "train-data-path",
-        "train-iters", "train-samples", "transformer-impl", "valid-data-path", "virtual-stages",
-        "vocab-file", "wandb-exp-name", "wandb-project", "wandb-save-dir", "weight-decay",
-        "weight-decay-incr-style", "wgrad-deferral-limit", "yarn-beta-fast", "yarn-beta-slow",
-        "yarn-original-max-position-embeddings",
+        "recompute-num-layers", "redirects", "role", "rope-scaling-factor", "rotary-base",
+        "rotary-base-local", "rotary-percent", "rotary-scaling-factor",
+        "rotary-seq-len-interpolation-factor", "round-order", "save", "save-interval", "seed", "seq-length",
+        "sgd-momentum", "softmax-scale", "split", "start-method", "start-weight-decay", "tee",
+        "tensor-model-parallel-size", "tensorboard-dir", "tensorboard-log-interval", "test-data-path",
+        "tiktoken-num-special-tokens", "tiktoken-pattern", "timing-log-level", "tokenizer-model",
+        "tokenizer-type", "trace-dir", "train-data-path", "train-iters", "train-samples",
+        "transformer-impl", "valid-data-path", "virtual-stages", "vocab-file", "wandb-exp-name",
+        "wandb-project", "wandb-save-dir", "weight-decay", "weight-decay-incr-style",
+        "wgrad-deferral-limit", "yarn-beta-fast", "yarn-beta-slow", "yarn-original-max-position-embeddings",
     )
 )  # fmt: skip
 # Flags that say which tokens attention sees.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from megatron.pretrain.hf.config import ModelConfig
@@ -13,20 +14,27 @@ Arguments = dict[str, Any]
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
-def rotary_arguments(config: ModelConfig) -> Arguments:
+def rotary_arguments(
+    config: ModelConfig, parameters: Mapping[str, Any] | None = None, *, base: float = 10000.0
+) -> Arguments:
     """The options for rotary positions with or without scaling, in the form of transformers 4 or 5.
+
+    Args:
+        config: the file.
+        parameters: of the layers that are meant; None for the same in all, ``rope_parameters``.
+        base: where the file says nothing.
 
     Raises:
         ValueError: a scaling that is not supported.
     """
-    rope: dict[str, Any] = dict(config.take("rope_parameters", {}))
+    rope = dict(config.take("rope_parameters", {}) if parameters is None else parameters)
     rope.update(config.take("rope_scaling", {}))
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)
-    base = rope.pop("rope_theta", None)
+    base = rope.pop("rope_theta", base)
     arguments: Arguments = {
         "position_embedding_type": "rope",
-        "rotary_base": _whole(config, config.take("rope_theta", 10000.0 if base is None else base)),
+        "rotary_base": _whole(config, config.take("rope_theta", base)),
     }
     share = rope.pop("partial_rotary_factor", config.take("partial_rotary_factor", 1.0))
     if share != 1.0:

@@ -57,6 +57,12 @@ class ModelSettings:
     norm_epsilon: float
     swiglu: bool
     openai_gelu: bool
+    geglu: bool
+    apply_layernorm_1p: bool
+    sandwich_norm: bool
+    scale_embedding: bool
+    softmax_scale: float | None
+    rotary_base_local: int | None
     qk_layernorm: bool
     add_bias_linear: bool
     add_qkv_bias: bool

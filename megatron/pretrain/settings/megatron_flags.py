@@ -9,8 +9,8 @@ from __future__ import annotations
 
 SUPPORTED = frozenset(
     """
-    accumulate-allreduce-grads-in-fp32 adam-beta1 adam-beta2 adam-eps add-qkv-bias async-save
-    attention-backend attention-dropout bf16 calculate-per-token-loss clip-grad
+    accumulate-allreduce-grads-in-fp32 adam-beta1 adam-beta2 adam-eps add-qkv-bias apply-layernorm-1p
+    async-save attention-backend attention-dropout bf16 calculate-per-token-loss clip-grad
     cross-entropy-fusion-impl cross-entropy-loss-fusion data-cache-path data-path decoupled-lr
     decoupled-min-lr deterministic-mode disable-bias-linear disable-manual-gc-eval
     distributed-timeout-minutes empty-unused-memory-level end-weight-decay eod-mask-loss eval-interval
@@ -301,7 +301,7 @@ REFUSED: dict[str, str] = {
         fim-prefix-token fim-rate fim-split-sample fim-spm-rate fim-suffix-token
     """,
     "a form of the model that the layers here do not have; remove it": """
-        activation-func-clamp-value apply-layernorm-1p apply-residual-connection-post-layernorm
+        activation-func-clamp-value apply-residual-connection-post-layernorm
         data-parallel-random-init decoder-seq-length disable-bf16-reduced-precision-matmul
         embedding-init-method-std encoder-seq-length flash-attention-version fp32-residual-connection
         fused-residual-rmsnorm glu-linear-offset init-method-xavier-uniform no-initialization

@@ -156,6 +156,15 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--normalization", choices=("LayerNorm", "RMSNorm"), default="LayerNorm")
     add("--norm-epsilon", type=Real(above=0.0, below=1.0), default=1e-5)
     add("--swiglu", action="store_true")
+    add(
+        "--geglu",
+        action="store_true",
+        help="a gated MLP with GELU by its approximation with tanh, as in Gemma",
+    )
+    add("--apply-layernorm-1p", action="store_true", help="norms multiply by 1 + weight")
+    add("--sandwich-norm", action="store_true", help="a norm after attention and MLP, too, as in Gemma 3")
+    add("--scale-embedding", action="store_true", help="multiply the embedding by the root of --hidden-size")
+    add("--softmax-scale", type=Real(above=0.0), help="factor of the scores (default: 1 / root of head size)")
     add("--openai-gelu", action="store_true", help="GELU by its approximation with tanh, as in GPT-2")
     add("--qk-layernorm", action="store_true")
     add("--disable-bias-linear", action="store_false", dest="add_bias_linear")

@@ -20,6 +20,7 @@ def add_position_arguments(add: Callable[..., Any]) -> None:
     """Add them, by a group's ``add_argument``."""
     add("--position-embedding-type", choices=POSITIONS, default="learned_absolute")
     add("--rotary-base", type=Whole(least=2), default=ROTARY_BASE)
+    add("--rotary-base-local", type=Whole(least=2), help="of layers with windows (default: --rotary-base)")
     add("--rotary-percent", type=Real(above=0.0, most=1.0), default=1.0)
     add("--rotary-seq-len-interpolation-factor", type=Real(least=1.0))
     add("--rotary-scaling-factor", type=Real(least=1.0), help="of yarn: how much longer sequences may be")
@@ -45,12 +46,22 @@ def check_positions(args: argparse.Namespace) -> None:
     if args.rope_scaling_factor != ROPE_SCALING_FACTOR and not args.use_rope_scaling:
         raise ValueError("--rope-scaling-factor needs --use-rope-scaling; add it, or leave the factor out")
     _check_yarn(args)
+    if args.reset_position_ids or args.reset_attention_mask:
+        for flag, is_given in (
+            ("--position-embedding-type yarn", args.position_embedding_type == "yarn"),
+            ("--rotary-base-local", args.rotary_base_local is not None),
+        ):
+            if is_given:
+                raise ValueError(
+                    f"{flag} does not go with --reset-position-ids and --reset-attention-mask yet; leave them out"
+                )
     if args.position_embedding_type not in ("rope", "yarn"):
         for flag, is_given in (
             ("--rotary-percent", args.rotary_percent != 1.0),
             ("--rotary-base", args.rotary_base != ROTARY_BASE),
             ("--rotary-seq-len-interpolation-factor", args.rotary_seq_len_interpolation_factor is not None),
             ("--use-rope-scaling", args.use_rope_scaling),
+            ("--rotary-base-local", args.rotary_base_local is not None),
         ):
             if is_given:
                 raise ValueError(f"{flag} needs --position-embedding-type rope; add it, or leave {flag} out")
@@ -77,10 +88,6 @@ def _check_yarn(args: argparse.Namespace) -> None:
                     f"{flag_of(name)} needs --position-embedding-type yarn; add it, or leave it out"
                 )
         return
-    if args.reset_position_ids:
-        raise ValueError(
-            "--reset-position-ids does not go with --position-embedding-type yarn yet; leave one out"
-        )
     for name in needed:
         if getattr(args, name) is None:
             raise ValueError(f"--position-embedding-type yarn needs {flag_of(name)}; add it")

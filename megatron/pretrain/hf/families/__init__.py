@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from megatron.pretrain.hf.config import ModelConfig
-from megatron.pretrain.hf.families import gpt2, llama, mistral, qwen
+from megatron.pretrain.hf.families import gemma, gpt2, llama, mistral, qwen
 from megatron.pretrain.hf.families.family import Describe, Model
 
 FAMILIES: Mapping[str, Describe] = {
@@ -14,6 +14,8 @@ FAMILIES: Mapping[str, Describe] = {
     "qwen3": qwen.describe_qwen3,
     "mistral": mistral.describe,
     "gpt2": gpt2.describe,
+    "gemma": gemma.describe,
+    "gemma3_text": gemma.describe_gemma3,
 }
 
 
@@ -42,5 +44,5 @@ def command_line(model: Model) -> list[str]:
     for name, value in model.arguments.items():
         words.append("--" + name.replace("_", "-"))
         if value is not True:
-            words.append(f"{value:g}" if isinstance(value, float) else str(value))
+            words.append(f"{value:.17g}" if isinstance(value, float) else str(value))
     return words

@@ -68,6 +68,17 @@ def attention_rules(arguments: dict[str, Any], *, qkv_bias: bool = False) -> tup
     return tuple(rules)
 
 
+def query_key_norms() -> tuple[Rule, ...]:
+    """Norms over the channels of each query and each key."""
+    return tuple(
+        same(
+            f"{LAYERS}self_attention.{part}_layernorm.weight",
+            f"model.layers.{{}}.self_attn.{part}_norm.weight",
+        )
+        for part in "qk"
+    )
+
+
 def mlp_rules() -> tuple[Rule, ...]:
     """A gated MLP."""
     theirs = "model.layers.{}.mlp."

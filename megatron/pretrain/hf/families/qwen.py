@@ -12,10 +12,10 @@ from megatron.pretrain.hf.families.family import (
     decoder_arguments,
     mlp_rules,
     norm_rules,
+    query_key_norms,
     window_arguments,
 )
 from megatron.pretrain.hf.rotary import rotary_arguments
-from megatron.pretrain.hf.rules import LAYERS, Rule, same
 
 
 def describe_qwen2(config: ModelConfig, padded_rows: int | None) -> Model:
@@ -32,17 +32,6 @@ def describe_qwen3(config: ModelConfig, padded_rows: int | None) -> Model:
     config.require("attention_bias", False)
     rules = (*attention_rules(arguments), *query_key_norms(), *mlp_rules(), *norm_rules())
     return decoder(config, padded_rows, arguments, rules)
-
-
-def query_key_norms() -> tuple[Rule, ...]:
-    """Norms over the channels of each query and each key."""
-    return tuple(
-        same(
-            f"{LAYERS}self_attention.{part}_layernorm.weight",
-            f"model.layers.{{}}.self_attn.{part}_norm.weight",
-        )
-        for part in "qk"
-    )
 
 
 def _arguments(config: ModelConfig) -> dict[str, Any]:

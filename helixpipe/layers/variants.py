@@ -1,0 +1,100 @@
+"""What models of 2024 and later have that Megatron's GPTModel lacks, for that model and for segments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import RowParallelLinear
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from torch import Tensor
+
+from helixpipe.layers.attention.core import window_of
+from helixpipe.layers.norm import TorchNorm
+from helixpipe.layers.rotary import angles_of, build_rotary
+
+
+@dataclass(frozen=True)
+class Variants:
+    """Differences from Megatron's GPTModel.
+
+    Attributes:
+        embedding_scale: factor of what the embedding gives.
+        sandwich_norm: attention and MLP end with a norm, before the residual addition.
+        rotary_base_local: of rotary positions in layers with windows; None for the same in all layers.
+    """
+
+    embedding_scale: float = 1.0
+    sandwich_norm: bool = False
+    rotary_base_local: int | None = None
+
+
+def variants_of(config: TransformerConfig) -> Variants:
+    """The variants of a model; ``config.variants`` is ours, and not there in configurations of others."""
+    found: Variants = getattr(config, "variants", Variants())
+    return found
+
+
+def check_local(config: TransformerConfig) -> None:
+    """``ValueError`` for variants that only Megatron's local linear layers have."""
+    if variants_of(config).sandwich_norm:
+        raise ValueError(
+            "norms after attention and MLP need Megatron's own layers; use --transformer-impl local"
+        )
+
+
+class NormedRowParallelLinear(RowParallelLinear):
+    """A row-parallel layer whose result is normalized: [s, b, in/tp] -> [s, b, out], or a part of s."""
+
+    def __init__(self, *args: Any, config: TransformerConfig, **arguments: Any) -> None:
+        super().__init__(*args, config=config, **arguments)
+        self.post_layernorm = TorchNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See Megatron's layer."""
+        output, bias = super().forward(input_)
+        return self.post_layernorm(output), bias
+
+
+def add_sandwich_norms(layer: ModuleSpec) -> None:
+    """Let the last linear layers of attention and MLP normalize their results."""
+    layer.submodules.self_attention.submodules.linear_proj = NormedRowParallelLinear
+    layer.submodules.mlp.submodules.linear_fc2 = NormedRowParallelLinear
+
+
+def scale_embedding(embedding: torch.nn.Module, config: TransformerConfig) -> None:
+    """Multiply what the embedding gives."""
+    scale = variants_of(config).embedding_scale
+    if scale != 1.0:
+        embedding.register_forward_hook(
+            lambda module, given, output: output * torch.tensor(scale, dtype=output.dtype)
+        )
+
+
+def build_local_rotary(config: TransformerConfig, group: Any) -> RotaryEmbedding | None:
+    """What gives the angles in layers with windows, if they have a base of their own."""
+    base = variants_of(config).rotary_base_local
+    return None if base is None else build_rotary("rope", config, group, rotary_base=base)
+
+
+def apply_variants(model: GPTModel) -> None:
+    """Make Megatron's model, or a stage of it, have what its configuration says."""
+    config = model.config
+    if model.pre_process:
+        scale_embedding(model.embedding, config)
+    local = build_local_rotary(config, model.pg_collection.cp)
+    if local is None:
+        return
+
+    def use_local_angles(
+        layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        length = kwargs["rotary_pos_emb"].shape[0]
+        return args, {**kwargs, "rotary_pos_emb": angles_of(local, length)}
+
+    for layer in model.decoder.layers:
+        if window_of(config, layer.layer_number):
+            layer.register_forward_pre_hook(use_local_angles, with_kwargs=True)
