@@ -108,19 +108,23 @@ def build_config(settings: JobSettings) -> TransformerConfig:
         and not (settings.data.ends_at_documents and settings.training.micro_batch_size > 1),
     )
     config.finalize_model_grads_func = finalize_model_grads
+    _add_variants(config, model)
+    return config
+
+
+def _add_variants(config: TransformerConfig, model: ModelSettings) -> None:
+    """What the configuration has no fields for, where its readers look for it."""
     config.variants = Variants(
         embedding_scale=model.hidden_size**0.5 if model.scale_embedding else 1.0,
         sandwich_norm=model.sandwich_norm,
         rotary_base_local=model.rotary_base_local,
     )
     if model.position_embedding_type == "yarn":
-        # Where Megatron's modules look for them.
         config.yarn_rotary_scaling_factor = model.rotary_scaling_factor
         config.yarn_original_max_position_embeddings = model.yarn_original_max_position_embeddings
         config.yarn_beta_fast, config.yarn_beta_slow = model.yarn_beta_fast, model.yarn_beta_slow
         config.yarn_mscale = config.yarn_mscale_all_dim = None
         config.yarn_correction_range_round_to_int = True
-    return config
 
 
 def _activation(model: ModelSettings) -> Callable[[torch.Tensor], torch.Tensor]:

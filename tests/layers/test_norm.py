@@ -58,5 +58,13 @@ def test_arguments_of_other_norm_classes_are_accepted():
 def test_unknown_norms_are_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="'L2Norm'; choose one of LayerNorm, RMSNorm"):
         TorchNorm(config(normalization="L2Norm"), hidden_size=4)
-    with pytest.raises(ValueError, match="zero-centered"):
-        TorchNorm(config(layernorm_zero_centered_gamma=True), hidden_size=4)
+
+
+@pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm"])
+def test_zero_centered_norms_multiply_by_one_more_than_their_weight(kind):
+    centered = TorchNorm(config(normalization=kind, layernorm_zero_centered_gamma=True), hidden_size=8)
+    assert all(not parameter.any() for parameter in centered.parameters())
+    plain = TorchNorm(config(normalization=kind), hidden_size=8)
+    weight, given = torch.randn(8), torch.randn(3, 2, 8)
+    centered.weight.data, plain.weight.data = weight, weight + 1
+    assert torch.equal(centered(given), plain(given))

@@ -44,7 +44,7 @@ def test_options_that_do_not_go_together_are_refused(options, message):
 
 
 def test_yarn_has_the_values_of_its_paper():
-    args = parse(YARN)
+    args = parse(YARN).model
     assert (args.yarn_beta_fast, args.yarn_beta_slow, args.rotary_scaling_factor) == (32.0, 1.0, 4.0)
-    assert parse(f"{YARN} --yarn-beta-fast 8").yarn_beta_fast == 8.0
-    assert parse("--padded-vocab-size 512").padded_vocab_size == 512
+    assert parse(f"{YARN} --yarn-beta-fast 8").model.yarn_beta_fast == 8.0
+    assert parse("--padded-vocab-size 512").model.padded_vocab_size == 512

@@ -6,16 +6,16 @@ import argparse
 import re
 from pathlib import Path
 
-from helixpipe.commands.parser import Parser, argument
+from helixpipe.commands.parser import Parser
 from helixpipe.commands.ranges import GIBIBYTES, LAYERS, RANKS, SEED, Real, Whole
 from helixpipe.commands.tokenizer_arguments import VOCABULARY, add_tokenizer_arguments
 from helixpipe.layers.attention.choice import AUTO as AUTO_BACKEND
 from helixpipe.layers.attention.choice import BACKENDS, FAMILIES, UNFUSED
 from helixpipe.plan.schedules.request import ATTENTION_RANGES, HEAD_PLACEMENTS, ROUND_ORDERS
-from helixpipe.plan.windows import parse_skip_frequency, parse_window
 from megatron.pretrain.settings.elastic import add_elastic_arguments
 from megatron.pretrain.settings.ending import add_ending_arguments
 from megatron.pretrain.settings.housekeeping import add_housekeeping_arguments
+from megatron.pretrain.settings.layers import add_layer_arguments
 from megatron.pretrain.settings.learning_rate import add_learning_rate_arguments
 from megatron.pretrain.settings.positions import add_position_arguments
 from megatron.pretrain.settings.precision import add_precision_arguments
@@ -153,37 +153,11 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seq-length", type=Whole(), required=True)
     add("--max-position-embeddings", type=Whole(), help="default: the sequence length")
     add_position_arguments(add)
-    add("--normalization", choices=("LayerNorm", "RMSNorm"), default="LayerNorm")
-    add("--norm-epsilon", type=Real(above=0.0, below=1.0), default=1e-5)
-    add("--swiglu", action="store_true")
-    add(
-        "--geglu",
-        action="store_true",
-        help="a gated MLP with GELU by its approximation with tanh, as in Gemma",
-    )
-    add("--apply-layernorm-1p", action="store_true", help="norms multiply by 1 + weight")
-    add("--sandwich-norm", action="store_true", help="a norm after attention and MLP, too, as in Gemma 3")
-    add("--scale-embedding", action="store_true", help="multiply the embedding by the root of --hidden-size")
-    add("--softmax-scale", type=Real(above=0.0), help="factor of the scores (default: 1 / root of head size)")
-    add("--openai-gelu", action="store_true", help="GELU by its approximation with tanh, as in GPT-2")
-    add("--qk-layernorm", action="store_true")
+    add_layer_arguments(add)
     add("--disable-bias-linear", action="store_false", dest="add_bias_linear")
     add("--add-qkv-bias", action="store_true")
     add("--untie-embeddings-and-output-weights", action="store_true")
     add("--make-vocab-size-divisible-by", type=Whole(), default=128)
-    add(
-        "--window-size",
-        type=argument(parse_window),
-        metavar="N,0",
-        help="tokens before its own that a token sees (default: all)",
-    )
-    add(
-        "--window-attn-skip-freq",
-        type=argument(parse_skip_frequency),
-        metavar="N",
-        help="with --window-size: every Nth layer sees all tokens; or 1 for a window or 0 for each layer, "
-        "like [1,1,0] (default: all layers have windows)",
-    )
     add(
         "--padded-vocab-size",
         type=Whole(),

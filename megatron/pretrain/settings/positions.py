@@ -53,7 +53,8 @@ def check_positions(args: argparse.Namespace) -> None:
         ):
             if is_given:
                 raise ValueError(
-                    f"{flag} does not go with --reset-position-ids and --reset-attention-mask yet; leave them out"
+                    f"{flag} does not go with --reset-position-ids and --reset-attention-mask yet; leave "
+                    "them out"
                 )
     if args.position_embedding_type not in ("rope", "yarn"):
         for flag, is_given in (

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from helixpipe.commands.parser import flag_of
-from helixpipe.plan.windows import windows_of_layers
+from megatron.pretrain.settings.layers import check_layers
 from megatron.pretrain.settings.positions import check_positions
 
 
@@ -91,16 +90,7 @@ def derive_model(args: argparse.Namespace) -> None:
             f"{args.max_position_embeddings}; use at most {args.max_position_embeddings}, or raise the other"
         )
     check_positions(args)
-    given = [name for name in ("swiglu", "geglu", "openai_gelu") if getattr(args, name)]
-    if len(given) > 1:
-        raise ValueError(
-            f"{flag_of(given[0])} and {flag_of(given[1])} are two activation functions; leave one out"
-        )
-    if args.rotary_base_local is not None and args.window_size is None:
-        raise ValueError("--rotary-base-local needs --window-size; add it, or leave the base out")
-    if args.window_attn_skip_freq is not None and args.window_size is None:
-        raise ValueError("--window-attn-skip-freq needs --window-size; add it, or leave the frequency out")
-    windows_of_layers(args.window_size, args.window_attn_skip_freq, args.num_layers)
+    check_layers(args)
 
 
 def nearest(value: int, factor: int) -> str:

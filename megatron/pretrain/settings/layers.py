@@ -1,0 +1,56 @@
+"""Options for what a layer computes: norms, activation functions, scales and windows."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from helixpipe.commands.parser import argument, flag_of
+from helixpipe.commands.ranges import Real
+from helixpipe.plan.windows import parse_skip_frequency, parse_window, windows_of_layers
+
+
+def add_layer_arguments(add: Callable[..., Any]) -> None:
+    """Add them, by a group's ``add_argument``."""
+    add("--normalization", choices=("LayerNorm", "RMSNorm"), default="LayerNorm")
+    add("--norm-epsilon", type=Real(above=0.0, below=1.0), default=1e-5)
+    add("--swiglu", action="store_true")
+    add(
+        "--geglu",
+        action="store_true",
+        help="a gated MLP with GELU by its approximation with tanh, as in Gemma",
+    )
+    add("--apply-layernorm-1p", action="store_true", help="norms multiply by 1 + weight")
+    add("--sandwich-norm", action="store_true", help="a norm after attention and MLP, too, as in Gemma 3")
+    add("--scale-embedding", action="store_true", help="multiply the embedding by the root of --hidden-size")
+    add("--softmax-scale", type=Real(above=0.0), help="factor of the scores (default: 1 / root of head size)")
+    add("--openai-gelu", action="store_true", help="GELU by its approximation with tanh, as in GPT-2")
+    add("--qk-layernorm", action="store_true")
+    add(
+        "--window-size",
+        type=argument(parse_window),
+        metavar="N,0",
+        help="tokens before its own that a token sees (default: all)",
+    )
+    add(
+        "--window-attn-skip-freq",
+        type=argument(parse_skip_frequency),
+        metavar="N",
+        help="with --window-size: every Nth layer sees all tokens; or 1 for a window or 0 for each layer, "
+        "like [1,1,0] (default: all layers have windows)",
+    )
+
+
+def check_layers(args: argparse.Namespace) -> None:
+    """``ValueError`` for options that do not go together; the message says what would."""
+    given = [name for name in ("swiglu", "geglu", "openai_gelu") if getattr(args, name)]
+    if len(given) > 1:
+        raise ValueError(
+            f"{flag_of(given[0])} and {flag_of(given[1])} are two activation functions; leave one out"
+        )
+    if args.rotary_base_local is not None and args.window_size is None:
+        raise ValueError("--rotary-base-local needs --window-size; add it, or leave the base out")
+    if args.window_attn_skip_freq is not None and args.window_size is None:
+        raise ValueError("--window-attn-skip-freq needs --window-size; add it, or leave the frequency out")
+    windows_of_layers(args.window_size, args.window_attn_skip_freq, args.num_layers)
