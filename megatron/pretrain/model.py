@@ -51,26 +51,7 @@ def build_config(settings: JobSettings) -> TransformerConfig:
     # Fused kernels compile through torch.compile, which a CPU run does without.
     fuse = torch.cuda.is_available()
     config = TransformerConfig(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        ffn_hidden_size=model.ffn_hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups,
-        kv_channels=model.kv_channels,
-        normalization=model.normalization,
-        layernorm_epsilon=model.norm_epsilon,
-        layernorm_zero_centered_gamma=model.apply_layernorm_1p,
-        softmax_scale=model.softmax_scale,
-        gated_linear_unit=model.swiglu or model.geglu,
-        activation_func=_activation(model),
-        add_bias_linear=model.add_bias_linear,
-        add_qkv_bias=model.add_qkv_bias,
-        qk_layernorm=model.qk_layernorm,
-        window_size=model.window_size,
-        window_attn_skip_freq=_skip_frequency(model),
-        hidden_dropout=model.hidden_dropout,
-        attention_dropout=model.attention_dropout,
-        init_method_std=model.init_method_std,
+        **_of_model(model),
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=settings.schedule.virtual_stages,
@@ -110,6 +91,32 @@ def build_config(settings: JobSettings) -> TransformerConfig:
     config.finalize_model_grads_func = finalize_model_grads
     _add_variants(config, model)
     return config
+
+
+def _of_model(model: ModelSettings) -> dict[str, Any]:
+    """What the configuration has fields for."""
+    return {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.num_query_groups,
+        "kv_channels": model.kv_channels,
+        "normalization": model.normalization,
+        "layernorm_epsilon": model.norm_epsilon,
+        "layernorm_zero_centered_gamma": model.apply_layernorm_1p,
+        "softmax_scale": model.softmax_scale,
+        "gated_linear_unit": model.swiglu or model.geglu,
+        "activation_func": _activation(model),
+        "add_bias_linear": model.add_bias_linear,
+        "add_qkv_bias": model.add_qkv_bias,
+        "qk_layernorm": model.qk_layernorm,
+        "window_size": model.window_size,
+        "window_attn_skip_freq": _skip_frequency(model),
+        "hidden_dropout": model.hidden_dropout,
+        "attention_dropout": model.attention_dropout,
+        "init_method_std": model.init_method_std,
+    }
 
 
 def _add_variants(config: TransformerConfig, model: ModelSettings) -> None:
