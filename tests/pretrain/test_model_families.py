@@ -7,7 +7,15 @@ import pytest
 
 pytest.importorskip("transformers", reason="needs the extra hf")
 
-from families import TINY, changed_by_round_trip, errors_under_helix, import_tiny, logits_error
+from families import (
+    TINY,
+    changed_by_round_trip,
+    errors_under_helix,
+    import_tiny,
+    logits_error,
+    losses_error,
+)
+from models import Case
 
 FAST = {"llama-3.1"}
 every_family = pytest.mark.parametrize(
@@ -43,3 +51,21 @@ def test_losses_and_gradients_are_megatrons_and_those_of_transformers(name, p, i
 @every_family
 def test_what_was_imported_is_exported_to_the_bit(name, imported, tmp_path):
     assert changed_by_round_trip(imported(name), tmp_path / "hf") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "schedule", "options"),
+    [
+        (Case(pp=2, tp=2), "helix", ()),
+        (Case(pp=2, tp=2), "helix", ("--attention-range", "block")),
+        (Case(pp=2, tp=2), "1f1b", ("--sequence-parallel",)),
+        (Case(pp=2), "zb-h1", ()),
+        (Case(pp=2), "zb-v", ()),
+        (Case(pp=2), "helix", ("--recompute-levels", "without-attention")),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["gemma-3-untied", "mistral"])
+def test_a_checkpoint_is_loaded_under_any_layout_and_schedule(name, case, schedule, options, imported):
+    assert losses_error(imported(name), case, schedule, *options) <= 1e-5

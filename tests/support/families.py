@@ -97,6 +97,9 @@ TINY: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+# Embedding and head apart, as schedules with both ends on one rank need them.
+TINY["gemma-3-untied"] = {**TINY["gemma-3"], "tie_word_embeddings": False}
+
 
 def make_tiny(name: str, folder: Path) -> Any:
     """Save a random model of a family as transformers does; the model."""
@@ -245,6 +248,14 @@ def errors_under_helix(made: Imported, p: int) -> dict[str, Errors]:
             max(relative_error(gradients[key], gradient) for key, gradient in expected.items()),
         )
     return found
+
+
+def losses_error(made: Imported, case: Case, schedule: str, *options: str) -> float:
+    """Largest relative error of losses under another layout or schedule, against transformers."""
+    expected, _ = expected_of(made.hf, tiny_model(made.name, made.folder), case)
+    words = train_options(made.words, made.checkpoint, case, schedule, *options)
+    losses, _ = run_on_ranks(case.world_size, losses_and_gradients, case, words)[0]
+    return max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True))
 
 
 def changed_by_round_trip(made: Imported, folder: Path) -> list[str]:
