@@ -90,12 +90,13 @@ class WindowAttention(AttentionBackend):
         rows = tensor.permute(2, 0, 1, 3)
         missing = -rows.shape[0] % self._window
         rows = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, 0, 0, missing))
-        return rows.unflatten(0, (-1, self._window)).permute(0, 2, 3, 1, 4).flatten(0, 1)
+        blocks: Tensor = rows.unflatten(0, (-1, self._window))
+        return blocks.permute(0, 2, 3, 1, 4).flatten(0, 1)
 
     def _joined(self, blocks: Tensor, batch: int, length: int) -> Tensor:
         """The reverse of :meth:`_blocks`; in memory [s, b, heads, d], as Megatron's are."""
-        rows = blocks.unflatten(0, (-1, batch)).permute(0, 3, 1, 2, 4).flatten(0, 1)
-        return rows[:length].permute(1, 2, 0, 3)
+        by_sequence: Tensor = blocks.unflatten(0, (-1, batch))
+        return by_sequence.permute(0, 3, 1, 2, 4).flatten(0, 1)[:length].permute(1, 2, 0, 3)
 
     def _later(self, batch: int, blocks: Tensor) -> Tensor:
         """The queries that see keys of the block before: all but the last of all blocks but the first."""
