@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from helixpipe.commands.parser import ScriptParser  # noqa: E402
+from helixpipe.json_input import read_json  # noqa: E402
 from helixpipe.plan import Plan, ScheduleRequest  # noqa: E402
 from helixpipe.plan.advise.context_parallel import Exchange, share_sequence  # noqa: E402
 from helixpipe.plan.advise.job import GIB, RESERVED_GIB  # noqa: E402
@@ -39,7 +40,6 @@ from helixpipe.plan.cost_model.analytic import pipeline_network  # noqa: E402
 from helixpipe.plan.cost_model.hardware import ATTENTION_BACKENDS  # noqa: E402
 from helixpipe.plan.cost_model.machines import hardware_from  # noqa: E402
 from helixpipe.plan.cost_model.segments import rank_parameters, whole_layer_cost  # noqa: E402
-from helixpipe.plan.json_input import read_json  # noqa: E402
 from helixpipe.plan.schedules import SCHEDULES  # noqa: E402
 from helixpipe.plan.simulation.costs import Costs, RankCost  # noqa: E402
 from helixpipe.plan.simulation.memory import peak_bytes  # noqa: E402

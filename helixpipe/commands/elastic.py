@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from helixpipe.commands.job import add_workload_arguments, read_workload
 from helixpipe.commands.planning import read_text
 from helixpipe.commands.ranges import GIBIBYTES, LAYERS, RANKS, REPEATS, Real, Whole
+from helixpipe.json_input import parse_json
 from helixpipe.plan.cost_model import Hardware, Workload, read_model
-from helixpipe.plan.json_input import parse_json
 
 if TYPE_CHECKING:
     from helixpipe.elastic.costs.fit import Fit

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import importlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from helixpipe.json_input import parse_json
 from helixpipe.refusals import refuse
 from helixpipe.reliability.exit_codes import DataError
 
@@ -211,9 +211,9 @@ def _end_token(folder: str) -> str:
         if not os.path.isfile(path):
             continue
         try:
-            found: Any = json.loads(_read(path))
+            found = parse_json(_read(path), path)
         except ValueError as error:
-            raise DataError(f"{path}: is not JSON ({error}): copy the model's folder again") from error
+            raise DataError(f"{error}: copy the model's folder again") from error
         for key in ("eos_token", "sep_token"):
             token = found.get(key) if isinstance(found, dict) else None
             content = token.get("content") if isinstance(token, dict) else token
@@ -336,7 +336,7 @@ class _Tiktoken:
 def _check_tiktoken(model: str, vocab_size: int, special: int) -> None:
     """Megatron checks its form of tiktoken by assertions."""
     try:
-        entries = json.loads(_read(model))
+        entries = parse_json(_read(model), model)
         words = [base64.b64decode(entry["token_bytes"], validate=True) for entry in entries]
         ranks = [entry["rank"] for entry in entries]
     except (ValueError, TypeError, KeyError) as error:

@@ -12,6 +12,7 @@ from typing import Any
 from helixpipe.elastic.chunk_schedule import SCHEDULE, costs_of_recipe, elastic_plan
 from helixpipe.elastic.job import ElasticJob
 from helixpipe.elastic.recipe import Recipe
+from helixpipe.json_input import parse_object
 from helixpipe.plan.plan import Plan
 from helixpipe.plan.plan_error import PlanError
 from helixpipe.plan.simulation.message_buffers import peak_with_buffers
@@ -86,7 +87,7 @@ class ElasticPlan:
         plan = Plan.from_json(text)
         if plan.schedule != SCHEDULE:
             raise ValueError(f"not an elastic plan: its schedule is {plan.schedule!r}")
-        data = json.loads(text)
+        data = parse_object(text, "not an elastic plan")
         recipe = Recipe.from_dict(data.get("recipe"))
         validate(plan)
         layers = plan.parameters.get("num_layers")

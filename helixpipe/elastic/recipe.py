@@ -10,7 +10,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from helixpipe.elastic.chunks import Chunk, Piece
-from helixpipe.plan.json_input import parse_json
+from helixpipe.json_input import parse_json
 
 
 @dataclass(frozen=True)

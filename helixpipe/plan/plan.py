@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
+from helixpipe.json_input import parse_object
 from helixpipe.plan.context import Context, ContextIndex
-from helixpipe.plan.json_input import parse_object
 from helixpipe.plan.loan import Loan
 from helixpipe.plan.operation import Kind, Operation, message_of
 from helixpipe.plan.rows import json_rows

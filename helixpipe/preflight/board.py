@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.distributed import Store
 
+from helixpipe.json_input import parse_json
 from helixpipe.reliability.exit_codes import HANG, JobError
 
 _POLL_S = 0.02
@@ -41,7 +42,7 @@ class Board:
     def read(self, name: str, rank: int) -> Any:
         """What a rank has left, None if nothing."""
         key = f"{name}/{rank}"
-        return json.loads(self._store.get(key)) if self._store.check([key]) else None
+        return parse_json(self._store.get(key), key) if self._store.check([key]) else None
 
     def fail(self, name: str, reason: str) -> None:
         """Leave word that what is collected under this name will not come, and why."""
@@ -75,7 +76,7 @@ class Board:
             if time.monotonic() > end:
                 raise NoDecision(f"rank {self.rank}: rank 0 does not say how it goes on ({name})")
             time.sleep(_POLL_S)
-        return json.loads(self._store.get(name))
+        return parse_json(self._store.get(name), name)
 
     def part(self) -> None:
         """Return when all ranks that are still there have read everything: the store may end with rank 0."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from helixpipe.json_input import parse_object
 
 # Longer than any line of a metrics file.
 _LINE_BYTES = 1 << 20
@@ -113,6 +114,6 @@ def _set_aside_later_lines(path: Path, iteration: int) -> None:
 def _is_kept(line: bytes, iteration: int) -> bool:
     """Whether a line is of an iteration that has been gone on from; the last of a killed job may be cut."""
     try:
-        return bool(json.loads(line)["iteration"] <= iteration) and line.endswith(b"\n")
+        return bool(parse_object(line, "a line")["iteration"] <= iteration) and line.endswith(b"\n")
     except (ValueError, KeyError, TypeError):
         return False

@@ -13,12 +13,13 @@ from sources import PACKAGES, PROGRAMS, parsed, relative, sources
 ARROWS = {
     "contact_points": (),
     "refusals": (),
+    "json_input": (),
     "gradient_edges": (),
     "reliability": (),
-    "plan": (),
+    "plan": ("json_input",),
     "command_line": ("data", "reliability", "refusals"),
-    "data": ("reliability", "refusals"),
-    "elastic": ("plan",),
+    "data": ("reliability", "refusals", "json_input"),
+    "elastic": ("plan", "json_input"),
     "report": ("plan", "elastic", "data"),
     "kernels": (),
     "runtime": ("plan", "elastic", "kernels", "reliability", "gradient_edges"),
@@ -31,16 +32,16 @@ ARROWS = {
         "plan", "layers", "megatron_adapter", "reliability", "contact_points", "command_line",
     ),
     "profiling": ("plan", "elastic", "runtime", "layers", "megatron_adapter"),
-    "preflight": ("plan", "runtime", "reliability"),
+    "preflight": ("plan", "runtime", "reliability", "json_input"),
     # This fork's own training program.
     "pretrain": (
         "plan", "elastic", "runtime", "layers", "kernels", "megatron_adapter", "data", "reliability",
-        "contact_points", "refusals", "command_line",
+        "contact_points", "refusals", "command_line", "json_input",
     ),
     # The subcommands of `helixpipe`; preflight looks at a job before it trains, with the job's own parser.
     "commands": (
         "plan", "elastic", "report", "data", "runtime", "profiling", "preflight", "reliability", "refusals",
-        "command_line", "pretrain",
+        "command_line", "pretrain", "json_input",
     ),
 }  # fmt: skip
 # How options are read, which other programs share with the subcommands.
@@ -48,7 +49,7 @@ COMMAND_LINE = (
     "helixpipe.commands.parser", "helixpipe.commands.ranges", "helixpipe.commands.tokenizer_arguments",
 )  # fmt: skip
 # Planning, drawing and advising need no more than the base install.
-WITHOUT_TORCH = ("plan", "elastic", "report", "data", "reliability", "command_line", "refusals")
+WITHOUT_TORCH = ("plan", "elastic", "report", "data", "reliability", "command_line", "refusals", "json_input")
 # Through Megatron's own builder of indexed datasets.
 WRITES_DATASETS = "helixpipe.data.prepare"
 
@@ -197,3 +198,20 @@ def test_no_two_places_share_code():
 def test_shared_code_is_noticed():
     """Shorter runs do stand twice: the search is not blind."""
     assert shared_runs(sources(*PACKAGES), 6)
+
+
+# Messages of our own processes, which no user has written.
+OWN_MESSAGES = {
+    "helixpipe.json_input", "helixpipe.reliability.sentinel", "helixpipe.reliability.wire",
+    "megatron.pretrain.health.agreement", "megatron.pretrain.health.monitoring",
+}  # fmt: skip
+
+
+def test_json_files_are_read_in_one_place():
+    found = {
+        module
+        for module, tree in modules().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("json.loads", "json.load")
+    }
+    assert found == OWN_MESSAGES

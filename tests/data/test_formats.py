@@ -90,7 +90,7 @@ def test_a_format_can_be_given(tmp_path):
     assert documents(path, tmp_path / "set", format=Format.TEXT)[0] == [LINES]
     path = tmp_path / "b"
     path.write_bytes(TEXT)
-    with pytest.raises(ValueError, match=r"b:1: is not JSON .*--format text takes it as one document"):
+    with pytest.raises(ValueError, match=r"b:1: invalid JSON .*--format text takes it as one document"):
         documents(path, tmp_path / "set", format=Format.JSONL)
 
 
@@ -180,7 +180,7 @@ def test_a_line_has_a_longest_length(tmp_path, monkeypatch):
 def test_a_mixture_in_one_file_names_the_line(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(LINES + b"and some text\n")
-    with pytest.raises(ValueError, match=r"a\.txt:3: is not JSON .*--format text"):
+    with pytest.raises(ValueError, match=r"a\.txt:3: invalid JSON .*--format text"):
         documents(path, tmp_path / "set")
 
 

@@ -270,7 +270,7 @@ def test_failed_overwrite_keeps_the_old_dataset(copy, tmp_path):
     source = write_jsonl(tmp_path / "in.jsonl", ["good"] * 10)
     with source.open("a") as stream:
         stream.write("{broken")
-    with pytest.raises(ValueError, match=r"in\.jsonl:11: is not JSON"):
+    with pytest.raises(ValueError, match=r"in\.jsonl:11: invalid JSON"):
         prepare([source], copy, tokenizer="byte", overwrite=True)
     assert contents(copy) == before
     assert len(os.listdir(tmp_path)) == 4
@@ -429,8 +429,8 @@ BAD_INPUT = {
     "no match": (lambda folder: ["--input", str(folder), "--pattern", "*.no"], "no file matches"),
     "all excluded": (lambda folder: ["--input", str(folder), "--exclude", "*"], "--exclude"),
     "device": (lambda folder: ["--input", "/dev/null"], "neither a file nor a directory"),
-    "not json": (_bad_line(b'{"text": '), "in.jsonl:2: is not JSON"),
-    "deep json": (_bad_line(b"[" * 100_000), "in.jsonl:2: is not JSON"),
+    "not json": (_bad_line(b'{"text": '), "in.jsonl:2: invalid JSON"),
+    "deep json": (_bad_line(b"[" * 100_000), "in.jsonl:2: invalid JSON"),
     "not utf-8": (_bad_line(b'{"text": "\xe9"}'), "in.jsonl:2: is not UTF-8"),
     "not an object": (_bad_line(b'["text"]'), "in.jsonl:2: is not a JSON object"),
     "no key": (_bad_line(b'{"body": "x"}'), "in.jsonl:2: has no key 'text' (keys: 'body')"),

@@ -258,7 +258,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path, folder):
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     refused("has an eos_token", model=str(tmp_path))
     (tmp_path / "tokenizer_config.json").write_text("{")
-    refused("is not JSON", model=str(tmp_path))
+    refused("invalid JSON", model=str(tmp_path))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
     refused("has no <end> token", model=str(tmp_path))
     (tmp_path / "tokenizer.json").write_text("{}")

@@ -211,7 +211,7 @@ def test_a_trained_tokenizer_knows_prompts_too(tmp_path, workers):
         ([ROWS[0], {"prompt": "x"}], {}, r"chat\.jsonl:2: has no key 'response' .*set --response-key"),
         ([ROWS[0], "\n", {"response": "x"}], {}, r"chat\.jsonl:3: has no key 'prompt' .*set --prompt-key"),
         ([{"prompt": 1, "response": "x"}], {}, r"chat\.jsonl:1: the value of 'prompt' is not a string"),
-        (["{\n"], {}, r"chat\.jsonl:1: is not JSON"),
+        (["{\n"], {}, r"chat\.jsonl:1: invalid JSON"),
         (["[]\n"], {}, r"chat\.jsonl:1: is not a JSON object"),
         (ROWS, {"json_key": "prompt"}, "are both 'prompt'"),
     ],

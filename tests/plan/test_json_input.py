@@ -5,9 +5,9 @@ import pytest
 from helixpipe.elastic.costs.costs_file import costs_from_json
 from helixpipe.elastic.costs.fit import measurements_from_json
 from helixpipe.elastic.recipe import Recipe
+from helixpipe.json_input import parse_object, read_json
 from helixpipe.plan import Plan, ScheduleRequest, build_plan
 from helixpipe.plan.advise import read_machine
-from helixpipe.plan.json_input import parse_object, read_json
 from helixpipe.plan.simulation.costs import parse_costs
 from helixpipe.plan.simulation.timeline import Timeline
 

@@ -222,6 +222,7 @@ def test_files_that_are_cut_swapped_or_linked(tmp_path):
         (lambda folder: (folder / "stray").touch(), "stray does not belong there"),
         (lambda folder: (folder / MANIFEST).write_text("{"), "is damaged or of another checkpoint"),
         (lambda folder: (folder / MANIFEST).write_text("[]"), "is damaged or of another checkpoint"),
+        (lambda folder: (folder / MANIFEST).write_text("[" * 100_000), "is damaged or of another checkpoint"),
         (
             lambda folder: (folder / MANIFEST).write_text(
                 (folder / MANIFEST).read_text().replace("1,", "2,", 1)

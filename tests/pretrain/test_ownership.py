@@ -192,7 +192,7 @@ def test_ranks_that_torchrun_has_started_again_own_what_they_owned(job, tmp_path
     assert time.monotonic() - started < ownership.PATIENCE_S
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"job": 1}', "null"])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"job": 1}', "null", "[" * 100_000], ids=range(6))
 def test_a_lock_without_an_owner_is_left_to_people(job, tmp_path, content):
     lock_in(tmp_path).write_text(content)
     with pytest.raises(Taken, match="names no owner; remove it if no job writes there"):

@@ -19,6 +19,9 @@ def lines_of(*iterations):
     return "".join(json.dumps({"iteration": iteration}) + "\n" for iteration in iterations)
 
 
+DEEP = "[" * 100_000 + "\n"  # more than a JSON reader can nest
+
+
 @pytest.mark.parametrize(
     ("before", "iteration", "kept", "aside"),
     [
@@ -30,6 +33,7 @@ def lines_of(*iterations):
         (lines_of(1) + '{"iteration": 2', 2, lines_of(1), '{"iteration": 2\n'),
         (lines_of(1) + '{"iteration": 2}', 2, lines_of(1), '{"iteration": 2}\n'),
         (lines_of(1) + "words\n[3]\nnull\n" + lines_of(2), 2, lines_of(1, 2), "words\n[3]\nnull\n"),
+        (lines_of(1) + DEEP, 2, lines_of(1), DEEP),
     ],
 )
 def test_no_line_is_lost(tmp_path, before, iteration, kept, aside):

@@ -9,12 +9,13 @@ import bz2
 import codecs
 import contextlib
 import gzip
-import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from enum import Enum
 from typing import IO, Any, NamedTuple
+
+from helixpipe.json_input import parse_json
 
 
 class Format(str, Enum):
@@ -152,8 +153,8 @@ def _begins_with_object(stream: IO[bytes]) -> bool:
     while line.isspace():
         line = stream.readline(LONGEST_LINE)
     try:
-        return isinstance(json.loads(line.decode("utf-8-sig")), dict)
-    except (ValueError, RecursionError):
+        return isinstance(parse_json(line.decode("utf-8-sig"), "the first line"), dict)
+    except ValueError:
         return False
 
 

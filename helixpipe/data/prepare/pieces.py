@@ -6,10 +6,11 @@ the square of the longest word: neither must depend on what a corpus holds.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
+
+from helixpipe.json_input import parse_object
 
 # Of a piece: what is encoded at a time.
 PIECE_CHARACTERS = 1 << 18
@@ -92,7 +93,7 @@ def piece_limit(tokenizer_json: str) -> int | None:
     Byte-level BPE does not, if each of its words begins at a space: as trained here, and as of GPT-2, Llama 3
     and Qwen 2.
     """
-    found: dict[str, Any] = json.loads(tokenizer_json)
+    found = parse_object(tokenizer_json, "the tokenizer")
     normalizer = found.get("normalizer")
     # NFC joins nothing across a space.
     is_plain = normalizer is None or normalizer == {"type": "NFC"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import fnmatch
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from helixpipe.data.prepare.formats import (
     refuse_damaged,
 )
 from helixpipe.data.prepare.pieces import Piece, cut
+from helixpipe.json_input import parse_json
 
 _BLOCK_BYTES = 1 << 20
 
@@ -224,13 +224,13 @@ def _pieces(prompt: str, text: str, limit: int | None, input_bytes: int) -> Iter
 
 def _json_object(line: bytes, place: str, json_key: str) -> dict[str, Any]:
     try:
-        value: Any = json.loads(line.decode("utf-8-sig"))
+        value = parse_json(line.decode("utf-8-sig"), place)
     except UnicodeDecodeError as error:
         raise ValueError(f"{place}: is not UTF-8 ({error.reason}): convert the file") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(
-            f"{place}: is not JSON ({error}): a file of JSON lines has one object on each line; --format "
-            "text takes it as one document"
+            f"{error}: a file of JSON lines has one object on each line; --format text takes it as one "
+            "document"
         ) from error
     if not isinstance(value, dict):
         raise ValueError(f"{place}: is not a JSON object: write it as {{{json_key!r}: ...}}")

@@ -16,7 +16,7 @@ from dataclasses import MISSING, asdict, fields
 from typing import Any
 
 from helixpipe.elastic.costs.chunk_costs import ChunkCosts, PassTime
-from helixpipe.plan.json_input import parse_object
+from helixpipe.json_input import parse_object
 from helixpipe.plan.simulation.network import Network
 
 FORMAT = "helixpipe-chunk-costs"

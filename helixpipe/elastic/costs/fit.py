@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helixpipe.elastic.costs.chunk_costs import ChunkCosts, PassTime
-from helixpipe.plan.json_input import parse_json
+from helixpipe.json_input import parse_json
 
 # One of so many records is kept from the regression to tell its error.
 HELD_OUT = 4

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+from helixpipe.json_input import read_json
 from helixpipe.plan.cost_model import HARDWARE, Hardware, Pieces, Workload, predict_pieces, read_hardware
 from helixpipe.plan.cost_model.analytic import pipeline_network
 from helixpipe.plan.cost_model.machines import hardware_from
 from helixpipe.plan.cost_model.pieces import FORMAT
-from helixpipe.plan.json_input import read_json
 from helixpipe.plan.simulation.network import Network
 
 GIB = 2**30

@@ -8,8 +8,8 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from helixpipe.json_input import read_json
 from helixpipe.plan.cost_model.hardware import AttentionKernel, Hardware
-from helixpipe.plan.json_input import read_json
 
 # Sources.
 #

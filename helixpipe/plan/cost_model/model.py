@@ -7,11 +7,11 @@ weights.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from helixpipe.json_input import parse_json
 from helixpipe.plan.cost_model.hugging_face import from_hugging_face, not_understood, with_vocabulary
 from helixpipe.plan.cost_model.script import NEUTRAL, SIZES, SWITCHES, WINDOWS, arguments_of_script
 from helixpipe.plan.cost_model.shape import MODELS, ModelShape, size_of
@@ -42,8 +42,8 @@ def read_model(source: str, vocab_size: int | None = None) -> ModelShape:
     except UnicodeDecodeError:
         raise ValueError(f"model {source}: not a text file") from None
     try:
-        found = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
+        found = parse_json(text, source)
+    except ValueError:
         return _from_megatron(source, arguments_of_script(source, text), vocab_size)
     if not isinstance(found, dict):
         raise ValueError(f"model {source}: expected a JSON object of sizes")

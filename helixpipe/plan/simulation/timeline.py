@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from helixpipe.plan.json_input import parse_object
+from helixpipe.json_input import parse_object
 from helixpipe.plan.operation import Operation
 from helixpipe.plan.rows import json_rows
 from helixpipe.plan.segment_names import role_of

@@ -8,11 +8,11 @@ that goes back begins another. :mod:`megatron.pretrain.checkpoint.publishing` wr
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from helixpipe.json_input import parse_object
 from helixpipe.reliability.exit_codes import DataError
 
 MANIFEST = "manifest.json"
@@ -109,7 +109,7 @@ def lineage_of(folder: Path) -> Lineage:
     """
     path = folder / LINEAGE
     try:
-        data: Any = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_object(path.read_bytes(), str(path))
         return Lineage(str(data["id"]), str(data["job"]), tuple(map(str, data["ancestors"])))
     except (OSError, ValueError, KeyError, TypeError):
         raise DataError(f"{path} is missing or damaged; use another checkpoint") from None
@@ -153,7 +153,7 @@ def manifest_of(folder: Path) -> dict[str, FileDigest]:
     """
     path = folder / MANIFEST
     try:
-        data: Any = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_object(path.read_bytes(), str(path))
         if data["format"] != FORMAT or folder_of(folder.parent, data["iteration"]) != folder:
             raise ValueError("another format or iteration")
         files = {

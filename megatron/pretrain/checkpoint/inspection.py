@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ from typing import IO, Any
 
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from helixpipe.json_input import parse_object
 from helixpipe.reliability.exit_codes import DataError
 from megatron.pretrain.checkpoint.common_state import arguments_in, read_common
 from megatron.pretrain.checkpoint.files import (
@@ -112,10 +112,10 @@ def faults_by_table(folder: Path, rank: int = 0, num_ranks: int = 1) -> list[str
         rank, num_ranks: which share of the shards to read.
     """
     try:
-        form = json.loads((folder / FORM).read_text(encoding="utf-8"))
+        form = parse_object((folder / FORM).read_bytes(), FORM)
         if form.get("sharded_backend") != BACKEND:
             return [f"{folder / FORM} names {form.get('sharded_backend')!r}; only {BACKEND} can be checked"]
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError):
         return [f"{folder / FORM} is missing or damaged; use another checkpoint"]
     try:
         table = read_table(folder)

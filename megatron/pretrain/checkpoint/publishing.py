@@ -13,8 +13,9 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from helixpipe.json_input import parse_object
 from megatron.pretrain.checkpoint.files import (
     FORMAT,
     LINEAGE,
@@ -108,7 +109,7 @@ def finish_publishing(root: Path) -> list[str]:
     if not journal.exists():
         return []
     try:
-        data: Any = json.loads(journal.read_text(encoding="utf-8"))
+        data = parse_object(journal.read_bytes(), str(journal))
         iteration, tracker = int(data["iteration"]), str(data["tracker"])
     except (ValueError, KeyError, TypeError):
         journal.unlink()

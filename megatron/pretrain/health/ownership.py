@@ -18,7 +18,9 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from helixpipe.json_input import parse_object
 
 # How often a lock is touched, and how long one that is not is believed in.
 BEAT_S = 5.0
@@ -222,8 +224,7 @@ def _read(lock: Path) -> tuple[str, Owner | None] | None:
     except FileNotFoundError:
         return None
     try:
-        data: Any = json.loads(text)
-        return text, Owner(**data)
+        return text, Owner(**parse_object(text, str(lock)))
     except (ValueError, TypeError):
         return text, None
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from helixpipe.json_input import parse_object
+
 CONFIG = "config.json"
 _REQUIRED = object()
 
@@ -96,14 +98,9 @@ def read_config(folder: Path) -> ModelConfig:
     """
     path = folder / CONFIG
     try:
-        values: Any = json.loads(path.read_text(encoding="utf-8"))
+        return ModelConfig(parse_object(path.read_bytes(), str(path)), str(path))
     except FileNotFoundError:
         raise ValueError(f"{folder} has no {CONFIG}; give the folder of a model on Hugging Face") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); repair it") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is no JSON object; repair it")
-    return ModelConfig(values, str(path))
 
 
 def _short(value: Any) -> str:

@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from helixpipe.json_input import parse_object
+
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
@@ -54,7 +56,7 @@ class TensorFolder:
         index = self._folder / _INDEX
         if index.is_file():
             try:
-                files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+                files = sorted(set(parse_object(index.read_bytes(), str(index))["weight_map"].values()))
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise ValueError(f"{index} is damaged; download it again") from None
             # A name must not lead out of the folder.

@@ -1,4 +1,4 @@
-"""JSON that users hand in: text that is none is refused in one line, whatever is wrong with it."""
+"""JSON from files: text that is none is refused in one line, whatever is wrong with it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 
-def parse_json(text: str, what: str) -> Any:
+def parse_json(text: str | bytes, what: str) -> Any:
     """What a JSON text holds.
 
     Raises:
@@ -19,7 +19,7 @@ def parse_json(text: str, what: str) -> Any:
         raise ValueError(f"{what}: invalid JSON ({error})") from None
 
 
-def parse_object(text: str, what: str) -> dict[str, Any]:
+def parse_object(text: str | bytes, what: str) -> dict[str, Any]:
     """What a JSON object holds.
 
     Raises:
