@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from helixpipe.commands import (
+    batch_planning,
     conversion,
-    elastic,
     lengths,
     measurement,
     planning,
@@ -72,7 +72,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="helixpipe", description="Plan and look at pipeline schedules.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for module in (planning, prediction, measurement, lengths, elastic, preflight, training, conversion):
+    for module in (
+        planning,
+        prediction,
+        measurement,
+        lengths,
+        batch_planning,
+        preflight,
+        training,
+        conversion,
+    ):
         module.add_parsers(commands.add_parser)
     return parser
 

@@ -15,7 +15,7 @@ from helixpipe.megatron_adapter.elastic_batch import ElasticBatch
 from helixpipe.megatron_adapter.forward_step import IterationInput
 from helixpipe.megatron_adapter.pipeline_group import agree
 from helixpipe.megatron_adapter.planned_iteration import PlannedIterations
-from helixpipe.megatron_adapter.segments.elastic import ElasticSegments
+from helixpipe.megatron_adapter.segments.chunks import ElasticSegments
 from helixpipe.megatron_adapter.segments.stages import check_supported
 from helixpipe.plan import Plan
 from helixpipe.refusals import refuse

@@ -13,9 +13,9 @@ MAY_NAME = {
     "helixpipe/megatron_adapter/forward_backward.py": {"helix"},  # HelixForwardBackward, for other programs
     "megatron/pretrain/settings/schedule.py": {"1f1b"},  # the default
     # A command, a group of options and a row of a table.
-    "helixpipe/commands/elastic.py": {"elastic"},
-    "megatron/pretrain/settings/elastic.py": {"elastic"},
-    "helixpipe/report/elastic.py": {"elastic"},
+    "helixpipe/commands/batch_planning.py": {"elastic"},
+    "megatron/pretrain/settings/elastic_job.py": {"elastic"},
+    "helixpipe/report/batch_plan.py": {"elastic"},
 }
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from helixpipe.__main__ import main
-from helixpipe.commands import elastic
+from helixpipe.commands import batch_planning
 from helixpipe.commands.parser import Parser
 from helixpipe.elastic import ElasticPlan, costs_from_json, costs_to_json, ideal_costs
 from helixpipe.elastic.sample import skewed_lengths
@@ -16,7 +16,7 @@ MODEL = ["--model", "llama-7b", "--hardware", "a800", "--tensor-model-parallel-s
 
 def run(*arguments):
     parser = Parser(prog="helixpipe")
-    elastic.add_parsers(parser.add_subparsers(required=True).add_parser)
+    batch_planning.add_parsers(parser.add_subparsers(required=True).add_parser)
     args = parser.parse_args([str(argument) for argument in arguments])
     args.run(args)
 

@@ -24,7 +24,7 @@ from helixpipe.plan.schedules import Schedule
 from megatron.pretrain.checkpoint.comparison import changeable
 from megatron.pretrain.checkpoint.files import is_same_folder
 from megatron.pretrain.data.gpt import cache_folder, check_split
-from megatron.pretrain.settings.elastic import derive_elastic
+from megatron.pretrain.settings.elastic_job import derive_elastic
 from megatron.pretrain.settings.ending import ending_of
 from megatron.pretrain.settings.housekeeping import housekeeping_of
 from megatron.pretrain.settings.job import JobSettings, topics_of

@@ -12,7 +12,7 @@ from helixpipe.commands.tokenizer_arguments import VOCABULARY, add_tokenizer_arg
 from helixpipe.layers.attention.choice import AUTO as AUTO_BACKEND
 from helixpipe.layers.attention.choice import BACKENDS, FAMILIES, UNFUSED
 from helixpipe.plan.schedules.request import ATTENTION_RANGES, HEAD_PLACEMENTS, ROUND_ORDERS
-from megatron.pretrain.settings.elastic import add_elastic_arguments
+from megatron.pretrain.settings.elastic_job import add_elastic_arguments
 from megatron.pretrain.settings.ending import add_ending_arguments
 from megatron.pretrain.settings.housekeeping import add_housekeeping_arguments
 from megatron.pretrain.settings.layers import add_layer_arguments

@@ -90,7 +90,7 @@ def _elastic(args: argparse.Namespace) -> None:
     from helixpipe.elastic.costs.costs_file import costs_from_json
     from helixpipe.elastic.job import ElasticJob
     from helixpipe.elastic.search.planner import SLICE_COUNTS, plan_batch
-    from helixpipe.report.elastic import print_elastic_plan
+    from helixpipe.report.batch_plan import print_elastic_plan
 
     lengths = _read_lengths(args.lengths)
     job = ElasticJob(
