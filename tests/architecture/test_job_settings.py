@@ -88,6 +88,20 @@ def takes_the_namespace(tree):
     return any("Namespace" in text for text in shown)
 
 
+def writes_options(tree):
+    """Whether a module assigns to an attribute of what was parsed."""
+    targets = [
+        target
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign))
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+    ]
+    return any(
+        isinstance(target, ast.Attribute) and ast.unparse(target.value).split(".")[-1] in ("args", "settings")
+        for target in targets
+    )
+
+
 def test_only_the_parser_room_knows_the_namespace():
     assert [path for path, tree in trees(inside=False).items() if takes_the_namespace(tree)] == []
     assert any(takes_the_namespace(tree) for tree in trees(inside=True).values())
@@ -102,6 +116,7 @@ def test_nothing_is_written_later(settings):
         settings.options["seed"] = 1
     # Freezing can be got round only by this.
     assert [path for path, tree in trees(inside=False).items() if "__setattr__" in names_in(tree)] == []
+    assert [path for path, tree in trees(inside=False).items() if writes_options(tree)] == []
 
 
 def test_every_option_is_in_one_topic(settings):

@@ -129,7 +129,6 @@ def export_model(
 def _options(model: Model) -> dict[str, Any]:
     """The model's options as pretrain_gpt.py reads them."""
     args = build_parser().parse_args([*command_line(model), *_TRAINING])
-    args.tensor_model_parallel_size = 1
     derive_model(args)
     return vars(args)
 
