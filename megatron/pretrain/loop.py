@@ -19,7 +19,7 @@ from helixpipe.runtime.trace import NullClock, default_clock
 from megatron.pretrain.checkpoint.checkpoint import Loaded, Progress, load_checkpoint, load_weights
 from megatron.pretrain.checkpoint.files import is_same_folder
 from megatron.pretrain.checkpoint.saver import Saver, SaveStatus
-from megatron.pretrain.data.elastic_iterators import ElasticTraining, ElasticValidation
+from megatron.pretrain.data.elastic_iterators import ElasticTraining, validation_batches
 from megatron.pretrain.data.gpt import Batch, build_iterators
 from megatron.pretrain.health.attention import attention_of_job
 from megatron.pretrain.health.diagnosis import LayerSums
@@ -108,7 +108,7 @@ def _train_with(outputs: Outputs, settings: JobSettings, forward_step: ForwardSt
     is_in_save = save is not None and root is not None and is_same_folder(root, save)
     saver = Saver(settings, reporter.say, outputs, loaded.folder if is_in_save else None, monitor)
     if not schedule.execution.joins_documents:
-        validation = _elastic_validation(settings, progress.evaluated_samples)
+        validation = validation_batches(settings, progress.evaluated_samples)
         with closing(ElasticTraining(settings, progress.position)) as batches:
             run.planning = batches.planning
             return _iterate(run, saver, progress, batches, validation)
@@ -172,10 +172,6 @@ def _iterate(
     reporter.say(memory.summary())
     reporter.say(reporter.summary())
     return 0
-
-
-def _elastic_validation(settings: JobSettings, evaluated: int) -> ElasticValidation | None:
-    return ElasticValidation(settings, evaluated) if settings.training.eval_iters else None
 
 
 def _after_batch(progress: Progress, global_batch_size: int) -> Progress:

@@ -10,10 +10,11 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from helixpipe.data.samples import ShuffledOrder
-from helixpipe.elastic import Recipe, plan_evaluation
+from helixpipe.elastic import plan_evaluation
 from helixpipe.elastic.job import ElasticJob
 from helixpipe.elastic.replicas import share_out
 from helixpipe.elastic.service.background import BackgroundPlanner, PlannedBatch
+from helixpipe.megatron_adapter.elastic_batch import ElasticBatch
 from helixpipe.reliability.exit_codes import DataError
 from helixpipe.runtime.shared_planner import SharedPlanner
 from megatron.pretrain.data.variable_length import VariableLengthDataset
@@ -145,15 +146,7 @@ def identity_of(dataset: VariableLengthDataset, seed: int) -> dict[str, int | st
     }
 
 
-class EvaluationStep(NamedTuple):
-    """What one data-parallel replica does in one evaluation step: chunks, and as in :class:`ElasticStep`."""
-
-    recipe: Recipe
-    sequences: list[Tensor]
-    loss_masks: list[Tensor] | None
-
-
-class EvaluationBatches(Iterator[EvaluationStep]):
+class EvaluationBatches(Iterator[ElasticBatch]):
     """Endless iterator over a replica's shares of global batches to evaluate.
 
     In the same order for every layout, like :class:`ElasticBatches`. Planned on the spot, by every rank for
@@ -187,7 +180,7 @@ class EvaluationBatches(Iterator[EvaluationStep]):
         self._replica = replica
         self._num_replicas = num_replicas
 
-    def __next__(self) -> EvaluationStep:
+    def __next__(self) -> ElasticBatch:
         """This replica's share of the next global batch.
 
         Raises:
@@ -198,7 +191,7 @@ class EvaluationBatches(Iterator[EvaluationStep]):
         lengths = self.dataset.lengths[samples].tolist()
         own = share_out(lengths, self.job.costs, self._num_replicas)[self._replica]
         recipe = plan_evaluation([lengths[i] for i in own], self.job)
-        return EvaluationStep(recipe, *_read(self.dataset, [int(samples[i]) for i in own]))
+        return ElasticBatch(recipe, *_read(self.dataset, [int(samples[i]) for i in own]))
 
 
 def _read(dataset: VariableLengthDataset, samples: Sequence[int]) -> tuple[list[Tensor], list[Tensor] | None]:

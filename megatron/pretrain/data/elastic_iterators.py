@@ -65,31 +65,27 @@ class ElasticTraining(Iterator[ElasticBatch]):
         self._batches.close()
 
 
-class ElasticValidation(Iterator[ElasticBatch]):
-    """Endless iterator over this replica's validation batches, which go on where evaluations ended.
+def validation_batches(settings: JobSettings, evaluated: int) -> EvaluationBatches | None:
+    """Endless iterator over this replica's validation batches; None where nothing is evaluated.
 
     Args:
-        settings: of the job, with ``--eval-iters``.
-        evaluated: how many validation samples were seen.
+        settings: of the job.
+        evaluated: how many validation samples were seen; evaluations go on where they ended.
 
     Raises:
         ValueError: no document in the split has a token to learn.
     """
-
-    def __init__(self, settings: JobSettings, evaluated: int) -> None:
-        dataset, job, training = _dataset(settings, _VALIDATION), settings.elastic_job, settings.training
-        assert job is not None
-        self._batches = EvaluationBatches(
-            dataset,
-            job,
-            global_batch_size=training.global_batch_size,
-            consumed_samples=evaluated,
-            **_share(training.seed),
-        )
-
-    def __next__(self) -> ElasticBatch:
-        """The next batch with its chunks."""
-        return ElasticBatch(*next(self._batches))
+    training, job = settings.training, settings.elastic_job
+    if not training.eval_iters:
+        return None
+    assert job is not None
+    return EvaluationBatches(
+        _dataset(settings, _VALIDATION),
+        job,
+        global_batch_size=training.global_batch_size,
+        consumed_samples=evaluated,
+        **_share(training.seed),
+    )
 
 
 def _share(seed: int) -> dict[str, int]:
