@@ -134,7 +134,11 @@ def refusal(pretrain_gpt, corpus, monkeypatch, capsys):
         ),
         (1, "--seq-length 129 --max-position-embeddings 128", ["--seq-length 129", "128"]),
         (1, "--memory-limit-gib -1", ["--memory-limit-gib", "above 0", "-1"]),
-        (1, "--attention-dropout 0.1", ["--attention-dropout", "use 0"]),
+        (
+            1,
+            "--attention-dropout 0.1 --pipeline-schedule seq1f1b",
+            ["--attention-dropout does not go with seq1f1b", "use --attention-dropout 0"],
+        ),
         (1, "--split 1,99,0", ["--split 1,99,0 leaves none of", "for training; give it at least", "%"]),
         (1, "--eval-iters 1 --split 1,0,0", ["--split 1,0,0 leaves none of", "for validation"]),
         (4, "--num-layers 30", ["layers (30)", "pipeline-parallel size (4)", "use 28 or 32"]),
