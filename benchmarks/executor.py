@@ -6,7 +6,8 @@ Every rank is a process; messages travel over gloo. Processor time is counted, s
 not: the thread of the rank, and all threads of its process, to which gloo's own belong.
 
 First, both run 1F1B over the same stages, a small linear layer each, in turn: everything between the start
-and the end of an iteration counts. Then plans whose operations compute nothing, with messages of eight bytes,
+and the end of an iteration counts. Beside them runs what neither can be below: the layers and messages alone.
+Then plans whose operations compute nothing, with messages of eight bytes,
 by kind of operation. At last a toy plan runs many times while the process's memory is watched.
 """
 
@@ -185,7 +186,11 @@ def _compare(rank: int, options: argparse.Namespace) -> None:
     segments = LinearSegments(plan, rank, data)
     executor = _make(Executor, plan, segments)
     stage = _stage(rank)
-    steps = {"torch Schedule1F1B": _torch_step(rank, options.ranks, stage, data), "helixpipe": executor.run}
+    steps = {
+        "torch Schedule1F1B": _torch_step(rank, options.ranks, stage, data),
+        "helixpipe": executor.run,
+        "layer and messages": _bare_step(rank, options.ranks, _stage(rank), data),
+    }
     samples: dict[str, list[Spent]] = defaultdict(list)
     repeats = max(1, options.iterations // _ROUNDS)
     for name, step in [*steps.items(), *[*steps.items()] * _ROUNDS]:
@@ -210,6 +215,38 @@ def _torch_step(rank: int, ranks: int, stage: torch.nn.Module, data: Tensor) -> 
     return partial(schedule.step, *([data] if rank == 0 else []), **arguments)
 
 
+def _bare_step(rank: int, ranks: int, layer: torch.nn.Module, data: Tensor) -> Callable[[], object]:
+    """The same forwards, backwards and messages with nothing around them: what no executor can be below."""
+    group, last = dist.group.WORLD, ranks - 1
+    assert group is not None
+    arriving = [torch.empty(ROWS, WIDTH) for _ in range(2 * MICRO_BATCHES)]
+    targets = data.split(ROWS)
+
+    def step() -> None:
+        results, sent = [], []
+        for i, target in enumerate(targets):
+            hidden = target
+            if rank > 0:
+                group.recv([arriving[i]], rank - 1, i).wait()
+                hidden = arriving[i].detach().requires_grad_()
+            output = layer(hidden)
+            results.append((hidden, output if rank < last else mse_loss(output, target)))
+            if rank < last:
+                sent.append(group.send([output.detach()], rank + 1, i))
+        for i, (hidden, output) in enumerate(results, MICRO_BATCHES):
+            grad = None
+            if rank < last:
+                grad = arriving[i]
+                group.recv([grad], rank + 1, i).wait()
+            output.backward(grad)
+            if rank > 0:
+                sent.append(group.send([hidden.grad], rank - 1, i))
+        for handle in sent:
+            handle.wait()
+
+    return step
+
+
 def _spent(step: Callable[[], object], repeats: int) -> Spent:
     dist.barrier()
     thread, process = time.thread_time(), time.process_time()
@@ -230,7 +267,7 @@ def _print_comparison(by_rank: list[dict[str, list[float]]]) -> None:
     for name in by_rank[0]:
         cells = (f"{thread:.0f} ({process:.0f})" for thread, process in (row[name] for row in by_rank))
         print(f"{name:20}" + "".join(f"{cell:>14}" for cell in cells))
-    torchs, ours = by_rank[0]
+    torchs, ours, _ = by_rank[0]
     ratios = (row[ours][0] / row[torchs][0] for row in by_rank)
     print(f"{'ours over torch':20}" + "".join(f"{ratio:>14.2f}" for ratio in ratios))
 

@@ -119,11 +119,12 @@ class Executor:
             ValueError: a message is not the one that the plan expects, see :meth:`check_messages`.
         """
         self.trace.start()
+        begin, ended = self.progress.begin, self.trace.operations.append
         with torch.set_grad_enabled(self.plan.has_backward):
             for operation, step in with_ranges(self.steps):
-                self.progress.begin(operation)
+                begin(operation)
                 step()
-                self.trace.operations.append(operation)
+                ended(operation)
             self.mail.finish()
             while self._returned:
                 self._take_back()

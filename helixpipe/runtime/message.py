@@ -146,7 +146,7 @@ class MessageBuffer:
             kernels.pack(self.data[:num_elements], [tensor.detach() for tensor in tensors])
             return
         for view, tensor in zip(self.tensors, tensors, strict=True):
-            view.copy_(tensor.detach())
+            view.copy_(tensor.detach() if tensor.requires_grad else tensor)
 
 
 def _has_kernel_for(tensors: Sequence[Tensor]) -> bool:

@@ -34,13 +34,13 @@ def test_the_benchmark_times_every_kind_of_operation():
     rows = done.stdout.splitlines()
     first = [row.split()[0] for row in rows[1:]]
     assert first == [
-        *("1F1B,", "rank", "torch", "helixpipe", "ours"),
+        *("1F1B,", "rank", "torch", "helixpipe", "layer", "ours"),
         *("operations", "1f1b", "zb-h1", "helix", "memory:"),
     ]
-    for row in rows[7:10]:
+    for row in rows[8:11]:
         assert all(f" {kind} " in row for kind in ("F", "B", "RECV_B"))
     # Both computed the same gradients, or the script had failed; a ratio per rank.
-    assert len(rows[5].split()) == 3 + 2
+    assert len(rows[6].split()) == 3 + 2
 
 
 def test_nothing_is_left_behind_by_an_iteration():
