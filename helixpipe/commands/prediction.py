@@ -10,10 +10,11 @@ from typing import Any
 from helixpipe.commands.job import add_workload_arguments, read_workload
 from helixpipe.commands.planning import read_plan
 from helixpipe.commands.ranges import GIBIBYTES, RANKS, Whole
-from helixpipe.plan.advise import Advice, Job, advise, make_job
+from helixpipe.plan.advise import Advice, Job, advise, make_job, search
 from helixpipe.plan.advise.job import RESERVED_GIB
 from helixpipe.plan.cost_model import Hardware, Recompute, costs_of_plan, predict_pieces, with_predicted_ends
 from helixpipe.plan.simulation.simulate import simulate
+from helixpipe.refusals import refuse
 
 _ON_A_PAGE = 8
 
@@ -37,8 +38,15 @@ def add_parsers(add: Callable[..., Any]) -> None:
 
     advice = add("advise", help="rank every schedule that fits into memory")
     add_workload_arguments(advice)
-    advice.add_argument("--pipeline-model-parallel-size", type=RANKS, required=True, help="ranks p")
-    advice.add_argument("--num-microbatches", type=Whole(), required=True, help="per replica and iteration")
+    advice.add_argument("--pipeline-model-parallel-size", type=RANKS, help="ranks p")
+    advice.add_argument("--num-microbatches", type=Whole(), help="per replica and iteration")
+    advice.add_argument(
+        "--gpus", type=RANKS, metavar="N", help="search all sizes for so many GPUs, in their place"
+    )
+    advice.add_argument("--global-batch-size", type=Whole(), help="with --gpus: sequences of an iteration")
+    advice.add_argument(
+        "--explain", type=Whole(), metavar="ROW", help="with --gpus: where a row's time and memory go"
+    )
     advice.add_argument(
         "--memory-limit-gib",
         type=GIBIBYTES,
@@ -69,6 +77,19 @@ def _advise(args: argparse.Namespace) -> None:
     # Only this command draws tables.
     from helixpipe.report.advice import print_advice
 
+    if args.gpus is not None:
+        _search(args)
+        return
+    refuse(
+        {"--global-batch-size": args.global_batch_size, "--explain": args.explain},
+        "{} belongs to --gpus; leave it out or add --gpus N",
+    )
+    for flag, value in (
+        ("--pipeline-model-parallel-size", args.pipeline_model_parallel_size),
+        ("--num-microbatches", args.num_microbatches),
+    ):
+        if value is None:
+            raise ValueError(f"{flag} is missing; or search all sizes with --gpus and --global-batch-size")
     machine, workload = read_workload(args)
     job = make_job(
         machine,
@@ -81,6 +102,35 @@ def _advise(args: argparse.Namespace) -> None:
     print_advice(found, job)
     if args.page:
         _write_page(found, job, args.page)
+
+
+def _search(args: argparse.Namespace) -> None:
+    """Advice on sizes and schedules together."""
+    from helixpipe.report.joint_advice import print_joint_advice
+
+    searched = {
+        "--tensor-model-parallel-size": args.tensor_model_parallel_size,
+        "--pipeline-model-parallel-size": args.pipeline_model_parallel_size,
+        "--data-parallel-size": args.data_parallel_size,
+        "--expert-model-parallel-size": args.expert_model_parallel_size,
+        "--micro-batch-size": args.micro_batch_size,
+        "--num-microbatches": args.num_microbatches,
+        "--use-distributed-optimizer": args.use_distributed_optimizer,
+        "--no-sequence-parallel": args.no_sequence_parallel,
+    }
+    refuse(searched, "--gpus searches {}; leave it out")
+    refuse({"--page": args.page}, "{} shows schedules of one layout; leave --gpus out")
+    if args.global_batch_size is None:
+        raise ValueError("--global-batch-size is missing; --gpus needs the sequences of an iteration")
+    machine, workload = read_workload(args)
+    found = search(
+        machine,
+        workload,
+        num_gpus=args.gpus,
+        global_batch=args.global_batch_size,
+        memory_limit_gib=args.memory_limit_gib,
+    )
+    print_joint_advice(found, machine, args.explain)
 
 
 def _write_page(advice: Advice, job: Job, path: Path) -> None:

@@ -51,7 +51,7 @@ def _row(number: int, option: Option, job: Job) -> Iterable[str]:
     yield candidate.label
     yield candidate.recompute_label
     yield str(candidate.micro_batch_size)
-    yield _seconds(option.iteration_ms)
+    yield describe_seconds(option.iteration_ms)
     yield f"{option.tokens_per_second_per_gpu:.0f}"
     yield f"{option.mfu:.1%}" if option.mfu else "?"
     yield f"{option.bubble:.1%}"
@@ -62,7 +62,8 @@ def _row(number: int, option: Option, job: Job) -> Iterable[str]:
     yield f"no: {candidate.why_not_runnable}" if candidate.why_not_runnable else "yes"
 
 
-def _seconds(milliseconds: float) -> str:
+def describe_seconds(milliseconds: float) -> str:
+    """Milliseconds for people, in seconds from one on."""
     return f"{milliseconds / 1e3:.2f} s" if milliseconds >= 1e3 else f"{milliseconds:.1f} ms"
 
 
@@ -94,9 +95,10 @@ def _on_slices(found: SliceVerdict | None) -> Iterable[str]:
     if found is None:
         return
     option, rival = found.option, found.rival
+    with_losses, without = describe_seconds(option.iteration_ms), describe_seconds(found.full_rate_ms)
     yield (
-        f"Slices ({option.candidate.label}): {_seconds(option.iteration_ms)} with what attention loses on "
-        f"short ones (idle multiprocessors, time of a call), {_seconds(found.full_rate_ms)} without."
+        f"Slices ({option.candidate.label}): {with_losses} with what attention loses on short ones (idle "
+        f"multiprocessors, time of a call), {without} without."
     )
     if rival is None:
         yield "No schedule of whole sequences fits."

@@ -3,17 +3,20 @@
 from helixpipe.plan.advise.advice import Advice, Option, Rejection, advise
 from helixpipe.plan.advise.candidates import Candidate
 from helixpipe.plan.advise.job import Job, make_job, read_machine
+from helixpipe.plan.advise.joint import JointAdvice, search
 from helixpipe.plan.advise.slices import SliceVerdict, slice_verdict
 
 __all__ = [
     "Advice",
     "Candidate",
     "Job",
+    "JointAdvice",
     "Option",
     "Rejection",
     "SliceVerdict",
     "advise",
     "make_job",
     "read_machine",
+    "search",
     "slice_verdict",
 ]

@@ -26,7 +26,7 @@ _FILLED_UP = 6
 # Of how many of the fastest the buffers of messages are counted: they need a plan with its messages.
 _WITH_MESSAGES = 10
 # What computes less again than a recomputation, and keeps more.
-_LIGHTER = {
+LIGHTER = {
     Recompute.PRODUCTS: Recompute.NONE,
     Recompute.WITHOUT_ATTENTION: Recompute.PRODUCTS,
     Recompute.FULL: Recompute.WITHOUT_ATTENTION,
@@ -137,16 +137,18 @@ def advise(job: Job, accept: Callable[[Candidate], bool] = lambda candidate: Tru
     )
 
 
-def _improved(job: Job, options: list[Option], accept: Callable[[Candidate], bool]) -> Iterator[Option]:
+def _improved(
+    job: Job, options: list[Option], accept: Callable[[Candidate], bool], *, fits_order: bool = True
+) -> Iterator[Option]:
     """The options, the fastest of them with what a second look makes of them."""
     ranked = sorted(options, key=lambda option: option.iteration_ms)
     gains = _FITTING_GAINS_OF_KINDS if any(job.workload.model.layer_kinds) else _FITTING_GAINS
     for number, option in enumerate(ranked):
         is_close = option.iteration_ms <= gains * ranked[0].iteration_ms
-        yield _fitted(job, option) if is_close else option
+        yield _fitted(job, option) if is_close and fits_order else option
         if option.plan is None or number >= _FILLED_UP:
             continue
-        mixture = _mixture(job, option.candidate)
+        mixture = _mixture(job, option.candidate, fits_order=fits_order)
         if mixture is None or mixture.iteration_ms >= option.iteration_ms:
             continue
         if accept(mixture.candidate):
@@ -185,6 +187,22 @@ def _counted(job: Job, option: Option) -> Option | None:
     return replace(option, message_bytes=peak - option.peak_bytes)
 
 
+def evaluate(job: Job, candidate: Candidate) -> Option | Rejection:
+    """Plan a candidate, hold it against memory, and simulate it if it fits."""
+    return _pipeline(job, candidate)
+
+
+def improve(
+    job: Job, option: Option, accept: Callable[[Candidate], bool], *, fits_order: bool
+) -> Option | None:
+    """What a second look makes of an option: memory that is left, buffers of messages, perhaps its order.
+
+    None if nothing of it fits with its buffers.
+    """
+    improved = list(_improved(job, [option], accept, fits_order=fits_order))
+    return min(_with_messages(job, improved, accept), key=lambda found: found.iteration_ms, default=None)
+
+
 def _fitted(job: Job, option: Option) -> Option:
     """The option with its order fitted to the costs, if its schedule can do that."""
     if not option.candidate.fits_order_to_costs:
@@ -195,9 +213,9 @@ def _fitted(job: Job, option: Option) -> Option:
     return option
 
 
-def _mixture(job: Job, candidate: Candidate) -> Option | None:
+def _mixture(job: Job, candidate: Candidate, *, fits_order: bool) -> Option | None:
     """As many layers with the next lighter recomputation as memory allows; None if there is none such."""
-    lighter = _LIGHTER.get(candidate.recompute)
+    lighter = LIGHTER.get(candidate.recompute)
     if lighter is None:
         return None
     num_layers = job.workload.model.num_layers
@@ -209,7 +227,7 @@ def _mixture(job: Job, candidate: Candidate) -> Option | None:
     for count in range(num_layers * room // growth, 0, -1):
         found = _pipeline(job, replace(candidate, lighter=(count, lighter)))
         if isinstance(found, Option):
-            return _fitted(job, found)
+            return _fitted(job, found) if fits_order else found
     return None
 
 

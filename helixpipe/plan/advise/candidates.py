@@ -10,6 +10,7 @@ from helixpipe.plan.advise.job import Job
 from helixpipe.plan.build import OPTION_FLAGS
 from helixpipe.plan.cost_model import Recompute
 from helixpipe.plan.cost_model.levels import LEVELS, spell_levels
+from helixpipe.plan.execution import Execution
 from helixpipe.plan.schedules import SCHEDULES, ScheduleRequest, planned_ahead
 from helixpipe.plan.schedules.request import ATTENTION_RANGES, KnownCosts
 
@@ -30,6 +31,7 @@ class Candidate:
         chunked_loss: the loss is computed in chunks.
         only_planned: what the model has that training does not know.
         in_fp8: products are computed in fp8.
+        shares_sequences: several GPUs share each sequence.
         lighter: in how many layers, spread evenly, a lighter recomputation is used, and which; None for none.
     """
 
@@ -42,6 +44,7 @@ class Candidate:
     chunked_loss: bool = False
     only_planned: tuple[str, ...] = ()
     in_fp8: bool = False
+    shares_sequences: bool = False
     lighter: tuple[int, Recompute] | None = None
 
     def request(self, job: Job, costs: KnownCosts | None = None) -> ScheduleRequest:
@@ -109,6 +112,8 @@ class Candidate:
             return "recompute"
         if self.only_planned:
             return self.only_planned[0]
+        if self.shares_sequences:
+            return "context parallelism"
         if self.in_fp8:
             return "fp8"
         if self.tied and entry.needs_untied_weights:
@@ -124,6 +129,10 @@ class Candidate:
             f"--pipeline-model-parallel-size {job.num_ranks}",
             f"--tensor-model-parallel-size {workload.tensor_parallel}",
         ]
+        if workload.context_parallel > 1:
+            words.append(f"--context-parallel-size {workload.context_parallel}")
+        if workload.expert_parallel > 1:
+            words.append(f"--expert-model-parallel-size {workload.expert_parallel}")
         if workload.sequence_parallel and workload.tensor_parallel > 1:
             words.append("--sequence-parallel")
         words += [f"--micro-batch-size {self.micro_batch_size}", f"--global-batch-size {batch}"]
@@ -173,17 +182,29 @@ def _short(name: str, value: int | str) -> str:
     }.get(name, str(value))
 
 
+def micro_batch_factors(job: Job) -> list[int]:
+    """By which micro batches may be larger than the job's."""
+    return [
+        factor
+        for factor in MICRO_BATCH_FACTORS
+        if job.num_microbatches % factor == 0 and job.pieces_for(job.micro_batch_size * factor) is not None
+    ]
+
+
 def candidates(job: Job) -> Iterator[list[Candidate]]:
     """Every pipeline to be tried, in a fixed order.
 
     Those of one list differ in what they recompute, nothing first.
     """
-    for factor in MICRO_BATCH_FACTORS:
-        if job.num_microbatches % factor or job.pieces_for(job.micro_batch_size * factor) is None:
-            continue
+    for factor in micro_batch_factors(job):
         for schedule in planned_ahead():
-            if factor > 1 and SCHEDULES[schedule].repeats_sequences:
+            entry = SCHEDULES[schedule]
+            if factor > 1 and entry.repeats_sequences:
                 continue  # Slices are as long as wanted already.
+            if job.workload.context_parallel > 1 and entry.slices_sequences:
+                continue  # Slices that are shared once more are not planned.
+            if job.num_ranks == 1 and not (entry.execution is Execution.MEGATRON and not entry.options):
+                continue  # One rank has one order.
             for options in _options(schedule, job):
                 yield [
                     Candidate(
@@ -196,6 +217,7 @@ def candidates(job: Job) -> Iterator[list[Candidate]]:
                         not job.workload.whole_logits,
                         job.workload.model.only_planned,
                         job.workload.fp8_products,
+                        job.workload.context_parallel > 1,
                     )
                     for recompute in Recompute
                 ]

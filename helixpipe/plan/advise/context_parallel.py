@@ -2,7 +2,8 @@
 
 Every GPU holds all layers and a share of each sequence. Ring attention passes keys and values around while
 it computes (Liu et al. 2023, arXiv 2310.01889; balanced by giving each rank an early and a late part);
-all-to-all exchanges the sequence for heads before and after attention (DeepSpeed-Ulysses, arXiv 2309.14509).
+all-to-all exchanges the sequence for heads before and after attention (DeepSpeed-Ulysses, arXiv 2309.14509);
+all-gather takes all keys and values before it starts (Llama 3, arXiv 2407.21783, section 3.3.2).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ class Exchange(str, Enum):
 
     RING = "context-parallel ring"
     ALL_TO_ALL = "context-parallel all-to-all"
+    ALL_GATHER = "context-parallel all-gather"
 
 
 class ContextParallel(NamedTuple):
@@ -53,7 +55,7 @@ def predict_context_parallel(
 
     Args:
         pieces: costs of whole sequences.
-        exchange: ring or all-to-all.
+        exchange: how attention reaches the whole sequence.
         size: context-parallel size.
         num_microbatches: per replica and iteration, one after the other.
         recompute: in every layer.
@@ -68,32 +70,29 @@ def predict_context_parallel(
             "context parallelism of all GPUs is predicted for dense layers that attend to all tokens before, "
             f"not for {', '.join(model.only_planned)}"
         )
-    heads, t = model.num_kv_heads, workload.tensor_parallel
-    if exchange is Exchange.ALL_TO_ALL and heads % (t * size):
-        raise ValueError(
-            f"{heads} key/value heads cannot be split over tensor-parallel size {t} x context-parallel "
-            f"size {size}"
-        )
+    shared = share_sequence(pieces, exchange, size, network)
     links = _Links(pieces, network, size)
     layer = whole_layer_cost(pieces, recompute)
     core = pieces.times["core"]
     exposed_ms, slower_ms = 0.0, 0.0
     again = [core.forward] if recompute in (Recompute.SELECTIVE, Recompute.FULL) else []
     for attention_ms in (core.forward, *again, core.backward):
+        tensors = 2 if attention_ms == core.backward else 1  # keys and values, and their gradients
         if exchange is Exchange.RING:
             slower_ms += attention_ms / size * (1 / _RING_EFFICIENCY - 1)
-            tensors = 2 if attention_ms == core.backward else 1  # keys and values, and their gradients
             exposed_ms += links.ring_ms(tensors, attention_ms / size / _RING_EFFICIENCY)
-        else:
+        elif exchange is Exchange.ALL_TO_ALL:
             exposed_ms += links.all_to_all_ms()
+        else:
+            exposed_ms += links.all_gather_ms(tensors)
     layer_ms = (layer.forward + layer.backward + layer.weight) / size + slower_ms + exposed_ms
     ends_ms = sum(pieces.times[name].total for name in ("embedding", "head")) / size
     counts = workload.parameters
     parameters = model.num_layers * sum(counts[name] for name in ("qkv", "proj", "fc1", "fc2"))
     parameters += counts["embedding"] + (0 if model.tied else counts["head"])
-    shared = share_sequence(pieces, exchange, size, network)
     finish_ms = shared.reduction_ms(parameters) + shared.optimizer_ms(parameters)
     transient = max(layer.workspace_bytes, workload.head_workspace_bytes)
+    transient += (shared.workload.layer_workspace_bytes - workload.layer_workspace_bytes // size) * size
     activations = model.num_layers * layer.bytes + workload.head_bytes + transient
     return ContextParallel(
         iteration_ms=num_microbatches * (model.num_layers * layer_ms + ends_ms) + finish_ms,
@@ -107,19 +106,30 @@ def share_sequence(pieces: Pieces, exchange: Exchange, size: int, network: Netwo
 
     Args:
         pieces: costs of whole sequences.
-        exchange: ring or all-to-all.
+        exchange: how attention reaches the whole sequence.
         size: context-parallel size.
         network: links between the ranks that share a sequence.
 
     Raises:
-        ValueError: sequences that cannot be divided.
+        ValueError: sequences or heads that cannot be divided, or windows.
     """
-    shared = replace(pieces.workload, context_parallel=size)
+    model, t = pieces.workload.model, pieces.workload.tensor_parallel
+    if size > 1 and any(model.windows):
+        raise ValueError("context parallelism is planned for attention to all tokens before, not for windows")
+    if exchange is Exchange.ALL_TO_ALL and model.num_kv_heads % (t * size):
+        raise ValueError(
+            f"{model.num_kv_heads} key/value heads cannot be split over tensor-parallel size {t} x "
+            f"context-parallel size {size}"
+        )
+    gathers = exchange is Exchange.ALL_GATHER and size > 1
+    shared = replace(pieces.workload, context_parallel=size, gathers_keys=gathers)
     links = _Links(pieces, network, size)
 
     def attention(whole_ms: float, tensors: int) -> float:
         if exchange is Exchange.ALL_TO_ALL or size == 1:
             return whole_ms / size + links.all_to_all_ms()
+        if exchange is Exchange.ALL_GATHER:
+            return whole_ms / size + links.all_gather_ms(tensors)
         own_ms = whole_ms / size / _RING_EFFICIENCY
         return own_ms + links.ring_ms(tensors, own_ms)
 
@@ -161,6 +171,13 @@ class _Links:
         step_bytes = self.channel_bytes * self.model.key_value_size * tensors
         step_ms = self.latency_ms + step_bytes / (self.gb_per_s * BYTES_PER_MS)
         return (self.size - 1) * max(0.0, step_ms - attention_ms / self.size)
+
+    def all_gather_ms(self, tensors: int) -> float:
+        """Keys and values of all ranks, and in the backward pass their gradients back."""
+        if self.size == 1:
+            return 0.0
+        sent = self.channel_bytes * self.model.key_value_size * (self.size - 1) * tensors
+        return tensors * self.latency_ms + sent / (self.shared_gb_per_s * BYTES_PER_MS)
 
     def all_to_all_ms(self) -> float:
         """Queries, keys and values there, the output back; attention waits for both."""

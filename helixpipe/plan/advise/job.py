@@ -56,13 +56,14 @@ class Job:
     @property
     def num_gpus(self) -> int:
         """GPUs of the whole job."""
-        workload = self.workload
-        return self.num_ranks * workload.tensor_parallel * workload.data_parallel
+        return self.num_ranks * self.workload.stage_gpus
 
     @property
     def tokens_per_iteration(self) -> int:
         """Tokens of a global batch."""
-        return self.workload.tokens * self.num_microbatches * self.workload.data_parallel
+        workload = self.workload
+        replicas = workload.context_parallel * workload.data_parallel
+        return workload.tokens * self.num_microbatches * replicas
 
 
 def read_machine(source: str) -> Hardware | Pieces:
@@ -104,14 +105,6 @@ def make_job(
     for what, value in sizes.items():
         if value < 1:
             raise ValueError(f"the {what} must be at least 1, not {value}")
-    if isinstance(machine, Hardware):
-        limit_gib = machine.memory_gib - RESERVED_GIB if memory_limit_gib is None else memory_limit_gib
-    elif memory_limit_gib is None:
-        raise ValueError("a profile does not know how much memory there is; add --memory-limit-gib")
-    else:
-        limit_gib = memory_limit_gib
-    if limit_gib <= 0:
-        raise ValueError(f"--memory-limit-gib must be above 0, not {limit_gib:g}")
 
     @cache
     def pieces_for(micro_batch_size: int) -> Pieces | None:
@@ -126,7 +119,22 @@ def make_job(
         num_ranks=num_ranks,
         num_microbatches=num_microbatches,
         micro_batch_size=workload.micro_batch_size,
-        memory_limit_bytes=int(limit_gib * GIB),
+        memory_limit_bytes=memory_limit(machine, memory_limit_gib),
         peak_tflops=machine.tflops if isinstance(machine, Hardware) else 0.0,
         context_network=pipeline_network(alone, machine) if isinstance(machine, Hardware) else None,
     )
+
+
+def memory_limit(machine: Hardware | Pieces, memory_limit_gib: float | None) -> int:
+    """Bytes of a GPU that a plan may fill: those asked for, or the hardware's less ``RESERVED_GIB``.
+
+    Raises:
+        ValueError: no limit where none is known, or none above 0.
+    """
+    if memory_limit_gib is None:
+        if isinstance(machine, Pieces):
+            raise ValueError("a profile does not know how much memory there is; add --memory-limit-gib")
+        memory_limit_gib = machine.memory_gib - RESERVED_GIB
+    if memory_limit_gib <= 0:
+        raise ValueError(f"--memory-limit-gib must be above 0, not {memory_limit_gib:g}")
+    return int(memory_limit_gib * GIB)

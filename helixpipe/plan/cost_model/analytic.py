@@ -66,7 +66,7 @@ def predict_pieces(workload: Workload, hardware: Hardware) -> Pieces:
         workload=workload,
         times=times,
         network=pipeline_network(workload, hardware),
-        reduction_gb_per_s=rates.group_gb_per_s(workload.stage_gpus),
+        reduction_gb_per_s=group_gb_per_s(hardware, workload.stage_gpus),
         optimizer_ns=_OPTIMIZER_BYTES / (hardware.memory_gb_per_s * hardware.memory_efficiency),
         overhead_ms=_OVERHEAD_MS,
         multiprocessors=hardware.multiprocessors,
@@ -95,23 +95,23 @@ def pipeline_network(workload: Workload, hardware: Hardware) -> Network:
     )
 
 
+def group_gb_per_s(hardware: Hardware, num_gpus: int) -> float:
+    """What one GPU sends to a group of neighbours: NVLink within a node, else its network card."""
+    if num_gpus <= hardware.gpus_per_node:
+        return hardware.nvlink_gb_per_s * hardware.link_efficiency
+    share = hardware.nics_per_node / hardware.gpus_per_node
+    return hardware.nic_gb_per_s * share * hardware.link_efficiency
+
+
 class _Rates:
     def __init__(self, workload: Workload, hardware: Hardware) -> None:
         self.workload = workload
         self.hardware = hardware
         t = workload.tensor_parallel
         whole = workload.tokens * workload.model.hidden_size * workload.element_bytes
-        rate = self.group_gb_per_s(t) * BYTES_PER_MS
+        rate = group_gb_per_s(hardware, t) * BYTES_PER_MS
         # A gather or a scatter of one residual; without sequence parallelism an all-reduce is both.
         self.collective_ms = (t - 1) / t * whole / rate if t > 1 else 0.0
-
-    def group_gb_per_s(self, num_gpus: int) -> float:
-        """What one GPU sends to a group of neighbours: NVLink within a node, else its network card."""
-        hardware = self.hardware
-        if num_gpus <= hardware.gpus_per_node:
-            return hardware.nvlink_gb_per_s * hardware.link_efficiency
-        share = hardware.nics_per_node / hardware.gpus_per_node
-        return hardware.nic_gb_per_s * share * hardware.link_efficiency
 
     def moved(self, num_bytes: float) -> float:
         """Milliseconds of a streaming kernel."""
@@ -166,7 +166,7 @@ class _Rates:
             return self.collective_ms
         size = workload.expert_parallel
         sent = workload.routed_copies * workload.unit_bytes * (size - 1) / size
-        all_to_all_ms = sent / (self.group_gb_per_s(size) * BYTES_PER_MS)
+        all_to_all_ms = sent / (group_gb_per_s(self.hardware, size) * BYTES_PER_MS)
         return all_to_all_ms + (self.collective_ms if experts.shared_ffn_hidden_size else 0.0)
 
     def core_ms(self) -> tuple[float, float]:

@@ -54,6 +54,10 @@ class Pieces:
     overhead_ms: float = 0.0
     multiprocessors: int = 0
 
+    def __hash__(self) -> int:
+        """Of what tells most pieces apart."""
+        return hash((self.source, self.workload))
+
     def reduction_ms(self, parameters: int, *, of_experts: bool = False) -> float:
         """Milliseconds to sum the gradients of a GPU's weights over all GPUs that hold the same.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from enum import Enum
+from functools import cache
 from typing import NamedTuple
 
 from helixpipe.plan.cost_model.work import LAYER_PIECES
@@ -53,6 +54,7 @@ def _without(names: Iterable[str], *left_out: str) -> tuple[str, ...]:
     return tuple(name for name in names if name not in left_out)
 
 
+@cache
 def whole_layer(recompute: Recompute) -> Part:
     """A layer on one rank."""
     if recompute is Recompute.PRODUCTS:
@@ -78,6 +80,7 @@ class Cut(NamedTuple):
     out: tuple[str, ...]
 
 
+@cache
 def cut(attention_range: str, recompute: Recompute) -> Cut:
     """A layer cut around an attention range."""
     return {"core": _cut_core, "qkv": _cut_qkv, "block": _cut_block}[attention_range](recompute)
@@ -94,6 +97,7 @@ class SplitCut(NamedTuple):
     out: tuple[str, ...]
 
 
+@cache
 def split_cut(attention_range: str, recompute: Recompute) -> SplitCut:
     """A layer cut around ``qkv`` or ``block``, with QKV apart.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import cache, lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -45,8 +46,12 @@ class _Builder:
         self.pieces = pieces
         self.workload = pieces.workload
         self.tensors = self.workload.kept_tensors
+        layers = range(self.workload.model.num_layers)
+        self.shares = [_shares(self.workload, layer) for layer in layers]
+        # Stages of a plan are mostly alike.
+        self.segment = cache(self._segment)
 
-    def segment(self, parts: Sequence[Part], part_of: Slice = WHOLE) -> SegmentCost:
+    def _segment(self, parts: tuple[Part, ...], part_of: Slice = WHOLE) -> SegmentCost:
         """The cost of parts that run on one rank, one after the other."""
         names = [piece for part in parts for piece in part.pieces]
         costs = [self._time(piece, part_of, part) for part in parts for piece in part.pieces]
@@ -122,9 +127,16 @@ class _Builder:
         return sum(self.tensors[name] for name in names) * self.workload.tensor_parallel
 
 
+@lru_cache(maxsize=32)
+def _builder_of(pieces: Pieces) -> _Builder:
+    """What many plans of one layout are added up with."""
+    return _Builder(pieces)
+
+
 def whole_layer_cost(pieces: Pieces, recompute: Recompute, layer: int = 0) -> SegmentCost:
     """One layer on one rank, without messages."""
-    return _Builder(pieces).segment([_shares(pieces.workload, layer).of(whole_layer(recompute))])
+    builder = _builder_of(pieces)
+    return builder.segment((builder.shares[layer].of(whole_layer(recompute)),))
 
 
 class _Shares(NamedTuple):
@@ -154,6 +166,27 @@ def costs_of_plan(pieces: Pieces, plan: Plan, recompute: Recompute | Sequence[Re
         ValueError: the plan is for another number of layers, gives one name to segments whose layers differ,
             or slices sequences that attention sees through windows.
     """
+    segments, messages = _segments_and_messages(pieces, plan, recompute)
+    return Costs(
+        segments,
+        {},
+        messages,
+        pieces.network,
+        _rank_costs(pieces, plan),
+        _loan_bytes(pieces.workload, plan),
+    )
+
+
+def segment_costs(
+    pieces: Pieces, plan: Plan, recompute: Recompute | Sequence[Recompute]
+) -> dict[str, SegmentCost]:
+    """Of :func:`costs_of_plan`, the segments alone: the rest is the same whatever is computed again."""
+    return _segments_and_messages(pieces, plan, recompute)[0]
+
+
+def _segments_and_messages(
+    pieces: Pieces, plan: Plan, recompute: Recompute | Sequence[Recompute]
+) -> tuple[dict[str, SegmentCost], dict[str, int]]:
     layers = pieces.workload.model.num_layers
     if plan.parameters.get("num_layers") != layers:
         raise ValueError(
@@ -163,17 +196,9 @@ def costs_of_plan(pieces: Pieces, plan: Plan, recompute: Recompute | Sequence[Re
     levels = [recompute] * layers if isinstance(recompute, Recompute) else list(recompute)
     if len(levels) != layers:
         raise ValueError(f"{len(levels)} ways of recomputing for {layers} layers; give one for each")
-    builder = _Builder(pieces)
+    builder = _builder_of(pieces)
     build = _helix_costs if _cuts_layers(plan) else _stage_costs
-    segments, messages = build(builder, plan, levels)
-    return Costs(
-        segments,
-        {},
-        messages,
-        pieces.network,
-        _rank_costs(pieces, plan),
-        _loan_bytes(pieces.workload, plan),
-    )
+    return build(builder, plan, levels)
 
 
 def _cuts_layers(plan: Plan) -> bool:
@@ -189,8 +214,8 @@ def _stage_costs(
     segments = {}
     for number, name in enumerate(plan.segment_names):
         own = range(number * per_stage, (number + 1) * per_stage)
-        layers = [_shares(builder.workload, layer).of(whole_layer(levels[layer])) for layer in own]
-        parts = [_EMBEDDING] * (number == 0) + layers + [_HEAD] * (number == plan.num_segments - 1)
+        layers = tuple(builder.shares[layer].of(whole_layer(levels[layer])) for layer in own)
+        parts = (_EMBEDDING,) * (number == 0) + layers + (_HEAD,) * (number == plan.num_segments - 1)
         for kind, part_of in slices.items():
             cost = builder.segment(parts, part_of)
             if part_of.end < 1:
@@ -210,7 +235,7 @@ def _stage_costs(
 def _helix_costs(
     builder: _Builder, plan: Plan, levels: Sequence[Recompute]
 ) -> tuple[dict[str, SegmentCost], dict[str, int]]:
-    chains = _cut_layers(builder.workload, plan, levels)
+    chains = _cut_layers(builder, plan, levels)
     parts: dict[str, list[Part]] = {}
     for name, own in zip(plan.segment_names, chains, strict=True):
         if parts.setdefault(name, own) != own:
@@ -223,7 +248,7 @@ def _helix_costs(
     for kind, part_of in _slices(builder.pieces, plan).items():
         suffix = f"/{kind}" if kind else ""
         for name, own in parts.items():
-            segments[name + suffix] = builder.segment(own, part_of)
+            segments[name + suffix] = builder.segment(tuple(own), part_of)
             if kind and role_of(name) == "attention":
                 lent = builder.context_bytes(part_of)
                 segments[name + suffix] = replace(
@@ -239,12 +264,12 @@ def _helix_costs(
     return segments, messages
 
 
-def _cut_layers(workload: Workload, plan: Plan, levels: Sequence[Recompute]) -> list[list[Part]]:
+def _cut_layers(builder: _Builder, plan: Plan, levels: Sequence[Recompute]) -> list[list[Part]]:
     """What each segment of a plan that cuts layers computes, in their order."""
     attention_range = str(plan.parameters["attention_range"])
     chain: list[list[Part]] = [[_EMBEDDING]]
     for layer, level in enumerate(levels):
-        of = _shares(workload, layer).of
+        of = builder.shares[layer].of
         if _segments_per_layer(plan) == 3:
             split = split_cut(attention_range, level)
             chain[-1].append(split.pre)
@@ -376,6 +401,8 @@ def rank_parameters(pieces: Pieces, plan: Plan, *, of_experts: bool = False) -> 
     workload = pieces.workload
     counts = workload.parameters
     per_rank = [0] * plan.num_ranks
+    if of_experts and workload.model.experts is None:
+        return per_rank
     for segment, held in enumerate(_held_by_segments(workload, plan)):
         per_rank[plan.owner_of(segment)] += sum(
             count for piece, count in held if (piece == "experts") == of_experts
@@ -391,7 +418,11 @@ def rank_parameters(pieces: Pieces, plan: Plan, *, of_experts: bool = False) -> 
 
 def _held_by_segments(workload: Workload, plan: Plan) -> list[list[tuple[str, int]]]:
     """Matrix weights of layers that belong to each segment, by piece; attention's to the one before it."""
-    layers = [list(workload.held_parameters(layer).items()) for layer in range(_num_layers(plan))]
+    model = workload.model
+    with_experts = [model.has_experts(layer) for layer in range(_num_layers(plan))]
+    alike = {is_there: with_experts.index(is_there) for is_there in set(with_experts)}
+    held_by_kind = {is_there: workload.held_parameters(layer) for is_there, layer in alike.items()}
+    layers = [list(held_by_kind[is_there].items()) for is_there in with_experts]
     if not _cuts_layers(plan):
         per_stage = len(layers) // plan.num_segments
         return [

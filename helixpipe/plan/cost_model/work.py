@@ -34,6 +34,7 @@ class Workload:
         tensor_parallel: GPUs that share a layer.
         sequence_parallel: norms and residuals are cut along the sequence, too.
         context_parallel: GPUs that share each sequence, in equal parts.
+        gathers_keys: each of these takes the keys and values of the whole sequence to attend to them.
         data_parallel: replicas.
         expert_parallel: GPUs of a stage that share the experts, each of which is whole on one of them.
         distributed_optimizer: optimizer states are cut over the GPUs that hold the same weights.
@@ -48,6 +49,7 @@ class Workload:
     tensor_parallel: int = 1
     sequence_parallel: bool = True
     context_parallel: int = 1
+    gathers_keys: bool = False
     data_parallel: int = 1
     expert_parallel: int = 1
     distributed_optimizer: bool = False
@@ -184,6 +186,10 @@ class Workload:
     def layer_workspace_bytes(self) -> int:
         """Transient peak of a layer's backward: gathered input and gradient, the MLP's gradients."""
         gathered = 2 * self.tokens * self.model.hidden_size * self.element_bytes if self.sharded > 1 else 0
+        if self.gathers_keys:
+            # And their gradients, before these are summed.
+            whole = self.channel_bytes(self.model.key_value_size) * self.context_parallel
+            gathered += 2 * whole
         kept = self.kept_tensors
         return gathered + kept["fc1 output"] + kept["activation"]
 

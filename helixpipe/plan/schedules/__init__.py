@@ -54,6 +54,11 @@ class Schedule:
     executed_ranges: tuple[str, ...] = ATTENTION_RANGES
 
     @property
+    def slices_sequences(self) -> bool:
+        """True if its micro batches are slices of sequences."""
+        return self.repeats_sequences or "num_slices" in self.options
+
+    @property
     def plans_ahead(self) -> bool:
         """True if one plan serves every iteration, False if each batch has its own."""
         return self.execution is not Execution.CHUNKS

@@ -1,0 +1,333 @@
+"""The joint search: every layout with every schedule, the most promising first, until nothing can be better.
+
+Best-first with lower bounds: a layout's bound is below those of its candidates, and a candidate's below its
+time. What is left when bounds exceed the best found is never planned, let alone simulated.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import count
+from typing import NamedTuple
+
+from helixpipe.plan.advise.advice import LIGHTER, Option, evaluate, improve
+from helixpipe.plan.advise.bounds import Outlook, least_bytes, least_ms, least_ms_in_memory
+from helixpipe.plan.advise.candidates import Candidate, candidates, micro_batch_factors
+from helixpipe.plan.advise.job import GIB, Job
+from helixpipe.plan.advise.layouts import Layout, layout_job, layouts
+from helixpipe.plan.cost_model import Hardware, Pieces, Workload
+from helixpipe.plan.schedules import SCHEDULES
+
+# How many are shown, each with a layout and schedule of its own.
+SHOWN = 10
+# Larger micro batches are looked at where their kernels gain so much.
+_WORTHWHILE = 0.01
+# Orders are fitted to costs, which takes seconds, for those that are as close to the fastest.
+_CLOSE = 1.03
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A layout and the best way found to run on it with one schedule.
+
+    Attributes:
+        layout: sizes.
+        job: what is trained with it.
+        option: schedule, options and prediction.
+    """
+
+    layout: Layout
+    job: Job
+    option: Option
+
+    @property
+    def family(self) -> str:
+        """Kind of schedule, and whether sequences are shared."""
+        return _family(self.layout, self.option.candidate)
+
+    @property
+    def iteration_ms(self) -> float:
+        """Predicted."""
+        return self.option.iteration_ms
+
+
+@dataclass(frozen=True)
+class JointAdvice:
+    """What came out of a joint search.
+
+    Attributes:
+        findings: what was simulated, the fastest first, one for each layout and schedule. Those that could
+            be shown had a second look at their orders, memory that is left, and buffers of messages.
+        num_layouts: that were looked at.
+        num_rejected: of them, those that cannot be used, by reason.
+        num_candidates: schedules with options and recomputation, of all layouts that were opened.
+        num_simulated: of them, those that were simulated.
+        bound_ms: what no layout and schedule takes less than, for the given costs.
+    """
+
+    findings: list[Finding]
+    num_layouts: int
+    num_rejected: dict[str, int]
+    num_candidates: int
+    num_simulated: int
+    bound_ms: float
+
+    @property
+    def shown(self) -> list[Finding]:
+        """The best."""
+        return self.findings[:SHOWN]
+
+    @property
+    def best_of_families(self) -> list[Finding]:
+        """The fastest of each family, the fastest first."""
+        best: dict[str, Finding] = {}
+        for finding in self.findings:
+            best.setdefault(finding.family, finding)
+        return list(best.values())
+
+    @property
+    def best_that_runs(self) -> Finding | None:
+        """The fastest that ``pretrain_gpt.py`` executes, or None."""
+        return next((f for f in self.findings if not f.option.candidate.why_not_runnable), None)
+
+
+class _Item(NamedTuple):
+    """A layout to open, or a group of candidates that differ in what they recompute.
+
+    Attributes:
+        layout, job: what it belongs to.
+        group: lightest recomputation first; empty for a layout.
+        outlook: of the group; None as long as only its layout's bound is known.
+    """
+
+    layout: Layout
+    job: Job
+    group: tuple[Candidate, ...] = ()
+    outlook: Outlook | None = None
+
+
+def search(
+    machine: Hardware | Pieces,
+    workload: Workload,
+    *,
+    num_gpus: int,
+    global_batch: int,
+    memory_limit_gib: float | None = None,
+    accept: Callable[[Layout, Candidate], bool] = lambda layout, candidate: True,
+    exhaustive: bool = False,
+) -> JointAdvice:
+    """Search layouts and schedules together.
+
+    Args:
+        machine: rates, or a profile.
+        workload: model, sequence length and precision; how it is cut is searched.
+        num_gpus: of the job.
+        global_batch: sequences of an iteration.
+        memory_limit_gib: of one GPU; what is left of the hardware's if None.
+        accept: which candidates may be tried.
+        exhaustive: simulate everything that fits, whatever the bounds say.
+
+    Raises:
+        ValueError: no layout of so many GPUs can train such batches.
+    """
+    found = _Search(accept, exhaustive)
+    for layout in layouts(machine, workload, num_gpus, global_batch):
+        found.add_layout(machine, workload, layout, global_batch, memory_limit_gib)
+    if not found.num_layouts:
+        raise ValueError(
+            f"no layout of {num_gpus} GPUs can train batches of {global_batch} sequences: sizes must divide "
+            f"{num_gpus}, the {workload.model.num_layers} layers and the batch"
+        )
+    found.run()
+    return found.advice()
+
+
+def _family(layout: Layout, candidate: Candidate) -> str:
+    entry = SCHEDULES[candidate.schedule]
+    if layout.pipeline == 1:
+        return "context parallel alone" if layout.context > 1 else "no pipeline"
+    kind = "attention apart" if "attention_range" in entry.options else "stages"
+    if entry.slices_sequences:
+        kind = "slices"
+    return f"{kind}, context parallel" if layout.context > 1 else kind
+
+
+@dataclass
+class _Search:
+    accept: Callable[[Layout, Candidate], bool]
+    exhaustive: bool
+    num_layouts: int = 0
+    num_candidates: int = 0
+    num_simulated: int = 0
+    rejected: dict[str, int] = field(default_factory=dict)
+    bound_ms: float = float("inf")
+    best: dict[tuple[Layout, str], Finding] = field(default_factory=dict)
+    heap: list[tuple[float, int, _Item]] = field(default_factory=list)
+    order: Iterable[int] = field(default_factory=count)
+    left: list[tuple[float, int, _Item]] = field(default_factory=list)
+    improved: set[tuple[Layout, str]] = field(default_factory=set)
+
+    def add_layout(
+        self,
+        machine: Hardware | Pieces,
+        workload: Workload,
+        layout: Layout,
+        batch: int,
+        limit_gib: float | None,
+    ) -> None:
+        """Put a layout on the heap, unless it cannot be used."""
+        self.num_layouts += 1
+        try:
+            job = layout_job(machine, workload, layout, batch, limit_gib)
+        except ValueError as error:
+            self._reject(str(error))
+            return
+        pieces = job.pieces()
+        least = least_bytes(pieces, layout.pipeline)
+        if least > job.memory_limit_bytes:
+            limit = job.memory_limit_bytes / GIB
+            self._reject(f"weights, gradients and optimizer states alone exceed {limit:.0f} GiB")
+            return
+        bound_ms = least_ms(pieces, layout.pipeline, job.num_microbatches)
+        self.bound_ms = min(self.bound_ms, bound_ms)
+        self._push(bound_ms, _Item(layout, job))
+
+    def _reject(self, reason: str) -> None:
+        self.rejected[reason] = self.rejected.get(reason, 0) + 1
+
+    def _push(self, bound_ms: float, item: _Item) -> None:
+        heapq.heappush(self.heap, (bound_ms, next(self.order), item))  # type: ignore[call-overload]
+
+    def run(self) -> None:
+        """Take what is most promising until nothing can change what is shown."""
+        while True:
+            self._take()
+            if not self._look_again():
+                return
+            # What was shown got slower, and what was left may now come before it.
+            self.heap, self.left = self.left, []
+            heapq.heapify(self.heap)
+
+    def _take(self) -> None:
+        while self.heap:
+            entry = heapq.heappop(self.heap)
+            bound_ms, _, item = entry
+            if not item.group:
+                self._open(item)
+            elif self.exhaustive or self._is_of_interest(bound_ms, item.layout, item.group[0]):
+                self._look_at(item)
+            else:
+                self.left.append(entry)
+
+    def _look_again(self) -> bool:
+        """Improve what is shown, with its buffers of messages, until something gets slower or falls out."""
+        while (found := self._next_to_improve()) is not None:
+            key, finding = found
+            self.improved.add(key)
+            fits_order = finding.iteration_ms <= _CLOSE * min(f.iteration_ms for f in self.best.values())
+            accept = partial(self.accept, finding.layout)
+            option = improve(finding.job, finding.option, accept, fits_order=fits_order)
+            if option is None:
+                del self.best[key]
+            else:
+                self.best[key] = replace(finding, option=option)
+            if option is None or option.iteration_ms > finding.iteration_ms:
+                return True
+        return False
+
+    def _next_to_improve(self) -> tuple[tuple[Layout, str], Finding] | None:
+        ranked = sorted(self.best.items(), key=lambda item: item[1].iteration_ms)
+        families: set[str] = set()
+        for number, (key, finding) in enumerate(ranked):
+            is_shown = number < SHOWN or finding.family not in families
+            families.add(finding.family)
+            if is_shown and key not in self.improved:
+                return key, finding
+        return None
+
+    def _open(self, item: _Item) -> None:
+        """Put a layout's candidates on the heap, by the bound of their micro batch size and memory."""
+        job, ranks = item.job, item.layout.pipeline
+        bounds: dict[int, tuple[float, float]] = {}
+        for factor in micro_batch_factors(job):
+            pieces = job.pieces_for(job.micro_batch_size * factor)
+            assert pieces is not None
+            m = job.num_microbatches // factor
+            in_memory_ms = least_ms_in_memory(pieces, ranks, m, job.memory_limit_bytes)
+            bounds[job.micro_batch_size * factor] = least_ms(pieces, ranks, m), in_memory_ms
+        worthwhile_ms = (1 - _WORTHWHILE) * bounds[job.micro_batch_size][0]
+        for group in candidates(job):
+            first = group[0]
+            any_ms, in_memory_ms = bounds[first.micro_batch_size]
+            if first.micro_batch_size > job.micro_batch_size and any_ms > worthwhile_ms:
+                continue
+            accepted = tuple(c for c in group if self.accept(item.layout, c))
+            if accepted:
+                is_sliced = SCHEDULES[first.schedule].slices_sequences
+                self._push(any_ms if is_sliced else in_memory_ms, item._replace(group=accepted))
+
+    def _is_of_interest(self, bound_ms: float, layout: Layout, candidate: Candidate) -> bool:
+        """True if something as fast would be shown, or be the best of its family."""
+        known = self.best.get((layout, candidate.schedule))
+        if known is not None and known.iteration_ms <= bound_ms:
+            return False
+        family = _family(layout, candidate)
+        shown = sorted(finding.iteration_ms for finding in self.best.values())[:SHOWN]
+        if len(shown) < SHOWN:
+            return True
+        of_family = (f.iteration_ms for f in self.best.values() if f.family == family)
+        return bound_ms < max(shown[-1], min(of_family, default=float("inf")))
+
+    def _look_at(self, item: _Item) -> None:
+        if item.outlook is None:
+            self._look_ahead(item)
+            return
+        candidate = item.group[0]
+        outcome = evaluate(item.job, candidate)
+        if isinstance(outcome, Option):
+            self.num_simulated += 1
+            self._keep(Finding(item.layout, item.job, outcome))
+        # Another recomputation may be executed where this one cannot; otherwise it only computes more.
+        if not (isinstance(outcome, Option) and candidate.why_not_runnable != "recompute"):
+            self._push_first_that_may_fit(item._replace(group=item.group[1:]))
+
+    def _keep(self, finding: Finding) -> None:
+        key = finding.layout, finding.option.candidate.schedule
+        known = self.best.get(key)
+        if known is None or finding.iteration_ms < known.iteration_ms:
+            self.best[key] = finding
+            self.improved.discard(key)
+
+    def _look_ahead(self, item: _Item) -> None:
+        self.num_candidates += len(item.group)
+        try:
+            outlook = Outlook(item.job, item.group[0])
+        except ValueError:
+            return
+        # The last computes most again, and keeps least.
+        if outlook.least_bytes(item.group[-1].recompute) <= item.job.memory_limit_bytes:
+            self._push_first_that_may_fit(item._replace(outlook=outlook))
+
+    def _push_first_that_may_fit(self, item: _Item) -> None:
+        assert item.outlook is not None
+        for number, candidate in enumerate(item.group):
+            if item.outlook.least_bytes(candidate.recompute) <= item.job.memory_limit_bytes:
+                # Memory that is left lets some layers compute less again.
+                lightest = LIGHTER.get(candidate.recompute, candidate.recompute)
+                least_ms = item.outlook.least_ms(lightest)
+                self._push(least_ms, item._replace(group=item.group[number:]))
+                return
+
+    def advice(self) -> JointAdvice:
+        """What was found."""
+        return JointAdvice(
+            sorted(self.best.values(), key=lambda finding: finding.iteration_ms),
+            self.num_layouts,
+            self.rejected,
+            self.num_candidates,
+            self.num_simulated,
+            self.bound_ms,
+        )

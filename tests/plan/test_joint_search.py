@@ -1,0 +1,273 @@
+"""The joint search: the same best as without bounds, bounds that hold, layouts that add up."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from helixpipe.__main__ import main
+from helixpipe.plan.advise import bounds, joint
+from helixpipe.plan.advise.advice import Option, evaluate
+from helixpipe.plan.advise.bounds import Outlook, least_bytes, least_ms, least_ms_in_memory
+from helixpipe.plan.advise.candidates import candidates
+from helixpipe.plan.advise.context_parallel import Exchange
+from helixpipe.plan.advise.joint import search
+from helixpipe.plan.advise.layouts import Layout, layout_job, layouts
+from helixpipe.plan.advise.limits import main_limit, time_shares
+from helixpipe.plan.cost_model import HARDWARE, MODELS, Recompute, Workload
+from helixpipe.plan.cost_model.segments import rank_parameters
+from helixpipe.plan.schedules import SCHEDULES
+from helixpipe.plan.simulation.memory import peak_bytes
+from helixpipe.plan.simulation.simulate import simulate
+from tests.plan.test_model_families import model_of
+
+SMALL = replace(MODELS["gpt-1.3b"], num_layers=4)
+# Slow links between small nodes, so that many layouts are close to each other.
+MACHINE = replace(HARDWARE["h20"], gpus_per_node=2, nics_per_node=2)
+
+
+def workload(**changes):
+    return Workload(**{"model": SMALL, "seq_length": 16384, **changes})
+
+
+def with_few_options(layout, candidate):
+    """A third of helix is enough."""
+    return candidate.options.get("attention_range") in (None, "block")
+
+
+def found(num_gpus=4, batch=4, limit_gib=9.0, accept=with_few_options, **options):
+    return search(
+        MACHINE,
+        workload(),
+        num_gpus=num_gpus,
+        global_batch=batch,
+        memory_limit_gib=limit_gib,
+        accept=accept,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def pruned():
+    return found()
+
+
+@pytest.fixture(scope="module")
+def exhaustive():
+    return found(exhaustive=True)
+
+
+def key(finding):
+    candidate = finding.option.candidate
+    return finding.layout.label, candidate.label, candidate.recompute_label, round(finding.iteration_ms, 6)
+
+
+def test_the_best_are_those_of_an_exhaustive_search(pruned, exhaustive):
+    """All that is shown, and the best of every family, with fewer simulations."""
+    assert [key(f) for f in pruned.shown] == [key(f) for f in exhaustive.shown]
+    assert [key(f) for f in pruned.best_of_families] == [key(f) for f in exhaustive.best_of_families]
+    assert key(pruned.best_that_runs) == key(exhaustive.best_that_runs)
+    assert pruned.num_simulated < 0.8 * exhaustive.num_simulated
+    assert len(exhaustive.findings) > len(pruned.shown) == joint.SHOWN
+
+
+def test_a_bound_that_is_too_high_loses_the_best(monkeypatch, exhaustive):
+    """So the test above would notice one."""
+    true = Outlook.least_ms
+    monkeypatch.setattr(
+        Outlook, "least_ms", lambda self, level: true(self, level) * (1 + len(str(self._work.plan.num_ranks)))
+    )
+    monkeypatch.setattr(joint, "SHOWN", 1)
+    assert found().num_simulated < exhaustive.num_simulated
+    monkeypatch.setattr(joint, "least_ms_in_memory", lambda *_: 1e9)
+    assert [key(f) for f in found().findings[:3]] != [key(f) for f in exhaustive.findings[:3]]
+
+
+LAYOUTS = (
+    Layout(pipeline=4),
+    Layout(tensor=2, pipeline=2),
+    Layout(context=2, exchange=Exchange.RING, pipeline=2),
+    Layout(pipeline=2, data=2),
+)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.label)
+def test_bounds_hold_for_every_candidate(layout):
+    """What is simulated takes at least the bound of its layout, of its memory and of its group."""
+    job = layout_job(MACHINE, workload(), layout, 8, 14.0)
+    seen = 0
+    for group in candidates(job):
+        for candidate in group:
+            outcome = evaluate(job, candidate)
+            if not isinstance(outcome, Option):
+                continue
+            seen += 1
+            pieces = job.pieces_for(candidate.micro_batch_size)
+            m, level = candidate.num_microbatches, candidate.recompute
+            limit = job.memory_limit_bytes
+            outlook = Outlook(job, candidate)
+            assert outlook.least_bytes(level) <= outcome.peak_bytes
+            rounding = 1 - 1e-9
+            assert outlook.least_ms(level) * rounding <= outcome.iteration_ms
+            assert least_ms(pieces, layout.pipeline, m) * rounding <= outcome.iteration_ms
+            if not SCHEDULES[candidate.schedule].slices_sequences:
+                in_memory = least_ms_in_memory(pieces, layout.pipeline, m, limit)
+                assert in_memory * rounding <= outcome.iteration_ms
+    assert seen > 20
+
+
+def test_the_bound_of_stages_is_their_time_where_nothing_else_delays_them():
+    """1F1B without messages: (m - 1 + p) times the slowest stage, which has the head."""
+    free = replace(MACHINE, nvlink_gb_per_s=1e12, nic_gb_per_s=1e12, latency_ms=1e-9, node_latency_ms=1e-9)
+    job = layout_job(free, workload(), Layout(pipeline=4), 8, 95.0)
+    first = next(group[0] for group in candidates(job) if group[0].schedule == "1f1b")
+    outcome = evaluate(job, first)
+    assert Outlook(job, first).least_ms(Recompute.NONE) == pytest.approx(outcome.iteration_ms, rel=1e-6)
+
+
+def test_little_memory_means_few_micro_batches_under_way():
+    job = layout_job(MACHINE, workload(), Layout(pipeline=4), 8)
+    pieces = job.pieces()
+    static = least_bytes(pieces, 4)
+    ample = least_ms_in_memory(pieces, 4, 8, static + 100 * 2**30)
+    assert ample == least_ms(pieces, 4, 8)
+    tight = [least_ms_in_memory(pieces, 4, 8, static + room * 2**30) for room in (4, 1, 0.2)]
+    assert ample <= tight[0] < tight[1] < tight[2]
+    assert least_ms_in_memory(pieces, 4, 8, static) == float("inf")
+
+
+def test_the_mean_of_static_bytes_is_no_more_than_the_worst_rank():
+    for model in (SMALL, replace(model_of("deepseek-v2-lite"), num_layers=28)):
+        job = layout_job(MACHINE, workload(model=model), Layout(pipeline=4), 8)
+        group = next(g for g in candidates(job) if g[0].schedule == "1f1b")
+        outcome = Outlook(job, group[0])
+        plan = outcome._work.plan
+        totals = [sum(rank_parameters(job.pieces(), plan, of_experts=of)) for of in (False, True)]
+        ends = job.workload.parameters["head"] if model.tied else 0
+        assert bounds.held_parameters(job.pieces()) == (totals[0] - ends, totals[1])
+        assert least_bytes(job.pieces(), 4) <= max(rank.static_bytes for rank in outcome._costs.ranks)
+
+
+@pytest.mark.parametrize("batch", [8, 6])
+def test_layouts_use_every_gpu_once_and_share_the_batch_evenly(batch):
+    all_layouts = list(layouts(MACHINE, workload(), 8, batch))
+    assert len(set(all_layouts)) == len(all_layouts) > 10
+    for layout in all_layouts:
+        assert layout.tensor * layout.context * layout.pipeline * layout.data == 8
+        assert (layout.exchange is None) == (layout.context == 1)
+        assert layout.tensor <= 2
+        assert SMALL.num_layers % layout.pipeline == batch % layout.data == 0
+        job = layout_job(MACHINE, workload(), layout, batch)
+        assert job.num_gpus == 8
+        assert job.tokens_per_iteration == batch * 16384
+        assert job.workload.distributed_optimizer == (layout.context * layout.data > 1)
+
+
+def test_experts_are_shared_by_gpus_of_a_stage():
+    sizes = {
+        layout.expert
+        for layout in layouts(MACHINE, workload(model=model_of("mixtral-8x7b")), 8, 8)
+        if (layout.tensor, layout.data, layout.context) == (2, 4, 1)
+    }
+    assert sizes == {1, 2, 4, 8}
+
+
+def test_families_are_told_apart(pruned):
+    families = {finding.family for finding in pruned.best_of_families}
+    assert {"stages", "attention apart", "slices", "context parallel alone"} <= families
+    assert len(families) == len(pruned.best_of_families)
+
+
+def test_accept_narrows_the_search():
+    narrowed = found(
+        limit_gib=20.0, accept=lambda layout, candidate: layout.pipeline == 4 and candidate.schedule == "1f1b"
+    )
+    assert {f.layout.pipeline for f in narrowed.findings} == {4}
+    assert {f.option.candidate.schedule for f in narrowed.findings} == {"1f1b"}
+
+
+def test_nothing_fits():
+    nothing = found(limit_gib=0.5)
+    assert nothing.findings == []
+    assert nothing.best_that_runs is None
+    assert sum(nothing.num_rejected.values()) > 0
+
+
+def test_no_layout_is_possible():
+    with pytest.raises(ValueError, match="no layout of 3 GPUs can train batches of 4 sequences"):
+        found(num_gpus=3)
+
+
+def test_context_parallelism_costs_the_links_between_its_gpus():
+    """Two GPUs of a node share a sequence over NVLink; four over their cards."""
+    near, far = (
+        layout_job(
+            HARDWARE["h20"], workload(), Layout(context=size, exchange=Exchange.ALL_GATHER, tensor=4), 8
+        ).pieces()
+        for size in (2, 4)
+    )
+    kv_bytes = 2 * 2048 * 2 * 16384 / 4
+    attention = layout_job(HARDWARE["h20"], workload(), Layout(tensor=4), 8).pieces().times["core"].forward
+    gathered = [pieces.times["core"].forward - attention / size for pieces, size in ((near, 2), (far, 4))]
+    assert gathered[0] == pytest.approx(0.01 + kv_bytes / 2 / (450 * 0.8 * 1e6))
+    assert gathered[1] == pytest.approx(0.02 + 3 * kv_bytes / 4 / (25 * 0.8 * 1e6))
+    assert far.workload.layer_workspace_bytes > near.workload.layer_workspace_bytes * 0.5
+
+
+def test_windows_and_shared_sequences_do_not_go_together():
+    windows = replace(SMALL, windows=(0, 128, 0, 128))
+    with pytest.raises(ValueError, match="not for windows"):
+        layout_job(MACHINE, workload(model=windows), Layout(context=2, exchange=Exchange.RING), 8)
+
+
+def test_shares_add_up_and_name_what_limits(pruned):
+    for finding in (*pruned.shown, *pruned.best_of_families):
+        shares = time_shares(finding, MACHINE)
+        assert sum(share.milliseconds for share in shares) == pytest.approx(finding.iteration_ms)
+        assert all(share.milliseconds > -1e-6 * finding.iteration_ms for share in shares)
+        assert main_limit(shares).name != "work"
+    alone = next(f for f in pruned.findings if f.family == "context parallel alone")
+    by_name = dict(time_shares(alone, MACHINE))
+    assert by_name["exchanges within stages"] > 0
+    assert by_name["bubble"] == pytest.approx(0, abs=1e-6)
+
+
+def test_options_that_are_shown_are_what_their_plans_simulate_to(pruned):
+    for finding in pruned.shown:
+        option = finding.option
+        simulated = simulate(option.plan, option.costs)
+        if not SCHEDULES[option.candidate.schedule].repeats_sequences:
+            assert simulated.iteration_ms == option.iteration_ms
+        assert max(peak_bytes(option.plan, option.costs)) == option.peak_bytes
+        assert option.peak_bytes + option.message_bytes <= finding.job.memory_limit_bytes
+
+
+def test_the_command(capsys):
+    words = (
+        "advise --model gpt-1.3b --hardware h100 --gpus 2 --global-batch-size 2 --seq-length 2048 --explain 1"
+    )
+    assert main(words.split()) == 0
+    output = capsys.readouterr().out
+    assert "The best of each family" in output
+    assert re.search(r"No layout takes less than [\d.]+ m?s: it is within [\d.]+% of any layout", output)
+    assert "Fastest that runs:" in output
+    assert "--pipeline-schedule" in output
+    assert "weights, gradients, optimizer states" in output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--gpus 2", "--global-batch-size is missing"),
+        ("--gpus 2 --global-batch-size 2 --num-microbatches 2", "--gpus searches --num-microbatches"),
+        ("--gpus 2 --global-batch-size 2 --data-parallel-size 2", "--gpus searches --data-parallel-size"),
+        ("--global-batch-size 2", "--global-batch-size belongs to --gpus"),
+        ("--pipeline-model-parallel-size 2", "--num-microbatches is missing"),
+        ("--num-microbatches 2", "--pipeline-model-parallel-size is missing"),
+    ],
+)
+def test_commands_that_are_refused(words, message, capsys):
+    assert main(f"advise --model gpt-1.3b --hardware h100 --seq-length 2048 {words}".split()) == 2
+    assert message in capsys.readouterr().err
