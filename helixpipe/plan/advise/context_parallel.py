@@ -114,6 +114,8 @@ def share_sequence(pieces: Pieces, exchange: Exchange, size: int, network: Netwo
         ValueError: sequences or heads that cannot be divided, or windows.
     """
     model, t = pieces.workload.model, pieces.workload.tensor_parallel
+    gathers = exchange is Exchange.ALL_GATHER and size > 1
+    shared = replace(pieces.workload, context_parallel=size, gathers_keys=gathers)
     if size > 1 and any(model.windows):
         raise ValueError("context parallelism is planned for attention to all tokens before, not for windows")
     if exchange is Exchange.ALL_TO_ALL and model.num_kv_heads % (t * size):
@@ -121,8 +123,6 @@ def share_sequence(pieces: Pieces, exchange: Exchange, size: int, network: Netwo
             f"{model.num_kv_heads} key/value heads cannot be split over tensor-parallel size {t} x "
             f"context-parallel size {size}"
         )
-    gathers = exchange is Exchange.ALL_GATHER and size > 1
-    shared = replace(pieces.workload, context_parallel=size, gathers_keys=gathers)
     links = _Links(pieces, network, size)
 
     def attention(whole_ms: float, tensors: int) -> float:
