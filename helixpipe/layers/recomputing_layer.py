@@ -125,12 +125,7 @@ class SavingTransformerLayer(TransformerLayer):
 
     def query_key_value(self, hidden: Tensor) -> Tensors:
         """norm1 and QKV; [s, b, h] -> query [s, b, heads, d], key and value [s, b, groups, d]."""
-        project = self.self_attention.get_query_key_value_tensors
-        if self.level is Recompute.NONE:
-            output: Tensors = project(self.input_layernorm(hidden))
-            return output
-        # QKV's weight gradient needs the norm's output; QKV's own is sent away.
-        return recompute(lambda hidden: (self.input_layernorm(hidden),), project, hidden)
+        return query_key_value(self, self.level, hidden)
 
     def _forward_attention(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """Megatron's, with the core attention as the consumer of recomputed queries, keys and values."""
@@ -237,6 +232,25 @@ class SavingTransformerLayer(TransformerLayer):
             size=local_size(chunk_size, self.config),
         )
         return in_slices(function, hidden)
+
+
+def query_key_value(layer: TransformerLayer, level: Recompute, hidden: Tensor) -> Tensors:
+    """norm1 and QKV, of which the backward pass computes the norm again unless everything is kept.
+
+    Args:
+        layer: norm1 and QKV are its own, or have borrowed weights.
+        level: of the layer that they belong to.
+        hidden: [s, b, h].
+
+    Returns:
+        Query [s, b, heads, d], key and value [s, b, groups, d].
+    """
+    project, norm = layer.self_attention.get_query_key_value_tensors, layer.input_layernorm
+    if level is Recompute.NONE:
+        output: Tensors = project(norm(hidden))
+        return output
+    # QKV's weight gradient needs the norm's output; QKV's own is sent away.
+    return recompute(lambda hidden: (norm(hidden),), project, hidden)
 
 
 def attend_to(

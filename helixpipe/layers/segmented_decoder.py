@@ -13,7 +13,9 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.transformer.utils import sharded_state_dict_default
 
+from helixpipe.layers.rotary import POSITIONS
 from helixpipe.layers.spec import LayerPart, partial_layer_spec
+from helixpipe.refusals import refuse
 
 
 class SegmentedDecoder(MegatronModule):
@@ -81,22 +83,45 @@ def build_norm(config: TransformerConfig, norm: type) -> torch.nn.Module:
 
 
 def owned_parts(
-    num_layers: int, owned_segments: Collection[int], attention_part: LayerPart
+    num_layers: int, owned_segments: Collection[int], attention_part: LayerPart, per_layer: int = 2
 ) -> dict[int, LayerPart]:
-    """Which part of which layer belongs to the given even segments.
+    """Which part of which layer belongs to the given segments between attention.
 
     Args:
         num_layers: L.
-        owned_segments: others than even ones own nothing.
+        owned_segments: those of attention own nothing.
         attention_part: what attention segments hold; it belongs to the segment before.
+        per_layer: segments of a layer: one between attention, the others of attention.
     """
     parts: dict[int, LayerPart] = {}
     for segment in owned_segments:
-        if segment % 2:
+        if segment % per_layer:
             continue
-        layer = segment // 2
+        layer = segment // per_layer
         if layer < num_layers:
             parts[layer] = parts.get(layer, LayerPart(0)) | LayerPart.PRE | attention_part
         if layer > 0:
             parts[layer - 1] = parts.get(layer - 1, LayerPart(0)) | (LayerPart.POST & ~attention_part)
     return parts
+
+
+def check_supported(config: TransformerConfig, position_embedding_type: str) -> None:
+    """``ValueError`` for options that would be ignored or wrong when a layer runs in segments."""
+    unsupported = {
+        "mixture of experts": config.num_moe_experts is not None,
+        "multi-latent attention": config.multi_latent_attention,
+        "multi-token prediction": bool(config.mtp_num_layers),
+        "context parallelism": config.context_parallel_size > 1,
+        "virtual pipeline stages": config.virtual_pipeline_model_parallel_size is not None,
+        "Megatron's activation recomputation": config.recompute_granularity is not None,
+        "fp8 or fp4": bool(config.fp8 or config.fp4),
+        "output-gated attention": config.attention_output_gate,
+        "fused QKV rotary positions": config.fused_single_qkv_rope,
+        "layers without rotary positions": bool(config.no_rope_freq),
+        "fp32 residual connections": config.fp32_residual_connection,
+        "softmax variants": config.softmax_type != "vanilla",
+        "CPU offloading": config.cpu_offloading,
+        "CUDA graphs": config.cuda_graph_impl != "none",
+        f"position embedding {position_embedding_type!r}": position_embedding_type not in POSITIONS,
+    }
+    refuse(unsupported, "the helix schedule does not support {}; leave it out or use 1f1b")

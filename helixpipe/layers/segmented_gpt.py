@@ -5,7 +5,8 @@ A layer's pieces are norm1, qkv, core, proj, norm2, mlp. Segment ``2l+1`` holds 
 proj. Segment ``2l`` holds what stands between the ranges of layers ``l-1`` and ``l`` (the first begins with
 the embedding, the last ends with the head and the loss). An attention segment may run anywhere: the rank of
 segment ``2l`` owns the weights of both, and lends those of segment ``2l+1``. The last segment may be lent in
-the same way.
+the same way. Over slices of sequences the ranges ``qkv`` and ``block`` are two segments, ``3l+1`` with norm1
+and qkv and ``3l+2`` with the rest: keys and values are there for other ranks before this one attends.
 """
 
 from __future__ import annotations
@@ -39,9 +40,15 @@ from helixpipe.layers.recomputing_layer import (
     MemorySaving,
     SavingTransformerLayer,
     attend_to,
+    query_key_value,
 )
-from helixpipe.layers.rotary import POSITIONS, angles_of, build_rotary, rotate
-from helixpipe.layers.segmented_decoder import SegmentedDecoder, build_norm, owned_parts
+from helixpipe.layers.rotary import angles_of, build_rotary, rotate
+from helixpipe.layers.segmented_decoder import (
+    SegmentedDecoder,
+    build_norm,
+    check_supported,
+    owned_parts,
+)
 from helixpipe.layers.slices import mark_sliced
 from helixpipe.layers.spec import (
     ATTENTION_PARTS,
@@ -53,7 +60,6 @@ from helixpipe.layers.spec import (
 )
 from helixpipe.layers.variants import build_local_rotary, scale_embedding
 from helixpipe.plan.cost_model import Recompute
-from helixpipe.refusals import refuse
 
 Tensors = tuple[Tensor, ...]
 Layout: TypeAlias = ChunkLayout | Documents
@@ -74,7 +80,7 @@ class SegmentedGPTModel(LanguageModule):
     Args:
         config: the model's configuration.
         implementation: whose modules compute the layers, and which attention.
-        owned_segments: the even segments whose weights are on this rank.
+        owned_segments: the segments between attention whose weights are on this rank.
         vocab_size: padded vocabulary size.
         max_sequence_length: longest sequence, for learned positions.
         attention_range: what attention segments hold: ``core``, ``qkv`` or ``block``.
@@ -82,8 +88,7 @@ class SegmentedGPTModel(LanguageModule):
         share_embeddings_and_output_weights: tie the head to the embedding; both segments must be here.
         position_embedding_type: one of :data:`~helixpipe.layers.rotary.POSITIONS`.
         saving: what to do to keep less for the backward pass.
-        contexts: where attention finds keys and values of earlier slices; None for a model of whole
-            sequences. Slices need the attention range ``core``.
+        contexts: where attention finds keys and values of earlier slices; None for whole sequences.
         rotary: those of GPTModel for rotary positions, like ``rotary_base`` and ``rope_scaling``.
 
     Raises:
@@ -109,7 +114,8 @@ class SegmentedGPTModel(LanguageModule):
         check_supported(config, position_embedding_type)
         super().__init__(config=config)
         self.model_type = ModelType.encoder_or_decoder
-        self.num_segments = 2 * config.num_layers + 1
+        self.segments_per_layer = 2 if contexts is None or attention_range == "core" else 3
+        self.num_segments = self.segments_per_layer * config.num_layers + 1
         self.pre_process = 0 in owned_segments
         self.post_process = self.num_segments - 1 in owned_segments
         self.vocab_size = vocab_size
@@ -136,7 +142,7 @@ class SegmentedGPTModel(LanguageModule):
         self.decoder = SegmentedDecoder(
             config,
             specs,
-            owned_parts(config.num_layers, owned_segments, self._attention_part),
+            owned_parts(config.num_layers, owned_segments, self._attention_part, self.segments_per_layer),
             final_norm(implementation) if self.post_process else None,
         )
         self._borrowed = self._build_borrowed(specs, final_norm(implementation) if lends_head else None)
@@ -157,15 +163,16 @@ class SegmentedGPTModel(LanguageModule):
         return specs
 
     def _build_borrowed(self, specs: Sequence[ModuleSpec], norm: type | None) -> dict[int, BorrowedModules]:
-        """By segment, attention under 1; in a dictionary, as they are no submodules: they have no weights.
+        """By piece of a layer, and the last segment; in a dictionary, as they are no submodules.
 
         Args:
             specs: of every whole layer.
             norm: class of the norm before a head that is lent; None if it is not.
         """
-        borrowed = {}
-        if self._attention_part:
-            borrowed[1] = self._borrowed_attention(specs[0])
+        parts = {1: self._attention_part}
+        if self.segments_per_layer == 3:
+            parts = {1: LayerPart.PRE, 2: self._attention_part & ~LayerPart.PRE}
+        borrowed = {piece: self._borrowed_attention(specs[0], part) for piece, part in parts.items() if part}
         if norm is not None:
             borrowed[self.num_segments - 1] = self._borrowed_last(specs[-1], norm)
         return borrowed
@@ -196,10 +203,10 @@ class SegmentedGPTModel(LanguageModule):
             tp_group=self.pg_collection.tp,
         )
 
-    def _borrowed_attention(self, spec: ModuleSpec) -> BorrowedModules:
+    def _borrowed_attention(self, spec: ModuleSpec, part: LayerPart) -> BorrowedModules:
         config = _borrowing_config(self.config)
-        part = partial_layer_spec(spec, self._attention_part)
-        return BorrowedModules(layer=build_module(part, config=config, layer_number=1))
+        layer = build_module(partial_layer_spec(spec, part), config=config, layer_number=1)
+        return BorrowedModules(layer=layer)
 
     def _borrowed_last(self, spec: ModuleSpec, norm: type) -> BorrowedModules:
         config = _borrowing_config(self.config)
@@ -249,7 +256,7 @@ class SegmentedGPTModel(LanguageModule):
         """Run one segment of one micro batch.
 
         Args:
-            segment: 0..2L.
+            segment: 0..num_segments-1.
             inputs: what the previous segment returned; empty for segment 0.
             tokens, position_ids: [b, s], for segment 0.
             labels: [b, s], for the last segment; None returns logits instead of losses.
@@ -259,18 +266,19 @@ class SegmentedGPTModel(LanguageModule):
                 sequences.
 
         Returns:
-            Even segments: what the attention range starts from: query [s, b, heads, d], key and value
-            [s, b, groups, d], residual [s, b, h] for ``core``; the hidden state [s, b, h] for the others.
-            Odd segments: attention output [s, b, heads * d], residual; for ``block`` the hidden state.
+            Before attention: query [s, b, heads, d], key and value [s, b, groups, d], residual [s, b, h];
+            before ``qkv`` and ``block``, which make these themselves, the hidden state [s, b, h].
+            Attention: its output [s, b, heads * d], residual; for ``block`` the hidden state.
             Last segment: losses [b, s] in fp32, or logits [b, s, vocab]. Sizes are per tensor-parallel
             rank; with sequence parallelism what has size h holds this rank's part of s.
         """
-        number, is_attention = divmod(segment, 2)
-        if is_attention:
+        number, piece = divmod(segment, self.segments_per_layer)
+        if piece:
+            run = self._run_attention if piece == self.segments_per_layer - 1 else self._run_qkv
             if borrowed is not None:
-                return self._borrowed[1].compute(self._run_attention, borrowed, number, inputs, layout)
-            layer = self.decoder.layers[str(number)] if self._attention_part else None
-            return self._run_attention(layer, number, inputs, layout)
+                return self._borrowed[piece].compute(run, borrowed, number, inputs, layout)
+            layer = self.decoder.layers[str(number)] if piece in self._borrowed else None
+            return run(layer, number, inputs, layout)
         if segment == self.num_segments - 1:
             if borrowed is not None:
                 return self._borrowed[segment].compute(self._run_last, borrowed, inputs, labels)
@@ -290,7 +298,7 @@ class SegmentedGPTModel(LanguageModule):
         if segment == self.num_segments - 1:
             own = self._last_modules()
         else:
-            own = (self.decoder.layers[str(segment // 2)],)
+            own = (self.decoder.layers[str(segment // self.segments_per_layer)],)
         places = dict(zip((name for name, _ in modules.named_children()), own, strict=True))
         parameters = []
         for name in modules.names:
@@ -312,8 +320,9 @@ class SegmentedGPTModel(LanguageModule):
         return layer, self.decoder.final_layernorm, self.output_layer
 
     def _borrowed_modules(self, segment: int) -> BorrowedModules:
-        assert segment % 2 or segment == self.num_segments - 1, "only attention and the head are lent"
-        return self._borrowed[1 if segment % 2 else segment]
+        piece = segment % self.segments_per_layer
+        assert piece or segment == self.num_segments - 1, "only attention and the head are lent"
+        return self._borrowed[piece or segment]
 
     @property
     def borrowing_modules(self) -> list[BorrowedModules]:
@@ -341,8 +350,9 @@ class SegmentedGPTModel(LanguageModule):
         inputs: Tensors,
         layout: Layout | None = None,
     ) -> Tensors:
-        """The attention range of layer ``number``, with the weights of ``layer`` where it has any."""
-        before, core = LayerPart.PRE & self._attention_part, self._cores[number]
+        """Attention of layer ``number`` with what its segment has beside, with the weights of ``layer``."""
+        before = LayerPart.PRE & self._attention_part if self.segments_per_layer == 2 else LayerPart(0)
+        core = self._cores[number]
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             mask = AttnMaskType.causal
@@ -360,6 +370,14 @@ class SegmentedGPTModel(LanguageModule):
             *attended, residual = self._run_parts(layer, number, before, inputs, layout)
             output = attend(*attended)
         return self._run_parts(layer, number, LayerPart.POST & self._attention_part, (output, residual))
+
+    def _run_qkv(
+        self, layer: TransformerLayer, number: int, inputs: Tensors, layout: Layout | None
+    ) -> Tensors:
+        """norm1 and QKV of layer ``number``, where they are a segment of their own."""
+        (hidden,) = inputs
+        query, key, value = query_key_value(layer, self.saving.level(number), hidden)
+        return (*self._rotated(number, query, key, value, layout), hidden)
 
     def _run_parts(
         self,
@@ -448,7 +466,7 @@ class SegmentedGPTModel(LanguageModule):
         """Shapes of the tensors that segment ``edge`` returns to segment ``edge + 1``.
 
         Args:
-            edge: 0..2L-1.
+            edge: 0..num_segments-2.
             seq_length: s, before any splitting.
             micro_batch_size: b.
         """
@@ -456,9 +474,11 @@ class SegmentedGPTModel(LanguageModule):
         heads = config.num_attention_heads // tp
         residual_length = seq_length // tp if config.sequence_parallel else seq_length
         residual = torch.Size((residual_length, micro_batch_size, config.hidden_size))
-        if edge % 2 and LayerPart.PROJ not in self._attention_part:
+        has_attended = (edge + 1) % self.segments_per_layer == 0
+        if has_attended and LayerPart.PROJ not in self._attention_part:
             return [torch.Size((seq_length, micro_batch_size, heads * config.kv_channels)), residual]
-        if LayerPart.PRE in self._attention_part:
+        attends_next = (edge + 2) % self.segments_per_layer == 0
+        if not attends_next or (self.segments_per_layer == 2 and LayerPart.PRE in self._attention_part):
             return [residual]
         query = torch.Size((seq_length, micro_batch_size, heads, config.kv_channels))
         key = self.key_shape(seq_length, micro_batch_size)
@@ -469,25 +489,3 @@ class SegmentedGPTModel(LanguageModule):
         config = self.config
         groups = max(config.num_query_groups // config.tensor_model_parallel_size, 1)
         return torch.Size((seq_length, micro_batch_size, groups, config.kv_channels))
-
-
-def check_supported(config: TransformerConfig, position_embedding_type: str) -> None:
-    """``ValueError`` for options that would be ignored or wrong when a layer runs in segments."""
-    unsupported = {
-        "mixture of experts": config.num_moe_experts is not None,
-        "multi-latent attention": config.multi_latent_attention,
-        "multi-token prediction": bool(config.mtp_num_layers),
-        "context parallelism": config.context_parallel_size > 1,
-        "virtual pipeline stages": config.virtual_pipeline_model_parallel_size is not None,
-        "Megatron's activation recomputation": config.recompute_granularity is not None,
-        "fp8 or fp4": bool(config.fp8 or config.fp4),
-        "output-gated attention": config.attention_output_gate,
-        "fused QKV rotary positions": config.fused_single_qkv_rope,
-        "layers without rotary positions": bool(config.no_rope_freq),
-        "fp32 residual connections": config.fp32_residual_connection,
-        "softmax variants": config.softmax_type != "vanilla",
-        "CPU offloading": config.cpu_offloading,
-        "CUDA graphs": config.cuda_graph_impl != "none",
-        f"position embedding {position_embedding_type!r}": position_embedding_type not in POSITIONS,
-    }
-    refuse(unsupported, "the helix schedule does not support {}; leave it out or use 1f1b")

@@ -17,7 +17,7 @@ from helixpipe.layers.spec import Implementation
 from helixpipe.layers.stage import build_stage
 from helixpipe.plan import Plan
 from helixpipe.plan.execution import Execution
-from helixpipe.plan.fit import stages_follow_ranks
+from helixpipe.plan.fit import segments_per_layer, stages_follow_ranks
 
 
 def build_model_chunks(
@@ -49,7 +49,8 @@ def build_model_chunks(
         arguments["attention_range"] = str(plan.parameters["attention_range"])
         arguments["lends_head"] = any(loan.segment == plan.num_segments - 1 for loan in plan.loans)
         # Weights of an attention segment are where those of the segment before it are.
-        before_attention = [segment for segment in owned if segment % 2 == 0]
+        per_layer = segments_per_layer(plan)
+        before_attention = [segment for segment in owned if segment % per_layer == 0]
         return [SegmentedGPTModel(config, implementation, before_attention, saving=saving, **arguments)]
     if execution is Execution.STAGES and not stages_follow_ranks(plan):
         return [

@@ -103,12 +103,6 @@ def _checked(found: argparse.Namespace) -> Options:
     for option in given:
         if option not in entry.options:
             raise ValueError(f"{flag_of(option)} does not apply to {name}; remove it")
-    attention_range = given.get("attention_range")
-    if attention_range is not None and attention_range not in entry.executed_ranges:
-        raise ValueError(
-            f"{name} can be planned with the attention range {attention_range} but not executed; use "
-            f"--attention-range {' or '.join(entry.executed_ranges)}"
-        )
     if entry.execution is None or not entry.execution.cuts_layers:
         for option in _OF_MODELS:
             if getattr(found, option):

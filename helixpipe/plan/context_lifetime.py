@@ -48,7 +48,8 @@ def holdings(plan: Plan, rank: int) -> Iterator[Holding]:
       B that reads them here, and those that it lends to the last SEND_K or SEND_KB. Sums of their gradients
       live from the first B that reads them here to the B that takes them.
     * Where a rank runs the reading segment for several slices, the keys and values are among what its
-      forwards keep; sums of their gradients live from the last slice's B to their own.
+      forwards keep, and live beyond the slice's own B to a SEND_KB that comes later; sums of their gradients
+      live from the last slice's B to their own.
 
     In a plan without messages, the first and the last computation that needs them stand for them.
 
@@ -104,7 +105,9 @@ class _Holdings:
         if not segment or reads_context(self.plan.segment_names[segment - 1]):
             return
         for i in made:
-            if i not in here:
+            if i in here:
+                yield from self._lent_late(segment, i)
+            else:
                 yield from self._made(segment, i, [j for j in here if j > i])
 
     def _made(self, segment: int, made: int, readers: list[int]) -> Iterator[Holding]:
@@ -117,6 +120,13 @@ class _Holdings:
         if self.plan.has_backward and readers:
             first, taker = Operation(segment, Kind.B, readers[-1]), Operation(segment - 1, Kind.B, made)
             yield Holding(Content.SUMS, segment, (made,), first, taker)
+
+    def _lent_late(self, segment: int, made: int) -> Iterator[Holding]:
+        """Of a slice that attends here, too, and is lent when nothing else keeps its keys and values."""
+        own = Operation(segment, Kind.B if self.plan.has_backward else Kind.F, made)
+        last = max(self._lent(segment, made), key=self.place.__getitem__, default=own)
+        if self.place[last] > self.place[own]:
+            yield Holding(Content.KEYS, segment, (made,), own, last)
 
     def _lent(self, segment: int, made: int) -> list[Operation]:
         """Where this rank lends a slice's keys and values."""

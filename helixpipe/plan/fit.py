@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from helixpipe.plan.build import find_schedule
 from helixpipe.plan.execution import Execution
 from helixpipe.plan.operation import Kind
 from helixpipe.plan.plan import Plan
@@ -24,7 +23,6 @@ def check_executable(plan: Plan, execution: Execution) -> None:
             "the plan cuts sequences into slices, which only schedules of slices execute; plan with one"
         )
     if execution.cuts_layers:
-        _check_range(plan)
         _check_segments(plan)
     else:
         _check_stages(plan)
@@ -69,16 +67,6 @@ def _check_slices(plan: Plan) -> None:
         raise ValueError("the plan computes weight gradients apart, which slices do not; leave W out")
 
 
-def _check_range(plan: Plan) -> None:
-    """An attention range that the plan's schedule is executed with; others can be planned."""
-    found, executed = plan.parameters.get("attention_range"), find_schedule(plan.schedule).executed_ranges
-    if found in ATTENTION_RANGES and found not in executed:
-        raise ValueError(
-            f"{plan.schedule} can be planned with the attention range {found} but not executed; use "
-            f"--attention-range {' or '.join(executed)}"
-        )
-
-
 def _check_stages(plan: Plan) -> None:
     if plan.loans:
         raise ValueError("the plan lends weights, which whole layers do not; leave the loans out")
@@ -107,9 +95,15 @@ def _check_stages(plan: Plan) -> None:
             )
 
 
+def segments_per_layer(plan: Plan) -> int:
+    """Of a plan that cuts layers: QKV that slices compute beside attention has a segment of its own."""
+    return 3 if plan.slices and plan.parameters.get("attention_range") != "core" else 2
+
+
 def _check_segments(plan: Plan) -> None:
     num_layers, attention_range = plan.parameters.get("num_layers"), plan.parameters.get("attention_range")
-    if not isinstance(num_layers, int) or plan.num_segments != 2 * num_layers + 1:
+    per_layer = segments_per_layer(plan)
+    if not isinstance(num_layers, int) or plan.num_segments != per_layer * num_layers + 1:
         raise ValueError(f"{num_layers} layers cut at their attention are not {plan.num_segments} segments")
     if attention_range not in ATTENTION_RANGES:
         raise ValueError(
@@ -117,14 +111,13 @@ def _check_segments(plan: Plan) -> None:
             f"{', '.join(ATTENTION_RANGES)}"
         )
     lent = {(loan.segment, i): loan.owner for loan in plan.loans for i in loan.micro_batches}
-    has_weights = attention_range != "core"
     for segment, row in enumerate(plan.placement):
-        is_attention = segment % 2 == 1
-        if is_attention and not has_weights:
+        piece = segment % per_layer
+        if piece == per_layer - 1 and attention_range == ("core" if per_layer == 2 else "qkv"):
             if any((segment, i) in lent for i in range(plan.num_microbatches)):
                 raise ValueError(f"segment {segment}, attention alone, has no weights to lend")
             continue
-        owner = plan.owner_of(segment - 1 if is_attention else segment)
+        owner = plan.owner_of(segment - piece)
         for micro_batch, rank in enumerate(row):
             if lent.get((segment, micro_batch), rank) != owner:
                 raise ValueError(

@@ -44,7 +44,7 @@ def test_by_the_plan(groups, recompute):
     assert planned_bytes(SLICED, groups, recompute, resend_context=True) < sliced
 
 
-@pytest.mark.parametrize("style", ["gpt", "llama"])
+@pytest.mark.parametrize("style", [pytest.param("gpt", marks=pytest.mark.slow), "llama"])
 def test_by_what_ranks_really_hold(style):
     base = Case(
         pp=RANKS,

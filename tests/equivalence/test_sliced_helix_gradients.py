@@ -36,23 +36,34 @@ def cases_of(layout: Case) -> list[Case]:
         replace(base, fold=3, extra=3, without_attention=True, loss_chunk=3, mlp_chunk=4),
         replace(llama, fold=2, resend_context=True, levels="products", micro_batch_size=2),
         replace(base, fold=2, head_placement="spread", per_token_loss=True, overlap=True),
+        replace(base, fold=2, extra=2, attention_range="qkv", levels="products:2,without-attention:2"),
+        replace(llama, fold=2, attention_range="block", head_placement="spread", without_attention=True),
+        replace(base, fold=1, attention_range="block", resend_context=True, style="llama", overlap=True),
     ]
     if layout.tp > 1:
         cases += [
             replace(case, sequence_parallel=True, seq_length=2 * layout.pp * case.fold * layout.tp + 2)
-            for case in cases[:3]
+            for case in (*cases[:3], *cases[-2:])
         ]
     return cases
 
 
 def further_cases_of(layout: Case) -> list[Case]:
-    """All folds with one and three sequences; both kinds of positions and of heads that share keys."""
+    """All folds and ranges with one and three sequences; both kinds of positions, heads that share keys."""
     base = replace(layout, seq_length=46 if layout.tp > 1 else 47)
     return [
         replace(
-            base, fold=fold, extra=extra, style=style, dtype=torch.float64, head_placement=head, groups=groups
+            base,
+            fold=fold,
+            attention_range=attention_range,
+            extra=extra,
+            style=style,
+            dtype=torch.float64,
+            head_placement=head,
+            groups=groups,
         )
         for fold in (1, 2, 3)
+        for attention_range in ("core", "qkv", "block")
         for extra, style, head, groups in (
             (1, "gpt", "spread", None),
             (3, "gpt", "first", 2),
@@ -64,7 +75,7 @@ def further_cases_of(layout: Case) -> list[Case]:
 
 LAYOUTS = [
     slow(sliced(pp=1)),
-    sliced(pp=2),
+    slow(sliced(pp=2)),
     sliced(pp=3),
     slow(sliced(pp=4)),
     slow(sliced(pp=2, tp=2)),
@@ -81,7 +92,7 @@ def test_losses_and_gradients_equal_megatrons(layout):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [sliced(pp=p) for p in (2, 3, 4)], ids=layout_name)
-def test_all_folds_equal_megatrons(layout):
+def test_all_folds_and_ranges_equal_megatrons(layout):
     check(further_cases_of(layout), TOLERANCE, LOSS_TOLERANCE)
 
 

@@ -45,7 +45,6 @@ def test_without_a_schedule_nothing_is_taken():
         ("--pipeline-schedule helix --num-slices 2", "--num-slices does not apply to helix"),
         ("--pipeline-schedule helix --resend-context", "--resend-context does not apply to helix"),
         ("--pipeline-schedule sliced-helix --round-order filo", "--round-order does not apply"),
-        ("--pipeline-schedule sliced-helix --attention-range block", "use --attention-range core"),
     ],
 )
 def test_what_cannot_be_is_one_line(text, words):

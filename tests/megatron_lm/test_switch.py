@@ -16,7 +16,8 @@ COMMANDS = (
     "--pipeline-schedule sliced-helix --num-fold 3",
     "--pipeline-schedule seq1f1b",
     "--pipeline-schedule seq1f1b --num-slices 3",
-    "--pipeline-schedule sliced-helix --head-placement spread --resend-context --loss-chunk-size 5",
+    "--pipeline-schedule sliced-helix --head-placement spread --resend-context --loss-chunk-size 5 "
+    "--attention-range block",
 )
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helixpipe.plan import Context, Kind, Operation, Plan, PlanError, ScheduleRequest, build_plan, validate
+from helixpipe.plan.context_lifetime import Content, holdings
 from helixpipe.plan.deadlock import find_deadlock
 from helixpipe.plan.device_model import DEVICE_MODELS, find_stall
 from helixpipe.plan.lower import lower
@@ -351,6 +352,25 @@ def test_a_reader_waits_for_its_keys():
     # Their gradients leave when 1B1 ends, and are waited for by 0B0.
     end = next(span.end_ms for span in found.spans[2] if str(span.operation) == "1B1")
     assert starts["0B0"] == end + 10.0
+
+
+def test_keys_that_are_lent_again_after_their_own_backward_are_counted_until_then():
+    plan = sliced(2, 5, 2, attention_range="qkv", resend_context=True)
+    late = []
+    for context in plan.contexts:
+        order = plan.orders[context.owner]
+        for i in context.lent:
+            own = Operation(context.segment, Kind.B, i)
+            if order.index(own) < order.index(context.keys_resent):
+                late.append((context.owner, (i,), own, context.keys_resent))
+    found = [
+        (rank, held.micro_batches, held.start, held.end)
+        for rank in range(2)
+        for held in holdings(plan, rank)
+        if held.content is Content.KEYS and held.start.kind is Kind.B
+    ]
+    assert sorted(found) == sorted(late)
+    assert late
 
 
 def test_costs_files_name_the_messages_of_keys_and_values():

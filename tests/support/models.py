@@ -274,9 +274,10 @@ def _build_sliced(case: Case) -> list[torch.nn.Module]:
 def _build_helix(case: Case) -> list[torch.nn.Module]:
     config = make_config(case)
     rank = parallel_state.get_pipeline_model_parallel_rank()
-    owned = [2 * layer for layer in range(case.num_layers) if layer % case.pp == rank]
+    per_layer = 2 if case.schedule == "helix" or case.attention_range == "core" else 3
+    owned = [per_layer * layer for layer in range(case.num_layers) if layer % case.pp == rank]
     if rank == 0:
-        owned.append(2 * case.num_layers)
+        owned.append(per_layer * case.num_layers)
     with deferred_initialization(config):
         model = SegmentedGPTModel(
             config,
@@ -453,6 +454,7 @@ def sliced_plan(case: Case) -> Plan:
     if case.schedule == "sliced-helix":
         options = {
             "num_fold": case.fold,
+            "attention_range": case.attention_range,
             "head_placement": case.head_placement,
             "resend_context": case.resend_context or None,
         }

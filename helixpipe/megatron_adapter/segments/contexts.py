@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
@@ -13,6 +13,7 @@ from helixpipe.elastic.chunks import Piece
 from helixpipe.layers.elastic.context import ContextStore, alone
 from helixpipe.plan.context import Context
 from helixpipe.plan.context_lifetime import Content, holdings
+from helixpipe.plan.fit import segments_per_layer
 from helixpipe.plan.plan import Plan
 from helixpipe.runtime.executor import Tensors
 from helixpipe.runtime.message import MessageLayout
@@ -47,12 +48,22 @@ class SliceContexts:
         self._store = store
         self._key_shape = key_shape
         self._dtype = dtype
+        self._per_layer = segments_per_layer(plan)
         self._returned: dict[tuple[int, int], list[Tensors]] = defaultdict(list)
+        # Keys and values of slices that attend here, too, and how often they are still to be lent.
+        self._own: dict[tuple[int, int], tuple[int, Tensor, Tensor]] = {}
+        self._times_lent = Counter(
+            (context.segment, i)
+            for context in plan.contexts
+            if context.owner == rank and plan.rank_of(context.segment, context.lent[0]) == rank
+            for _ in range(2 if context.is_resent and plan.has_backward else 1)
+            for i in context.lent
+        )
         borrowed = {(c.segment, i) for c in plan.contexts if c.borrower == rank for i in c.lent}
         self._kept_here = {
             (holding.segment, i)
             for holding in holdings(plan, rank)
-            if holding.content is Content.KEYS
+            if holding.content is Content.KEYS and holding.start.segment < holding.segment
             for i in holding.micro_batches
         } - borrowed
 
@@ -67,17 +78,20 @@ class SliceContexts:
         Returns:
             The same, in tensors of their own if they are kept because they are read from here.
         """
+        times = self._times_lent[segment + 1, micro_batch]
+        if times:
+            self._own[segment + 1, micro_batch] = times, key.detach(), value.detach()
         if (segment + 1, micro_batch) not in self._kept_here:
             return key, value
         key, value = alone(key), alone(value)
         pair = (tensor.detach().permute(1, 2, 0, 3) for tensor in (key, value))
-        self._store.keep(_layer(segment + 1), self._pieces[micro_batch], *pair)
+        self._store.keep(self._layer(segment + 1), self._pieces[micro_batch], *pair)
         return key, value
 
     def forget_own(self, segment: int, micro_batch: int) -> None:
         """Let go of the slices that attend here, when the last of them has run in an evaluation."""
         for piece in self._attending_here(segment, micro_batch):
-            self._store.remove(_layer(segment), piece)
+            self._store.remove(self._layer(segment), piece)
 
     def layout(self, context: Context) -> MessageLayout:
         """See :class:`helixpipe.runtime.context_lending.ContextLending`."""
@@ -86,25 +100,36 @@ class SliceContexts:
 
     def lend(self, context: Context) -> Tensors:
         """See :class:`helixpipe.runtime.context_lending.ContextLending`."""
-        kept = [self._store.find(_layer(context.segment), self._pieces[i]) for i in context.lent]
-        return tuple(tensor.permute(2, 0, 1, 3) for entry in kept for tensor in (entry.key, entry.value))
+        return tuple(tensor for i in context.lent for tensor in self._to_lend(context.segment, i))
+
+    def _to_lend(self, segment: int, micro_batch: int) -> Tensors:
+        """Keys and values that are on this rank, [T, b, groups, d]."""
+        if (segment, micro_batch) in self._own:
+            times, key, value = self._own.pop((segment, micro_batch))
+            if times > 1:
+                self._own[segment, micro_batch] = times - 1, key, value
+            return key, value
+        kept = self._store.find(self._layer(segment), self._pieces[micro_batch])
+        return kept.key.permute(2, 0, 1, 3), kept.value.permute(2, 0, 1, 3)
 
     def borrow(self, context: Context, tensors: Tensors) -> None:
         """See :class:`helixpipe.runtime.context_lending.ContextLending`."""
         for i, pair in _pairs(context, tensors):
             key, value = (tensor.permute(1, 2, 0, 3) for tensor in pair)
-            self._store.keep(_layer(context.segment), self._pieces[i], key, value)
+            self._store.keep(self._layer(context.segment), self._pieces[i], key, value)
 
     def drop(self, segment: int, micro_batches: Iterable[int]) -> None:
         """See :class:`helixpipe.runtime.context_lending.ContextLending`."""
         for i in micro_batches:
-            self._store.drop(_layer(segment), self._pieces[i])
+            if self._times_lent[segment, i]:
+                continue  # It ends by itself, as it is lent for the last time.
+            self._store.drop(self._layer(segment), self._pieces[i])
 
     def give_back(self, context: Context) -> Tensors:
         """See :class:`helixpipe.runtime.context_lending.ContextLending`; each sum is rounded once."""
         sums: list[Tensor] = []
         for i in context.lent:
-            kept = self._store.remove(_layer(context.segment), self._pieces[i])
+            kept = self._store.remove(self._layer(context.segment), self._pieces[i])
             assert kept is not None
             for total in kept.sums():
                 sums.append(total.to(self._dtype).permute(2, 0, 1, 3))
@@ -125,7 +150,7 @@ class SliceContexts:
         """
         query, key, value, residual = gradients
         added = self._returned.pop((segment + 1, micro_batch), [])
-        kept = self._store.remove(_layer(segment + 1), self._pieces[micro_batch])
+        kept = self._store.remove(self._layer(segment + 1), self._pieces[micro_batch])
         if kept is not None:
             own = tuple(total.permute(2, 0, 1, 3) for total in kept.sums())
             added = [own, *added]
@@ -140,20 +165,23 @@ class SliceContexts:
         group = next(group for group in self._plan.slices if micro_batch in group)
         return [self._pieces[i] for i in group if self._plan.rank_of(segment, i) == rank]
 
+    def _layer(self, segment: int) -> int:
+        """The number of the layer that attends in ``segment``, from 1, as modules know it."""
+        return (segment + 1) // self._per_layer
+
     def clear(self) -> None:
         """Forget what an iteration that failed has left."""
+        self._own.clear()
         self._returned.clear()
         self._store.clear()
 
     def assert_empty(self) -> None:
         """See :class:`helixpipe.runtime.context_lending.ContextLending`."""
         self._store.assert_empty()
+        assert not self._own, (
+            f"keys and values that were not lent (segment, micro batch): {sorted(self._own)}"
+        )
         assert not self._returned, f"gradients left (segment, micro batch): {sorted(self._returned)}"
-
-
-def _layer(segment: int) -> int:
-    """The number of the layer that attends in ``segment``, from 1, as modules know it."""
-    return (segment + 1) // 2
 
 
 def _pairs(context: Context, tensors: Tensors) -> Iterable[tuple[int, Tensors]]:

@@ -95,10 +95,12 @@ class SlicedGPTSegments(GPTSegments):
 
     def forward(self, segment: int, micro_batch: int, inputs: Tensors) -> Tensors:
         """See :class:`helixpipe.runtime.executor.Segments`."""
-        if segment % 2:
-            return self._attend(segment, micro_batch, inputs)
+        borrowed = None if self.lending is None else self.lending.weights_for(segment, micro_batch)
+        if self._attends(segment):
+            return self._attend(segment, micro_batch, inputs, borrowed)
         piece = self._pieces[micro_batch]
-        run = partial(self.segmented.forward_segment, segment, inputs, layout=self._layout_of[piece])
+        layout = self._layout_of[piece]
+        run = partial(self.segmented.forward_segment, segment, inputs, borrowed=borrowed, layout=layout)
         if segment == self._plan.num_segments - 1:
             call, loss_func = self._call(segment, micro_batch)
             if call.labels is None:
@@ -106,25 +108,30 @@ class SlicedGPTSegments(GPTSegments):
                     "the forward step called the model without labels; slices of sequences need them for "
                     "their losses"
                 )
-            borrowed = None if self.lending is None else self.lending.weights_for(segment, micro_batch)
-            (losses,) = run(labels=part_of(call.labels, piece), borrowed=borrowed)
+            (losses,) = run(labels=part_of(call.labels, piece))
             return (self._losses.share(piece, losses, loss_func),)
         if segment == 0:
             call, _ = self._call(segment, micro_batch)
             run = partial(
                 run, tokens=part_of(call.tokens, piece), position_ids=part_of(call.position_ids, piece)
             )
-        return self._with_keys_kept(segment, micro_batch, run())
+        outputs = run()
+        return self._with_keys_kept(segment, micro_batch, outputs) if self._attends(segment + 1) else outputs
 
     def finish(self) -> None:
         """Report the losses, and check that every forward step was used."""
         super().finish()
         self._losses.finish(self.result)
 
-    def _attend(self, segment: int, micro_batch: int, inputs: Tensors) -> Tensors:
+    def _attends(self, segment: int) -> bool:
+        """Attention is the last segment of a layer."""
+        return (segment + 1) % self.segmented.segments_per_layer == 0
+
+    def _attend(self, segment: int, micro_batch: int, inputs: Tensors, borrowed: Tensors | None) -> Tensors:
         assert self._input is not None
         piece = self._lent.attended(segment, micro_batch)
-        outputs = self.segmented.forward_segment(segment, inputs, layout=self._layout_of[piece])
+        layout = self._layout_of[piece]
+        outputs = self.segmented.forward_segment(segment, inputs, borrowed=borrowed, layout=layout)
         if not self._input.differentiate and not piece.is_continued:
             self._lent.forget_own(segment, micro_batch)
         return outputs
@@ -142,6 +149,8 @@ class SlicedGPTSegments(GPTSegments):
         sequence = self._pieces[micro_batch].sequence
         self._read_to(sequence + 1)
         call = self._pending[sequence]
+        if call[0].documents is not None:
+            raise ValueError("attention over slices of sequences does not end at documents")
         if self._last_uses[sequence] == (segment, micro_batch):
             del self._pending[sequence]
         return call

@@ -103,8 +103,6 @@ class Candidate:
         entry = SCHEDULES.get(self.schedule)
         if entry is None or entry.execution is None:
             return "schedule"
-        if self.options.get("attention_range", "core") not in entry.executed_ranges:
-            return "range"
         is_plain = self.recompute is Recompute.NONE and self.lighter is None
         takes_ours = is_plain or entry.execution.recomputes_parts_of_layers
         takes_megatrons = entry.execution.recomputes_whole_layers and self.lighter is None

@@ -26,7 +26,7 @@ from helixpipe.plan.schedules import (
     zb_h1,
     zb_v,
 )
-from helixpipe.plan.schedules.request import ATTENTION_RANGES, ScheduleRequest
+from helixpipe.plan.schedules.request import ScheduleRequest
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,6 @@ class Schedule:
         recomputes_by_default: training computes a layer again but for its attention, unless told otherwise.
         repeats_sequences: its micro batches are slices of sequences that follow one another with nothing to
             overlap, so that m of them take m times as long as one.
-        executed_ranges: the attention ranges that training has, of those that can be planned.
     """
 
     plan: Callable[[ScheduleRequest], Plan]
@@ -51,7 +50,6 @@ class Schedule:
     needs_untied_weights: bool = False
     recomputes_by_default: bool = False
     repeats_sequences: bool = False
-    executed_ranges: tuple[str, ...] = ATTENTION_RANGES
 
     @property
     def slices_sequences(self) -> bool:
@@ -96,7 +94,6 @@ SCHEDULES: dict[str, Schedule] = {
         frozenset({"num_fold", "attention_range", "head_placement", "resend_context"}),
         recomputes_by_default=True,
         repeats_sequences=True,
-        executed_ranges=("core",),
     ),
     "elastic": Schedule(per_batch.plan, Execution.CHUNKS),
 }

@@ -14,7 +14,6 @@ from megatron.core import parallel_state
 
 from helixpipe.megatron_adapter.schedule import device
 from helixpipe.plan.cost_model import HARDWARE, Recompute, costs_of_plan, predict_pieces
-from helixpipe.plan.schedules import SCHEDULES
 from helixpipe.plan.simulation.memory import peak_bytes
 from helixpipe.runtime.out_of_memory import OutOfMemory, amount_asked, held
 from megatron.pretrain.settings.job import JobSettings, MemorySettings
@@ -154,8 +153,7 @@ def what_to_change(settings: JobSettings) -> str:
             "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
             + (" --recompute-levels none" if saving.recomputes else "")
         )
-    ranges = () if plan is None else SCHEDULES[plan.schedule].executed_ranges
-    if parameters.get("attention_range", "block") != "block" and "block" in ranges:
+    if parameters.get("attention_range", "block") != "block":
         advice.append("--attention-range block")
     if plan is not None and any(not context.is_resent for context in plan.contexts):
         advice.append("--resend-context")

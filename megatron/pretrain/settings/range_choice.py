@@ -9,10 +9,10 @@ import torch
 
 from helixpipe.plan import Plan, build_plan
 from helixpipe.plan.attention_range import AttentionSizes, cheapest_range
-from helixpipe.plan.cost_model import Pieces, costs_of_plan, predict_pieces
-from helixpipe.plan.schedules import SCHEDULES
+from helixpipe.plan.build import find_schedule
+from helixpipe.plan.cost_model import Pieces, costs_of_plan, predict_pieces, with_predicted_ends
 from helixpipe.plan.schedules.helix import DEFAULT_FOLD
-from helixpipe.plan.schedules.request import ScheduleRequest
+from helixpipe.plan.schedules.request import ATTENTION_RANGES, ScheduleRequest
 from helixpipe.plan.simulation.simulate import simulate
 from megatron.pretrain.settings.recomputation import job_levels
 from megatron.pretrain.settings.schedule_choice import check_profile, known_machine, workload_of
@@ -28,16 +28,11 @@ def choose_range(args: argparse.Namespace, request: ScheduleRequest) -> tuple[Pl
     Returns:
         The plan with the range that was chosen, and a line that tells why. ``args.attention_range`` is set.
     """
-    ranges = SCHEDULES[args.pipeline_schedule].executed_ranges
-    if len(ranges) == 1:
-        args.attention_range = ranges[0]
-        return (
-            build_plan(args.pipeline_schedule, replace(request, attention_range=ranges[0])),
-            f"attention range auto chose {ranges[0]}, the only one that {args.pipeline_schedule} trains with",
-        )
     machine = known_machine(args.hardware)
     if machine is None:
-        found = cheapest_range(_sizes(args), args.num_fold or DEFAULT_FOLD)
+        fold = args.num_fold or DEFAULT_FOLD
+        slices = args.pipeline_model_parallel_size * fold if _is_sliced(args) else 1
+        found = cheapest_range(_sizes(args, slices), fold)
         args.attention_range = found
         return (
             build_plan(args.pipeline_schedule, replace(request, attention_range=found)),
@@ -51,20 +46,28 @@ def choose_range(args: argparse.Namespace, request: ScheduleRequest) -> tuple[Pl
         pieces = predict_pieces(workload, machine)
     recompute = job_levels(args)
     plans = {
-        name: build_plan(args.pipeline_schedule, replace(request, attention_range=name)) for name in ranges
+        name: build_plan(args.pipeline_schedule, replace(request, attention_range=name))
+        for name in ATTENTION_RANGES
     }
     times = {}
     for name, plan in plans.items():
-        times[name] = simulate(plan, costs_of_plan(pieces, plan, recompute)).iteration_ms
+        cut = with_predicted_ends(pieces, plan) if plan.slices else plan
+        times[name] = simulate(cut, costs_of_plan(pieces, cut, recompute)).iteration_ms
     found = min(times, key=lambda name: times[name])
     told = ", ".join(f"{name} {ms:.4g}" for name, ms in times.items())
     args.attention_range = found
     return plans[found], f"attention range auto chose {found}: predicted ms per iteration: {told}"
 
 
-def _sizes(args: argparse.Namespace) -> AttentionSizes:
+def _is_sliced(args: argparse.Namespace) -> bool:
+    execution = find_schedule(args.pipeline_schedule).execution
+    return execution is not None and execution.has_slices
+
+
+def _sizes(args: argparse.Namespace, slices: int) -> AttentionSizes:
+    """Of a micro batch of the plan: a sequence, or one of so many slices of it on average."""
     tp, groups = args.tensor_model_parallel_size, args.num_query_groups
-    tokens = args.micro_batch_size * args.seq_length
+    tokens = args.micro_batch_size * args.seq_length // slices
     return AttentionSizes(
         tokens=tokens,
         residual_tokens=tokens // tp if args.sequence_parallel else tokens,
