@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from models import Case, make_config
 from nccl_like import NcclLikeFabric
 from sliced_toy import CHANNELS, GROUPS, SlicedToySegments, collect, run_whole_sequences
 from threads import run_on_threads
 from toy_segments import RendezvousFabric, make_executor
 
-from helixpipe.plan import Kind, ScheduleRequest, build_plan
+from helixpipe.megatron_adapter.segments.slices import operations_of_layer
+from helixpipe.plan import Kind, Operation, ScheduleRequest, build_plan
+from helixpipe.plan.build import complete
 from helixpipe.plan.simulation.context_memory import context_changes
 from helixpipe.plan.simulation.costs import Costs, SegmentCost
 from helixpipe.plan.slice_ends import with_slice_ends
@@ -21,7 +26,9 @@ TOKEN = GROUPS * CHANNELS * torch.float64.itemsize
 
 def sliced(p, layers, fold=1, m=1, **options):
     wanted = ScheduleRequest(num_ranks=p, num_layers=layers, num_microbatches=m, num_fold=fold, **options)
-    plan = build_plan("sliced-helix", wanted)
+    # Every rank has all weights, so none are on loan.
+    plan = build_plan("sliced-helix", wanted, compute_only=True)
+    plan = complete(replace(plan, loans=()))
     # Lengths that fall, and of which none is a multiple of another.
     ends, end = [], 0
     for j in range(p * fold):
@@ -37,6 +44,8 @@ PLANS = {
     "three ranks, three folds": sliced(3, 4, 3),
     "four ranks": sliced(4, 6, 2),
     "lent again": sliced(4, 5, 2, 2, resend_context=True),
+    "QKV apart": sliced(3, 4, 2, attention_range="qkv"),
+    "QKV apart, lent again": sliced(3, 5, 2, attention_range="block", resend_context=True),
 }
 every_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 FABRICS = {"in memory": InMemoryFabric, "nccl-like": NcclLikeFabric, "rendezvous": RendezvousFabric}
@@ -94,10 +103,17 @@ def test_a_second_iteration_starts_from_nothing():
 class Watched(SlicedToySegments):
     """Knows what the rank holds of slices beside what its forwards keep."""
 
-    def held(self, executor):
+    def held(self, executor, done):
         slices = {(slot, start): kept for slot, s in self.store._slices.items() for start, kept in s.items()}
         sums = [t for kept in slices.values() if kept.grad_key is not None for t in kept.sums()]
         keys = [t for key, kept in slices.items() if key not in self.own for t in (kept.key, kept.value)]
+        # Its own that are still to be lent, once its forward does not keep them any more.
+        late = [
+            t
+            for key, (_, *pair) in self.contexts._own.items()
+            if Operation(key[0], Kind.B if executor.plan.has_backward else Kind.F, key[1]) in done
+            for t in pair
+        ]
         returned = [t for pairs in self.contexts._returned.values() for pair in pairs for t in pair]
         posted = [
             buffer.data
@@ -106,7 +122,8 @@ class Watched(SlicedToySegments):
             for _, _, buffer in receive._incoming
         ]
         storages = {
-            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in keys + returned + posted
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for t in keys + late + returned + posted
         }
         # Headers are less than a token's keys.
         return sum(size - size % TOKEN for size in storages.values()) + sum(t.nbytes for t in sums)
@@ -115,8 +132,8 @@ class Watched(SlicedToySegments):
     def own(self):
         """Slices that attend here: their keys and values are among what their forwards keep."""
         return {
-            (((segment + 1) // 2, piece.sequence), piece.start)
-            for segment in range(1, self.last, 2)
+            (((segment + 1) // self.per_layer, piece.sequence), piece.start)
+            for segment in filter(self.attends, range(self.last))
             for i, piece in enumerate(self.pieces)
             if self.plan.rank_of(segment, i) == self.rank
         }
@@ -128,7 +145,7 @@ def noting(executor, segments, noted):
     def note(op, step):
         def run():
             step()
-            noted.append((op, segments.held(executor)))
+            noted.append((op, segments.held(executor, {op, *executor.trace.operations})))
 
         return op, run
 
@@ -211,3 +228,12 @@ def test_each_contribution_is_rounded_once_and_summed_in_fp32():
         return sum(float((g.float() - t).norm() / t.norm()) for g, t in pairs)
 
     assert errors(found) < 1.5 * errors(whole)
+
+
+def test_slices_end_by_the_operations_of_a_layer_where_nothing_else_is_known():
+    """By hand: products of a token, and two products for half of all pairs of tokens."""
+    config = make_config(Case(pp=1, style="llama"))
+    products = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 80
+    assert operations_of_layer(config) == (2 * products, 2 * 2 * 32 / 2)
+    mlp = 2 * 32 * 128
+    assert operations_of_layer(make_config(Case(pp=1))).linear == 2 * (4 * 32 * 32 + mlp)

@@ -16,6 +16,7 @@ from helixpipe.layers.elastic.slice_attention import slice_attention
 from helixpipe.megatron_adapter.segments.contexts import SliceContexts
 from helixpipe.megatron_adapter.segments.slices import pieces_of
 from helixpipe.plan import Plan
+from helixpipe.plan.fit import segments_per_layer
 from helixpipe.plan.slice_ends import ends_for
 from helixpipe.runtime.message import MessageLayout
 from helixpipe.runtime.weight_gradients import DeferredWeightGradients
@@ -25,7 +26,7 @@ WIDTHS = [HEADS * CHANNELS, GROUPS * CHANNELS, GROUPS * CHANNELS]
 
 
 class SlicedToySegments:
-    """One rank's segments of a plan with the range ``core``; every rank has all weights, and lends none.
+    """One rank's segments of a plan of any range; every rank has all weights, and lends none.
 
     Args:
         plan: with slice ends.
@@ -38,37 +39,51 @@ class SlicedToySegments:
     def __init__(self, plan: Plan, rank: int, dtype: torch.dtype = torch.float64) -> None:
         self.plan, self.rank, self.dtype = plan, rank, dtype
         self.last = plan.num_segments - 1
+        self.per_layer = segments_per_layer(plan)
         self.seq_length = int(str(plan.parameters["slice_ends"]).split(",")[-1])
         self.pieces = pieces_of(plan, ends_for(plan, self.seq_length, 1))
         self.weight_gradients = DeferredWeightGradients()
         self.store = ContextStore()
         shape = partial(_shape, heads=GROUPS)
         self.contexts = SliceContexts(plan, rank, self.pieces, self.store, shape, dtype)
-        self.weights = make_weights(plan.num_segments // 2, dtype)
+        self.weights = make_weights(int(plan.parameters["num_layers"]), dtype)
         self.losses: dict[int, float] = {}
 
     def layout(self, edge: int, micro_batch: int) -> MessageLayout:
         length = self.pieces[micro_batch].length
         residual = torch.Size((length, 1, HIDDEN))
-        if edge % 2:
+        if self.attends(edge):
             return MessageLayout((residual, residual), self.dtype, num_kept=1)
+        if not self.attends(edge + 1):
+            return MessageLayout((residual,), self.dtype)
         query, key = _shape(length, HEADS), _shape(length, GROUPS)
         return MessageLayout((query, key, key, residual), self.dtype, num_kept=3)
 
     def forward(self, segment: int, micro_batch: int, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        piece = self.pieces[micro_batch]
-        if segment % 2:
+        piece, layer = self.pieces[micro_batch], segment // self.per_layer
+        if self.attends(segment):
             return self._attend(segment, micro_batch, inputs)
+        if segment % self.per_layer:
+            return self._query_key_value(segment, micro_batch, *inputs)
         part = slice(piece.start, piece.start + piece.length)
         if segment == 0:
             hidden = data_of(piece.sequence, self.seq_length, self.dtype)[part]
         else:
-            hidden = inputs[1] + inputs[0] @ self.weights[segment - 1]
+            hidden = inputs[1] + inputs[0] @ self.weights[2 * layer - 1]
         if segment == self.last:
             loss = loss_of(hidden)
             self.losses[micro_batch] = loss.item()
             return (loss,)
-        query, key, value = split(hidden @ self.weights[segment])
+        if not self.attends(segment + 1):
+            return (hidden,)
+        return self._query_key_value(segment, micro_batch, hidden)
+
+    def attends(self, segment: int) -> bool:
+        return (segment + 1) % self.per_layer == 0
+
+    def _query_key_value(self, segment: int, micro_batch: int, hidden: Tensor) -> tuple[Tensor, ...]:
+        mixed = hidden @ self.weights[2 * (segment // self.per_layer)]
+        query, key, value = (tensor.contiguous() for tensor in split(mixed))
         key, value = self.contexts.made(segment, micro_batch, key, value)
         return query, key, value, hidden
 
@@ -77,7 +92,7 @@ class SlicedToySegments:
         piece = self.contexts.attended(segment, micro_batch)
         positions = torch.arange(piece.start, piece.start + piece.length)[None]
         layout = ChunkLayout((piece,), ((0, piece.length),), positions)
-        layer = (segment + 1) // 2
+        layer = (segment + 1) // self.per_layer
         output = slice_attention(query, key, value, layout, self.store, layer=layer)
         if not torch.is_grad_enabled() and not piece.is_continued:
             self.contexts.forget_own(segment, micro_batch)
@@ -111,7 +126,7 @@ def loss_of(hidden: Tensor) -> Tensor:
 
 def run_whole_sequences(plan: Plan, dtype: torch.dtype = torch.float64) -> tuple[float, list[Tensor]]:
     """Loss over all sequences and gradients, by PyTorch's own attention."""
-    weights = make_weights(plan.num_segments // 2, dtype)
+    weights = make_weights(int(plan.parameters["num_layers"]), dtype)
     seq_length = int(str(plan.parameters["slice_ends"]).split(",")[-1])
     total = 0.0
     for sequence in range(plan.num_sequences):
