@@ -29,7 +29,8 @@ test-all: $(READY) $(CORES)/.unpacked
 # What uses megatron-core, with every release that is supported: the wheels that are not installed are unpacked.
 test-cores: $(READY) $(CORES)/.unpacked
 	PYTHON=$(abspath $(PY)) CORES=$(CORES) bash tests/support/cores/run.sh
-	OMP_NUM_THREADS=1 HELIXPIPE_CORES=$(abspath $(CORES)) $(PY) -m pytest -q tests/e2e/test_megatron_lm.py
+	OMP_NUM_THREADS=1 HELIXPIPE_CORES=$(abspath $(CORES)) $(PY) -m pytest -q tests/e2e/test_megatron_lm.py \
+	    tests/e2e/test_checkpoints_both_ways.py
 
 # What the base install does, on the other Pythons that are supported; PYTHONS names their commands.
 test-pythons:

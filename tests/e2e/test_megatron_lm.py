@@ -74,6 +74,17 @@ def test_other_parallelism_of_theirs_goes_with_it(tmp_path, version, ranks, layo
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("version", "ranks"), each_version(2))
+def test_a_job_ends_when_its_time_is_over(tmp_path, version, ranks):
+    # Over before it begins; Megatron takes 0 for no limit.
+    size = "--pipeline-model-parallel-size 2 --train-iters 5 --exit-duration-in-mins -1"
+    log = train(version, ranks, f"{size} --save {tmp_path} {HELIX}")
+    assert set(log.steps) == {1}
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text().strip() == "1"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("version", "ranks"), each_version(2))
 def test_without_the_option_everything_is_as_without_us(version, ranks):
     size = "--pipeline-model-parallel-size 2 --train-iters 4"
