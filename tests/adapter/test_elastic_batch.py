@@ -63,7 +63,7 @@ def test_every_token_is_in_one_chunk_with_its_label_and_position(multiple):
 
 def test_a_plan_and_its_recipe_are_the_same_batch():
     recipe = recipe_of(CASE)
-    plan = ElasticPlan(recipe, ready_plan(recipe, 4), Prediction(1.0, 0.0, 0.0, (1,)))
+    plan = ElasticPlan(recipe, ready_plan(recipe, 4), Prediction(1.0, 0.0, 0.0, (1,), (0,)))
     assert ElasticBatch(plan, documents(CASE)).plan(4) == batch_of().plan(4)
 
 
