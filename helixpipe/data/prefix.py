@@ -4,7 +4,7 @@ prepared with a tokenizer of its own, PREFIX.tokenizer.json.
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,9 @@ from helixpipe.data.index_file import PREPARE_AGAIN, check_index, open_index
 from helixpipe.data.text_tokenizers import END_OF_DOCUMENT, TokenizerSettings, open_tokenizer
 from helixpipe.reliability.exit_codes import DataError
 
-_TOKENS_PER_STEP = 1 << 24
+_TOKENS_PER_STEP = 1 << 20
+_BYTES_READ_WHOLE = 1 << 28
+_BLOCKS = 64
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class DatasetInfo:
     """What the headers of a dataset say; lengths are in tokens, ends of document included.
 
     A dataset with prompts has documents of a prompt and a response, with the loss on the response alone. One
-    without a tokenizer file has only the two files that Megatron's tools write.
+    without a tokenizer file has only the two files that Megatron's tools write. The longest document is known
+    once all entries of the index are read.
     """
 
     prefix: str
@@ -30,7 +33,7 @@ class DatasetInfo:
     eod: int
     num_documents: int
     num_tokens: int
-    longest_document: int
+    longest_document: int | None
     has_prompts: bool = False
     has_tokenizer_file: bool = True
 
@@ -103,8 +106,10 @@ def end_of_document_id(tokenizer: Tokenizer) -> int:
     return token_id
 
 
-def inspect_prefix(prefix: str | os.PathLike[str], tokenizer: TokenizerSettings | None = None) -> DatasetInfo:
-    """Check the structure of a dataset and return its sizes, without reading its tokens.
+def describe_prefix(
+    prefix: str | os.PathLike[str], tokenizer: TokenizerSettings | None = None
+) -> DatasetInfo:
+    """The sizes of a dataset by the headers of its files: reads a few hundred bytes, and the tokenizer.
 
     Args:
         prefix: of the files.
@@ -117,7 +122,6 @@ def inspect_prefix(prefix: str | os.PathLike[str], tokenizer: TokenizerSettings 
     paths = dataset_paths(name)
     _require_files(name, paths if tokenizer is None else paths[:2])
     index = open_index(paths.idx)
-    longest = check_index(index)
     num_bytes = index.num_bytes
     _check_bin_size(paths, num_bytes)
     if tokenizer is None:
@@ -132,14 +136,29 @@ def inspect_prefix(prefix: str | os.PathLike[str], tokenizer: TokenizerSettings 
         eod=eod,
         num_documents=index.num_documents,
         num_tokens=num_bytes // index.dtype.itemsize,
-        longest_document=longest,
+        longest_document=None,
         has_prompts=index.modes is not None,
         has_tokenizer_file=tokenizer is None,
     )
 
 
+def inspect_prefix(prefix: str | os.PathLike[str], tokenizer: TokenizerSettings | None = None) -> DatasetInfo:
+    """As :func:`describe_prefix`, after a look at every entry of the index.
+
+    Raises:
+        DataError: as there, or an entry that does not fit the others.
+    """
+    name = os.fsdecode(prefix)
+    paths = dataset_paths(name)
+    _require_files(name, paths if tokenizer is None else paths[:2])
+    longest = check_index(open_index(paths.idx))
+    return replace(describe_prefix(name, tokenizer), longest_document=longest)
+
+
 def check_token_ids(prefix: str | os.PathLike[str], info: DatasetInfo) -> None:
-    """Check that every token id is in the vocabulary; reads the whole .bin once.
+    """Check that token ids are in the vocabulary: all of them up to 256 MiB, else those of 64 even blocks.
+
+    What a block does not hold is checked when it becomes part of a sample.
 
     Raises:
         DataError: A token id is out of range, or the files changed since `info` was read.
@@ -148,7 +167,10 @@ def check_token_ids(prefix: str | os.PathLike[str], info: DatasetInfo) -> None:
     index = open_index(paths.idx)
     _check_bin_size(paths, info.num_tokens * index.dtype.itemsize)
     tokens = np.memmap(paths.bin, dtype=index.dtype, mode="r")
-    for start in range(0, len(tokens), _TOKENS_PER_STEP):
+    stride = _TOKENS_PER_STEP
+    if tokens.nbytes > _BYTES_READ_WHOLE:
+        stride = max(_TOKENS_PER_STEP, len(tokens) // _BLOCKS)
+    for start in range(0, len(tokens), stride):
         part = tokens[start : start + _TOKENS_PER_STEP]
         if part.min() >= 0 and part.max() < info.vocab_size:
             continue

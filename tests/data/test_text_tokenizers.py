@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
-from helixpipe.data.prefix import dataset_paths, inspect_prefix
+from helixpipe.data.prefix import dataset_paths, describe_prefix
 from helixpipe.data.prepare.corpus import PreparationOptions, prepare_dataset
 from helixpipe.data.text_tokenizers import SENTENCE_PIECE, TokenizerSettings, open_tokenizer
 from megatron.pretrain.settings.arguments import parse_arguments
@@ -227,7 +227,7 @@ def test_data_of_megatrons_own_tool_are_read_as_they_are(tmp_path, monkeypatch):
     assert settings.model.padded_vocab_size == 70_016
     with pytest.raises(ValueError, match="outside the vocabulary of 500 that the tokenizer has"):
         parse_arguments([*JOB, *given, *null, "499"])
-    assert inspect_prefix(prefix, TokenizerSettings("NullTokenizer", vocab_size=70_000)) == info
+    assert describe_prefix(prefix, TokenizerSettings("NullTokenizer", vocab_size=70_000)) == info
     assert not (tmp_path / dataset_paths(prefix).tokenizer).exists()
 
 

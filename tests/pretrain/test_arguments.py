@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from helixpipe.data.prefix import DatasetInfo, inspect_prefix
+from helixpipe.data.prefix import DatasetInfo, describe_prefix
 from helixpipe.data.prepare.corpus import PreparationOptions, prepare_dataset
 from helixpipe.layers.recomputing_layer import MemorySaving
 from helixpipe.megatron_adapter.schedule import make_forward_backward
@@ -461,7 +461,7 @@ def prefix(tmp_path_factory):
 
 def test_dataset_is_inspected(parse, prefix):
     settings = parse(f"--data-path {prefix}", dataset=None)
-    assert settings.data.dataset == inspect_prefix(prefix)
+    assert settings.data.dataset == describe_prefix(prefix)
     assert settings.data.dataset.num_tokens == 110
     assert settings.model.padded_vocab_size == 384
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from helixpipe.commands.parser import flag_of
-from helixpipe.data.fingerprint import fingerprint
+from helixpipe.data.corpus_record import known_corpus
 from helixpipe.reliability.exit_codes import DataError
 from megatron.pretrain.settings.job import JobSettings
 from megatron.pretrain.settings.parser import build_parser
@@ -99,7 +99,7 @@ def settings_of(settings: JobSettings) -> dict[str, Any]:
         # All micro batches weigh the same.
         del found["micro_batch_size"]
     found["samples"] = "packed" if settings.schedule.execution.joins_documents else "documents"
-    found["data"] = fingerprint(settings.data.dataset)[:16]
+    found["data"] = known_corpus(settings.data.dataset, settings.data.cache_folder).content[:16]
     return found
 
 

@@ -18,8 +18,8 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch.utils.data import DataLoader
 
-from helixpipe.data.index_file import hash_of_file
-from helixpipe.data.prefix import DatasetInfo, dataset_paths
+from helixpipe.data.corpus_record import known_corpus
+from helixpipe.data.prefix import DatasetInfo
 from helixpipe.data.samples import ShuffledOrder
 from helixpipe.layers.documents import documents_of
 from megatron.pretrain.data.index_cache import build_datasets
@@ -33,16 +33,14 @@ _ONE_EPOCH = [1, 1, 1]
 
 
 class PrefixTokenizer:
-    """What Megatron's datasets ask of a tokenizer, from the headers of a dataset."""
+    """What Megatron's datasets ask of a tokenizer, from the headers of a dataset and its index's hash."""
 
-    def __init__(self, info: DatasetInfo) -> None:
+    def __init__(self, info: DatasetInfo, index: str) -> None:
         self.vocab_size = info.vocab_size
         self.eod = info.eod
         # Part of the key of the index cache: a dataset prepared anew under the same name must not meet the
         # indices of the old one, and a copy on another node has the same.
-        self.unique_identifiers = OrderedDict(
-            vocab_size=info.vocab_size, eod=info.eod, index=hash_of_file(dataset_paths(info.prefix).idx)
-        )
+        self.unique_identifiers = OrderedDict(vocab_size=info.vocab_size, eod=info.eod, index=index)
 
     @property
     def pad(self) -> int:
@@ -92,13 +90,14 @@ def build_iterators(
 
 def dataset_config(data: DataSettings, training: TrainingSettings) -> GPTDatasetConfig:
     """What Megatron's datasets are built from."""
+    folder = cache_folder(data.data_path, data.data_cache_path)
     config = GPTDatasetConfig(
         random_seed=training.seed,
         sequence_length=training.seq_length,
         blend=([data.data_path], None),
         split=data.split,
-        path_to_cache=str(cache_folder(data.data_path, data.data_cache_path)),
-        tokenizer=PrefixTokenizer(data.dataset),
+        path_to_cache=str(folder),
+        tokenizer=PrefixTokenizer(data.dataset, known_corpus(data.dataset, folder).index_hash),
         # Done for a whole micro batch in DocumentBatches: Megatron's takes a step for every document.
         reset_position_ids=False,
         reset_attention_mask=False,

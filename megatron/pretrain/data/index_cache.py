@@ -7,10 +7,7 @@ disks of their own and nodes that share one are the same to it.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import os
-import secrets
 import socket
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,6 +19,8 @@ import torch.distributed as dist
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
+from helixpipe.data.index_file import PREPARE_AGAIN
+from helixpipe.data.whole_file import write_whole
 from helixpipe.reliability.exit_codes import DataError
 
 Indices = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -40,6 +39,24 @@ class CachedGPTDataset(GPTDataset):
     """
 
     config: GPTDatasetConfig
+    indices: Any  # the documents: a range, where Megatron has an array
+
+    def __getitem__(self, idx: int | None) -> dict[str, Any]:
+        """Megatron's sample.
+
+        Raises:
+            DataError: an id outside the vocabulary, which a large corpus may still have.
+        """
+        sample: dict[str, Any] = super().__getitem__(idx)
+        for ids in (sample["tokens"], sample["labels"]):
+            least, most = (int(found) for found in ids.aminmax())
+            if least < 0 or most >= self.config.tokenizer.vocab_size:
+                wrong, size = least if least < 0 else most, self.config.tokenizer.vocab_size
+                raise DataError(
+                    f"{self.dataset_path}.bin: sample {idx} has id {wrong}, outside the vocabulary of "
+                    f"{size}: {PREPARE_AGAIN}"
+                )
+        return sample
 
     def _build_document_sample_shuffle_indices(self) -> Indices:
         base = f"{self.unique_description_hash}-{type(self).__name__}-{self.index_split.name}-"
@@ -48,10 +65,8 @@ class CachedGPTDataset(GPTDataset):
         description = folder / f"{base}{_DESCRIPTION}"
         if not all(path.is_file() for path in (*paths, description)):
             for path, array in zip(paths, self._computed(), strict=True):
-                _write_whole(path, partial(_save_array, array=array))
-            _write_whole(
-                description, partial(Path.write_text, data=self.unique_description, encoding="utf-8")
-            )
+                write_whole(path, partial(_save_array, array=array))
+            write_whole(description, partial(Path.write_text, data=self.unique_description, encoding="utf-8"))
         first, second, third = (_load_array(path) for path in paths)
         return first, second, third
 
@@ -59,11 +74,14 @@ class CachedGPTDataset(GPTDataset):
         """As Megatron computes them on any rank that has no cache."""
         shared, self.config = self.config, copy.copy(self.config)
         self.config.path_to_cache = ""
+        documents = self.indices
+        # Only now as an array, of 4 bytes for each.
+        self.indices = np.arange(documents.start, documents.stop, dtype=np.int32)
         try:
             computed: Indices = super()._build_document_sample_shuffle_indices()
             return computed
         finally:
-            self.config = shared
+            self.config, self.indices = shared, documents
 
 
 def build_datasets(
@@ -92,8 +110,10 @@ def build_datasets(
 
     folder = Path(config.path_to_cache)
     place, problem = _place_of(folder) if reads_data else (None, "")
-    told = _all_gather(_Told(place, problem))
+    content = config.tokenizer.unique_identifiers["index"] if place is not None else ""
+    told = _all_gather(_Told(place, problem, content))
     _raise_first(told)
+    _refuse_other_copies(told)
     is_writer = place is not None and [rank.place for rank in told].index(place) == _rank()
     datasets, problem = _attempt(build, folder) if is_writer else (None, "")
     _raise_first(_all_gather(_Told(place, problem)))
@@ -103,10 +123,14 @@ def build_datasets(
 
 
 class _Told(NamedTuple):
-    """What a rank tells the others: host, device and number of its cache folder, or what is wrong with it."""
+    """What a rank tells the others: host, device and number of its cache folder, or what is wrong with it.
+
+    Then the hash of the index that it is about to read; empty if it reads none.
+    """
 
     place: tuple[str, int, int] | None
     problem: str
+    content: str = ""
 
 
 def _place_of(folder: Path) -> tuple[tuple[str, int, int] | None, str]:
@@ -135,10 +159,22 @@ def _not_written(folder: Path, error: OSError) -> str:
 
 
 def _raise_first(told: Sequence[_Told]) -> None:
-    for rank, (_, problem) in enumerate(told):
+    for rank, (_, problem, _) in enumerate(told):
         if problem:
             raise DataError(
                 problem if len(told) == 1 else f"rank {rank} on {_host_of(told[rank])}: {problem}"
+            )
+
+
+def _refuse_other_copies(told: Sequence[_Told]) -> None:
+    """``DataError`` where nodes have data of their own that differ: their samples would differ, too."""
+    reading = [(rank, entry) for rank, entry in enumerate(told) if entry.content]
+    for rank, entry in reading:
+        first, other = reading[0]
+        if entry.content != other.content:
+            raise DataError(
+                f"the data of rank {rank} on {_host_of(entry)} are not those of rank {first} on "
+                f"{_host_of(other)}: copy one dataset to all nodes"
             )
 
 
@@ -146,10 +182,9 @@ def _host_of(told: _Told) -> str:
     return "its host" if told.place is None else told.place[0]
 
 
-def _documents(bounds: tuple[float, float], count: int) -> np.ndarray:
+def _documents(bounds: tuple[float, float], count: int) -> range:
     """The numbers of the documents of a part, rounded as Megatron rounds."""
-    first, last = (round(bound * float(count)) for bound in bounds)
-    return np.arange(first, last, dtype=np.int32)
+    return range(*(round(bound * float(count)) for bound in bounds))
 
 
 def _rank() -> int:
@@ -162,19 +197,6 @@ def _all_gather(mine: _Told) -> list[_Told]:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     return everyone
-
-
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under another name first: another node may write the same one, and others read it."""
-    temporary = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
-    try:
-        write(temporary)
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def _save_array(path: Path, array: np.ndarray) -> None:

@@ -13,7 +13,8 @@ from types import MappingProxyType
 
 from helixpipe.commands.parser import flag_of
 from helixpipe.commands.tokenizer_arguments import tokenizer_settings
-from helixpipe.data.prefix import DatasetInfo, check_token_ids, inspect_prefix
+from helixpipe.data.corpus_record import checked_corpus
+from helixpipe.data.prefix import DatasetInfo, describe_prefix
 from helixpipe.data.text_tokenizers import TokenizerSettings
 from helixpipe.layers.attention.choice import UNFUSED
 from helixpipe.layers.spec import Implementation, check_implementation
@@ -254,8 +255,10 @@ def _tokenizer(args: argparse.Namespace) -> TokenizerSettings | None:
 
 
 def _inspect_data(args: argparse.Namespace, execution: Execution) -> DatasetInfo:
-    info = inspect_prefix(args.data_path, args.tokenizer)
-    check_token_ids(args.data_path, info)
+    info = describe_prefix(args.data_path, args.tokenizer)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        # The first rank of each node looks at all of the data, once: the others find its record.
+        checked_corpus(info, cache_folder(args.data_path, args.data_cache_path))
     if execution.joins_documents and info.has_prompts:
         raise ValueError(
             f"{args.data_path} has prompts, on which there must be no loss, but --pipeline-schedule "
