@@ -117,7 +117,11 @@ def build_parser() -> ScriptParser:
 
 
 def _add_keys(add: Callable[..., Any]) -> None:
-    add("--json-key", metavar="KEY", help=f"JSONL key of the text (default: {_TEXT_KEY})")
+    add(
+        "--json-key",
+        metavar="KEY",
+        help=f"JSONL key of the text, data.text for one in an object (default: {_TEXT_KEY})",
+    )
     add(
         "--prompt-key",
         metavar="KEY",

@@ -113,6 +113,18 @@ def copy(whole, tmp_path):
 # Writing
 
 
+def test_keys_of_objects_within_objects(tmp_path):
+    rows = [{"a": {"b": {"text": TEXTS[0]}}}, {"a.b.text": TEXTS[1], "a": {"b": {"text": "not this"}}}]
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare([source], tmp_path / "set", tokenizer="byte", json_key="a.b.text")
+    assert read_documents(tmp_path / "set") == TEXTS[:2]
+    for key in ("a.b", "a.c.text", "a.b.text.x", "a..text"):
+        with pytest.raises(ValueError, match=r"has no key|is not a string") as error:
+            prepare([source], tmp_path / "other", tokenizer="byte", json_key=key)
+        assert_one_line(error, "in.jsonl:1", key, "--json-key")
+
+
 @pytest.mark.parametrize("tokenizer", ["bpe", "byte"])
 def test_jsonl_round_trip(tmp_path, tokenizer):
     source = write_jsonl(tmp_path / "in.jsonl", TEXTS, key="body")

@@ -37,7 +37,8 @@ class Reading:
     """How documents are read.
 
     Attributes:
-        json_key: key of the text in a JSON line.
+        json_key: key of the text in a JSON line; where there is no such key, the parts between its points are
+            those of objects within each other.
         prompt_key: key of the prompt before the text; None for documents without.
         limit: characters of a piece; None for documents in one piece.
     """
@@ -238,10 +239,13 @@ def _json_object(line: bytes, place: str, json_key: str) -> dict[str, Any]:
 
 
 def _json_text(value: dict[str, Any], place: str, key: str, option: str) -> str:
-    if key not in value:
-        keys = ", ".join(repr(found) for found in list(value)[:5]) or "none"
-        raise ValueError(f"{place}: has no key {key!r} (keys: {keys}): set {option}")
-    text = value[key]
+    text: Any = value
+    # A key may hold points itself.
+    for part in (key,) if key in value else key.split("."):
+        if not isinstance(text, dict) or part not in text:
+            keys = ", ".join(repr(found) for found in list(value)[:5]) or "none"
+            raise ValueError(f"{place}: has no key {key!r} (keys: {keys}): set {option}")
+        text = text[part]
     if not isinstance(text, str):
         raise ValueError(f"{place}: the value of {key!r} is not a string: set {option} to the text")
     return text
