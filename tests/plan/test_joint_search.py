@@ -21,7 +21,7 @@ from helixpipe.plan.cost_model.segments import rank_parameters
 from helixpipe.plan.schedules import SCHEDULES
 from helixpipe.plan.simulation.memory import peak_bytes
 from helixpipe.plan.simulation.simulate import simulate
-from tests.plan.test_model_families import model_of
+from tests.plan.test_planned_families import model_of
 
 SMALL = replace(MODELS["gpt-1.3b"], num_layers=4)
 # Slow links between small nodes, so that many layouts are close to each other.
