@@ -49,6 +49,10 @@ CALLED = (
         "torch._C", "_storage_Use_Count", "whether anybody still uses a buffer of a message", _TORCH
     ),
     ContactPoint("torch:UntypedStorage", "_cdata", "the storage, for the count above", _TORCH),
+    ContactPoint("torch.cuda.memory", "_record_memory_history", "--record-memory-history", _TORCH),
+    ContactPoint(
+        "torch.cuda.memory", "_dump_snapshot", "--record-memory-history", _TORCH, ("filename",)
+    ),
     ContactPoint(
         "torch.ops.aten", "_scaled_dot_product_flash_attention_for_cpu",
         "attention with its log-sum-exp", _TORCH,

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
@@ -31,6 +31,7 @@ from megatron.pretrain.health.guards import (
     watch_gradient_norm,
 )
 from megatron.pretrain.health.housekeeping import Housekeeping
+from megatron.pretrain.health.memory_history import MemoryHistory
 from megatron.pretrain.health.memory_report import MemoryWatch, explains_out_of_memory
 from megatron.pretrain.health.monitoring import monitored
 from megatron.pretrain.health.planned_end import PlannedEnd
@@ -41,6 +42,7 @@ from megatron.pretrain.initialize import finalize, initialize, seed_random_state
 from megatron.pretrain.metrics import Planning, Reporter, gather_metrics, mean_loss
 from megatron.pretrain.model import TrainingState, build_training_state, describe_attention
 from megatron.pretrain.outputs import Outputs, own_outputs
+from megatron.pretrain.scalars import Scalars
 from megatron.pretrain.settings.job import JobSettings
 from megatron.pretrain.step import take_step
 from megatron.pretrain.step_profiler import StepProfiler
@@ -90,6 +92,9 @@ def _train_with(outputs: Outputs, settings: JobSettings, forward_step: ForwardSt
     clock = default_clock() if settings.output.measures else NullClock()
     schedule, root = settings.schedule, outputs.load
     forward_backward = make_forward_backward(schedule.execution, schedule.plan, clock, monitor.progress)
+    memory_history = MemoryHistory(
+        settings.watching.memory_history, settings.parallel.rank, settings.output.log_interval
+    )
     monitor.enter("build model")
     state = build_training_state(settings)
     backend, attention = describe_attention(settings, state)
@@ -103,17 +108,20 @@ def _train_with(outputs: Outputs, settings: JobSettings, forward_step: ForwardSt
     _announce(settings, loaded, reporter)
     reporter.say(attention_of_job(attention))
     monitor.enter("build data")
-    run = _Run(settings, forward_step, forward_backward, state, backend, reporter, monitor)
+    scalars = Scalars(settings, progress.iteration)
+    watchers = _Watchers(monitor, reporter, scalars, memory_history)
+    run = _Run(settings, forward_step, forward_backward, state, backend, watchers)
     save = settings.checkpoint.save
     is_in_save = save is not None and root is not None and is_same_folder(root, save)
     saver = Saver(settings, reporter.say, outputs, loaded.folder if is_in_save else None, monitor)
-    if not schedule.execution.joins_documents:
+    with closing(scalars):
+        if schedule.execution.joins_documents:
+            iterators = build_iterators(settings, progress.position, progress.evaluated_samples)
+            return _iterate(run, saver, progress, *iterators)
         validation = validation_batches(settings, progress.evaluated_samples)
         with closing(ElasticTraining(settings, progress.position)) as batches:
             run.planning = batches.planning
             return _iterate(run, saver, progress, batches, validation)
-    iterators = build_iterators(settings, progress.position, progress.evaluated_samples)
-    return _iterate(run, saver, progress, *iterators)
 
 
 def _iterate(
@@ -150,7 +158,8 @@ def _iterate(
         is_last, must_stop = progress.iteration == training.train_iters, any(stops)
         is_eval_due = progress.iteration % training.eval_interval == 0
         if training.eval_iters and (is_last or is_eval_due) and not must_stop:
-            run.evaluate(progress.iteration, valid_data)
+            loss = run.evaluate(progress.iteration, valid_data)
+            run.scalars.evaluation(loss, progress.iteration, progress.consumed_samples)
             if is_eval_due:
                 # The evaluation at the end is one more, which a longer job does not have.
                 evaluated = progress.evaluated_samples + training.eval_iters * training.global_batch_size
@@ -171,6 +180,7 @@ def _iterate(
     reporter.say(reporter.planning_summary())
     reporter.say(memory.summary())
     reporter.say(reporter.summary())
+    reporter.say(run.scalars.summary())
     return 0
 
 
@@ -190,6 +200,15 @@ def _announce_stop(save: Path | None, progress: Progress, reason: str, reporter:
     reporter.say(f"stopped by {reason} after iteration {progress.iteration}: {what}")
 
 
+class _Watchers(NamedTuple):
+    """What is told of every iteration."""
+
+    monitor: Monitor
+    reporter: Reporter
+    scalars: Scalars
+    memory_history: MemoryHistory
+
+
 class _Run:
     """One job's loop body, with what stays the same between iterations."""
 
@@ -200,16 +219,14 @@ class _Run:
         forward_backward: ForwardBackward,
         state: TrainingState,
         attention_backend: str,
-        reporter: Reporter,
-        monitor: Monitor,
+        watchers: _Watchers,
     ) -> None:
         self.settings = settings
         self.forward_step = forward_step
         self.forward_backward = forward_backward
         self.state = state
         self.attention_backend = attention_backend
-        self.reporter = reporter
-        self.monitor = monitor
+        self.monitor, self.reporter, self.scalars, self.memory_history = watchers
         self.planning: Callable[[], Planning | None] = lambda: None  # of the present iteration's plan
         self.sums = LayerSums(state.model, forward_backward.trace)
         self.profiler = StepProfiler(settings.profiling, settings.parallel.rank)
@@ -265,6 +282,7 @@ class _Run:
             step=step,
             elapsed_ms=(time.perf_counter() - started) * 1e3,
             learning_rate=learning_rate,
+            flops=self.reporter.flops,
             trace=self.forward_backward.trace,
             stop_flags=stop_flags(),
             planning=self.planning(),
@@ -273,6 +291,8 @@ class _Run:
             # No loss scale is low enough for it.
             raise self._explain(iteration, losses, data)
         self.reporter.report(metrics)
+        self.scalars.iteration(metrics)
+        self.memory_history.write(iteration)
         self.reporter.write_timeline(iteration, self.forward_backward.plan, self.forward_backward.trace)
         self.housekeeping.after_iteration(iteration)
         return told

@@ -23,6 +23,7 @@ from helixpipe.reliability.loss_spikes import LossSpikes
 from helixpipe.runtime.trace import Trace
 from megatron.pretrain.settings.job import JobSettings
 from megatron.pretrain.side_outputs import MetricsFile, SideOutput, replace_file, say
+from megatron.pretrain.throughput import ModelFlops, TimeToFinish
 
 
 class Planning(NamedTuple):
@@ -93,7 +94,8 @@ class IterationMetrics:
     """The numbers of one iteration, the same on every rank; fields as in the metrics file.
 
     ``planning`` has keys of its own there. ``pipeline_ms`` is measured from the first operation to the last
-    on the slowest rank, 0 where nothing is measured.
+    on the slowest rank, 0 where nothing is measured. ``tflops_per_gpu`` and ``mfu`` count half of attention's
+    square, as a causal mask leaves it; None where they are not asked for.
     """
 
     iteration: int
@@ -112,6 +114,8 @@ class IterationMetrics:
     params_norm: float | None = None
     loss_scale: float | None = None
     is_skipped: bool = False
+    tflops_per_gpu: float | None = None
+    mfu: float | None = None
     planning: Planning | None = None
 
     def to_json(self) -> str:
@@ -130,6 +134,7 @@ def gather_metrics(
     step: StepResult,
     elapsed_ms: float,
     learning_rate: float,
+    flops: ModelFlops | None = None,
     trace: Trace,
     stop_flags: Sequence[int] = (),
     planning: Planning | None = None,
@@ -145,6 +150,7 @@ def gather_metrics(
         step: what the optimizer has done.
         elapsed_ms: this rank's time for the iteration, optimizer included.
         learning_rate: used in this iteration.
+        flops: of an iteration; None if they are not counted.
         trace: what this rank ran.
         stop_flags: whatever else this rank has to tell the others; of the same length everywhere.
         planning: of this rank's replica, or None on all ranks.
@@ -176,6 +182,8 @@ def gather_metrics(
         attention_backend=attention_backend,
         learning_rate=learning_rate,
         pipeline_ms=span,
+        tflops_per_gpu=None if flops is None else flops.tflops(elapsed_ms, settings.parallel.world_size)[0],
+        mfu=None if flops is None else flops.mfu(elapsed_ms, settings.parallel.world_size),
         planning=Planning.over_ranks(list(zip(*plans, strict=True))) if plans else None,
     )
     return metrics, [[int(value) for value in column] for column in told]
@@ -224,6 +232,8 @@ class Reporter:
         self._spikes = LossSpikes()
         self._plans: list[Planning] = []
         self._file: MetricsFile | None = None
+        self.flops = ModelFlops.of(settings) if settings.watching.has_throughput else None
+        self._time = TimeToFinish(settings.training.train_iters)
         self._metrics = SideOutput(self._output.metrics_jsonl, "metrics of iterations")
         self._traces = SideOutput(self._output.trace_dir, "timelines and plans")
         if self._is_writer and self._output.metrics_jsonl is not None:
@@ -239,12 +249,19 @@ class Reporter:
         if metrics.planning is not None:
             self._plans.append(metrics.planning)
         if metrics.iteration % self._output.log_interval == 0:
-            say(iteration_line(metrics, self._settings))
+            say(iteration_line(metrics, self._settings) + self._of_the_job(metrics))
         spike = self._spikes.check(metrics.lm_loss)
         if spike:
             say(f"iteration {metrics.iteration}: {spike}")
         if self._output.metrics_jsonl is not None:
             self._metrics.attempt(lambda: self._append(metrics))
+
+    def _of_the_job(self, metrics: IterationMetrics) -> str:
+        """What follows from the whole job, behind an iteration's line."""
+        size = self._settings.parallel.world_size
+        found = "" if self.flops is None else f" | {self.flops.text(metrics.elapsed_ms, size)}"
+        left = self._time.after(metrics.iteration, metrics.elapsed_ms)
+        return found + (f" | time to finish: {left}" if left else "")
 
     def write_timeline(self, iteration: int, plan: Plan | None, trace: Trace) -> None:
         """Write the measured timeline of the first pipeline, and a batch's own plan; collective."""

@@ -44,6 +44,7 @@ def outcomes(folder):
         "fp16 resumed": f"--fp16 --initial-loss-scale 65536 --load {folder}/fp16 --train-iters 4",
         "fp16 overflow": "--fp16 --initial-loss-scale 1e15 --hysteresis 1",
         "fp16 constant": "--fp16 --loss-scale 512 --accumulate-allreduce-grads-in-fp32",
+        "throughput": "--log-throughput",
         "unfused": "--attention-backend unfused",
         "core": "--attention-backend unfused --pipeline-schedule helix",
         "qkv": "--attention-backend unfused --pipeline-schedule helix --attention-range qkv",
@@ -116,6 +117,17 @@ def test_norms_are_logged(outcomes):
     assert [count for count, _, _ in seen] == zeros
     # Before the second step the weights are those after the first.
     assert [norm for _, norm, _ in seen][1:] == pytest.approx(norms[:-1], abs=1e-3)
+
+
+def test_throughput_and_the_time_that_is_left_are_told(outcomes):
+    assert len(values(outcomes["throughput"], r"throughput per GPU (TFLOP/s/GPU)")) == 3
+    assert values(outcomes["plain"], "throughput per GPU (TFLOP/s/GPU)") == []
+    left = [
+        line.endswith(" | time to finish: 0:00:00")
+        for line in outcomes["plain"]["lines"]
+        if " iteration " in line
+    ]
+    assert left == [True, True, False]
 
 
 def test_half_precision_trains_with_scaled_losses(outcomes):

@@ -31,6 +31,10 @@ CHANGES_NOTHING = frozenset((
     "eval_interval", "eval_iters", "exit_interval", "exit_duration_in_mins", "manual_gc",
     "cross_entropy_loss_fusion", "cross_entropy_fusion_impl", "gradient_accumulation_fusion",
     "deterministic_mode", "log_params_norm", "log_num_zeros_in_grad",
+    "log_throughput", "tensorboard_dir", "tensorboard_queue_size", "tensorboard_log_interval",
+    "log_timers_to_tensorboard", "log_validation_ppl_to_tensorboard", "log_memory_to_tensorboard",
+    "log_world_size_to_tensorboard", "log_loss_scale_to_tensorboard", "wandb_project", "wandb_exp_name",
+    "wandb_entity", "wandb_save_dir", "record_memory_history", "memory_snapshot_path",
     "manual_gc_interval", "manual_gc_eval", "empty_unused_memory_level",
     # Where files are; what is in the data is compared by itself.
     "data_path", "tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "vocab_size",

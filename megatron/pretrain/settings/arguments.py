@@ -48,6 +48,7 @@ from megatron.pretrain.settings.schedule import (
 from megatron.pretrain.settings.schedule_choice import choose_schedule, known_costs, workload_of
 from megatron.pretrain.settings.sizes import derive_layout, derive_model
 from megatron.pretrain.settings.slices import cut_sequences
+from megatron.pretrain.settings.watching import watching_of
 
 
 def parse_arguments(
@@ -80,6 +81,7 @@ def parse_arguments(
     precision = precision_of(args)
     args.params_dtype = precision.dtype
     learning_rate, housekeeping = learning_rate_of(args), housekeeping_of(args)
+    watching = watching_of(args)
     _check_training(args)
     args.dataset = dataset
     args.tokenizer = _tokenizer(args)
@@ -92,6 +94,7 @@ def parse_arguments(
         check_implementation(Implementation(args.transformer_impl))
     profiling = profiling_settings(args)
     if makes_folders:
+        watching.check_packages()
         _make_output_folders(args)
     options = {action.dest: getattr(args, action.dest) for action in parser._actions if action.dest != "help"}
     return JobSettings(
@@ -102,6 +105,7 @@ def parse_arguments(
         elastic_job=args.elastic_job,
         ending=ending_of(args),
         housekeeping=housekeeping,
+        watching=watching,
         profiling=profiling,
         workload=workload_of(args),
         needless_flags=translated.note(),
@@ -204,6 +208,8 @@ def _check_attention(args: argparse.Namespace, entry: Schedule) -> None:
 
 def _check_schedule(args: argparse.Namespace, entry: Schedule, *, is_chosen: bool) -> None:
     _check_attention(args, entry)
+    if args.log_throughput and entry.execution is Execution.CHUNKS:
+        raise ValueError("--log-throughput counts sequences of one length; leave it out with elastic batches")
     if args.attention_range == AUTO and "attention_range" not in entry.options:
         raise ValueError(f"--attention-range does not apply to {args.pipeline_schedule}; remove it")
     is_used = is_chosen or args.attention_range == AUTO or args.round_order == "interlocked"
@@ -298,6 +304,7 @@ def _make_output_folders(args: argparse.Namespace) -> None:
     for flag, folder in (
         ("--save", args.save),
         ("--trace-dir", args.trace_dir),
+        ("--tensorboard-dir", args.tensorboard_dir),
         ("--metrics-jsonl", metrics_folder),
     ):
         if folder is None:

@@ -23,6 +23,7 @@ from megatron.pretrain.settings.learning_rate import LearningRate
 from megatron.pretrain.settings.precision import Precision
 from megatron.pretrain.settings.profiling import ProfilingSettings
 from megatron.pretrain.settings.schedule import ScheduleSettings
+from megatron.pretrain.settings.watching import Watching
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +232,7 @@ class JobSettings:
         precision: number formats and the scaling of losses.
         learning_rate: with weight decay, over the job.
         elastic_job: what batches are planned by where each has its own plan; None elsewhere.
-        ending, housekeeping: see there.
+        ending, housekeeping, watching: see there.
         profiling: what torch's profiler watches on this rank; None for nothing.
         workload: the model and how it is cut, for the cost model.
         needless_flags: a line about Megatron's flags that change nothing here; empty if there are none.
@@ -254,6 +255,7 @@ class JobSettings:
     elastic_job: ElasticJob | None
     ending: Ending
     housekeeping: HousekeepingSettings
+    watching: Watching
     profiling: ProfilingSettings | None
     workload: Workload
     needless_flags: str

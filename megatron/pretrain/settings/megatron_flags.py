@@ -12,27 +12,31 @@ SUPPORTED = frozenset(
     accumulate-allreduce-grads-in-fp32 adam-beta1 adam-beta2 adam-eps add-qkv-bias apply-layernorm-1p
     async-save attention-backend attention-dropout bf16 calculate-per-token-loss clip-grad
     cross-entropy-fusion-impl cross-entropy-loss-fusion data-cache-path data-path decoupled-lr
-    decoupled-min-lr deterministic-mode disable-bias-linear disable-manual-gc-eval
-    distributed-timeout-minutes empty-unused-memory-level end-weight-decay eod-mask-loss eval-interval
-    eval-iters exit-duration-in-mins exit-interval ffn-hidden-size finetune fp16 global-batch-size
-    grad-reduce-in-bf16 group-query-attention hidden-dropout hidden-size hysteresis init-method-std
-    initial-loss-scale kv-channels load log-interval log-num-zeros-in-grad log-params-norm loss-scale
+    decoupled-min-lr deterministic-mode disable-bias-linear disable-log-loss-scale-to-tensorboard
+    disable-manual-gc-eval distributed-timeout-minutes empty-unused-memory-level end-weight-decay
+    eod-mask-loss eval-interval eval-iters exit-duration-in-mins exit-interval ffn-hidden-size finetune
+    fp16 global-batch-size grad-reduce-in-bf16 group-query-attention hidden-dropout hidden-size
+    hysteresis init-method-std initial-loss-scale kv-channels load log-interval
+    log-memory-to-tensorboard log-num-zeros-in-grad log-params-norm log-throughput
+    log-timers-to-tensorboard log-validation-ppl-to-tensorboard log-world-size-to-tensorboard loss-scale
     loss-scale-window lr lr-decay-iters lr-decay-samples lr-decay-style lr-warmup-fraction
     lr-warmup-init lr-warmup-iters lr-warmup-samples lr-wsd-decay-iters lr-wsd-decay-samples
     lr-wsd-decay-style make-vocab-size-divisible-by manual-gc manual-gc-interval max-position-embeddings
-    merge-file micro-batch-size min-loss-scale min-lr no-gradient-accumulation-fusion no-load-optim
-    no-manual-gc-eval
+    memory-snapshot-path merge-file micro-batch-size min-loss-scale min-lr
+    no-gradient-accumulation-fusion no-load-optim no-log-loss-scale-to-tensorboard no-manual-gc-eval
     norm-epsilon normalization num-attention-heads num-layers num-layers-per-virtual-pipeline-stage
     num-query-groups num-workers openai-gelu optimizer overlap-grad-reduce overlap-param-gather
     padded-vocab-size pipeline-model-parallel-size position-embedding-type pretrained-checkpoint profile
     profile-ranks profile-step-end profile-step-start qk-layernorm recompute-granularity
-    recompute-method recompute-modules recompute-num-layers reset-attention-mask reset-position-ids
-    rope-scaling-factor rotary-base rotary-percent rotary-scaling-factor
+    recompute-method recompute-modules recompute-num-layers record-memory-history reset-attention-mask
+    reset-position-ids rope-scaling-factor rotary-base rotary-percent rotary-scaling-factor
     rotary-seq-len-interpolation-factor save save-interval seed seq-length sequence-parallel
-    sgd-momentum split start-weight-decay swiglu tensor-model-parallel-size tiktoken-num-special-tokens
-    tiktoken-pattern tokenizer-model tokenizer-type train-iters train-samples transformer-impl
+    sgd-momentum split start-weight-decay swiglu tensor-model-parallel-size tensorboard-dir
+    tensorboard-log-interval tensorboard-queue-size tiktoken-num-special-tokens tiktoken-pattern
+    tokenizer-model tokenizer-type train-iters train-samples transformer-impl
     untie-embeddings-and-output-weights use-distributed-optimizer use-rope-scaling vocab-file vocab-size
-    weight-decay weight-decay-incr-style window-attn-skip-freq window-size yarn-beta-fast yarn-beta-slow
+    wandb-entity wandb-exp-name wandb-project wandb-save-dir weight-decay weight-decay-incr-style
+    window-attn-skip-freq window-size yarn-beta-fast yarn-beta-slow
     yarn-original-max-position-embeddings
     """.split()
 )
@@ -301,15 +305,14 @@ REFUSED: dict[str, str] = {
         fim-prefix-token fim-rate fim-split-sample fim-spm-rate fim-suffix-token
     """,
     "a form of the model that the layers here do not have; remove it": """
-        activation-func-clamp-value apply-residual-connection-post-layernorm
-        data-parallel-random-init decoder-seq-length disable-bf16-reduced-precision-matmul
-        embedding-init-method-std encoder-seq-length flash-attention-version fp32-residual-connection
-        fused-residual-rmsnorm glu-linear-offset init-method-xavier-uniform no-initialization
-        no-position-embedding no-rope-freq no-yarn-correction-range-round-to-int onnx-safe
-        quick-geglu relative-attention-max-distance relative-attention-num-buckets rope-type
-        rotary-interleaved squared-relu tensor-parallel-num-weight-shards
-        use-fused-weighted-squared-relu use-te-activation-func
-        yarn-correction-range-round-to-int
+        activation-func-clamp-value apply-residual-connection-post-layernorm data-parallel-random-init
+        decoder-seq-length disable-bf16-reduced-precision-matmul embedding-init-method-std
+        encoder-seq-length flash-attention-version fp32-residual-connection fused-residual-rmsnorm
+        glu-linear-offset init-method-xavier-uniform no-initialization no-position-embedding
+        no-rope-freq no-yarn-correction-range-round-to-int onnx-safe quick-geglu
+        relative-attention-max-distance relative-attention-num-buckets rope-type rotary-interleaved
+        squared-relu tensor-parallel-num-weight-shards use-fused-weighted-squared-relu
+        use-te-activation-func yarn-correction-range-round-to-int
     """,
     "tensor-parallel messages are not overlapped; remove it": """
         tp-comm-overlap tp-comm-overlap-cfg tp-comm-overlap-rs-dgrad
@@ -338,11 +341,11 @@ REFUSED: dict[str, str] = {
     "checkpoints are saved whole, as torch_dist; use --save, --load, --keep-checkpoints": """
         ckpt-convert-format ckpt-convert-save ckpt-convert-update-legacy-dist-opt-format ckpt-format
         ckpt-step dist-ckpt-format dist-ckpt-save-pre-mcore-014 load-main-params-from-ckpt no-save-optim
-        non-persistent-ckpt-type non-persistent-global-ckpt-dir
-        non-persistent-local-ckpt-algo non-persistent-local-ckpt-dir non-persistent-save-interval
-        override-ckpt-iteration persistent-save-interval replication replication-jump
-        save-activations-interval save-dgrads-interval save-params-interval save-retain-interval
-        save-tokens-per-expert-interval save-wgrads-interval
+        non-persistent-ckpt-type non-persistent-global-ckpt-dir non-persistent-local-ckpt-algo
+        non-persistent-local-ckpt-dir non-persistent-save-interval override-ckpt-iteration
+        persistent-save-interval replication replication-jump save-activations-interval
+        save-dgrads-interval save-params-interval save-retain-interval save-tokens-per-expert-interval
+        save-wgrads-interval
     """,
     "options come from the command line, and the checkpoint's are compared with them; give them": """
         disable-use-tokenizer-model-from-checkpoint-args no-use-tokenizer-model-from-checkpoint-args
@@ -374,26 +377,21 @@ REFUSED: dict[str, str] = {
         pytorch-profiler-collect-shapes record-shapes use-pytorch-profiler
     """,
     "memory is reported by iteration and rank; use --metrics-jsonl": """
-        log-device-memory-used log-memory-interval memory-snapshot-path record-memory-history
+        log-device-memory-used log-memory-interval
     """,
     "what is logged is in --metrics-jsonl; use that": """
-        config-logger-dir disable-log-loss-scale-to-tensorboard log-memory-to-tensorboard log-progress
-        log-throughput log-timers-to-tensorboard log-validation-ppl-to-tensorboard
-        log-world-size-to-tensorboard logging-level no-log-loss-scale-to-tensorboard tensorboard-dir
-        tensorboard-log-interval tensorboard-queue-size timing-log-level wandb-entity wandb-exp-name
-        wandb-project wandb-save-dir
+        config-logger-dir log-progress logging-level timing-log-level
     """,
     "data are read by their prefix; use tools/prepare_data.py and --data-path": """
         allow-ambiguous-pad-tokens chat-template data-args-path dataloader-inter-document-masking
         dataloader-type disable-pad-vocab-size disable-tokenizer-sentencepiece-ignore-extra-whitespaces
         mock-data no-mmap-bin-files no-pad-vocab-size
         no-tokenizer-sentencepiece-ignore-extra-whitespaces null-tokenizer-eod-id null-tokenizer-pad-id
-        object-storage-cache-path per-dataset-sequences-path per-split-data-args-path
-        sample-rate sft sft-tokenizer-prompt-format
-        test-data-path tiktoken-special-tokens tokenizer-hf-include-special-tokens
-        tokenizer-hf-no-include-special-tokens tokenizer-hf-no-use-fast tokenizer-hf-use-fast
-        tokenizer-metadata tokenizer-sentencepiece-legacy tokenizer-special-tokens train-data-path
-        trust-remote-code valid-data-path vocab-extra-ids
+        object-storage-cache-path per-dataset-sequences-path per-split-data-args-path sample-rate sft
+        sft-tokenizer-prompt-format test-data-path tiktoken-special-tokens
+        tokenizer-hf-include-special-tokens tokenizer-hf-no-include-special-tokens
+        tokenizer-hf-no-use-fast tokenizer-hf-use-fast tokenizer-metadata tokenizer-sentencepiece-legacy
+        tokenizer-special-tokens train-data-path trust-remote-code valid-data-path vocab-extra-ids
     """,
     "it is for tests of Megatron; remove it": """
         enable-experimental enable-msc test-mode

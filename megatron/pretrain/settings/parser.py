@@ -22,6 +22,7 @@ from megatron.pretrain.settings.precision import add_precision_arguments
 from megatron.pretrain.settings.profiling import add_profiling_arguments
 from megatron.pretrain.settings.recomputation import add_memory_arguments
 from megatron.pretrain.settings.schedule import AUTO, DEFAULT_SCHEDULE, executable_schedules
+from megatron.pretrain.settings.watching import add_watching_arguments
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_output_arguments(parser)
     add_ending_arguments(parser)
     add_housekeeping_arguments(parser)
+    add_watching_arguments(parser)
     add_profiling_arguments(parser)
     return parser
 
@@ -246,8 +248,6 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     add = group.add_argument
     add("--log-interval", type=Whole(), default=1)
-    add("--log-params-norm", action="store_true", help="norm of the weights after each step")
-    add("--log-num-zeros-in-grad", action="store_true", help="how many elements of the gradient are zero")
     add("--metrics-jsonl", type=Path, metavar="PATH", help="one JSON object per iteration")
     add("--trace-dir", type=Path, metavar="DIR", help="the measured timeline of every iteration")
     add(

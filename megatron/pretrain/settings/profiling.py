@@ -28,7 +28,11 @@ class ProfilingSettings:
 def add_profiling_arguments(parser: argparse.ArgumentParser) -> None:
     """The group of arguments."""
     add = parser.add_argument_group("profiling").add_argument
-    add("--profile", action="store_true", help="write traces of torch's profiler into --trace-dir")
+    add(
+        "--profile",
+        action="store_true",
+        help="write traces of torch's profiler into --trace-dir or --tensorboard-dir",
+    )
     add(
         "--profile-step-start",
         type=Whole(least=0),
@@ -56,8 +60,10 @@ def profiling_settings(args: argparse.Namespace) -> ProfilingSettings | None:
             flag = "--" + next(iter(given)).replace("_", "-")
             raise ValueError(f"{flag} needs --profile")
         return None
-    if args.trace_dir is None:
-        raise ValueError("--profile needs --trace-dir DIR, where the traces go")
+    # Megatron writes them beside what TensorBoard shows.
+    folder = args.trace_dir or args.tensorboard_dir
+    if folder is None:
+        raise ValueError("--profile needs --trace-dir DIR or --tensorboard-dir DIR, where the traces go")
     values = {**_DEFAULTS, **given}
     start, end, ranks = (values[name] for name in _DEFAULTS)
     if start >= end:
@@ -71,4 +77,4 @@ def profiling_settings(args: argparse.Namespace) -> ProfilingSettings | None:
     beyond = [rank for rank in ranks if rank >= args.world_size]
     if beyond:
         raise ValueError(f"--profile-ranks {beyond[0]}: the job has ranks 0 to {args.world_size - 1}")
-    return ProfilingSettings(start + 1, end, args.trace_dir) if args.rank in ranks else None
+    return ProfilingSettings(start + 1, end, folder) if args.rank in ranks else None
