@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from helixpipe.commands.ranges import Whole
-from helixpipe.data.text_tokenizers import TIKTOKEN_PATTERNS, TOKENIZER_TYPES, TokenizerSettings
+from helixpipe.data.text_tokenizers import GPT2, TIKTOKEN_PATTERNS, TOKENIZER_TYPES, TokenizerSettings
 from helixpipe.refusals import refuse
 
 VOCABULARY = Whole(most=2**24)
@@ -54,6 +54,9 @@ def tokenizer_settings(args: argparse.Namespace) -> TokenizerSettings | None:
     Raises:
         ValueError: options without ``--tokenizer-type``, or that do not fit it.
     """
+    if args.tokenizer_type is None and None not in (args.vocab_file, args.merge_file):
+        # As in Megatron's pretrain_gpt.py.
+        args.tokenizer_type = GPT2
     if args.tokenizer_type is None:
         given = {f"--{name.replace('_', '-')}": getattr(args, name) is not None for name in _OPTIONS.values()}
         refuse(given, "{} needs --tokenizer-type; add it")

@@ -359,6 +359,7 @@ def _announce(settings: JobSettings, loaded: Loaded, reporter: Reporter) -> None
     parallel, training, dataset = settings.parallel, settings.training, settings.data.dataset
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     reporter.say(settings.needless_flags)
+    reporter.say(settings.other_defaults)
     reporter.say(settings.schedule.reason)
     if settings.schedule.execution.joins_documents:
         each = f"{training.micro_batch_size} x {training.seq_length} tokens"

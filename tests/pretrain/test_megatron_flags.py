@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from unpack_cores import VERSIONS
 
+from helixpipe.data.prefix import DatasetInfo
+from megatron.pretrain.settings.arguments import parse_arguments
 from megatron.pretrain.settings.megatron_command_line import translate
 from megatron.pretrain.settings.megatron_flags import ALIASES, NEEDLESS, REFUSED, SUPPORTED
 from megatron.pretrain.settings.parser import build_parser
@@ -96,6 +98,45 @@ def test_a_command_line_is_translated(line, words, needless):
     assert (translated.words, translated.needless) == (words.split(), needless)
     assert all(flag in translated.note() for flag in needless)
     assert bool(translated.note()) == bool(needless)
+
+
+SIZES = (
+    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --micro-batch-size 1 "
+    "--global-batch-size 8 --train-iters 10 --lr 1e-3 --data-path unused"
+)
+DATASET = DatasetInfo(
+    prefix="unused", vocab_size=300, eod=0, num_documents=100, num_tokens=10_000, longest_document=500
+)
+
+
+@pytest.mark.parametrize(
+    ("line", "note"),
+    [
+        (
+            "",
+            "not given, and another default than Megatron's: --attention-dropout 0 (0.1 in Megatron), "
+            "--hidden-dropout 0 (0.1 in Megatron), --eval-iters 0 (100 in Megatron)",
+        ),
+        (
+            "--attention-dropout 0 --hidden-dropout=0.1",
+            "not given, and another default than Megatron's: --eval-iters 0 (100 in Megatron)",
+        ),
+        ("--attention-dropout 0 --hidden-dropout 0 --eval-iters 0", ""),
+    ],
+)
+def test_other_defaults_than_megatrons_are_told(monkeypatch, line, note):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert parse_arguments(f"{SIZES} {line}".split(), DATASET).other_defaults == note
+
+
+def test_what_megatron_chooses_by_itself(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = f"{SIZES} --pipeline-model-parallel-size 2"
+    assert parse_arguments(line.split(), DATASET).schedule.name == "1f1b"
+    more = "--num-layers-per-virtual-pipeline-stage 1 --vocab-file vocab.json --merge-file merges.txt"
+    settings = parse_arguments(f"{line} {more}".split(), DATASET, makes_folders=False)
+    assert settings.schedule.name == "interleaved"
+    assert settings.options["tokenizer_type"] == "GPT2BPETokenizer"
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from megatron.pretrain.settings.ending import ending_of
 from megatron.pretrain.settings.housekeeping import housekeeping_of
 from megatron.pretrain.settings.job import JobSettings, topics_of
 from megatron.pretrain.settings.learning_rate import derive_length, learning_rate_of
-from megatron.pretrain.settings.megatron_command_line import translate
+from megatron.pretrain.settings.megatron_command_line import other_defaults, translate
 from megatron.pretrain.settings.parser import build_parser
 from megatron.pretrain.settings.precision import precision_of
 from megatron.pretrain.settings.profiling import profiling_settings
@@ -39,6 +39,7 @@ from megatron.pretrain.settings.recomputation import asked_levels, memory_saving
 from megatron.pretrain.settings.schedule import (
     AUTO,
     DEFAULT_SCHEDULE,
+    DEFAULT_WITH_VIRTUAL_STAGES,
     ScheduleSettings,
     plan_ahead,
     plan_request,
@@ -109,6 +110,7 @@ def parse_arguments(
         profiling=profiling,
         workload=workload_of(args),
         needless_flags=translated.note(),
+        other_defaults=other_defaults(translated.words, args),
         options=MappingProxyType(options),
     )
 
@@ -119,7 +121,8 @@ def _choose_schedule(args: argparse.Namespace) -> ScheduleSettings:
     if args.plan is not None:
         plan = read_plan(args)
     elif args.pipeline_schedule is None:
-        args.pipeline_schedule = DEFAULT_SCHEDULE
+        has_stages = args.num_layers_per_virtual_pipeline_stage is not None
+        args.pipeline_schedule = DEFAULT_WITH_VIRTUAL_STAGES if has_stages else DEFAULT_SCHEDULE
     if args.pipeline_schedule == AUTO:
         args.dataset = args.dataset or _inspect_data(args, Execution.MEGATRON)
         args.padded_vocab_size = _pad_vocabulary(args)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
 
-from megatron.pretrain.settings.megatron_flags import ALIASES, NEEDLESS, REFUSED
+from megatron.pretrain.settings.megatron_flags import ALIASES, NEEDLESS, OTHER_DEFAULTS, REFUSED
 
 _ANY, _SEVERAL = "", "+"
 
@@ -52,6 +53,22 @@ def translate(command_line: Sequence[str]) -> Translated:
         else:
             words += [flag, *values]
     return Translated(words, tuple(needless))
+
+
+def other_defaults(words: Sequence[str], args: argparse.Namespace) -> str:
+    """What to tell of options that were left out, and would change numbers in Megatron; empty for none.
+
+    Args:
+        words: of the translated command line.
+        args: as parsed.
+    """
+    given = {word.partition("=")[0] for word in words}
+    found = [
+        f"--{name} {getattr(args, name.replace('-', '_')):g} ({theirs} in Megatron)"
+        for name, theirs in OTHER_DEFAULTS.items()
+        if f"--{name}" not in given
+    ]
+    return f"not given, and another default than Megatron's: {', '.join(found)}" if found else ""
 
 
 def _groups(command_line: Sequence[str]) -> Iterator[tuple[str, list[str]]]:

@@ -48,6 +48,9 @@ ALIASES = {
     "check-weight-hash-across-dp-replicas-interval": ("--check-gradients-every",),
 }
 
+# Options whose defaults here would give other numbers than Megatron's, with Megatron's.
+OTHER_DEFAULTS = {"attention-dropout": "0.1", "hidden-dropout": "0.1", "eval-iters": "100"}
+
 NEEDLESS: dict[str, str] = {
     "this program does so anyway": """
         use-mcore-models attention-softmax-in-fp32 no-create-attention-mask-in-dataloader
@@ -86,6 +89,8 @@ NEEDLESS: dict[str, str] = {
         use-sharp sharp-enabled-group= te-rng-tracker dataloader-fast-cache-load
         dataloader-defer-npy-index-mmap no-use-layer-wise-param-layout init-model-with-meta-device
         use-transformer-engine-op-fuser mid-level-dataset-surplus= lazy-mpu-init
+        no-mmap-bin-files disable-gloo-process-groups num-distributed-optimizer-instances=
+        microbatch-group-size-per-virtual-pipeline-stage=
     """,
     "the backend follows from the machine: NCCL on GPUs, gloo on CPUs": """
         distributed-backend=nccl,gloo pipeline-model-parallel-comm-backend=nccl
@@ -95,7 +100,7 @@ NEEDLESS: dict[str, str] = {
     """,
     "only one of the groups that it is about exists": """
         cp-comm-type=+ expert-tensor-parallel-size=1 expert-model-parallel-size=1
-        context-parallel-size=1 num-distributed-optimizer-instances=1
+        context-parallel-size=1
     """,
     "timers are those of --trace-dir": """
         timing-log-level=0,1,2 timing-log-option= no-barrier-with-level-1-timing
@@ -323,7 +328,7 @@ REFUSED: dict[str, str] = {
         pipeline-model-parallel-layout
     """,
     "the order of interleaved stages is that of groups of pipeline ranks; remove it": """
-        microbatch-group-size-per-virtual-pipeline-stage num-virtual-stages-per-pipeline-rank
+        num-virtual-stages-per-pipeline-rank
     """,
     "the batch size is fixed; use --global-batch-size": """
         batch-size decrease-batch-size-if-needed rampup-batch-size step-batch-size-schedule
@@ -365,11 +370,8 @@ REFUSED: dict[str, str] = {
         ddp-average-in-collective ddp-param-name-patterns-for-fp32-local-accumulation
         ddp-reduce-scatter-with-fp32-accumulation
     """,
-    "there is one copy of a sharded optimizer; use 1": """
-        num-distributed-optimizer-instances
-    """,
     "ranks are placed tensor, data, pipeline, and groups are torch's own; remove it": """
-        disable-gloo-process-groups distributed-backend fake-process-group nccl-communicator-config-path
+        distributed-backend fake-process-group nccl-communicator-config-path
         pipeline-model-parallel-comm-backend use-tp-pp-dp-mapping
     """,
     "the profiler is torch's, with the plan's operations as ranges; use --profile alone": """
@@ -385,7 +387,7 @@ REFUSED: dict[str, str] = {
     "data are read by their prefix; use tools/prepare_data.py and --data-path": """
         allow-ambiguous-pad-tokens chat-template data-args-path dataloader-inter-document-masking
         dataloader-type disable-pad-vocab-size disable-tokenizer-sentencepiece-ignore-extra-whitespaces
-        mock-data no-mmap-bin-files no-pad-vocab-size
+        mock-data no-pad-vocab-size
         no-tokenizer-sentencepiece-ignore-extra-whitespaces null-tokenizer-eod-id null-tokenizer-pad-id
         object-storage-cache-path per-dataset-sequences-path per-split-data-args-path sample-rate sft
         sft-tokenizer-prompt-format test-data-path tiktoken-special-tokens

@@ -18,6 +18,8 @@ from megatron.pretrain.settings.sizes import nearest
 
 AUTO = "auto"
 DEFAULT_SCHEDULE = "1f1b"
+# As in Megatron, where --num-layers-per-virtual-pipeline-stage is given and no schedule.
+DEFAULT_WITH_VIRTUAL_STAGES = "interleaved"
 # What a plan file says by itself.
 _SAID_BY_PLAN = (
     "pipeline_schedule", "num_fold", "num_slices", "attention_range", "head_placement",
