@@ -15,6 +15,7 @@ from helixpipe.commands import (
     planning,
     prediction,
     preflight,
+    run_report,
     training,
 )
 from helixpipe.commands.parser import Parser, UsageError
@@ -76,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
         planning,
         prediction,
         measurement,
+        run_report,
         lengths,
         batch_planning,
         preflight,

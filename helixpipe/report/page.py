@@ -44,6 +44,8 @@ def write_page(
     *,
     title: str,
     memory_limit_bytes: int | None = None,
+    above: str = "",
+    below: str = "",
 ) -> None:
     """Write one HTML file that compares ``timelines``; equal input gives equal files.
 
@@ -52,6 +54,7 @@ def write_page(
         path: the file.
         title: heading of the page.
         memory_limit_bytes: what a rank has, drawn as a line into every memory plot.
+        above, below: sections of HTML around the timelines.
 
     Raises:
         ValueError: nothing to show, an empty timeline or a limit that is not positive.
@@ -73,6 +76,8 @@ def write_page(
         "table": _table(entries, memory_limit_bytes),
         "legend": _legend(entries),
         "panels": "\n".join(_section(number, entry, unit) for number, entry in enumerate(entries, 1)),
+        "above": above,
+        "below": below,
         "data": _embedded(_page_data(entries, unit, memory_limit_bytes)),
         "script": "\n".join(_asset(name) for name in _SCRIPTS),
     }

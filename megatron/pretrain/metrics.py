@@ -6,7 +6,7 @@ import json
 import math
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -238,6 +238,8 @@ class Reporter:
         self._traces = SideOutput(self._output.trace_dir, "timelines and plans")
         if self._is_writer and self._output.metrics_jsonl is not None:
             self._metrics.attempt(lambda: self._open(iteration))
+        if self._is_writer and self._output.trace_dir is not None:
+            self._traces.attempt(lambda: self._write("arguments.json", _as_json(settings.options)))
         plan = settings.schedule.plan
         if self._is_writer and self._output.trace_dir is not None and plan is not None:
             self._traces.attempt(lambda: self._write("plan.json", plan.to_json()))
@@ -321,6 +323,11 @@ class Reporter:
         """Print a line, once for the whole job; none if there is nothing to say."""
         if self._is_writer and text:
             say(text)
+
+
+def _as_json(options: Mapping[str, Any]) -> str:
+    """Options by name; what JSON has no form for as text."""
+    return json.dumps(dict(options), indent=1, sort_keys=True, default=str) + "\n"
 
 
 def iteration_line(metrics: IterationMetrics, settings: JobSettings) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -44,7 +45,7 @@ def outcomes(folder):
         "fp16 resumed": f"--fp16 --initial-loss-scale 65536 --load {folder}/fp16 --train-iters 4",
         "fp16 overflow": "--fp16 --initial-loss-scale 1e15 --hysteresis 1",
         "fp16 constant": "--fp16 --loss-scale 512 --accumulate-allreduce-grads-in-fp32",
-        "throughput": "--log-throughput",
+        "throughput": f"--log-throughput --trace-dir {folder}/trace",
         "unfused": "--attention-backend unfused",
         "core": "--attention-backend unfused --pipeline-schedule helix",
         "qkv": "--attention-backend unfused --pipeline-schedule helix --attention-range qkv",
@@ -128,6 +129,12 @@ def test_throughput_and_the_time_that_is_left_are_told(outcomes):
         if " iteration " in line
     ]
     assert left == [True, True, False]
+
+
+def test_arguments_are_written_beside_timelines(outcomes, folder):
+    arguments = json.loads((folder / "trace" / "arguments.json").read_text())
+    assert arguments["log_throughput"] is True
+    assert arguments["trace_dir"] == str(folder / "trace")
 
 
 def test_half_precision_trains_with_scaled_losses(outcomes):
