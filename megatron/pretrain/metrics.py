@@ -155,13 +155,10 @@ def gather_metrics(
         stop_flags: whatever else this rank has to tell the others; of the same length everywhere.
         planning: of this rank's replica, or None on all ranks.
     """
-    loss_sum, tokens = sum_losses(losses)
-    mine = [loss_sum, tokens, elapsed_ms, trace.total_ms(), trace.busy_ms(), float(_peak_memory_bytes())]
-    mine += map(float, (*(planning or ()), *stop_flags))
-    table = torch.zeros(dist.get_world_size(), len(mine), dtype=torch.float64, device=device())
-    table[dist.get_rank()] = torch.tensor(mine, dtype=torch.float64)
-    dist.all_reduce(table)
-    loss_sums, token_counts, elapsed, total, busy, memory, *rest = table.T.tolist()
+    mine = (*sum_losses(losses), elapsed_ms, trace.total_ms(), trace.busy_ms(), _peak_memory_bytes())
+    loss_sums, token_counts, elapsed, total, busy, memory, *rest = _of_all_ranks(
+        [*mine, *(planning or ()), *stop_flags]
+    )
     plans, told = rest[: len(planning or ())], rest[len(planning or ()) :]
     elapsed_ms = max(elapsed)
     # Documents differ in tokens: of an elastic batch those with loss are counted.
@@ -187,6 +184,14 @@ def gather_metrics(
         planning=Planning.over_ranks(list(zip(*plans, strict=True))) if plans else None,
     )
     return metrics, [[int(value) for value in column] for column in told]
+
+
+def _of_all_ranks(mine: Sequence[float]) -> list[list[float]]:
+    """For each of this rank's numbers, those of all ranks; collective."""
+    table = torch.zeros(dist.get_world_size(), len(mine), dtype=torch.float64, device=device())
+    table[dist.get_rank()] = torch.tensor([float(number) for number in mine], dtype=torch.float64)
+    dist.all_reduce(table)
+    return table.T.tolist()
 
 
 def sum_losses(losses: list[dict[str, torch.Tensor]]) -> tuple[float, float]:
