@@ -9,7 +9,6 @@ Nothing is trained: a line is accepted if everything that needs neither data nor
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -23,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 from helixpipe.commands.parser import ScriptParser  # noqa: E402
 from helixpipe.commands.ranges import RANKS  # noqa: E402
 from helixpipe.data.prefix import DatasetInfo  # noqa: E402
+from helixpipe.json_input import read_json  # noqa: E402
 from helixpipe.layers.optional_packages import TRANSFORMER_ENGINE, why_not_usable  # noqa: E402
 from megatron.pretrain.settings.arguments import parse_arguments  # noqa: E402
 from megatron.pretrain.settings.megatron_flags import REFUSED  # noqa: E402
@@ -131,7 +131,7 @@ def read_cases(path: Path, variables: Mapping[str, str]) -> dict[str, Case]:
         ValueError: no such file, or one of another form.
     """
     try:
-        groups = json.loads(path.read_text(encoding="utf-8"))
+        groups = read_json(path, "cases")
         found = {name: dict(case) for group in groups.values() if isinstance(group, dict)
                  for name, case in group.items()}  # fmt: skip
     except (OSError, ValueError, AttributeError, TypeError) as error:

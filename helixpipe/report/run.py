@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from helixpipe.json_input import parse_object, read_json
 from helixpipe.plan.simulation.timeline import Timeline
 
 
@@ -62,9 +62,10 @@ def read_run(folder: Path) -> Run:
         raise ValueError(f"{folder} holds no iteration_*.json; train with --trace-dir {folder}")
     arguments = _found(folder, "arguments.json")
     try:
-        rows = [json.loads(line) for line in metrics[0].read_text(encoding="utf-8").splitlines()]
+        lines = metrics[0].read_text(encoding="utf-8").splitlines()
+        rows = [parse_object(line, f"line {number}") for number, line in enumerate(lines, 1)]
         rows.sort(key=lambda row: row["iteration"])
-        options = json.loads(arguments[0].read_text(encoding="utf-8")) if arguments else {}
+        options = read_json(arguments[0], "arguments") if arguments else {}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: the metrics or arguments cannot be read ({error})") from None
     if not rows:
