@@ -20,7 +20,7 @@ ARROWS = {
     "command_line": ("data", "reliability", "refusals"),
     "data": ("reliability", "refusals", "json_input"),
     "elastic": ("plan", "json_input"),
-    "report": ("plan", "elastic", "data"),
+    "report": ("plan", "elastic", "data", "json_input"),
     "kernels": (),
     "runtime": ("plan", "elastic", "kernels", "reliability", "gradient_edges"),
     "layers": ("plan", "elastic", "kernels", "contact_points", "refusals", "gradient_edges"),
