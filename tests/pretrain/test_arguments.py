@@ -376,7 +376,12 @@ REFUSED = [
         "--recompute-modules mlp needs --disable-bias-linear",
     ),
     (1, "--recompute-modules attention", "--recompute-modules", "attention", "core_attn", "mlp"),
-    (1, "--num-layers-per-virtual-pipeline-stage 1", "does not apply to 1f1b", "it is for interleaved"),
+    (
+        1,
+        "--pipeline-schedule 1f1b --num-layers-per-virtual-pipeline-stage 1",
+        "does not apply to 1f1b",
+        "it is for interleaved",
+    ),
     (1, "--pipeline-schedule interleaved", "interleaved needs two or more pipeline ranks"),
     (
         2,
