@@ -27,6 +27,11 @@ SAID_BY_OTHERS = {
     "profile", "profile_step_start", "profile_step_end", "profile_ranks",
     "exit_interval", "exit_duration_in_mins",
     "manual_gc", "manual_gc_interval", "manual_gc_eval", "empty_unused_memory_level",
+    # watching
+    "log_throughput", "tensorboard_dir", "tensorboard_queue_size", "tensorboard_log_interval",
+    "log_timers_to_tensorboard", "log_validation_ppl_to_tensorboard", "log_memory_to_tensorboard",
+    "log_world_size_to_tensorboard", "log_loss_scale_to_tensorboard", "wandb_project", "wandb_exp_name",
+    "wandb_entity", "wandb_save_dir", "record_memory_history", "memory_snapshot_path",
     # precision
     "loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis",
     "accumulate_allreduce_grads_in_fp32", "grad_reduce_in_bf16", "deterministic_mode",
@@ -42,7 +47,7 @@ SAID_BY_OTHERS = {
 
 MADE_ELSEWHERE = (
     "schedule", "precision", "learning_rate", "elastic_job", "ending", "housekeeping", "profiling",
-    "workload", "needless_flags", "options",
+    "workload", "needless_flags", "other_defaults", "watching", "options",
 )  # fmt: skip
 
 
