@@ -44,7 +44,9 @@ for word in "$@"; do
     case $word in
         --dry-run | --dry-run=*)
             nodes=${SLURM_NNODES:-${NODES:-}} gpus=${SLURM_GPUS_ON_NODE:-${GPUS_PER_NODE:-}}
-            [ -n "$nodes" ] && [ -n "$gpus" ] || fail "--dry-run needs NODES and GPUS_PER_NODE"
+            if [ -z "$nodes" ] || [ -z "$gpus" ]; then
+                fail "--dry-run needs NODES and GPUS_PER_NODE"
+            fi
             exec "${PYTHON:-python3}" -m helixpipe train --nnodes "$nodes" --nproc-per-node "$gpus" "${@:2}"
             ;;
     esac
