@@ -236,7 +236,7 @@ def test_slices_in_another_order_are_noticed(kind, words):
         order = list(plan.orders[0])
         first, second = [index for index, op in enumerate(order) if op.kind is kind][:2]
         order[first], order[second] = order[second], order[first]
-        wrong = ElasticPlan(batch.recipe, plan.with_orders([order]), Prediction(1.0, 0.0, 0.0, (1,)))
+        wrong = ElasticPlan(batch.recipe, plan.with_orders([order]), Prediction(1.0, 0.0, 0.0, (1,), (0,)))
         return ElasticBatch(wrong, batch.sequences)
 
     with pytest.raises(AssertionError, match=words):

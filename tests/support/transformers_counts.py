@@ -1,7 +1,7 @@
 """Parameters of the published models as transformers builds them, as JSON; in a process of its own.
 
-On the meta device, which must hold for every layer: in a process where other tests have left something behind,
-a model of billions of parameters was once really built.
+On the meta device, which must hold for every layer: where other tests had left something behind, a model of
+billions of parameters was once really built.
 """
 
 from __future__ import annotations
