@@ -224,7 +224,7 @@ def test_a_changed_sequence_changes_no_other_ones_loss():
     ("kind", "words"),
     [
         (Kind.F, "tokens 0 to 54 before a slice of sequence 1 are not kept"),
-        (Kind.B, "the next slice's backward has not run"),
+        (Kind.B, "no later slice's backward has run"),
     ],
 )
 def test_slices_in_another_order_are_noticed(kind, words):
