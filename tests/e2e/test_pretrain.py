@@ -73,7 +73,8 @@ def test_metrics_keep_their_contract(trained, schedule):
 def test_terminal_shows_each_iteration_and_nothing_else(trained, schedule):
     job = trained(schedule)
     assert job.errors == ""
-    first, attention, *lines, last = job.output.splitlines()
+    defaults, first, attention, *lines, last = job.output.splitlines()
+    assert defaults.startswith("not given, and another default than Megatron's: ")
     assert first.startswith(f"{schedule}: 2 ranks = tensor 1 x pipeline 2 x data 1; 4 micro batches")
     assert attention == "attention: aten-cpu"
     iterations = [line for line in lines if "validation" not in line]
