@@ -49,13 +49,24 @@ class ElasticGPTModel(ChunkedLossGPTModel):
         self.contexts = contexts
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor, **arguments: Any
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None,
+        packed_seq_params: None = None,
+        **arguments: Any,
     ) -> Any:
-        """See GPTModel; the next chunk's run says what the positions of its tokens see."""
+        """See GPTModel; the next chunk's run says what the positions of its tokens see.
+
+        Raises:
+            ValueError: a mask, or documents.
+        """
         run, self.run = self.run, None
         assert run is not None, "no run was set for this chunk"
         if attention_mask is not None:
             raise ValueError("the elastic schedule takes no attention mask: pass None, its chunks imply it")
+        if packed_seq_params is not None:
+            raise ValueError("the elastic schedule joins no documents: pass no packed_seq_params")
         with _whole_layers_recomputed(self.config, run.num_checkpointed if self.training else 0):
             return super().forward(
                 input_ids, position_ids, attention_mask, packed_seq_params=run.layout, **arguments
