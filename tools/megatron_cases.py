@@ -24,8 +24,11 @@ from helixpipe.commands.ranges import RANKS  # noqa: E402
 from helixpipe.data.prefix import DatasetInfo  # noqa: E402
 from helixpipe.json_input import read_json  # noqa: E402
 from helixpipe.layers.optional_packages import TRANSFORMER_ENGINE, why_not_usable  # noqa: E402
+from helixpipe.plan.build import find_schedule  # noqa: E402
+from helixpipe.plan.execution import Execution  # noqa: E402
 from megatron.pretrain.settings.arguments import parse_arguments  # noqa: E402
 from megatron.pretrain.settings.megatron_flags import REFUSED  # noqa: E402
+from megatron.pretrain.settings.schedule import DEFAULT_WITH_VIRTUAL_STAGES  # noqa: E402
 
 Case = Mapping[str, Any]
 
@@ -68,11 +71,11 @@ def judge(case: Case, ranks: int, schedule: str) -> Verdict:
     words_of = {flag: _words(flag, value) for flag, value in case.items()}
     words_of["--pipeline-schedule"] = ["--pipeline-schedule", schedule]
     changes: tuple[str, ...] = ()
-    if _STAGES in words_of and schedule == "helix":
+    if _STAGES in words_of and find_schedule(schedule).execution is Execution.MEGATRON:
+        words_of["--pipeline-schedule"][1] = DEFAULT_WITH_VIRTUAL_STAGES
+    elif _STAGES in words_of:
         del words_of[_STAGES]
         changes = (f"without `{_STAGES}`",)
-    elif _STAGES in words_of:
-        words_of["--pipeline-schedule"][1] = "interleaved"
     refused: list[str] = []
     while True:
         problem = _problem(words_of, ranks)

@@ -11,7 +11,7 @@ MAY_NAME = {
     "helixpipe/plan/formulas.py": set(SCHEDULES),
     "helixpipe/elastic/chunk_schedule.py": {"elastic"},  # its own plans
     "helixpipe/megatron_adapter/forward_backward.py": {"helix"},  # HelixForwardBackward, for other programs
-    "megatron/pretrain/settings/schedule.py": {"1f1b"},  # the default
+    "megatron/pretrain/settings/schedule.py": {"1f1b", "interleaved"},  # the defaults
     # A command, a group of options and a row of a table.
     "helixpipe/commands/batch_planning.py": {"elastic"},
     "megatron/pretrain/settings/elastic_job.py": {"elastic"},
