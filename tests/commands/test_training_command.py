@@ -22,7 +22,10 @@ JOB = (
 ).split()
 ON_64 = "64 GPUs = tensor 8 x pipeline 8 x data 1, sequence parallel, distributed optimizer"
 EXAMPLES = [
-    ("pretrain_gpt_single_node", ["corpus"], "h100", "8 GPUs = tensor 1 x pipeline 8 x data 1", ""),
+    pytest.param(
+        "pretrain_gpt_single_node", ["corpus"], "h100", "8 GPUs = tensor 1 x pipeline 8 x data 1", "",
+        marks=pytest.mark.slow,
+    ),
     ("pretrain_llama_7b_slurm", ["corpus", "saved"], "h20", ON_64, ""),
     pytest.param(
         # Of the sixteen sequences of a batch, which follow one another, one.

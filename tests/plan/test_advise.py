@@ -48,6 +48,7 @@ def test_options_are_ranked_and_fit(long):
     assert long.num_candidates > 100
 
 
+@pytest.mark.slow
 def test_an_option_is_what_its_plan_simulates_to(long):
     """The table's figures belong to the very arguments that stand beside them."""
     the_job = job()
@@ -84,6 +85,7 @@ def test_rejections_say_why(long):
     assert not shown & set(reasons)
 
 
+@pytest.mark.slow
 def test_every_candidate_is_shown_or_rejected():
     the_job = job(limit_gib=30)
     found = advise(the_job)

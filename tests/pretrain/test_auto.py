@@ -60,6 +60,7 @@ def recomputed(words):
     return parsed(words).memory.memory_saving.recompute
 
 
+@pytest.mark.slow
 def test_recomputation_is_as_given_or_where_memory_needs_it():
     long = "--hardware h20 --seq-length 131072"
     assert recomputed(long) is Recompute.NONE
@@ -72,11 +73,13 @@ def test_recomputation_is_as_given_or_where_memory_needs_it():
     assert parsed(never).schedule.reason != parsed(f"{long} --memory-limit-gib 16").schedule.reason
 
 
+@pytest.mark.slow
 def test_chunks_of_the_loss_are_known_to_the_planner():
     tight = "--hardware h20 --seq-length 131072 --memory-limit-gib 16"
     assert parsed(f"{tight} --loss-chunk-size auto").schedule.reason != parsed(tight).schedule.reason
 
 
+@pytest.mark.slow
 def test_memory_decides():
     roomy = parsed("--hardware h20 --seq-length 131072")
     tight = parsed("--hardware h20 --seq-length 131072 --memory-limit-gib 20")
