@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from enum import Enum
 from typing import NamedTuple
@@ -65,6 +66,13 @@ class _Holdings:
         self.plan = plan
         self.rank = rank
         self.place = {op: place for place, op in enumerate(plan.orders[rank])}
+        # Where this rank lends the keys and values of a slice, by segment and slice.
+        self.lent: dict[tuple[int, int], list[Operation]] = defaultdict(list)
+        for context in plan.contexts:
+            if context.owner == rank:
+                ends = [end for end in (context.keys_sent, context.keys_resent) if end in self.place]
+                for i in context.lent:
+                    self.lent[context.segment, i] += ends
 
     def all(self) -> Iterator[Holding]:
         for context in self.plan.contexts:
@@ -113,7 +121,7 @@ class _Holdings:
     def _made(self, segment: int, made: int, readers: list[int]) -> Iterator[Holding]:
         """Of a slice whose keys and values this rank has made and sent away with it."""
         kind = Kind.B if self.plan.has_backward else Kind.F
-        ends = [Operation(segment, kind, j) for j in readers] + self._lent(segment, made)
+        ends = [Operation(segment, kind, j) for j in readers] + self.lent[segment, made]
         if ends:
             start = Operation(segment - 1, Kind.F, made)
             yield Holding(Content.KEYS, segment, (made,), start, self._last(ends))
@@ -124,19 +132,9 @@ class _Holdings:
     def _lent_late(self, segment: int, made: int) -> Iterator[Holding]:
         """Of a slice that attends here, too, and is lent when nothing else keeps its keys and values."""
         own = Operation(segment, Kind.B if self.plan.has_backward else Kind.F, made)
-        last = max(self._lent(segment, made), key=self.place.__getitem__, default=own)
+        last = max(self.lent[segment, made], key=self.place.__getitem__, default=own)
         if self.place[last] > self.place[own]:
             yield Holding(Content.KEYS, segment, (made,), own, last)
-
-    def _lent(self, segment: int, made: int) -> list[Operation]:
-        """Where this rank lends a slice's keys and values."""
-        contexts = [
-            context
-            for context in self.plan.contexts
-            if context.segment == segment and context.owner == self.rank and made in context.lent
-        ]
-        ends = [end for context in contexts for end in (context.keys_sent, context.keys_resent)]
-        return [end for end in ends if end in self.place]
 
     def _first(self, message: Operation, operations: Iterable[Operation]) -> Operation:
         """A message, or in a plan without it the first of the computations that need it."""

@@ -49,6 +49,9 @@ class SliceContexts:
         self._key_shape = key_shape
         self._dtype = dtype
         self._per_layer = segments_per_layer(plan)
+        self._group_of = {i: group for group in plan.slices for i in group}
+        # The same in every iteration, so made once.
+        self._attended: dict[tuple[int, int], Piece] = {}
         self._returned: dict[tuple[int, int], list[Tensors]] = defaultdict(list)
         # Keys and values of slices that attend here, too, and how often they are still to be lent.
         self._own: dict[tuple[int, int], tuple[int, Tensor, Tensor]] = {}
@@ -69,8 +72,12 @@ class SliceContexts:
 
     def attended(self, segment: int, micro_batch: int) -> Piece:
         """A slice as attention on its rank sees it: nothing follows the last slice that attends there."""
-        last = self._attending_here(segment, micro_batch)[-1]
-        return replace(self._pieces[micro_batch], sequence_length=last.start + last.length)
+        found = self._attended.get((segment, micro_batch))
+        if found is None:
+            last = self._attending_here(segment, micro_batch)[-1]
+            found = replace(self._pieces[micro_batch], sequence_length=last.start + last.length)
+            self._attended[segment, micro_batch] = found
+        return found
 
     def made(self, segment: int, micro_batch: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Note keys and values, [T, b, groups, d], that ``segment`` has made.
@@ -162,7 +169,7 @@ class SliceContexts:
     def _attending_here(self, segment: int, micro_batch: int) -> list[Piece]:
         """The slices of a sequence that attend on the rank where ``micro_batch`` does."""
         rank = self._plan.rank_of(segment, micro_batch)
-        group = next(group for group in self._plan.slices if micro_batch in group)
+        group = self._group_of[micro_batch]
         return [self._pieces[i] for i in group if self._plan.rank_of(segment, i) == rank]
 
     def _layer(self, segment: int) -> int:
