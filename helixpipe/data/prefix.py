@@ -11,7 +11,13 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from helixpipe.data.index_file import PREPARE_AGAIN, check_index, open_index
-from helixpipe.data.text_tokenizers import END_OF_DOCUMENT, TokenizerSettings, open_tokenizer
+from helixpipe.data.text_tokenizers import (
+    END_OF_DOCUMENT,
+    TokenizerSettings,
+    open_tokenizer,
+    parse_tokenizer,
+    vocabulary_size,
+)
 from helixpipe.reliability.exit_codes import DataError
 
 _TOKENS_PER_STEP = 1 << 20
@@ -69,26 +75,16 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """
     path = os.fsdecode(path)
     try:
-        with open(path, encoding="utf-8") as stream:
-            tokenizer = Tokenizer.from_str(stream.read())
+        with open(path, "rb") as stream:
+            content = stream.read()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}): check the path") from error
-    except Exception as error:  # the library raises plain Exception for any bad content
-        reason = " ".join(str(error).split())
-        raise DataError(
-            f"{path}: is not a tokenizer of the `tokenizers` library ({reason}): "
-            "give a tokenizer.json that it saved"
-        ) from error
+    tokenizer = parse_tokenizer(content, path)
     try:
         end_of_document_id(tokenizer)
     except ValueError as error:
         raise DataError(f"{path}: {error}") from error
     return tokenizer
-
-
-def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """Return the number of rows an embedding needs; ids need not be contiguous."""
-    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def end_of_document_id(tokenizer: Tokenizer) -> int:

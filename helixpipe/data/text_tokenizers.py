@@ -149,21 +149,14 @@ class LibraryTokenizer:
     """
 
     def __init__(self, json: str, end: str, source: str, *, begins: bool = False) -> None:
-        try:
-            tokenizer = Tokenizer.from_str(json)
-        except Exception as error:  # the library raises plain Exception for any bad content
-            reason = " ".join(str(error).split())
-            raise DataError(
-                f"{source}: is not a tokenizer of the `tokenizers` library ({reason}): "
-                "give a tokenizer.json that it saved"
-            ) from error
+        tokenizer = parse_tokenizer(json, source)
         # A tokenizer file may carry these settings; a document is written whole.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         eod = tokenizer.token_to_id(end)
         if eod is None:
             raise DataError(f"{source}: has no {end} token, which ends documents: add it as a special token")
-        self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = vocabulary_size(tokenizer)
         self.begin, self.end = _template(tokenizer) if begins else ((), ())
         if self.end[-1:] != (eod,):
             self.end = (*self.end, eod)
@@ -180,6 +173,27 @@ class LibraryTokenizer:
             reason = " ".join(str(error).split())
             raise ValueError(f"the tokenizer cannot encode a document: {reason}") from error
         return [encoding.ids for encoding in encodings]
+
+
+def parse_tokenizer(content: str | bytes, source: str) -> Tokenizer:
+    """A tokenizer from its JSON.
+
+    Raises:
+        DataError: it is not what the `tokenizers` library saves.
+    """
+    try:
+        return Tokenizer.from_str(content if isinstance(content, str) else content.decode("utf-8"))
+    except Exception as error:  # the library raises plain Exception for any bad content
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"{source}: is not a tokenizer of the `tokenizers` library ({reason}): "
+            "give a tokenizer.json that it saved"
+        ) from error
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """The number of rows an embedding needs; ids need not be contiguous."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def _template(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
