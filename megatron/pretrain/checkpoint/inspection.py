@@ -23,7 +23,7 @@ from megatron.pretrain.checkpoint.files import (
     manifest_of,
     share,
 )
-from megatron.pretrain.checkpoint.safe_pickle import find_unsafe_content, read_table
+from megatron.pretrain.checkpoint.safe_pickle import find_unsafe_content, read_table, tensors_in
 
 TABLE = ".metadata"
 BACKEND = "torch_dist"
@@ -119,12 +119,13 @@ def faults_by_table(folder: Path, rank: int = 0, num_ranks: int = 1) -> list[str
         return [f"{folder / FORM} is missing or damaged; use another checkpoint"]
     try:
         table = read_table(folder)
+        tensors = tensors_in(table)
     except Exception as error:  # a damaged pickle may raise anything
         return [f"{folder / TABLE} cannot be read ({type(error).__name__}); use another checkpoint"]
     found = [
         f"{folder}: {name} has {_elements_in_chunks(tensor)} elements in its shards instead of "
         f"{math.prod(tensor.size)}; use another checkpoint"
-        for name, tensor in _tensors(folder).items()
+        for name, tensor in tensors.items()
         if _elements_in_chunks(tensor) != math.prod(tensor.size)
     ]
     by_file: dict[str, list[tuple[str, Any]]] = {}
@@ -191,12 +192,11 @@ class _Part(io.RawIOBase):
 
 def _tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
     try:
-        found: Mapping[str, Any] = read_table(folder).state_dict_metadata
+        return tensors_in(read_table(folder))
     except Exception as error:  # a damaged pickle may raise anything
         raise DataError(
             f"{folder / TABLE} cannot be read ({type(error).__name__}); use another checkpoint"
         ) from None
-    return {name: value for name, value in found.items() if isinstance(value, TensorStorageMetadata)}
 
 
 def _elements_in_chunks(tensor: TensorStorageMetadata) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from helixpipe.contact_points import replace
 
@@ -86,6 +87,12 @@ def read_table(folder: Path) -> Any:
     """The table of contents of a checkpoint, a ``torch.distributed.checkpoint.metadata.Metadata``."""
     with (folder / ".metadata").open("rb") as stream:
         return _SafePickle.load(stream)
+
+
+def tensors_in(table: Any) -> dict[str, TensorStorageMetadata]:
+    """The tensors of a table of contents, which names other objects, too."""
+    found = table.state_dict_metadata.items()
+    return {name: value for name, value in found if isinstance(value, TensorStorageMetadata)}
 
 
 def _read_places(folder: Path) -> None:

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron.pretrain.checkpoint.safe_pickle import read_table
+from megatron.pretrain.checkpoint.safe_pickle import read_table, tensors_in
 
 
 class Part(NamedTuple):
@@ -118,11 +118,7 @@ class CheckpointReader:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         table = read_table(folder)
-        self._tensors: dict[str, TensorStorageMetadata] = {
-            name: value
-            for name, value in table.state_dict_metadata.items()
-            if isinstance(value, TensorStorageMetadata)
-        }
+        self._tensors = tensors_in(table)
         self._reader = dcp.FileSystemReader(folder)
         self._reader.set_up_storage_reader(table, is_coordinator=True)
 
