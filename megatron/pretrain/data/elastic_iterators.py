@@ -18,6 +18,7 @@ from megatron.pretrain.data.elastic_batches import (
     identity_of,
     make_shared_planner,
 )
+from megatron.pretrain.data.index_cache import documents_of_part
 from megatron.pretrain.data.variable_length import VariableLengthDataset
 from megatron.pretrain.metrics import Planning
 from megatron.pretrain.settings.job import JobSettings
@@ -102,9 +103,9 @@ def training_dataset(settings: JobSettings) -> VariableLengthDataset:
 
 
 def _dataset(settings: JobSettings, part: int) -> VariableLengthDataset:
-    """The documents of one part of ``--split``, which has been checked, rounded as Megatron rounds."""
+    """The documents of one part of ``--split``, which has been checked."""
     data, longest = settings.data, settings.training.max_seq_length
     assert longest is not None
     bounds = convert_split_vector_to_split_matrix(parse_and_normalize_split(data.split))[part]
-    documents = range(*(round(bound * float(data.dataset.num_documents)) for bound in bounds))
+    documents = documents_of_part(bounds, data.dataset.num_documents)
     return VariableLengthDataset(data.dataset, longest, documents)

@@ -22,7 +22,7 @@ from helixpipe.data.corpus_record import known_corpus
 from helixpipe.data.prefix import DatasetInfo
 from helixpipe.data.samples import ShuffledOrder
 from helixpipe.layers.documents import documents_of
-from megatron.pretrain.data.index_cache import build_datasets
+from megatron.pretrain.data.index_cache import build_datasets, documents_of_part
 from megatron.pretrain.settings.job import DataSettings, JobSettings, TrainingSettings
 
 Batch = dict[str, torch.Tensor]
@@ -120,17 +120,11 @@ def check_split(split: str, info: DatasetInfo, *, with_validation: bool) -> None
     matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
     needed = ["training", "validation"] if with_validation else ["training"]
     for name, bounds in zip(needed, matrix, strict=False):
-        if bounds is None or not _documents_in(bounds, info):
+        if bounds is None or not documents_of_part(bounds, info.num_documents):
             raise ValueError(
                 f"--split {split} leaves none of the {info.num_documents} documents for {name}; give it at "
                 f"least {100 / info.num_documents:.2g}% of the weight, or prepare more documents"
             )
-
-
-def _documents_in(bounds: tuple[float, float], info: DatasetInfo) -> int:
-    """How many documents fall into a split, with Megatron's rounding."""
-    first, last = (round(bound * float(info.num_documents)) for bound in bounds)
-    return last - first
 
 
 class OwnMicroBatches(Iterator[Batch]):

@@ -104,7 +104,8 @@ def build_datasets(
         whole = GPTDataset.build_low_level_dataset(prefix, config)
         count = GPTDataset.numel_low_level_dataset(whole)
         return [
-            bounds and CachedGPTDataset(whole, prefix, _documents(bounds, count), samples, part, config)
+            bounds
+            and CachedGPTDataset(whole, prefix, documents_of_part(bounds, count), samples, part, config)
             for bounds, samples, part in zip(config.split_matrix, num_samples, Split, strict=True)
         ]
 
@@ -182,7 +183,7 @@ def _host_of(told: _Told) -> str:
     return "its host" if told.place is None else told.place[0]
 
 
-def _documents(bounds: tuple[float, float], count: int) -> range:
+def documents_of_part(bounds: tuple[float, float], count: int) -> range:
     """The numbers of the documents of a part, rounded as Megatron rounds."""
     return range(*(round(bound * float(count)) for bound in bounds))
 
