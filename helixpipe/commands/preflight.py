@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from helixpipe.commands.planning import read_plan, read_text
 from helixpipe.commands.ranges import RANKS, Real, Whole
 from helixpipe.plan import Plan
-from helixpipe.plan.cost_model import Hardware, Pieces, Recompute, costs_of_plan, predict_pieces
+from helixpipe.plan.cost_model import Recompute, costs_of_plan
 from helixpipe.plan.simulation.costs import Costs, parse_costs
 from helixpipe.plan.simulation.link_needs import LinkNeed, link_needs
 from helixpipe.reliability.exit_codes import exit_code_of, leave_exit_code
@@ -202,19 +202,13 @@ def _demand_of_job(words: Sequence[str], hardware: str | None) -> Demand:
 
 def _predicted_costs(job: JobSettings, plan: Plan, hardware: str | None) -> Costs | None:
     """Of the shortest operations, which recompute nothing; None if the machine is not known."""
-    from helixpipe.plan.advise import read_machine
-    from megatron.pretrain.settings.schedule_choice import check_profile, known_machine
+    from megatron.pretrain.settings.schedule_choice import known_machine, pieces_on
 
-    if hardware is not None:
-        machine: Hardware | Pieces | None = read_machine(hardware)
-    else:
-        machine = known_machine(job.schedule.hardware)
+    name = job.schedule.hardware if hardware is None else hardware
+    machine = known_machine(name)
     if machine is None:
         return None
-    if isinstance(machine, Pieces):
-        check_profile(job.schedule.hardware, machine, job.workload)
-        return costs_of_plan(machine, plan, Recompute.NONE)
-    return costs_of_plan(predict_pieces(job.workload, machine), plan, Recompute.NONE)
+    return costs_of_plan(pieces_on(machine, name, job.workload), plan, Recompute.NONE)
 
 
 def _demand_of(

@@ -9,19 +9,17 @@ from typing import NamedTuple
 from helixpipe.data.samples import ShuffledOrder
 from helixpipe.elastic import plan_batch
 from helixpipe.elastic.replicas import share_out
-from helixpipe.plan.advise import read_machine
-from helixpipe.plan.advise.job import RESERVED_GIB
-from helixpipe.plan.advise.messages import peak_with_messages
-from helixpipe.plan.cost_model import Hardware, Pieces, Recompute, costs_of_plan, predict_pieces
+from helixpipe.plan.advise.job import memory_limit
+from helixpipe.plan.cost_model import Hardware, Recompute, costs_of_plan
 from helixpipe.plan.plan import Plan
-from helixpipe.plan.simulation.costs import Costs
+from helixpipe.plan.simulation.message_buffers import peak_with_buffers
 from helixpipe.plan.simulation.simulate import simulate
 from megatron.pretrain.data.elastic_iterators import training_dataset
 from megatron.pretrain.settings.job import JobSettings, MemorySettings, ParallelSettings
-from megatron.pretrain.settings.schedule_choice import check_profile, known_machine
+from megatron.pretrain.settings.recomputation import BY_GRANULARITY
+from megatron.pretrain.settings.schedule_choice import known_machine, pieces_on
 
 _GIB = 2**30
-_RECOMPUTE = {"selective": Recompute.SELECTIVE, "full": Recompute.FULL}
 
 
 class Prediction(NamedTuple):
@@ -109,20 +107,20 @@ def predict(settings: JobSettings, plan: Plan, hardware: str | None) -> Predicti
     Raises:
         ValueError: see :func:`describe`.
     """
-    machine = read_machine(hardware) if hardware is not None else known_machine(settings.schedule.hardware)
+    name = settings.schedule.hardware if hardware is None else hardware
+    machine = known_machine(name)
     if machine is None:
         return None
-    costs = _costs(settings, plan, machine)
+    costs = costs_of_plan(pieces_on(machine, name, settings.workload), plan, _levels(settings.memory))
     simulation = simulate(plan, costs)
-    limit_gib = settings.memory.memory_limit_gib
-    if limit_gib is None and isinstance(machine, Hardware):
-        limit_gib = machine.memory_gib - RESERVED_GIB
+    limit_gib, shared = settings.memory.memory_limit_gib, settings.parallel.tensor_model_parallel_size
+    is_known = limit_gib is not None or isinstance(machine, Hardware)
     return Prediction(
-        machine.name if isinstance(machine, Hardware) else str(hardware or settings.schedule.hardware),
+        machine.name if isinstance(machine, Hardware) else str(name),
         simulation.iteration_ms,
         simulation.timeline.bubble_ratio,
-        peak_with_messages(plan.compute_only(), costs, settings.parallel.tensor_model_parallel_size),
-        None if limit_gib is None else int(limit_gib * _GIB),
+        max(peak_with_buffers(plan, costs, rank, shared) for rank in range(plan.num_ranks)),
+        memory_limit(machine, limit_gib) if is_known else None,
     )
 
 
@@ -133,16 +131,11 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
 
 
-def _costs(settings: JobSettings, plan: Plan, machine: Hardware | Pieces) -> Costs:
-    workload, memory = settings.workload, settings.memory
-    if isinstance(machine, Pieces):
-        check_profile(settings.schedule.hardware, machine, workload)
-        pieces = machine
-    else:
-        pieces = predict_pieces(workload, machine)
+def _levels(memory: MemorySettings) -> Recompute | Sequence[Recompute]:
+    """What layers compute again, all or each."""
     if memory.recompute_granularity is not None:
-        return costs_of_plan(pieces, plan, _RECOMPUTE[memory.recompute_granularity])
-    return costs_of_plan(pieces, plan, memory.memory_saving.recompute)
+        return BY_GRANULARITY[memory.recompute_granularity]
+    return memory.memory_saving.recompute
 
 
 def _layout(parallel: ParallelSettings) -> str:
@@ -171,9 +164,7 @@ def _counted(number: int, what: str, plural: str = "s") -> str:
 
 
 def _recompute(memory: MemorySettings) -> str:
-    if memory.recompute_granularity is not None:
-        return memory.recompute_granularity
-    levels = memory.memory_saving.recompute
+    levels = _levels(memory)
     each = [levels] if isinstance(levels, Recompute) else levels
     runs: Sequence[tuple[str, int]] = [(level.value, len(list(run))) for level, run in groupby(each)]
     return runs[0][0] if len(runs) == 1 else ", ".join(f"{level} in {count} layers" for level, count in runs)

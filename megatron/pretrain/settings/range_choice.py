@@ -10,12 +10,12 @@ import torch
 from helixpipe.plan import Plan, build_plan
 from helixpipe.plan.attention_range import AttentionSizes, cheapest_range
 from helixpipe.plan.build import find_schedule
-from helixpipe.plan.cost_model import Pieces, costs_of_plan, predict_pieces, with_predicted_ends
+from helixpipe.plan.cost_model import costs_of_plan, with_predicted_ends
 from helixpipe.plan.schedules.helix import DEFAULT_FOLD
 from helixpipe.plan.schedules.request import ATTENTION_RANGES, ScheduleRequest
 from helixpipe.plan.simulation.simulate import simulate
 from megatron.pretrain.settings.recomputation import job_levels
-from megatron.pretrain.settings.schedule_choice import check_profile, known_machine, workload_of
+from megatron.pretrain.settings.schedule_choice import known_machine, pieces_on, workload_of
 
 
 def choose_range(args: argparse.Namespace, request: ScheduleRequest) -> tuple[Plan, str]:
@@ -38,12 +38,7 @@ def choose_range(args: argparse.Namespace, request: ScheduleRequest) -> tuple[Pl
             build_plan(args.pipeline_schedule, replace(request, attention_range=found)),
             f"attention range auto chose {found}: the smallest messages (--hardware would weigh time)",
         )
-    workload = workload_of(args)
-    if isinstance(machine, Pieces):
-        check_profile(args.hardware, machine, workload)
-        pieces = machine
-    else:
-        pieces = predict_pieces(workload, machine)
+    pieces = pieces_on(machine, args.hardware, workload_of(args))
     recompute = job_levels(args)
     plans = {
         name: build_plan(args.pipeline_schedule, replace(request, attention_range=name))

@@ -12,6 +12,8 @@ from helixpipe.plan.cost_model.levels import parse_levels
 from helixpipe.plan.schedules import SCHEDULES
 
 AUTO_SIZE = "auto"
+# What ``--recompute-granularity`` names.
+BY_GRANULARITY = {"selective": Recompute.SELECTIVE, "full": Recompute.FULL}
 # A slice of logits exists in the model's precision and in fp32, in bf16 together three times as wide.
 _COPIES_OF_LOGITS = 3
 

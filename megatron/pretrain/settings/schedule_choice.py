@@ -12,7 +12,6 @@ from helixpipe.plan.cost_model import (
     HARDWARE,
     Hardware,
     Pieces,
-    Recompute,
     Workload,
     costs_of_plan,
     predict_pieces,
@@ -22,10 +21,8 @@ from helixpipe.plan.cost_model.model import model_from_arguments
 from helixpipe.plan.plan import Plan
 from helixpipe.plan.schedules import SCHEDULES
 from helixpipe.plan.schedules.request import KnownCosts
-from megatron.pretrain.settings.recomputation import asked_levels, job_levels
+from megatron.pretrain.settings.recomputation import BY_GRANULARITY, asked_levels, job_levels
 from megatron.pretrain.settings.schedule import AUTO
-
-_RECOMPUTE = {"selective": Recompute.SELECTIVE, "full": Recompute.FULL}
 
 
 def choose_schedule(args: argparse.Namespace) -> tuple[Plan, str]:
@@ -57,7 +54,7 @@ def choose_schedule(args: argparse.Namespace) -> tuple[Plan, str]:
         )
     workload = workload_of(args)
     if isinstance(machine, Pieces):
-        check_profile(args.hardware, machine, workload)
+        _check_profile(args.hardware, machine, workload)
     job = make_job(
         machine,
         workload,
@@ -113,10 +110,7 @@ def known_costs(args: argparse.Namespace) -> KnownCosts | None:
     machine = known_machine(args.hardware) if args.round_order == "interlocked" else None
     if machine is None:
         return None
-    workload = workload_of(args)
-    if isinstance(machine, Pieces):
-        check_profile(args.hardware, machine, workload)
-    pieces = machine if isinstance(machine, Pieces) else predict_pieces(workload, machine)
+    pieces = pieces_on(machine, args.hardware, workload_of(args))
     recompute = job_levels(args)
     limit_gib = args.memory_limit_gib
     return KnownCosts(
@@ -125,7 +119,24 @@ def known_costs(args: argparse.Namespace) -> KnownCosts | None:
     )
 
 
-def check_profile(hardware: str | None, profile: Pieces, workload: Workload) -> None:
+def pieces_on(machine: Hardware | Pieces, name: str | None, workload: Workload) -> Pieces:
+    """What the pieces of a job's layers take: as they were measured, or predicted.
+
+    Args:
+        machine: see :func:`known_machine`.
+        name: as it was given, for messages.
+        workload: of the job.
+
+    Raises:
+        ValueError: it was measured for other sizes.
+    """
+    if isinstance(machine, Pieces):
+        _check_profile(name, machine, workload)
+        return machine
+    return predict_pieces(workload, machine)
+
+
+def _check_profile(hardware: str | None, profile: Pieces, workload: Workload) -> None:
     """A profile holds for the sizes it was measured with; depth, names and replicas do not change a layer.
 
     Raises:
@@ -152,7 +163,7 @@ def check_profile(hardware: str | None, profile: Pieces, workload: Workload) -> 
 def _recomputes_as_asked(args: argparse.Namespace, candidate: Candidate) -> bool:
     """Without a word, as much is computed again as memory needs, in as many layers."""
     if args.recompute_granularity is not None:
-        return candidate.recompute is _RECOMPUTE[args.recompute_granularity]
+        return candidate.recompute is BY_GRANULARITY[args.recompute_granularity]
     levels = asked_levels(args)
     if levels is None:
         return candidate.has_our_levels

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from helixpipe.plan.cost_model import HARDWARE, Pieces, predict_pieces, with_predicted_ends
+from helixpipe.plan.cost_model import HARDWARE, with_predicted_ends
 from helixpipe.plan.plan import Plan
 from helixpipe.plan.slice_ends import ends_for, slice_ends
-from megatron.pretrain.settings.schedule_choice import check_profile, known_machine, workload_of
+from megatron.pretrain.settings.schedule_choice import known_machine, pieces_on, workload_of
 
 # Of hardware that is not known; slices of another GPU's equal times are nearly as good.
 _USUAL = "h100"
@@ -25,15 +25,7 @@ def cut_sequences(args: argparse.Namespace, plan: Plan) -> Plan:
     """
     shared = args.tensor_model_parallel_size if args.sequence_parallel else 1
     if slice_ends(plan) is None:
-        plan = with_predicted_ends(_pieces(args), plan)
+        machine = known_machine(args.hardware) or HARDWARE[_USUAL]
+        plan = with_predicted_ends(pieces_on(machine, args.hardware, workload_of(args)), plan)
     ends_for(plan, args.seq_length, shared)
     return plan
-
-
-def _pieces(args: argparse.Namespace) -> Pieces:
-    """Times of the job's layers: measured, or predicted for its hardware."""
-    machine, workload = known_machine(args.hardware), workload_of(args)
-    if isinstance(machine, Pieces):
-        check_profile(args.hardware, machine, workload)
-        return machine
-    return predict_pieces(workload, machine or HARDWARE[_USUAL])
