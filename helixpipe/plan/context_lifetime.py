@@ -105,7 +105,8 @@ class _Holdings:
     def _own(self, segment: int, group: tuple[int, ...]) -> Iterator[Holding]:
         """Of slices whose keys and values are on this rank without a message."""
         here = [i for i in group if self.plan.rank_of(segment, i) == self.rank]
-        made = [i for i in group if segment and self.plan.rank_of(segment - 1, i) == self.rank]
+        # Nobody reads the last slice's; where that micro batch begins another sequence, it is among that's.
+        made = [i for i in group[:-1] if segment and self.plan.rank_of(segment - 1, i) == self.rank]
         if self.plan.has_backward and here:
             first = Operation(segment, Kind.B, here[-1])
             for i in here[:-1]:

@@ -38,9 +38,9 @@ class Plan:
         parameters: the arguments of the schedule, for the reader and for reproduction.
         micro_batch_names: one name per micro batch where they differ in cost, like slices of a sequence;
             micro batches of equal cost share a name. Empty where all cost the same.
-        slices: groups of micro batches that are consecutive slices of one sequence: on every segment
+        slices: groups of micro batches that have consecutive slices of one sequence: on every segment
             that attends, the forward of a slice follows that of the slice before it, whose keys and values it
-            reads, and backwards run in reverse.
+            reads, and backwards run in reverse. The last of one group may be the first of another.
         loans: weights that are used elsewhere than where they are owned.
         contexts: keys and values of slices that are read elsewhere than where they are made.
     """

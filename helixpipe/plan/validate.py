@@ -17,7 +17,12 @@ from helixpipe.plan.plan import Plan
 from helixpipe.plan.plan_error import PlanError, grid, operations
 from helixpipe.plan.simulation.costs import Costs
 from helixpipe.plan.simulation.memory import peak_bytes
-from helixpipe.plan.validate_slices import check_contexts, check_places_of_contexts, check_slices
+from helixpipe.plan.validate_slices import (
+    check_contexts,
+    check_groups,
+    check_places_of_contexts,
+    check_slices,
+)
 
 _NEIGHBOUR_KINDS = frozenset((Kind.SEND_F, Kind.RECV_F, Kind.SEND_B, Kind.RECV_B))
 
@@ -75,9 +80,7 @@ def _check_shape(plan: Plan) -> None:
             raise PlanError(f"segment {segment} is placed on a rank outside 0..{plan.num_ranks - 1}")
     if len(plan.micro_batch_names) not in (0, plan.num_microbatches):
         raise PlanError(f"{len(plan.micro_batch_names)} names for {plan.num_microbatches} micro batches")
-    members = [i for group in plan.slices for i in group]
-    if len(set(members)) < len(members) or not all(0 <= i < plan.num_microbatches for i in members):
-        raise PlanError("a micro batch is a slice of two sequences, or of one that does not exist")
+    check_groups(plan)
     for rank, index, op in operations(plan):
         if op.segment >= plan.num_segments or op.micro_batch >= plan.num_microbatches:
             raise PlanError(f"no such segment or micro batch:\n{grid(plan, rank, index)}")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -22,9 +22,35 @@ class _Reading(NamedTuple):
     later: int
 
 
+def check_groups(plan: Plan) -> None:
+    """A micro batch may end one sequence and begin another; what it has of a third could not be told apart.
+
+    So every micro batch goes on with at most one sequence, and is gone on with by at most one.
+    """
+    groups = plan.slices
+    members = [i for group in groups for i in group]
+    inner = [i for group in groups for i in group[1:]], [i for group in groups for i in group[:-1]]
+    counts = Counter(members)
+    is_possible = (
+        all(groups)
+        and all(0 <= i < plan.num_microbatches for i in members)
+        and all(len(set(group)) == len(group) for group in groups)
+        and all(len(set(places)) == len(places) for places in inner)
+        and all(len(group) > 1 or counts[group[0]] == 1 for group in groups)
+    )
+    if not is_possible:
+        raise PlanError(
+            "a micro batch is a slice of two sequences, other than the last of one and the first of the "
+            "next, or of one that does not exist"
+        )
+
+
 def check_contexts(plan: Plan) -> None:
     """Each between two ranks, from the makers of keys and values to readers that have no other source."""
-    groups = {i: number for number, group in enumerate(plan.slices) for i in group}
+    groups: dict[int, set[int]] = defaultdict(set)
+    for number, group in enumerate(plan.slices):
+        for i in group:
+            groups[i].add(number)
     served: Counter[_Reading] = Counter()
     names: Counter[tuple[int, Operation]] = Counter()
     for context in plan.contexts:
@@ -44,7 +70,7 @@ def check_contexts(plan: Plan) -> None:
             raise PlanError(_wrong_source(plan, reading, served[reading], has_them=has_them))
 
 
-def _is_possible(plan: Plan, context: Context, groups: dict[int, int]) -> bool:
+def _is_possible(plan: Plan, context: Context, groups: Mapping[int, set[int]]) -> bool:
     members = (*context.lent, *context.readers)
     return (
         1 <= context.segment < plan.num_segments
@@ -55,8 +81,7 @@ def _is_possible(plan: Plan, context: Context, groups: dict[int, int]) -> bool:
         and bool(context.lent)
         and bool(context.readers)
         and all(i < j for i, j in pairwise(members))
-        and all(i in groups for i in members)
-        and len({groups[i] for i in members}) == 1
+        and bool(set.intersection(*(groups.get(i, set()) for i in members)))
         and (context.segment + 1 < plan.num_segments or not context.is_resent)
     )
 

@@ -9,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helixpipe.plan import Context, Kind, Operation, Plan, PlanError, ScheduleRequest, build_plan, validate
+from helixpipe.plan.build import complete
 from helixpipe.plan.context_lifetime import Content, holdings
 from helixpipe.plan.deadlock import find_deadlock
 from helixpipe.plan.device_model import DEVICE_MODELS, find_stall
 from helixpipe.plan.lower import lower
 from helixpipe.plan.plan import orders_from_csv
+from helixpipe.plan.schedules.sliced_helix import SlicedRounds
 from helixpipe.plan.simulation.costs import Costs, SegmentCost, parse_costs
 from helixpipe.plan.simulation.memory import held_bytes, peak_bytes
 from helixpipe.plan.simulation.network import Network
@@ -25,12 +27,29 @@ def sliced(p, layers, fold=1, m=1, **options):
     return build_plan("sliced-helix", wanted)
 
 
+def chained(**options):
+    """Two rounds on 3 ranks; of their micro batches 1, 3 and 7 end one sequence and begin another.
+
+    Slots hold up to three micro batches; the last slot of the second round holds none.
+    """
+    rounds = SlicedRounds(
+        p=3,
+        num_layers=3,
+        rounds=(((0, 1, 2), (3, 4), (5,)), ((6,), (7, 8), ())),
+        slices=((0, 1), (1, 2, 3), (3, 4, 5), (6, 7), (7, 8)),
+        **{"attention_range": "core", "is_spread": True, **options},
+    )
+    return rounds.plan("by hand", {"num_layers": 3}, tuple(f"chunk{i}" for i in range(9)))
+
+
 PLANS = [
     sliced(3, 3),
     sliced(4, 5, 2),
     sliced(4, 3, 2, 2, head_placement="spread", resend_context=True),
     sliced(3, 4, 2, attention_range="block", head_placement="spread"),
     sliced(3, 2, 2, attention_range="qkv", resend_context=True),
+    complete(chained()),
+    complete(chained(attention_range="block", is_spread=False)),
 ]
 NEW_KINDS = (Kind.SEND_K, Kind.RECV_K, Kind.SEND_KB, Kind.RECV_KB, Kind.SEND_D, Kind.RECV_D)
 MANY = settings(max_examples=60, deadline=None)
@@ -382,3 +401,51 @@ def test_costs_files_name_the_messages_of_keys_and_values():
     data["p2p_ms"] = {"*": 1.0, "context/slice7": 2.0}
     with pytest.raises(ValueError, match=r"edge 'context/slice7' is unknown; known: .*context/slice0"):
         parse_costs(json.dumps(data), plan)
+
+
+def test_a_micro_batch_lends_to_the_sequence_that_it_begins_and_reads_of_the_one_that_it_ends():
+    """Of the first layer: slot 0 makes keys for slot 1 alone, and slot 1's attend on rank 2."""
+    found = [context for context in chained().contexts if context.segment == 1]
+    assert found == [Context(1, 0, 2, (1, 2), (3,)), Context(1, 0, 2, (6,), (7,))]
+    # Keys of 3 and 4 are read in slot 2, where they are made; those of 5, and of 8, nowhere.
+    held = [(h.micro_batches, h.content) for h in holdings(complete(chained()), 0) if h.segment == 1]
+    keys = [micro_batches for micro_batches, content in held if content is Content.KEYS]
+    assert sorted(keys) == [(1,), (2,), (3,), (4,), (6,)], "each is held once, for one of its sequences"
+
+
+def test_a_slice_that_two_sequences_share_keeps_its_order():
+    """It comes after the slice whose keys it reads, and before the one that reads its own."""
+    plan = chained()
+    for first, second in (("1F0", "1F1"), ("1F3", "1F4"), ("1B2", "1B1"), ("0F3", "1F5"), ("1B5", "0B3")):
+        ops = Operation.parse(first), Operation.parse(second)
+        (rank,) = {plan.rank_of(op.segment, op.micro_batch) for op in ops}
+        order = [op for op in plan.orders[rank] if op != ops[1]]
+        order.insert(order.index(ops[0]), ops[1])
+        assert "stands before" in refused(with_order(plan, rank, order))
+
+
+@pytest.mark.parametrize(
+    "slices",
+    [
+        ((0, 1, 2), (0, 3)),  # both go on from 0
+        ((0, 1, 2), (1, 3)),  # 1 goes on, and begins another
+        ((0, 2), (1, 2)),  # 2 ends both
+        ((0, 1), (1,)),
+        ((0,), (0,)),
+        ((0, 1, 1),),
+        ((0, 1), ()),
+        ((0, 99),),
+    ],
+)
+def test_micro_batches_of_more_sequences_than_can_be_told_apart_are_refused(slices):
+    plan = replace(chained(), slices=slices, contexts=())
+    assert "is a slice of two sequences, other than" in refused(plan)
+
+
+def test_a_context_is_of_one_sequence():
+    """0 is of another sequence than 2, though 1 is of both."""
+    plan = chained()
+    first = next(c for c in plan.contexts if c.segment == 3 and c.lent == (1, 2))
+    others = tuple(context for context in plan.contexts if context != first)
+    mixed = first._replace(lent=(0, 1, 2), readers=(3,))
+    assert "impossible context" in refused(replace(plan, contexts=(mixed, *others)))

@@ -12,12 +12,16 @@ with norm1 and QKV and ``3l+2`` with the rest: keys and values of all members of
 attends.
 
 The last segment and its backward follow each other slice by slice: no more than one slice's logits exist.
+
+Slots may as well hold chunks of several sequences, see :mod:`helixpipe.elastic.round_schedule`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import combinations, groupby
+from typing import TypeAlias
 
 from helixpipe.plan.context import Context
 from helixpipe.plan.loan import Loan
@@ -26,69 +30,97 @@ from helixpipe.plan.plan import Parameter, Plan
 from helixpipe.plan.schedules.helix import DEFAULT_ATTENTION_RANGE, DEFAULT_FOLD, forward_slots
 from helixpipe.plan.schedules.request import ScheduleRequest
 
+Slot: TypeAlias = tuple[int, ...]
+Round: TypeAlias = tuple[Slot, ...]
+
 
 def plan(request: ScheduleRequest) -> Plan:
     """The compute-only plan; its micro batches are slices: slice j of sequence i is ``i * p * fold + j``."""
     p, fold = request.num_ranks, request.num_fold or DEFAULT_FOLD
+    per_sequence = p * fold
     # Slices are micro batches: checks their number, too.
-    sliced = replace(request, num_microbatches=request.num_microbatches * p * fold)
+    count = replace(request, num_microbatches=request.num_microbatches * per_sequence).num_microbatches
+    sequences = [range(first, first + per_sequence) for first in range(0, count, per_sequence)]
     attention_range = request.attention_range or DEFAULT_ATTENTION_RANGE
-    grid = _Grid(
-        p=p,
-        num_layers=request.num_layers,
-        fold=fold,
-        num_sequences=request.num_microbatches,
-        attention_range=attention_range,
-        is_spread=request.head_placement == "spread",
-    )
+    is_spread = request.head_placement == "spread"
     parameters: dict[str, Parameter] = {
         "num_layers": request.num_layers,
         "num_fold": fold,
         "attention_range": attention_range,
     }
-    if grid.is_spread:
+    if is_spread:
         parameters["head_placement"] = "spread"
     if request.resend_context:
         parameters["resend_context"] = True
-    return Plan(
-        schedule="sliced-helix",
-        num_ranks=p,
-        num_microbatches=sliced.num_microbatches,
-        segment_names=grid.segment_names,
-        placement=tuple(
-            tuple(grid.rank_of(segment, i // fold % p) for i in range(sliced.num_microbatches))
-            for segment in range(grid.last + 1)
-        ),
-        orders=tuple(tuple(grid.order(rank)) for rank in range(p)),
-        parameters=parameters,
-        micro_batch_names=tuple(f"slice{i % (p * fold)}" for i in range(sliced.num_microbatches)),
-        slices=tuple(
-            tuple(range(first, first + p * fold)) for first in range(0, sliced.num_microbatches, p * fold)
-        ),
-        loans=tuple(grid.loans()),
-        contexts=tuple(grid.contexts(is_resent=bool(request.resend_context))),
+    rounds = SlicedRounds(
+        p=p,
+        num_layers=request.num_layers,
+        rounds=tuple(tuple(tuple(own[slot * fold :][:fold]) for slot in range(p)) for own in sequences),
+        slices=tuple(map(tuple, sequences)),
+        attention_range=attention_range,
+        is_spread=is_spread,
+    )
+    return rounds.plan(
+        "sliced-helix",
+        parameters,
+        tuple(f"slice{i % per_sequence}" for i in range(count)),
+        resends_context=bool(request.resend_context),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Grid:
-    """Where the segments of every slot run.
+class SlicedRounds:
+    """Rounds whose slots hold slices of sequences, and where the segments of every slot run.
 
     Attributes:
         p: ranks, and slots of a round.
         num_layers: L.
-        fold: slices of a slot.
-        num_sequences: rounds.
+        rounds: the micro batches of every slot of every round. They are numbered in this order, which is that
+            of the slices of every sequence, and a sequence stays within its round. A slot may be empty.
+        slices: the micro batches of each cut sequence, see :class:`Plan`.
         attention_range: pieces on the attention rank; with weights, QKV has a segment of its own.
         is_spread: the last segment of a slot runs where its last attention has run.
     """
 
     p: int
     num_layers: int
-    fold: int
-    num_sequences: int
+    rounds: tuple[Round, ...]
+    slices: tuple[tuple[int, ...], ...]
     attention_range: str
     is_spread: bool
+
+    def plan(
+        self,
+        schedule: str,
+        parameters: Mapping[str, Parameter],
+        names: tuple[str, ...],
+        *,
+        resends_context: bool = False,
+    ) -> Plan:
+        """The compute-only plan.
+
+        Args:
+            schedule: its name.
+            parameters: of the plan.
+            names: of the micro batches.
+            resends_context: keys and values are lent again for the backward pass.
+        """
+        slots = [slot for own in self.rounds for slot, members in enumerate(own) for _ in members]
+        return Plan(
+            schedule=schedule,
+            num_ranks=self.p,
+            num_microbatches=len(slots),
+            segment_names=self.segment_names,
+            placement=tuple(
+                tuple(self.rank_of(segment, slot) for slot in slots) for segment in range(self.last + 1)
+            ),
+            orders=tuple(tuple(self.order(rank)) for rank in range(self.p)),
+            parameters=parameters,
+            micro_batch_names=names,
+            slices=self.slices,
+            loans=tuple(self.loans()),
+            contexts=tuple(self.contexts(is_resent=resends_context)),
+        )
 
     @property
     def per_layer(self) -> int:
@@ -102,6 +134,7 @@ class _Grid:
 
     @property
     def segment_names(self) -> tuple[str, ...]:
+        """In the order of the chain."""
         attention = ("attention",) if self.per_layer == 2 else ("qkv", "attention")
         middle = (*attention, "middle") * (self.num_layers - 1)
         return ("first", *middle, *attention, "last")
@@ -117,24 +150,19 @@ class _Grid:
             return (layer + slot) % self.p
         return (layer + slot + 1) % self.p if piece else self.owner_of(segment)
 
-    def members(self, sequence: int, slot: int) -> tuple[int, ...]:
-        """The slices of a slot."""
-        first = (sequence * self.p + slot) * self.fold
-        return tuple(range(first, first + self.fold))
-
     def order(self, rank: int) -> Iterator[Operation]:
-        """Sequences one after the other: forward, the ends slice by slice, and the reverse of the forward."""
-        for sequence in range(self.num_sequences):
-            forward = list(self._forward(rank, sequence))
+        """Rounds one after the other: forward, the ends slice by slice, and the reverse of the forward."""
+        for own in self.rounds:
+            forward = list(self._forward(rank, own))
             yield from (Operation(segment, Kind.F, i) for segment, i in forward)
-            for slot in range(self.p):
+            for slot, members in enumerate(own):
                 if self.rank_of(self.last, slot) == rank:
-                    for i in self.members(sequence, slot):
+                    for i in members:
                         yield Operation(self.last, Kind.F, i)
                         yield Operation(self.last, Kind.B, i)
             yield from (Operation(segment, Kind.B, i) for segment, i in reversed(forward))
 
-    def _forward(self, rank: int, sequence: int) -> Iterator[tuple[int, int]]:
+    def _forward(self, rank: int, own: Round) -> Iterator[tuple[int, int]]:
         """(segment, slice) in the forward order of a rank, without the last segment."""
         for number, slot in forward_slots(rank, self.p, self.num_layers):
             layer, is_attention = divmod(number, 2)
@@ -142,28 +170,34 @@ class _Grid:
                 continue
             first = self.per_layer * layer
             for segment in range(first + 1, first + self.per_layer) if is_attention else (first,):
-                yield from ((segment, i) for i in self.members(sequence, slot))
+                yield from ((segment, i) for i in own[slot])
 
     def loans(self) -> Iterator[Loan]:
-        """Weights of segments that do not run where these are; for a sequence's slots one after the other."""
+        """Weights of segments that do not run where these are; for a round's slots one after the other."""
         pieces = {"core": (), "qkv": (1,), "block": (1, 2)}[self.attention_range]
         lent = [segment for segment in range(self.last) if segment % self.per_layer in pieces]
         for segment in [*lent, self.last] if self.is_spread else lent:
             owner = self.owner_of(segment)
-            for sequence in range(self.num_sequences):
-                for slot in range(self.p):
+            for own in self.rounds:
+                for slot, members in enumerate(own):
                     borrower = self.rank_of(segment, slot)
-                    if borrower != owner:
-                        yield Loan(segment, owner, borrower, self.members(sequence, slot))
+                    if borrower != owner and members:
+                        yield Loan(segment, owner, borrower, members)
 
     def contexts(self, *, is_resent: bool) -> Iterator[Context]:
         """From the slot that makes keys and values to every later one that is not on that rank."""
-        for sequence in range(self.num_sequences):
+        for own in self.rounds:
+            lendings = list(self._lendings(own))
             for segment in range(self.per_layer - 1, self.last, self.per_layer):
-                for slot in range(self.p):
-                    owner = self.rank_of(segment - 1, slot)
-                    for later in range(slot + 1, self.p):
-                        borrower = self.rank_of(segment, later)
-                        if borrower != owner:
-                            members = self.members(sequence, slot), self.members(sequence, later)
-                            yield Context(segment, owner, borrower, *members, is_resent)
+                for (slot, lent), (later, readers) in lendings:
+                    owner, borrower = self.rank_of(segment - 1, slot), self.rank_of(segment, later)
+                    if borrower != owner:
+                        yield Context(segment, owner, borrower, lent, readers, is_resent)
+
+    def _lendings(self, own: Round) -> Iterator[tuple[tuple[int, Slot], tuple[int, Slot]]]:
+        """Every two slots, with the micro batches of each, that hold slices of the same sequence."""
+        slot_of = {i: slot for slot, members in enumerate(own) for i in members}
+        for group in self.slices:
+            if group[0] in slot_of:
+                held = [(slot, tuple(same)) for slot, same in groupby(group, slot_of.__getitem__)]
+                yield from combinations(held, 2)
