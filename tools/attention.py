@@ -18,7 +18,7 @@ warnings.filterwarnings("ignore", module="megatron.core")
 import torch  # noqa: E402
 
 from helixpipe.commands.parser import ScriptParser  # noqa: E402
-from helixpipe.commands.ranges import Whole  # noqa: E402
+from helixpipe.commands.ranges import Real, Whole  # noqa: E402
 from helixpipe.layers.attention.choice import AUTO, choose, markdown_table, place  # noqa: E402
 from helixpipe.layers.attention.interface import AttentionProblem  # noqa: E402
 
@@ -33,6 +33,7 @@ def build_parser() -> ScriptParser:
     add("--head-size", type=Whole(), default=128, help="default 128")
     add("--num-attention-heads", type=Whole(), default=8, help="on one rank (default 8)")
     add("--num-query-groups", type=Whole(), default=8, help="on one rank (default 8)")
+    add("--softcap", type=Real(above=0.0), help="of the scores (default: none)")
     return parser
 
 
@@ -51,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             heads=options.num_attention_heads,
             groups=options.num_query_groups,
             varies=varies,
+            softcap=options.softcap or 0.0,
         )
         print(f"\nhere, for {use}: {choose(AUTO, problem)}")
     return 0

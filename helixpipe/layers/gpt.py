@@ -38,8 +38,8 @@ def build_gpt(
     """
     spec = block_spec(config, implementation, vp_stage, pp_rank, saving)
     if implementation.documents:
-        return DocumentGPTModel(saving.loss_chunk_size, config, spec, vp_stage=vp_stage, **arguments)
-    if saving.loss_chunk_size is None:
+        model = DocumentGPTModel(saving.loss_chunk_size, config, spec, vp_stage=vp_stage, **arguments)
+    elif saving.loss_chunk_size is None:
         model = GPTModel(config, spec, vp_stage=vp_stage, **arguments)
     else:
         model = ChunkedLossGPTModel(saving.loss_chunk_size, config, spec, vp_stage=vp_stage, **arguments)

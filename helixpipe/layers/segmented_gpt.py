@@ -27,7 +27,7 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from helixpipe.layers.attention.core import window_of
+from helixpipe.layers.attention.windows import window_of
 from helixpipe.layers.borrowed_modules import BorrowedModules
 from helixpipe.layers.chunked_loss import chunked_loss
 from helixpipe.layers.documents import Documents
@@ -58,7 +58,7 @@ from helixpipe.layers.spec import (
     layer_spec,
     partial_layer_spec,
 )
-from helixpipe.layers.variants import build_local_rotary, scale_embedding
+from helixpipe.layers.variants import build_local_rotary, cap_logits, scale_embedding
 from helixpipe.plan.cost_model import Recompute
 
 Tensors = tuple[Tensor, ...]
@@ -191,7 +191,7 @@ class SegmentedGPTModel(LanguageModule):
     def _build_output_layer(
         self, config: TransformerConfig, is_tied: bool
     ) -> tensor_parallel.ColumnParallelLinear:
-        return tensor_parallel.ColumnParallelLinear(
+        head = tensor_parallel.ColumnParallelLinear(
             config.hidden_size,
             self.vocab_size,
             config=config,
@@ -202,6 +202,8 @@ class SegmentedGPTModel(LanguageModule):
             skip_weight_param_allocation=is_tied,
             tp_group=self.pg_collection.tp,
         )
+        cap_logits(head, config)
+        return head
 
     def _borrowed_attention(self, spec: ModuleSpec, part: LayerPart) -> BorrowedModules:
         config = _borrowing_config(self.config)

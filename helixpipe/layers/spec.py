@@ -132,14 +132,17 @@ def leaves_attention_to_engine(config: TransformerConfig, implementation: Implem
     """Whether Transformer Engine's own attention module runs: for what no backend of ours has.
 
     Raises:
-        ValueError: such a thing, and a backend that was named or documents at which attention ends.
+        ValueError: such a thing, and a backend that was named, a cap of scores, or documents at which
+            attention ends.
     """
     if implementation.modules != TRANSFORMER_ENGINE.modules or holds_scores(config, implementation):
         return False
+    is_capped = bool(variants_of(config).attention_softcap)
+    is_open = implementation.attention == AUTO and not is_capped
     only_there = {
         "attention dropout": bool(config.attention_dropout),
-        # A backend that is named computes windows in blocks.
-        "sliding windows": config.window_size is not None and implementation.attention == AUTO,
+        # A backend that is named computes windows in blocks, and so do those that cap scores.
+        "sliding windows": config.window_size is not None and is_open,
         f"the softmax variant {config.softmax_type!r}": config.softmax_type != "vanilla",
         "context parallelism": config.context_parallel_size > 1,
     }
@@ -148,6 +151,8 @@ def leaves_attention_to_engine(config: TransformerConfig, implementation: Implem
         raise ValueError(
             f"--attention-backend {implementation.attention} does not have {asked_for[0]}; leave one out"
         )
+    if asked_for and is_capped:
+        raise ValueError(f"--attn-logit-softcapping does not go with {asked_for[0]}; leave one out")
     if asked_for and implementation.documents:
         raise ValueError(f"--reset-attention-mask does not go with {asked_for[0]}; leave one out")
     return bool(asked_for)
@@ -159,11 +164,16 @@ def holds_scores(config: TransformerConfig, implementation: Implementation) -> b
     It is asked for by name, or the only one that has dropout where Transformer Engine is not used.
 
     Raises:
-        ValueError: so it does, and attention is to end at documents.
+        ValueError: so it does, and attention is to end at documents or to cap scores.
     """
     is_local = implementation.modules != TRANSFORMER_ENGINE.modules
     needs_it = is_local and implementation.attention == AUTO and bool(config.attention_dropout)
     holds = needs_it or implementation.attention in UNFUSED
+    if holds and variants_of(config).attention_softcap:
+        raise ValueError(
+            "Megatron's own attention does not cap scores; leave --attention-dropout and "
+            "--attention-backend unfused out, or --attn-logit-softcapping"
+        )
     if holds and implementation.documents:
         raise ValueError(
             "--reset-attention-mask needs a flash attention backend; leave --attention-dropout and "

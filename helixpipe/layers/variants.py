@@ -12,7 +12,9 @@ from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from torch import Tensor
 
-from helixpipe.layers.attention.core import window_of
+from helixpipe.layers.attention.windows import window_of
+from helixpipe.layers.documents import Documents
+from helixpipe.layers.elastic.positions import angles_at
 from helixpipe.layers.norm import TorchNorm
 from helixpipe.layers.rotary import angles_of, build_rotary
 
@@ -25,11 +27,15 @@ class Variants:
         embedding_scale: factor of what the embedding gives.
         sandwich_norm: attention and MLP end with a norm, before the residual addition.
         rotary_base_local: of rotary positions in layers with windows; None for the same in all layers.
+        attention_softcap: c in c * tanh(x / c), of attention's scaled scores; 0 for none.
+        final_softcap: of the logits.
     """
 
     embedding_scale: float = 1.0
     sandwich_norm: bool = False
     rotary_base_local: int | None = None
+    attention_softcap: float = 0.0
+    final_softcap: float = 0.0
 
 
 def variants_of(config: TransformerConfig) -> Variants:
@@ -74,6 +80,15 @@ def scale_embedding(embedding: torch.nn.Module, config: TransformerConfig) -> No
         )
 
 
+def cap_logits(head: torch.nn.Module, config: TransformerConfig) -> None:
+    """Cap what the head gives, where a loss over slices asks for it, too."""
+    cap = variants_of(config).final_softcap
+    if cap:
+        head.register_forward_hook(
+            lambda module, given, output: (cap * torch.tanh(output[0] / cap), output[1])
+        )
+
+
 def build_local_rotary(config: TransformerConfig, group: Any) -> RotaryEmbedding | None:
     """What gives the angles in layers with windows, if they have a base of their own."""
     base = variants_of(config).rotary_base_local
@@ -85,6 +100,8 @@ def apply_variants(model: GPTModel) -> None:
     config = model.config
     if model.pre_process:
         scale_embedding(model.embedding, config)
+    if model.post_process:
+        cap_logits(model.output_layer, config)
     local = build_local_rotary(config, model.pg_collection.cp)
     if local is None:
         return
@@ -92,8 +109,12 @@ def apply_variants(model: GPTModel) -> None:
     def use_local_angles(
         layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        length = kwargs["rotary_pos_emb"].shape[0]
-        return args, {**kwargs, "rotary_pos_emb": angles_of(local, length)}
+        documents = kwargs.get("packed_seq_params")
+        if isinstance(documents, Documents):
+            angles = angles_at(local, documents.positions)
+        else:
+            angles = angles_of(local, kwargs["rotary_pos_emb"].shape[0])
+        return args, {**kwargs, "rotary_pos_emb": angles}
 
     for layer in model.decoder.layers:
         if window_of(config, layer.layer_number):

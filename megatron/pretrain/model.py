@@ -125,6 +125,8 @@ def _add_variants(config: TransformerConfig, model: ModelSettings) -> None:
         embedding_scale=model.hidden_size**0.5 if model.scale_embedding else 1.0,
         sandwich_norm=model.sandwich_norm,
         rotary_base_local=model.rotary_base_local,
+        attention_softcap=model.attn_logit_softcapping or 0.0,
+        final_softcap=model.final_logit_softcapping or 0.0,
     )
     if model.position_embedding_type == "yarn":
         config.yarn_rotary_scaling_factor = model.rotary_scaling_factor

@@ -29,8 +29,8 @@ ORDER = ["flash-attn-3", "cudnn", "te-cudnn", "flash-attn-2", "aten-flash", "ate
 
 
 def test_the_planner_knows_every_backend_with_published_rates():
-    """Its names are those of training; the CPU's and aten's other kernel have no published rates."""
-    assert set(ATTENTION_BACKENDS) == set(BACKENDS) - {"aten-cpu", "aten-efficient"}
+    """Its names are those of training; the CPU's, aten's other kernel and our own have none."""
+    assert set(ATTENTION_BACKENDS) == set(BACKENDS) - {"aten-cpu", "aten-efficient", "blocks"}
 
 
 @pytest.fixture(autouse=True)

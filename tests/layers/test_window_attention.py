@@ -12,9 +12,9 @@ from models import Case, make_config
 from pretend import pretend_rank
 
 from helixpipe.layers.attention.aten import AtenCpu
-from helixpipe.layers.attention.core import FlashCoreAttention, causal_attention, window_of
+from helixpipe.layers.attention.core import FlashCoreAttention, causal_attention
 from helixpipe.layers.attention.interface import Spans
-from helixpipe.layers.attention.windows import WindowAttention
+from helixpipe.layers.attention.windows import WindowAttention, window_of
 from helixpipe.layers.elastic.core_attention import SliceCoreAttention
 from helixpipe.plan.cost_model.model import read_model
 from helixpipe.plan.windows import parse_skip_frequency, parse_window, windows_of_layers

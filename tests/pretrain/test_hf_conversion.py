@@ -31,6 +31,11 @@ CONFIG = {
     "tie_word_embeddings": False, "torch_dtype": "bfloat16",
 }  # fmt: skip
 
+GEMMA_2 = {
+    "model_type": "gemma2", "hidden_act": None, "head_dim": 4, "query_pre_attn_scalar": 16,
+    "sliding_window": 9,
+}  # fmt: skip
+
 DATASET = DatasetInfo(
     prefix="unused", vocab_size=50, eod=0, num_documents=100, num_tokens=10_000, longest_document=500
 )
@@ -88,6 +93,11 @@ def described(**changes):
             },
             "layer_types 'chunked_attention' is not supported",
         ),
+        (
+            {**GEMMA_2, "attn_logit_softcapping": 50.0},
+            "has no final_logit_softcapping; add it, null for none",
+        ),
+        ({**GEMMA_2, "final_logit_softcapping": None}, "has no attn_logit_softcapping; add it"),
         ({"model_type": "mistral"}, "has no sliding_window; add it, null for none"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0, "attention_factor": 1.0}}, "attention_factor"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": False}}, "truncate false is not"),

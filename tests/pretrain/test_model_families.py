@@ -63,9 +63,19 @@ def test_what_was_imported_is_exported_to_the_bit(name, imported, tmp_path):
         (Case(pp=2), "zb-h1", ()),
         (Case(pp=2), "zb-v", ()),
         (Case(pp=2), "helix", ("--recompute-levels", "without-attention")),
+        (Case(pp=2), "helix", ("--head-placement", "spread", "--loss-chunk-size", "5")),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", ["gemma-3-untied", "mistral"])
+@pytest.mark.parametrize("name", ["gemma-2-untied", "gemma-3-untied", "mistral"])
 def test_a_checkpoint_is_loaded_under_any_layout_and_schedule(name, case, schedule, options, imported):
     assert losses_error(imported(name), case, schedule, *options) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("schedule", "options"),
+    [("seq1f1b", ("--num-slices", "2")), ("sliced-helix", ("--attention-range", "block"))],
+)
+def test_capped_scores_over_slices_of_sequences(schedule, options, imported):
+    assert losses_error(imported("gemma-2-full"), Case(pp=2), schedule, *options) <= 1e-5

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, softcap: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Output [b, heads, s, d] and log-sum-exp [b, heads, s] of query over key and value [b, groups, t, d]."""
-    scores, value = _scores(query, key, scale, causal), _repeated(value, query)
+    scores, value = _scores(query, key, scale, causal, softcap)[0], _repeated(value, query)
     log_sum_exp = scores.logsumexp(dim=-1)
     return (scores - log_sum_exp[..., None]).exp() @ value, log_sum_exp
 
@@ -25,26 +27,33 @@ def backward(
     log_sum_exp: Tensor,
     scale: float,
     causal: bool,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by output and log-sum-exp as they are given: they may be those over more keys."""
     shared = query.shape[1] // key.shape[1]
     grad, output = grad.double(), output.double()
-    scores = _scores(query, key, scale, causal)
+    scores, slope = _scores(query, key, scale, causal, softcap)
     probabilities = (scores - log_sum_exp.double()[..., None]).exp()
     grad_value = probabilities.transpose(2, 3) @ grad
     grad_probabilities = grad @ _repeated(value, query).transpose(2, 3)
-    grad_scores = probabilities * (grad_probabilities - (grad * output).sum(dim=-1, keepdim=True)) * scale
+    grad_scores = probabilities * (grad_probabilities - (grad * output).sum(dim=-1, keepdim=True))
+    grad_scores *= slope * scale
     grad_query = grad_scores @ _repeated(key, query)
     grad_key = grad_scores.transpose(2, 3) @ query.double()
     return (grad_query, *(t.unflatten(1, (-1, shared)).sum(dim=2) for t in (grad_key, grad_value)))
 
 
 def forward_packed(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, bounds: Sequence[tuple[int, int]]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    bounds: Sequence[tuple[int, int]],
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """The same for packed sequences, [1, heads, T, d], each causal."""
     parts = [
-        forward(*(tensor[:, :, first:last] for tensor in (query, key, value)), scale, True)
+        forward(*(tensor[:, :, first:last] for tensor in (query, key, value)), scale, True, softcap)
         for first, last in bounds
     ]
     outputs, sums = zip(*parts, strict=True)
@@ -60,6 +69,7 @@ def backward_packed(
     log_sum_exp: Tensor,
     scale: float,
     bounds: Sequence[tuple[int, int]],
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for packed sequences."""
     parts = [
@@ -68,6 +78,7 @@ def backward_packed(
             log_sum_exp[:, :, first:last],
             scale,
             True,
+            softcap,
         )
         for first, last in bounds
     ]
@@ -75,12 +86,17 @@ def backward_packed(
     return grad_query, grad_key, grad_value
 
 
-def _scores(query: Tensor, key: Tensor, scale: float, causal: bool) -> Tensor:
+def _scores(query: Tensor, key: Tensor, scale: float, causal: bool, softcap: float) -> tuple[Tensor, Tensor]:
+    """Scores, and the slope of the cap at each."""
     scores = query.double() @ _repeated(key, query).transpose(2, 3) * scale
+    slope = torch.ones_like(scores)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+        slope = 1 - (scores / softcap) ** 2
     if causal:
         assert query.shape[2] == key.shape[2]
         scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
-    return scores
+    return scores, slope
 
 
 def _repeated(tensor: Tensor, query: Tensor) -> Tensor:

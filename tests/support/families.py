@@ -82,6 +82,10 @@ TINY: dict[str, dict[str, Any]] = {
     "mistral": {"model_type": "mistral", **_SIZES, "sliding_window": 7},
     # Without a token of padding, for which transformers' embeddings have no gradient.
     "gemma": {"model_type": "gemma", **_SIZES, "head_dim": 16, "pad_token_id": None},
+    "gemma-2": {
+        "model_type": "gemma2", **_SIZES, "head_dim": 16, "pad_token_id": None, "sliding_window": 7,
+        "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0,
+    },
     "gemma-3": {
         "model_type": "gemma3_text", **_SIZES, "head_dim": 16, "pad_token_id": None,
         "sliding_window": 7, "query_pre_attn_scalar": 24,
@@ -98,7 +102,10 @@ TINY: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 # Embedding and head apart, as schedules with both ends on one rank need them.
+TINY["gemma-2-untied"] = {**TINY["gemma-2"], "tie_word_embeddings": False}
 TINY["gemma-3-untied"] = {**TINY["gemma-3"], "tie_word_embeddings": False}
+# Without windows, which slices of sequences do not have.
+TINY["gemma-2-full"] = {**TINY["gemma-2"], "layer_types": ["full_attention"] * 4}
 
 
 def make_tiny(name: str, folder: Path) -> Any:

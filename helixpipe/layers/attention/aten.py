@@ -26,7 +26,7 @@ class AtenCpu(AttentionBackend):
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     head_multiple = 1
     largest_head = 1 << 16
-    on_cpu = True
+    on_cpu, on_gpu = True, False
     # Seen to take grouped heads on 2.13; on 2.6 the kernel reads past the end of key and value.
     TAKES_GROUPS = torch.__version__ >= TorchVersion("2.13")
 

@@ -11,10 +11,12 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from helixpipe.layers.attention.aten import AtenCpu, AtenEfficient, AtenFlash
+from helixpipe.layers.attention.blocks import BlockAttention
 from helixpipe.layers.attention.cudnn import AtenCudnn, EngineCudnn
 from helixpipe.layers.attention.flash_packages import FlashAttention2, FlashAttention3
 from helixpipe.layers.attention.interface import AttentionBackend, AttentionProblem
 from helixpipe.layers.attention.trial import run_trial
+from helixpipe.layers.variants import variants_of
 
 AUTO = "auto"
 
@@ -24,11 +26,13 @@ _HOPPER = (FlashAttention3, AtenCudnn, EngineCudnn, FlashAttention2, AtenFlash, 
 _NEWER = (AtenCudnn, EngineCudnn, FlashAttention2, AtenFlash, AtenEfficient)
 _OLDER = (FlashAttention2, AtenFlash, AtenCudnn, EngineCudnn, AtenEfficient)
 
-BACKENDS: dict[str, type[AttentionBackend]] = {backend.name: backend for backend in (*_HOPPER, AtenCpu)}
+BACKENDS: dict[str, type[AttentionBackend]] = {
+    backend.name: backend for backend in (*_HOPPER, AtenCpu, BlockAttention)
+}
 
 # Megatron's names of kinds of backends; of a kind the fastest that works is chosen.
 FAMILIES: dict[str, tuple[type[AttentionBackend], ...]] = {
-    "flash": (FlashAttention3, FlashAttention2, AtenFlash, AtenCpu),
+    "flash": (FlashAttention3, FlashAttention2, AtenFlash, AtenCpu, BlockAttention),
     "fused": (AtenCudnn, EngineCudnn),
 }
 # Megatron's own attention, which holds all scores: no backend of ours, but it has dropout.
@@ -50,15 +54,16 @@ def order_of(problem: AttentionProblem) -> tuple[type[AttentionBackend], ...]:
     """The backends to try, the fastest first.
 
     Where lengths differ from batch to batch, those come first that pack: cuDNN would build a plan for every
-    new length, and the others would launch once for each sequence.
+    new length, and the others would launch once for each sequence. Blocks of our own come last, and only
+    where kernels may lack what is asked for: elsewhere they would hide that no kernel works.
     """
-    if problem.capability is None:
-        return (AtenCpu,)
-    major, _ = problem.capability
-    order: tuple[type[AttentionBackend], ...] = _OLDER if major < 9 else _HOPPER if major == 9 else _NEWER
+    order: tuple[type[AttentionBackend], ...] = (AtenCpu,)
+    if problem.capability is not None:
+        major, _ = problem.capability
+        order = _OLDER if major < 9 else _HOPPER if major == 9 else _NEWER
     if problem.varies:
-        return tuple(sorted(order, key=lambda backend: not backend.packs))
-    return order
+        order = tuple(sorted(order, key=lambda backend: not backend.packs))
+    return (*order, BlockAttention) if problem.softcap else order
 
 
 @cache
@@ -120,6 +125,7 @@ def problem_of(config: TransformerConfig, *, varies: bool = False) -> AttentionP
         groups=max(1, config.num_query_groups // tensor_parallel),
         varies=varies,
         deterministic=torch.are_deterministic_algorithms_enabled(),
+        softcap=variants_of(config).attention_softcap,
     )
 
 
@@ -139,7 +145,7 @@ def problem_with(query: Tensor, key: Tensor) -> AttentionProblem:
 
 def markdown_table() -> str:
     """The backends for people, in the order of choice on Hopper."""
-    names = ("`--attention-backend`", "needs", "types", "head sizes", "packed sequences")
+    names = ("`--attention-backend`", "needs", "types", "head sizes", "packed sequences", "soft cap")
     rows = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for backend in BACKENDS.values():
         types = ", ".join(str(dtype).removeprefix("torch.") for dtype in backend.dtypes)
@@ -147,7 +153,8 @@ def markdown_table() -> str:
         if backend.head_multiple > 1:
             sizes = f"multiples of {backend.head_multiple}, to {backend.largest_head}"
         launches = "one launch" if backend.packs else "one launch each"
-        rows.append(f"| `{backend.name}` | {backend.needs} | {types} | {sizes} | {launches} |")
+        caps = "yes" if backend.caps else "no"
+        rows.append(f"| `{backend.name}` | {backend.needs} | {types} | {sizes} | {launches} | {caps} |")
     return "\n".join(rows)
 
 
@@ -166,6 +173,7 @@ def _tried(backend: type[AttentionBackend], problem: AttentionProblem) -> Attent
     # A broken package may raise anything, and must not end the run.
     except Exception as error:
         raise _Unusable(f"cannot be imported ({_described(error)})") from error
+    made.softcap = problem.softcap
     try:
         wrong = run_trial(made, problem)
     except Exception as error:

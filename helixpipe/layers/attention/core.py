@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from helixpipe.layers.attention.choice import AUTO, choose, problem_of, problem_with
 from helixpipe.layers.attention.interface import AttentionBackend, ForwardResult, Spans
-from helixpipe.layers.attention.windows import WindowAttention
+from helixpipe.layers.attention.windows import WindowAttention, window_of
 from helixpipe.layers.documents import Documents
 
 
@@ -110,24 +109,6 @@ def causal_attention(
     else:
         output = _DocumentAttention.apply(query, key, value, scale, backend, documents.rows)
     return output.permute(2, 0, 1, 3).flatten(2)
-
-
-def window_of(config: TransformerConfig, layer_number: int) -> int:
-    """How many tokens a layer's attention sees, its own included; 0 for all before it.
-
-    Args:
-        config: with Megatron's ``window_size`` and ``window_attn_skip_freq``.
-        layer_number: in the whole model, from 1.
-
-    Raises:
-        ValueError: a window over later tokens.
-    """
-    if not is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
-        return 0
-    before, after = config.window_size
-    if after != 0:
-        raise ValueError(f"--window-size {before},{after} reaches {after} tokens ahead; use {before},0")
-    return int(before) + 1 if before >= 0 else 0
 
 
 class FlashCoreAttention(MegatronModule):

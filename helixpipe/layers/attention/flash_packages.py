@@ -30,6 +30,7 @@ class FlashAttention2(AttentionBackend):
     name = "flash-attn-2"
     needs = "the package flash-attn 2.7 or newer"
     packs = True
+    caps = True
 
     def __init__(self) -> None:
         self._library: Any = importlib.import_module("flash_attn.flash_attn_interface")
@@ -39,7 +40,7 @@ class FlashAttention2(AttentionBackend):
     ) -> ForwardResult:
         """See :class:`AttentionBackend`."""
         output, lse, _, random_state = self._library._flash_attn_forward(
-            *_sequence_first(query, key, value), **_options(scale, causal), return_softmax=False
+            *_sequence_first(query, key, value), **self._options(scale, causal), return_softmax=False
         )
         return ForwardResult(output.transpose(1, 2), lse, (random_state,))
 
@@ -58,7 +59,7 @@ class FlashAttention2(AttentionBackend):
         grads = tuple(map(torch.empty_like, (query, key, value)))
         self._library._flash_attn_backward(
             grad, query, key, value, output, result.log_sum_exp.contiguous(), *grads,
-            **_options(scale, causal), deterministic=_deterministic(), rng_state=result.extra[0],
+            **self._options(scale, causal), deterministic=_deterministic(), rng_state=result.extra[0],
         )  # fmt: skip
         grad_query, grad_key, grad_value = (tensor.transpose(1, 2) for tensor in grads)
         return grad_query, grad_key, grad_value
@@ -68,7 +69,7 @@ class FlashAttention2(AttentionBackend):
     ) -> ForwardResult:
         """See :class:`AttentionBackend`."""
         output, lse, _, random_state = self._library._flash_attn_varlen_forward(
-            *map(packed, (query, key, value)), *_lengths(spans, query.device), **_options(scale, True),
+            *map(packed, (query, key, value)), *_lengths(spans, query.device), **self._options(scale, True),
             return_softmax=False,
         )  # fmt: skip
         return ForwardResult(unpacked(output), lse[None], (random_state,))
@@ -88,11 +89,22 @@ class FlashAttention2(AttentionBackend):
         grads = tuple(map(torch.empty_like, (query, key, value)))
         self._library._flash_attn_varlen_backward(
             grad, query, key, value, output, result.log_sum_exp[0].contiguous(), *grads,
-            *_lengths(spans, query.device), **_options(scale, True), deterministic=_deterministic(),
+            *_lengths(spans, query.device), **self._options(scale, True), deterministic=_deterministic(),
             rng_state=result.extra[0],
         )  # fmt: skip
         grad_query, grad_key, grad_value = map(unpacked, grads)
         return grad_query, grad_key, grad_value
+
+    def _options(self, scale: float, causal: bool) -> dict[str, Any]:
+        return {
+            "dropout_p": 0.0,
+            "softmax_scale": scale,
+            "causal": causal,
+            "window_size_left": -1,
+            "window_size_right": -1,
+            "softcap": self.softcap,
+            "alibi_slopes": None,
+        }
 
 
 class FlashAttention3(AttentionBackend):
@@ -101,6 +113,7 @@ class FlashAttention3(AttentionBackend):
     name = "flash-attn-3"
     needs = "FlashAttention-3 (flash_attn_interface), an H100, H200 or H20"
     packs = True
+    caps = True
 
     # Where its builds and wheels have put the interface.
     _MODULES = ("flash_attn_interface", "flash_attn_3.flash_attn_interface")
@@ -166,7 +179,7 @@ class FlashAttention3(AttentionBackend):
             *[None] * 4,  # new keys and values, queries times values, a place for the output
             offsets, offsets, None, None, None, longest, longest,
             *[None] * 9,  # pages, padding, rotary positions, fp8's scales
-            scale, causal,
+            scale, causal, softcap=self.softcap,
         )  # fmt: skip
         return output, lse
 
@@ -179,7 +192,7 @@ class FlashAttention3(AttentionBackend):
         grads = tuple(torch.empty_like(tensor) for tensor in tensors[1:4])
         self._library._flash_attn_backward(
             *tensors, lse.contiguous(), offsets, offsets, None, None, longest, longest, *grads, scale, causal,
-            deterministic=_deterministic(),
+            softcap=self.softcap, deterministic=_deterministic(),
         )  # fmt: skip
         return grads
 
@@ -197,18 +210,6 @@ def _import_first(names: tuple[str, ...]) -> ModuleType:
 def _sequence_first(*tensors: Tensor) -> list[Tensor]:
     """[b, heads, s, d] each as [b, s, heads, d], views."""
     return [tensor.transpose(1, 2) for tensor in tensors]
-
-
-def _options(scale: float, causal: bool) -> dict[str, Any]:
-    return {
-        "dropout_p": 0.0,
-        "softmax_scale": scale,
-        "causal": causal,
-        "window_size_left": -1,
-        "window_size_right": -1,
-        "softcap": 0.0,
-        "alibi_slopes": None,
-    }
 
 
 def _lengths(spans: Spans, device: torch.device) -> tuple[Tensor, Tensor, int, int]:

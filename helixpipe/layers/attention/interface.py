@@ -63,6 +63,7 @@ class AttentionProblem:
         heads, groups: of queries, and of keys and values.
         varies: packed sequences and slices, whose lengths differ from batch to batch.
         deterministic: gradients must have the same bits every time.
+        softcap: see :class:`AttentionBackend`.
     """
 
     device: torch.device
@@ -73,22 +74,26 @@ class AttentionProblem:
     groups: int = 1
     varies: bool = False
     deterministic: bool = False
+    softcap: float = 0.0
 
 
 class AttentionBackend(ABC):
     """Attention of query [b, heads, s, d] over key and value [b, groups, t, d], of any strides.
 
     With ``causal``, s = t and a query sees the keys up to its own; without, all of them. With ``spans``,
-    b = 1, s = t, and each span is a sequence of its own, causal.
+    b = 1, s = t, and each span is a sequence of its own, causal. With a ``softcap`` c, scaled scores x become
+    c * tanh(x / c) (Gemma 2, arXiv 2408.00118, section 2).
 
     Attributes:
         name: as ``--attention-backend`` takes it.
         needs: what must be installed, for people.
         dtypes: of query, key and value.
         head_multiple, largest_head: of head sizes.
-        on_cpu: whether it runs on CPUs, and not on GPUs.
+        on_cpu, on_gpu: where it runs.
         packs: all spans take one launch; otherwise one each.
         is_deterministic: it can give the same bits every time.
+        caps: it can cap scores.
+        softcap: the cap; 0 for none.
     """
 
     name: ClassVar[str]
@@ -97,13 +102,17 @@ class AttentionBackend(ABC):
     head_multiple: ClassVar[int] = 8
     largest_head: ClassVar[int] = 256
     on_cpu: ClassVar[bool] = False
+    on_gpu: ClassVar[bool] = True
     packs: ClassVar[bool] = False
     is_deterministic: ClassVar[bool] = True
+    caps: ClassVar[bool] = False
+
+    softcap: float = 0.0
 
     @classmethod
     def why_not(cls, problem: AttentionProblem) -> str:
         """Why it is not made for ``problem``; empty if it is."""
-        if cls.on_cpu != (problem.capability is None):
+        if not (cls.on_cpu if problem.capability is None else cls.on_gpu):
             return "runs on CPUs only" if cls.on_cpu else "runs on GPUs only"
         if problem.dtype not in cls.dtypes:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in cls.dtypes)
@@ -114,6 +123,8 @@ class AttentionBackend(ABC):
             return f"takes head sizes up to {cls.largest_head}, not {problem.head_size}"
         if problem.deterministic and not cls.is_deterministic:
             return "is not deterministic"
+        if problem.softcap and not cls.caps:
+            return "cannot cap scores"
         return ""
 
     def forward(

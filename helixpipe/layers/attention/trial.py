@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ _LENGTH, _CONTEXT = 33, 47
 # Two 16-bit kernels differ by less than a hundredth; wrong arguments change results by their own size.
 _TOLERANCE = 0.03
 _SCALE = 0.3
+# Of the size of the scores, so that one that is not applied shows.
+_SOFTCAP = 2.0
 
 
 def run_trial(backend: AttentionBackend, problem: AttentionProblem) -> str:
@@ -24,6 +27,8 @@ def run_trial(backend: AttentionBackend, problem: AttentionProblem) -> str:
     Raises:
         Exception: whatever the backend raises.
     """
+    backend = copy(backend)
+    backend.softcap = _SOFTCAP if problem.softcap else 0.0
     whole = _Inputs(problem, batch=2, queries=_LENGTH, keys=_LENGTH)
     wrong = whole.errors_of(backend, causal=True)
     if not wrong and problem.varies:
@@ -41,6 +46,7 @@ class _Inputs:
 
     def __init__(self, problem: AttentionProblem, *, batch: int, queries: int, keys: int) -> None:
         shared = problem.heads // problem.groups
+        self.softcap = _SOFTCAP if problem.softcap else 0.0
         groups = min(2, problem.groups)
         generator = torch.Generator().manual_seed(keys)
         # Laid out as [s, b, heads, d], as Megatron's are.
@@ -84,16 +90,20 @@ class _Inputs:
             tensor.detach().float().requires_grad_() for tensor in (self.query, self.key, self.value)
         )
         with torch.enable_grad():
-            result = _explicit(query, key, value, causal, spans)
+            result = _explicit(query, key, value, causal, spans, self.softcap)
             grads = torch.autograd.grad(result.output, (query, key, value), self.grad.float())
         yield from (result.output.detach(), result.log_sum_exp.detach(), *grads)
 
 
-def _explicit(query: Tensor, key: Tensor, value: Tensor, causal: bool, spans: Spans | None) -> ForwardResult:
+def _explicit(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, spans: Spans | None, softcap: float
+) -> ForwardResult:
     """Softmax over all scores in float32."""
     shared = query.shape[1] // key.shape[1]
     key, value = (tensor.repeat_interleave(shared, dim=1) for tensor in (key, value))
     scores = query @ key.transpose(2, 3) * _SCALE
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     if causal:
         sequence = torch.zeros(query.shape[2], dtype=torch.long)
         for number, (first, last) in enumerate(spans.bounds if spans else ()):

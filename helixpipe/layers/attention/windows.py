@@ -8,9 +8,29 @@ are read backwards: then the later keys are the earlier ones. Both parts merge b
 from __future__ import annotations
 
 import torch
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from helixpipe.layers.attention.interface import AttentionBackend, ForwardResult, Gradients
+
+
+def window_of(config: TransformerConfig, layer_number: int) -> int:
+    """How many tokens a layer's attention sees, its own included; 0 for all before it.
+
+    Args:
+        config: with Megatron's ``window_size`` and ``window_attn_skip_freq``.
+        layer_number: in the whole model, from 1.
+
+    Raises:
+        ValueError: a window over later tokens.
+    """
+    if not is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
+        return 0
+    before, after = config.window_size
+    if after != 0:
+        raise ValueError(f"--window-size {before},{after} reaches {after} tokens ahead; use {before},0")
+    return int(before) + 1 if before >= 0 else 0
 
 
 class WindowAttention(AttentionBackend):

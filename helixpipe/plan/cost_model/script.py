@@ -47,14 +47,15 @@ _NEUTRAL_SWITCHES = frozenset(
 _NEUTRAL_VALUES = frozenset(
     (
         "adam-beta1", "adam-beta2", "adam-eps", "allow-changed", "attention-backend", "attention-dropout",
-        "attention-range", "check-gradients-every", "check-layers-every",
+        "attention-range", "attn-logit-softcapping", "check-gradients-every", "check-layers-every",
         "check-weight-hash-across-dp-replicas-interval", "ckpt-format", "clip-grad",
         "context-parallel-size", "cp-comm-type", "cross-entropy-fusion-impl", "data-args-path",
         "data-cache-path", "data-parallel-size", "data-path", "dataloader-type", "decoupled-lr",
         "decoupled-min-lr", "dist-ckpt-strictness", "distributed-backend", "distributed-timeout-minutes",
         "dry-run", "elastic-costs", "empty-unused-memory-level", "end-weight-decay", "eval-interval",
-        "eval-iters", "exit-duration-in-mins", "exit-interval", "failure-dir", "global-batch-size",
-        "hang-timeout-s", "hardware", "head-placement", "hidden-dropout", "hysteresis", "init-method-std",
+        "eval-iters", "exit-duration-in-mins", "exit-interval", "failure-dir",
+        "final-logit-softcapping", "global-batch-size", "hang-timeout-s", "hardware", "head-placement",
+        "hidden-dropout", "hysteresis", "init-method-std",
         "keep-checkpoints", "kill-on-bad-exit", "load", "local-addr", "local-rank", "log-dir",
         "log-interval", "loss-chunk-size", "loss-scale", "loss-scale-window", "lr", "lr-decay-iters",
         "lr-decay-samples", "lr-decay-style", "lr-warmup-fraction", "lr-warmup-init", "lr-warmup-iters",

@@ -59,7 +59,7 @@ MODEL = frozenset((
     "rope_scaling_factor", "padded_vocab_size", "window_size", "window_attn_skip_freq",
     "rotary_scaling_factor", "yarn_original_max_position_embeddings", "yarn_beta_fast", "yarn_beta_slow",
     "geglu", "apply_layernorm_1p", "sandwich_norm", "scale_embedding", "softmax_scale",
-    "rotary_base_local",
+    "rotary_base_local", "attn_logit_softcapping", "final_logit_softcapping",
 ))  # fmt: skip
 
 # What the form of weights and of optimizer states depends on: no option makes one fit the other.

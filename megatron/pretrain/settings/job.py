@@ -63,6 +63,8 @@ class ModelSettings:
     sandwich_norm: bool
     scale_embedding: bool
     softmax_scale: float | None
+    attn_logit_softcapping: float | None
+    final_logit_softcapping: float | None
     rotary_base_local: int | None
     qk_layernorm: bool
     add_bias_linear: bool

@@ -25,6 +25,13 @@ def add_layer_arguments(add: Callable[..., Any]) -> None:
     add("--sandwich-norm", action="store_true", help="a norm after attention and MLP, too, as in Gemma 3")
     add("--scale-embedding", action="store_true", help="multiply the embedding by the root of --hidden-size")
     add("--softmax-scale", type=Real(above=0.0), help="factor of the scores (default: 1 / root of head size)")
+    add(
+        "--attn-logit-softcapping",
+        type=Real(above=0.0),
+        metavar="C",
+        help="scores x become C * tanh(x / C), as in Gemma 2",
+    )
+    add("--final-logit-softcapping", type=Real(above=0.0), metavar="C", help="and so do logits")
     add("--openai-gelu", action="store_true", help="GELU by its approximation with tanh, as in GPT-2")
     add("--qk-layernorm", action="store_true")
     add(

@@ -15,6 +15,7 @@ FAMILIES: Mapping[str, Describe] = {
     "mistral": mistral.describe,
     "gpt2": gpt2.describe,
     "gemma": gemma.describe,
+    "gemma2": gemma.describe_gemma2,
     "gemma3_text": gemma.describe_gemma3,
 }
 

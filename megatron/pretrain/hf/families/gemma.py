@@ -1,7 +1,10 @@
-"""Gemma, and the text models of Gemma 3: norms around 1, a scaled embedding, GELU by tanh in a gated MLP.
+"""Gemma, Gemma 2 and the text models of Gemma 3.
 
-Gemma 3 also has norms after attention and MLP, norms of queries and keys, and windows in most layers, where
-rotary positions have a base of their own.
+All have norms around 1, a scaled embedding, and GELU by tanh in a gated MLP.
+
+Gemma 2 also has norms after attention and MLP, windows in every other layer, and caps of scores and logits.
+Gemma 3 has windows in most layers, where rotary positions have a base of their own, and norms of queries and
+keys in the place of caps.
 """
 
 from __future__ import annotations
@@ -33,6 +36,22 @@ def describe(config: ModelConfig, padded_rows: int | None) -> Model:
     return decoder(config, padded_rows, arguments, rules, tied=True)
 
 
+def describe_gemma2(config: ModelConfig, padded_rows: int | None) -> Model:
+    """See :data:`~megatron.pretrain.hf.families.family.Describe`."""
+    arguments = _shared(config) | rotary_arguments(config) | {"sandwich_norm": True}
+    arguments["softmax_scale"] = config.take("query_pre_attn_scalar") ** -0.5
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if not config.has(name):
+            raise ValueError(f"config.json of a Gemma 2 has no {name}; add it, null for none")
+        cap = config.take(name, None)
+        if cap is not None:
+            arguments[name] = float(cap)
+    kinds = config.take("layer_types", []) or _alternating(arguments["num_layers"], 2)
+    arguments |= window_arguments(config.take("sliding_window"), kinds)
+    rules = (*attention_rules(arguments), *mlp_rules(), *_four_norms())
+    return decoder(config, padded_rows, arguments, rules, tied=True)
+
+
 def describe_gemma3(config: ModelConfig, padded_rows: int | None) -> Model:
     """See :data:`~megatron.pretrain.hf.families.family.Describe`."""
     arguments = _shared(config) | {"qk_layernorm": True, "sandwich_norm": True}
@@ -40,10 +59,7 @@ def describe_gemma3(config: ModelConfig, padded_rows: int | None) -> Model:
     config.require("attn_logit_softcapping", None)
     config.require("final_logit_softcapping", None)
     every = config.take("_sliding_window_pattern", config.take("sliding_window_pattern", _EVERY))
-    kinds = config.take("layer_types", []) or [
-        "full_attention" if (layer + 1) % every == 0 else "sliding_attention"
-        for layer in range(arguments["num_layers"])
-    ]
+    kinds = config.take("layer_types", []) or _alternating(arguments["num_layers"], every)
     arguments |= window_arguments(config.take("sliding_window"), kinds) | _two_bases(config)
     rules = (*attention_rules(arguments), *query_key_norms(), *mlp_rules(), *_four_norms())
     return decoder(config, padded_rows, arguments, rules, tied=True)
@@ -59,6 +75,13 @@ def _shared(config: ModelConfig) -> dict[str, Any]:
     config.require("attention_bias", False)
     config.require("use_bidirectional_attention", False)
     return arguments
+
+
+def _alternating(num_layers: int, every: int) -> list[str]:
+    """Windows in all layers but one in so many."""
+    return [
+        "full_attention" if (layer + 1) % every == 0 else "sliding_attention" for layer in range(num_layers)
+    ]
 
 
 def _two_bases(config: ModelConfig) -> dict[str, Any]:

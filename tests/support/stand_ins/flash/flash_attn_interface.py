@@ -58,9 +58,9 @@ def _flash_attn_forward(
     _check(q, k, v, scale=softmax_scale, causal=causal, packed=bounds is not None)
     nothing = torch.tensor([])
     if bounds is None:
-        output, sums = exact_attention.forward(*_by_heads(q, k, v), softmax_scale, causal)
+        output, sums = exact_attention.forward(*_by_heads(q, k, v), softmax_scale, causal, softcap)
         return output.transpose(1, 2).contiguous().to(q.dtype), sums.float(), nothing, nothing
-    output, sums = exact_attention.forward_packed(*_of_one(q, k, v), softmax_scale, bounds)
+    output, sums = exact_attention.forward_packed(*_of_one(q, k, v), softmax_scale, bounds, softcap)
     return output[0].transpose(0, 1).contiguous().to(q.dtype), sums[0].float(), nothing, nothing
 
 
@@ -98,12 +98,12 @@ def _flash_attn_backward(
     if bounds is None:
         rules.check_statistics(softmax_lse, (q.shape[0], q.shape[2], q.shape[1]))
         tensors = _by_heads(dout, q, k, v, out)
-        grads = exact_attention.backward(*tensors, softmax_lse, softmax_scale, is_causal)
+        grads = exact_attention.backward(*tensors, softmax_lse, softmax_scale, is_causal, softcap)
         grads = [grad.transpose(1, 2) for grad in grads]
     else:
         rules.check_statistics(softmax_lse, (q.shape[1], q.shape[0]))
         tensors = _of_one(dout, q, k, v, out)
-        grads = exact_attention.backward_packed(*tensors, softmax_lse[None], softmax_scale, bounds)
+        grads = exact_attention.backward_packed(*tensors, softmax_lse[None], softmax_scale, bounds, softcap)
         grads = [grad[0].transpose(0, 1) for grad in grads]
     for place, grad in zip((dq, dk, dv), grads, strict=True):
         place.copy_(grad)

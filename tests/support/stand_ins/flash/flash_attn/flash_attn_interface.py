@@ -30,7 +30,7 @@ def _flash_attn_forward(
     q, k, v = _dense(q, k, v)
     rules.require(q.dim() == 4 and not return_softmax, "[b, s, heads, d] is needed")
     rules.check_tensors(q, k, v, heads=2)
-    output, sums = exact_attention.forward(*_by_heads(q, k, v), softmax_scale, causal)
+    output, sums = exact_attention.forward(*_by_heads(q, k, v), softmax_scale, causal, softcap)
     return output.transpose(1, 2).contiguous().to(q.dtype), sums.float(), q.new_empty(0), _random_state()
 
 
@@ -60,7 +60,8 @@ def _flash_attn_backward(
     rules.check_tensors(q, k, v, out, dout, heads=2)
     rules.check_statistics(softmax_lse, (q.shape[0], q.shape[2], q.shape[1]))
     rules.check_places((dq, dk, dv), (q, k, v))
-    grads = exact_attention.backward(*_by_heads(dout, q, k, v, out), softmax_lse, softmax_scale, causal)
+    tensors = _by_heads(dout, q, k, v, out)
+    grads = exact_attention.backward(*tensors, softmax_lse, softmax_scale, causal, softcap)
     for place, grad in zip((dq, dk, dv), grads, strict=True):
         place.copy_(grad.transpose(1, 2))
     return q.new_empty(0)
@@ -91,7 +92,7 @@ def _flash_attn_varlen_forward(
     q, k, v = _dense(q, k, v)
     rules.check_tensors(q, k, v, heads=1)
     bounds = _bounds(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    output, sums = exact_attention.forward_packed(*_of_one(q, k, v), softmax_scale, bounds)
+    output, sums = exact_attention.forward_packed(*_of_one(q, k, v), softmax_scale, bounds, softcap)
     return (
         output[0].transpose(0, 1).contiguous().to(q.dtype),
         sums[0].float(),
@@ -133,7 +134,7 @@ def _flash_attn_varlen_backward(
     rules.check_places((dq, dk, dv), (q, k, v))
     bounds = _bounds(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     grads = exact_attention.backward_packed(
-        *_of_one(dout, q, k, v, out), softmax_lse[None], softmax_scale, bounds
+        *_of_one(dout, q, k, v, out), softmax_lse[None], softmax_scale, bounds, softcap
     )
     for place, grad in zip((dq, dk, dv), grads, strict=True):
         place.copy_(grad[0].transpose(0, 1))
@@ -143,7 +144,8 @@ def _flash_attn_varlen_backward(
 def _check_options(dropout: Any, scale: Any, left: Any, right: Any, softcap: Any, slopes: Any) -> None:
     rules.require(type(dropout) is float and dropout == 0.0, "dropout")
     rules.require(type(scale) is float, "the scale must be a number")
-    rules.require((left, right, softcap, slopes) == (-1, -1, 0.0, None), "windows, caps and slopes")
+    rules.require((left, right, slopes) == (-1, -1, None), "windows and slopes")
+    rules.require(type(softcap) is float and softcap >= 0.0, "the cap must be a number")
 
 
 def _note(deterministic: bool, random_state: Tensor | None) -> None:
