@@ -12,6 +12,7 @@ import importlib
 import sys
 from collections.abc import Callable
 from functools import reduce
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 _TORCH, _CORE = "torch 2.13.0", "megatron-core 0.16.1"
@@ -284,9 +285,22 @@ PATCHED_IN_PROGRAM = (
         "megatron.training.training", "build_train_valid_test_data_iterators",
         "data on every rank, for a head on every rank", "megatron-core 0.17.1",
     ),
+    ContactPoint(
+        "megatron.training.training", "get_model", "two model chunks on each rank", "megatron-core 0.17.1",
+        ("model_provider_func",),
+    ),
 )  # fmt: skip
 
-_PATCHED = {(point.owner, point.name) for point in (*PATCHED, *PATCHED_IN_PROGRAM)}
+# The same, where that program builds models from configurations: since 0.18.
+PATCHED_IN_BUILDERS = (
+    ContactPoint(
+        "megatron.training.models.dist_utils", "build_virtual_pipeline_stages",
+        "two model chunks on each rank", "megatron-core 0.18.2",
+        ("build_model_func", "pg_collection", "vp_size"),
+    ),
+)  # fmt: skip
+
+_PATCHED = {(point.owner, point.name) for point in (*PATCHED, *PATCHED_IN_PROGRAM, *PATCHED_IN_BUILDERS)}
 
 
 def find(owner: str) -> Any:
@@ -299,6 +313,14 @@ def find(owner: str) -> Any:
         return importlib.import_module("torch").ops.aten
     module, _, path = owner.partition(":")
     return reduce(getattr, path.split(".") if path else [], importlib.import_module(module))
+
+
+def has_module(name: str) -> bool:
+    """True if there is a module of that name; imports the packages that it is in."""
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # one of the packages
+        return False
 
 
 def replace(owner: str, name: str, value: Any, *, on: Any = None) -> Callable[[], None]:

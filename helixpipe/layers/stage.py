@@ -14,16 +14,18 @@ from helixpipe.layers.recomputing_layer import NOTHING_SAVED, MemorySaving
 from helixpipe.layers.spec import Implementation
 
 
-class _PositionInChain(NamedTuple):
+class PositionInChain(NamedTuple):
     """What Megatron's model asks its pipeline group for: where in the chain of stages it is."""
 
     stage: int
     num_stages: int
 
     def rank(self) -> int:
+        """As a process group says it."""
         return self.stage
 
     def size(self) -> int:
+        """As a process group says it."""
         return self.num_stages
 
 
@@ -58,19 +60,29 @@ def build_stage(
             "two stages per rank need separate weights for embedding and head; "
             "add --untie-embeddings-and-output-weights"
         )
-    config = copy(config)
-    config.pipeline_model_parallel_size = num_stages
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    groups.pp = _PositionInChain(stage, num_stages)
-    groups.embd = None
+    placed = arguments_in_chain(config, PositionInChain(stage, num_stages))
     return build_gpt(
-        config,
+        placed.pop("config"),
         implementation,
         saving,
         pp_rank=stage,
-        pre_process=stage == 0,
-        post_process=stage == num_stages - 1,
         share_embeddings_and_output_weights=False,
-        pg_collection=groups,
+        **placed,
         **arguments,
     )
+
+
+def arguments_in_chain(config: TransformerConfig, position: PositionInChain) -> dict[str, Any]:
+    """Those arguments of GPTModel that say where a stage is; its configuration is a copy."""
+    config = copy(config)
+    config.pipeline_model_parallel_size = position.num_stages
+    config.virtual_pipeline_model_parallel_size = None
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    groups.pp = position
+    groups.embd = None
+    return {
+        "config": config,
+        "pg_collection": groups,
+        "pre_process": position.stage == 0,
+        "post_process": position.stage == position.num_stages - 1,
+    }

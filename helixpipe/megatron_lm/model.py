@@ -26,6 +26,7 @@ from helixpipe.layers.spec import LOCAL, TRANSFORMER_ENGINE, Implementation
 from helixpipe.megatron_adapter.model_chunks import build_model_chunks
 from helixpipe.megatron_adapter.pipeline_group import check_groups
 from helixpipe.megatron_adapter.plan_source import PlanOnDemand
+from helixpipe.megatron_lm.chunks import build_chunk
 from helixpipe.megatron_lm.known_options import check_config
 from helixpipe.megatron_lm.options import Options
 from helixpipe.plan.cost_model.levels import parse_levels
@@ -39,7 +40,7 @@ _LOOKED_AT = ("self", "config", "transformer_layer_spec", "pre_process", "post_p
 
 
 def build_segments_for(options: Options) -> Callable[[], None]:
-    """Let every ``GPTModel(…)`` of the process give this rank's segments; a function that undoes it.
+    """Let every ``GPTModel(…)`` of the process give this rank's share; a function that undoes it.
 
     The class itself stays, so it does not matter who has imported it, and a class derived from it is built
     as ever.
@@ -51,6 +52,9 @@ def build_segments_for(options: Options) -> Callable[[], None]:
             return object.__new__(cls)
         bound = signature.bind(None, *args, **arguments)
         bound.apply_defaults()
+        if options.chunks_per_rank > 1:
+            given = {name: value for name, value in bound.arguments.items() if name != "self"}
+            return _built(build_chunk(options, given))
         return _built(build_segments(options, bound.arguments, signature))
 
     return replace("megatron.core.models.gpt:GPTModel", "__new__", staticmethod(new))

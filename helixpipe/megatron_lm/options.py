@@ -44,6 +44,11 @@ class Options:
         """What is to be known of the schedule."""
         return SCHEDULES[self.schedule]
 
+    @property
+    def chunks_per_rank(self) -> int:
+        """Model chunks on each rank."""
+        return 2 if self.entry.needs_untied_weights else 1
+
 
 def take_options(command_line: list[str]) -> Options | None:
     """Take our options out of a command line, so that the script's own parser does not meet them.
@@ -92,13 +97,8 @@ def _checked(found: argparse.Namespace) -> Options:
     name = found.pipeline_schedule
     entry = find_schedule(name)
     if entry.execution in _OUTSIDE:
-        can = ", ".join(n for n, other in SCHEDULES.items() if _runs_inside(other))
+        can = ", ".join(n for n, other in SCHEDULES.items() if other.execution not in _OUTSIDE)
         raise ValueError(f"{name} does not run inside Megatron-LM's training program; choose one of {can}")
-    if not _runs_inside(entry):
-        raise ValueError(
-            f"{name} has two model chunks on each rank, which Megatron-LM's training program does not build; "
-            "use a schedule with one, or HelixPipe's own pretrain_gpt.py"
-        )
     given = {option: getattr(found, option) for option in _OF_PLANS if getattr(found, option) is not None}
     for option in given:
         if option not in entry.options:
@@ -115,7 +115,3 @@ def _checked(found: argparse.Namespace) -> Options:
         found.mlp_chunk_size,
         found.loss_chunk_size,
     )
-
-
-def _runs_inside(entry: Schedule) -> bool:
-    return entry.execution not in _OUTSIDE and not entry.needs_untied_weights

@@ -6,8 +6,6 @@ gives back losses on the last.
 
 from __future__ import annotations
 
-import functools
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,7 +24,9 @@ from helixpipe.megatron_adapter.forward_backward import (
     StageForwardBackward,
 )
 from helixpipe.megatron_adapter.plan_source import PlanOnDemand
+from helixpipe.megatron_lm.chunks import as_own_stage, iterators_of
 from helixpipe.megatron_lm.options import Options
+from helixpipe.megatron_lm.view import as_one_stage
 from helixpipe.plan import Plan
 from helixpipe.plan.execution import Execution
 
@@ -43,6 +43,7 @@ class Step:
         forward_backward: what carries out the plan.
         is_segmented: the model is cut at its attention.
         is_another_model: GPTModel itself does not compute it: it is cut at its attention or into slices.
+        is_in_chunks: a rank has several of its stages.
     """
 
     def __init__(self, options: Options) -> None:
@@ -51,6 +52,7 @@ class Step:
         assert execution is not None
         self.is_segmented = execution.cuts_layers
         self.is_another_model = execution.cuts_layers or execution.has_slices
+        self.is_in_chunks = options.chunks_per_rank > 1
         self.reads_on_all_ranks = options.plan.get("head_placement", "first") != "first"
         kinds = {
             Execution.STAGES: StageForwardBackward,
@@ -58,7 +60,7 @@ class Step:
             Execution.SLICES: SliceForwardBackward,
             Execution.SLICED_SEGMENTS: SlicedSegmentForwardBackward,
         }
-        plans = PlanOnDemand(options.schedule, options.plan)
+        plans = PlanOnDemand(options.schedule, options.plan, options.chunks_per_rank)
         self.forward_backward: PlannedForwardBackward = kinds[execution](plans)
         self._forms: dict[bool, _Form] = {}
 
@@ -68,10 +70,12 @@ class Step:
     def get(self, pp_size: int | None = None, vp_size: int | None = None, *groups: Any, **more: Any) -> Step:
         """Stands for Megatron's ``get_forward_backward_func``, with the arguments of every version."""
         size = parallel_state.get_pipeline_model_parallel_world_size()
-        if pp_size not in (None, size) or vp_size not in (None, 1):
+        chunks = self.forward_backward.chunks_per_rank
+        if pp_size not in (None, size) or vp_size not in (None, chunks):
             raise ValueError(
                 f"the {self.forward_backward.name} schedule runs on the pipeline of parallel_state, {size} "
-                f"ranks with one model chunk each, not on {pp_size} ranks with {vp_size or 1}"
+                f"ranks with {'one model chunk' if chunks == 1 else 'two model chunks'} each, not on "
+                f"{pp_size} ranks with {vp_size or 1}"
             )
         return self
 
@@ -79,33 +83,42 @@ class Step:
         self,
         *,
         forward_step_func: Callable[..., Any],
+        data_iterator: Any,
         model: torch.nn.Module | list[torch.nn.Module],
         forward_only: bool = False,
         collect_non_loss_data: bool = False,
         **arguments: Any,
     ) -> list[Any]:
         """Run one iteration; Megatron's arguments and return value, losses on the last pipeline rank."""
-        if self.is_another_model and collect_non_loss_data:
+        moves_losses = self.is_segmented or self.is_in_chunks
+        if (self.is_another_model or moves_losses) and collect_non_loss_data:
             raise ValueError(
                 f"the {self.forward_backward.name} schedule does not collect data that is no loss; leave "
                 "process_non_loss_data_func out"
             )
-        config = get_model_config(model[0] if isinstance(model, list) else model)
-        with _timed(config):
+        chunks = model if isinstance(model, list) else [model]
+        if self.is_in_chunks:
+            data_iterator = iterators_of(data_iterator, chunks)
+        with _timed(get_model_config(chunks[0])):
             report = self.forward_backward(
-                forward_step_func=as_one_stage(forward_step_func)
-                if self.is_another_model
-                else forward_step_func,
+                forward_step_func=self._seeing_its_ends(forward_step_func),
+                data_iterator=data_iterator,
                 model=model,
                 forward_only=forward_only,
                 collect_non_loss_data=collect_non_loss_data,
                 **arguments,
             )
-            if self.is_segmented:
+            if moves_losses:
                 assert self.forward_backward.plan is not None
                 report = self._on_last_rank(report, self.forward_backward.plan, forward_only)
         self.count += 1
         return report
+
+    def _seeing_its_ends(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The forward step, which asks its rank whether to read tokens and labels."""
+        if self.is_another_model:
+            return as_one_stage(function)
+        return as_own_stage(function) if self.is_in_chunks else function
 
     def _on_last_rank(self, report: Report, plan: Plan, forward_only: bool) -> Report:
         """What the loss functions reported, by micro batch; empty on all ranks but the last."""
@@ -157,45 +170,6 @@ def _entry(row: Tensor, form: _Form) -> dict[str, Tensor]:
     return {
         name: part.reshape(shape).to(dtype) for part, (name, shape, dtype) in zip(parts, form, strict=True)
     }
-
-
-def as_one_stage(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let ``function`` see a pipeline of one stage, which reads tokens and labels, on whatever rank."""
-
-    @functools.wraps(function)
-    def seen(*args: Any, **options: Any) -> Any:
-        with _one_stage():
-            return function(*args, **options)
-
-    return seen
-
-
-@contextmanager
-def _one_stage() -> Iterator[None]:
-    # Megatron's own way to override what its groups say.
-    parallel_state.set_pipeline_model_parallel_world_size(1)
-    parallel_state.set_pipeline_model_parallel_rank(0)
-    # Megatron-LM 0.17 asks its arguments.
-    args = _program_arguments()
-    size = getattr(args, "pipeline_model_parallel_size", None)
-    if args is not None:
-        args.pipeline_model_parallel_size = 1
-    try:
-        yield
-    finally:
-        parallel_state.set_pipeline_model_parallel_world_size(None)
-        parallel_state.set_pipeline_model_parallel_rank(None)
-        if args is not None:
-            args.pipeline_model_parallel_size = size
-
-
-def _program_arguments() -> Any:
-    """Of Megatron-LM's program; None in another one, which may have imported it without its arguments."""
-    variables = sys.modules.get("megatron.training.global_vars")
-    try:
-        return None if variables is None else variables.get_args()
-    except AssertionError:  # they are not set
-        return None
 
 
 @contextmanager

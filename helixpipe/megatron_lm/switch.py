@@ -9,7 +9,6 @@ import logging
 import re
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from helixpipe.megatron_lm.options import Options, take_options
@@ -60,16 +59,17 @@ def enable(command_line: list[str] | None = None) -> Step | None:
             )
         return _enabled[1]
     # Not before a schedule is asked for: these import, and thereby prepare, megatron.core.
+    from helixpipe.contact_points import has_module
     from helixpipe.megatron_lm.model import build_segments_for
-    from helixpipe.megatron_lm.step import Step, as_one_stage
+    from helixpipe.megatron_lm.step import Step
 
     version = check_version()
     step = Step(options)
     _put_in_place(step)
-    if step.is_another_model:
+    if step.is_another_model or step.is_in_chunks:
         _undo.append(build_segments_for(options))
-        if step.reads_on_all_ranks and find_spec("megatron.training") is not None:
-            _replace("megatron.training.training", "build_train_valid_test_data_iterators", as_one_stage)
+    if has_module("megatron.training"):
+        _put_into_program(step)
     _enabled = options, step
     logger.info("schedule enabled in megatron-core %s: %s", version, step)
     return step
@@ -104,6 +104,21 @@ def _put_in_place(step: Step) -> None:
     _replace(module, "get_forward_backward_func", lambda original: step.get)
     # What all schedules of Megatron's call before their first message; in that module only.
     _undo.append(replace(module, "get_model_config", _refuse_stock))
+
+
+def _put_into_program(step: Step) -> None:
+    from helixpipe.contact_points import has_module
+    from helixpipe.megatron_lm.chunks import with_two_chunks, with_two_stages
+    from helixpipe.megatron_lm.view import as_one_stage
+
+    program = "megatron.training.training"
+    if step.reads_on_all_ranks:
+        _replace(program, "build_train_valid_test_data_iterators", as_one_stage)
+    if step.is_in_chunks:
+        _replace(program, "get_model", with_two_chunks)
+        builders = "megatron.training.models.dist_utils"
+        if has_module(builders):
+            _replace(builders, "build_virtual_pipeline_stages", with_two_stages)
 
 
 def _refuse_stock(*args: object, **options: object) -> None:

@@ -10,7 +10,17 @@ import sys
 import pytest
 from sources import PACKAGES, ROOT, parsed, relative, sources
 
-from helixpipe.contact_points import CALLED, OPTIONAL, OVERRIDDEN, PATCHED, PATCHED_IN_PROGRAM, find, replace
+from helixpipe.contact_points import (
+    CALLED,
+    OPTIONAL,
+    OVERRIDDEN,
+    PATCHED,
+    PATCHED_IN_BUILDERS,
+    PATCHED_IN_PROGRAM,
+    find,
+    has_module,
+    replace,
+)
 
 LISTED = {point.name for point in (*CALLED, *OPTIONAL, *OVERRIDDEN, *PATCHED)}
 FOREIGN = ("torch", "megatron.core", "numpy")
@@ -130,7 +140,7 @@ def test_every_contact_point_is_where_it_was():
 
 
 def test_each_says_why_and_since_when():
-    for point in (*CALLED, *OPTIONAL, *OVERRIDDEN, *PATCHED, *PATCHED_IN_PROGRAM):
+    for point in (*CALLED, *OPTIONAL, *OVERRIDDEN, *PATCHED, *PATCHED_IN_PROGRAM, *PATCHED_IN_BUILDERS):
         assert point.why
         assert point.since.split()[0] in ("torch", "megatron-core", "flash-attn")
 
@@ -145,6 +155,12 @@ def test_a_moved_name_is_noticed():
     )
     assert list(patches(tree)) == [2, 3]
     assert list(foreign_private_names(tree, set())) == ["_forward"]
+
+
+def test_a_module_may_lie_in_a_package_that_is_not_there():
+    assert has_module("torch.nn.functional")
+    assert not has_module("torch.nowhere")
+    assert not has_module("torch.nowhere.within")
 
 
 def test_the_original_comes_back():

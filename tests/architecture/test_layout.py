@@ -29,7 +29,8 @@ ARROWS = {
     ),
     # Helix inside Megatron-LM's training program.
     "megatron_lm": (
-        "plan", "layers", "megatron_adapter", "reliability", "contact_points", "command_line",
+        "plan", "layers", "megatron_adapter", "reliability", "contact_points", "refusals",
+        "command_line",
     ),
     "profiling": ("plan", "elastic", "runtime", "layers", "megatron_adapter"),
     "preflight": ("plan", "runtime", "reliability", "json_input"),

@@ -8,7 +8,17 @@ from __future__ import annotations
 import re
 
 import pytest
-from megatron_lm_jobs import HELIX, LOSS, OTHERS, assert_equal, each_version, launch, train, unpacked
+from megatron_lm_jobs import (
+    HELIX,
+    LOSS,
+    OTHERS,
+    TWO_CHUNKS,
+    assert_equal,
+    each_version,
+    launch,
+    train,
+    unpacked,
+)
 from unpack_cores import VERSIONS
 
 
@@ -35,14 +45,26 @@ def test_helix_trains_and_evaluates_as_1f1b_does(tmp_path, version):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("version", "ranks"), each_version(2, 4))
 def test_ten_iterations_are_those_of_1f1b_and_runs_change_over(tmp_path, version, ranks):
+    compare_and_change_over(version, ranks, tmp_path, "", (HELIX, *OTHERS))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("version", "ranks"), each_version(2, 4))
+def test_two_chunks_on_each_rank_train_as_1f1b_does(tmp_path, version, ranks):
+    size = f"--num-layers {2 * ranks} --untie-embeddings-and-output-weights"
+    compare_and_change_over(version, ranks, tmp_path, size, TWO_CHUNKS)
+
+
+def compare_and_change_over(version, ranks, folder, model, schedules):
     """Ten iterations and an evaluation from one checkpoint; what each saves goes on under the other."""
-    size = f"--pipeline-model-parallel-size {ranks}"
-    train(version, ranks, f"{size} --train-iters 2 --eval-iters 0 --save {tmp_path}/start")
-    stock = train(version, ranks, f"{size} --train-iters 15 --load {tmp_path}/start")
-    for number, schedule in enumerate((HELIX, *OTHERS)):
-        here = f"{tmp_path}/{number}"
+    size = f"{model} --pipeline-model-parallel-size {ranks}"
+    train(version, ranks, f"{size} --train-iters 2 --eval-iters 0 --save {folder}/start")
+    stock = train(version, ranks, f"{size} --train-iters 15 --load {folder}/start")
+    for number, schedule in enumerate(schedules):
+        here = f"{folder}/{number}"
         ours = train(
-            version, ranks, f"{size} --train-iters 12 --load {tmp_path}/start --save {here} {schedule}"
+            version, ranks, f"{size} --train-iters 12 --load {folder}/start --save {here} {schedule}"
         )
         assert_equal(ours, stock, range(3, 13))
         assert ours.evaluations[12, ""] == pytest.approx(stock.evaluations[12, ""], abs=LOSS)

@@ -13,6 +13,8 @@ COMMANDS = (
     "--pipeline-schedule helix --num-fold 1 --round-order interlocked --split-weight-gradients "
     "--recompute-levels none",
     "--pipeline-schedule zb-h1",
+    "--pipeline-schedule zb-v",
+    "--pipeline-schedule dualpipe-v",
     "--pipeline-schedule sliced-helix --num-fold 3",
     "--pipeline-schedule seq1f1b",
     "--pipeline-schedule seq1f1b --num-slices 3",
@@ -61,6 +63,14 @@ def test_switched_off_everything_is_megatrons_again(losses):
         ("communicator", "p2p_communicator has other ranks"),
         ("sizes", "not on 4 ranks with 1"),
         ("chunks", "not on 2 ranks with 2"),
+        ("one chunk", "built with vp_stage=0 and vp_stage=1"),
+        ("third chunk", "built with vp_stage=0 and vp_stage=1"),
+        ("chunks of one", "with two model chunks each, not on 2 ranks with 1"),
+        ("tied", "add --untie-embeddings-and-output-weights"),
+        ("layers that differ", "one ModuleSpec for all"),
+        ("uneven stages", "leave --num-layers-in-first-pipeline-stage out"),
+        ("context parallel", "does not support context parallelism"),
+        ("virtual stages", "makes two model chunks on each rank by itself"),
     ],
 )
 def test_what_would_change_numbers_in_silence_is_refused_on_every_rank(refused, what, words):

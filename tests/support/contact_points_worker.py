@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import warnings
-from importlib.util import find_spec
 
 warnings.filterwarnings("ignore")
 
@@ -14,9 +13,11 @@ from helixpipe.contact_points import (  # noqa: E402
     OPTIONAL,
     OVERRIDDEN,
     PATCHED,
+    PATCHED_IN_BUILDERS,
     PATCHED_IN_PROGRAM,
     ContactPoint,
     find,
+    has_module,
 )
 
 
@@ -42,7 +43,9 @@ def problem(point: ContactPoint) -> str:
 
 if __name__ == "__main__":
     points = (*CALLED, *OPTIONAL, *OVERRIDDEN, *PATCHED)
-    if find_spec("megatron.training") is not None:
+    if has_module("megatron.training"):
         points += PATCHED_IN_PROGRAM
+    if has_module("megatron.training.models.dist_utils"):
+        points += PATCHED_IN_BUILDERS
     found = {f"{point.owner} {point.name}": problem(point) for point in points}
     print(json.dumps({name: text for name, text in found.items() if text}))

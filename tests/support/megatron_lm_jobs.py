@@ -43,6 +43,7 @@ OTHERS = (
     "--pipeline-schedule sliced-helix --head-placement spread",
     "--pipeline-schedule seq1f1b --num-slices 3",
 )
+TWO_CHUNKS = ("--pipeline-schedule zb-v", "--pipeline-schedule dualpipe-v")
 
 
 class Log(NamedTuple):

@@ -12,6 +12,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.pipeline_parallel import get_forward_backward_func, schedules
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from models import SEED, VOCABULARY, Case, batches, initialize, make_config
 
 from helixpipe.layers.initialization import deferred_initialization, initialize_weights
@@ -43,7 +44,8 @@ def build_stage(case: Case, **values: Any) -> torch.nn.Module:
             **values,
         )
     initialize_weights(model, config, SEED)
-    config.finalize_model_grads_func = None
+    # The model may have a copy.
+    model.config.finalize_model_grads_func = None
     return model
 
 
@@ -65,15 +67,16 @@ def loss_func(mask: torch.Tensor, losses: torch.Tensor) -> Any:
     return total, tokens, {"lm loss": torch.stack([total.detach(), tokens.float()])}
 
 
-def run(case: Case, get: Any, **arguments: Any) -> Losses:
+def run(case: Case, get: Any, *, num_chunks: int = 1, **arguments: Any) -> Losses:
     """An iteration and an evaluation of the function that ``get`` gives."""
-    model = build_stage(case)
+    chunks = [build_stage(case, vp_stage=i) for i in range(num_chunks)] if num_chunks > 1 else []
+    models = chunks or [build_stage(case)]
     reports = []
     for forward_only in (False, True):
         report = get()(
             forward_step_func=forward_step,
             data_iterator=batches(case),
-            model=[model],
+            model=models,
             num_microbatches=case.num_microbatches,
             seq_length=case.seq_length,
             micro_batch_size=case.micro_batch_size,
@@ -92,8 +95,8 @@ def compare(command_lines: list[str]) -> dict[str, Losses]:
         words = ["--keep", "this", *text.split()]
         step = enable(words)
         assert words == ["--keep", "this"]
-        found[text] = run(CASE, _current)
         assert step is not None
+        found[text] = run(CASE, _current, num_chunks=step.forward_backward.chunks_per_rank)
         assert step.count == 2
         disable()
     found["after"] = run(CASE, _current)
@@ -151,5 +154,26 @@ def refusals() -> dict[str, str]:
             )
         ),
     }
+    disable()
+    return found | _refusals_of_two_chunks()
+
+
+def _refusals_of_two_chunks() -> dict[str, str]:
+    """The same under a schedule that has two stages on each rank."""
+    enable("--pipeline-schedule zb-v".split())
+    block = TransformerBlockSubmodules(layer_specs=[get_gpt_layer_local_spec()])
+    uneven = "num_layers_in_first_pipeline_stage"
+    found = {
+        "one chunk": _message(lambda: build_stage(CASE)),
+        "third chunk": _message(lambda: build_stage(CASE, vp_stage=2)),
+        "tied": _message(lambda: build_stage(CASE, vp_stage=0, share_embeddings_and_output_weights=True)),
+        "layers that differ": _message(lambda: build_stage(CASE, vp_stage=0, spec=block)),
+        "uneven stages": _message(lambda: build_stage(CASE, vp_stage=0, **{uneven: 1})),
+        "context parallel": _message(lambda: build_stage(CASE, vp_stage=0, context_parallel_size=2)),
+        "chunks of one": _message(lambda: get_forward_backward_func(2, 1)),
+    }
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(2)
+    found["virtual stages"] = _message(lambda: build_stage(CASE, vp_stage=0))
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(None)
     disable()
     return found
