@@ -261,7 +261,10 @@ def test_missing_argument_is_named(monkeypatch, flag):
     monkeypatch.setenv("WORLD_SIZE", "1")
     words = MINIMAL.split()
     place = words.index(flag)
-    wanted = f"required: {flag}" if flag != "--train-iters" else "--train-iters --train-samples is required"
+    wanted = {
+        "--train-iters": "--train-iters --train-samples is required",
+        "--data-path": "give --data-path PREFIX, or --mock-data",
+    }.get(flag, f"required: {flag}")
     with pytest.raises(ValueError, match=f"{wanted}$"):
         parse_arguments(words[:place] + words[place + 2 :], DATASET)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from helixpipe.data.prefix import DatasetInfo
 from helixpipe.data.samples import ShuffledOrder
 from helixpipe.layers.documents import documents_of
 from megatron.pretrain.data.index_cache import build_datasets, documents_of_part
+from megatron.pretrain.data.mock import build_mock_datasets, mock_content
 from megatron.pretrain.settings.job import DataSettings, JobSettings, TrainingSettings
 
 Batch = dict[str, torch.Tensor]
@@ -77,9 +78,7 @@ def build_iterators(
     if settings.data.ends_at_documents:
         # Every rank attends to some of every micro batch, and finds its documents without asking another.
         reads = range(settings.training.num_microbatches)
-    train, valid, _ = build_datasets(
-        dataset_config(settings.data, settings.training), _ONE_EPOCH, reads_data=bool(reads)
-    )
+    train, valid, _ = _datasets(settings, reads_data=bool(reads))
     if train is None:
         return None, None
     train_batches = _batches(settings, train, position, reads)
@@ -88,16 +87,25 @@ def build_iterators(
     return train_batches, _batches(settings, valid, evaluated, reads)
 
 
+def _datasets(settings: JobSettings, *, reads_data: bool) -> Sequence[GPTDataset | None]:
+    """The training, validation and test part; collective, with None for every part on ranks without data."""
+    config = dataset_config(settings.data, settings.training)
+    if not settings.data.mock_data:
+        return build_datasets(config, _ONE_EPOCH, reads_data=reads_data)
+    return build_mock_datasets(config, _ONE_EPOCH) if reads_data else [None] * len(_ONE_EPOCH)
+
+
 def dataset_config(data: DataSettings, training: TrainingSettings) -> GPTDatasetConfig:
-    """What Megatron's datasets are built from."""
-    folder = cache_folder(data.data_path, data.data_cache_path)
+    """What Megatron's datasets are built from; without files, Megatron splits its documents evenly."""
     config = GPTDatasetConfig(
         random_seed=training.seed,
         sequence_length=training.seq_length,
-        blend=([data.data_path], None),
-        split=data.split,
-        path_to_cache=str(folder),
-        tokenizer=PrefixTokenizer(data.dataset, known_corpus(data.dataset, folder).index_hash),
+        blend=None if data.mock_data else ([data.data_path], None),
+        split=None if data.mock_data else data.split,
+        path_to_cache=None
+        if data.data_path is None
+        else str(cache_folder(data.data_path, data.data_cache_path)),
+        tokenizer=PrefixTokenizer(data.dataset, _index_hash(data)),
         # Done for a whole micro batch in DocumentBatches: Megatron's takes a step for every document.
         reset_position_ids=False,
         reset_attention_mask=False,
@@ -113,6 +121,12 @@ def dataset_config(data: DataSettings, training: TrainingSettings) -> GPTDataset
 def cache_folder(data_path: str, data_cache_path: Path | None) -> Path:
     """Where the indices of the dataset are kept."""
     return data_cache_path or Path(data_path).parent / "cache"
+
+
+def _index_hash(data: DataSettings) -> str:
+    if data.mock_data:
+        return mock_content(data.dataset)
+    return known_corpus(data.dataset, data.cache_folder).index_hash
 
 
 def check_split(split: str, info: DatasetInfo, *, with_validation: bool) -> None:

@@ -25,6 +25,7 @@ from helixpipe.plan.schedules import Schedule
 from megatron.pretrain.checkpoint.comparison import changeable
 from megatron.pretrain.checkpoint.files import is_same_folder
 from megatron.pretrain.data.gpt import cache_folder, check_split
+from megatron.pretrain.data.mock import describe_mock
 from megatron.pretrain.settings.elastic_job import derive_elastic
 from megatron.pretrain.settings.ending import ending_of
 from megatron.pretrain.settings.housekeeping import housekeeping_of
@@ -148,6 +149,7 @@ def _choose_schedule(args: argparse.Namespace) -> ScheduleSettings:
 
 
 def _check_training(args: argparse.Namespace) -> None:
+    _check_data_source(args)
     for name in ("save_interval", "keep_checkpoints"):
         if getattr(args, name) is not None and args.save is None:
             raise ValueError(f"{flag_of(name)} {getattr(args, name)} needs --save DIR")
@@ -254,6 +256,15 @@ def _ends_at_documents(args: argparse.Namespace, execution: Execution) -> bool:
     return bool(args.reset_attention_mask and execution.joins_documents)
 
 
+def _check_data_source(args: argparse.Namespace) -> None:
+    if args.mock_data and args.data_path is not None:
+        raise ValueError(
+            f"--mock-data and --data-path {args.data_path} are two sources of data; leave one out"
+        )
+    if not args.mock_data and args.data_path is None:
+        raise ValueError("there is no data; give --data-path PREFIX, or --mock-data")
+
+
 def _tokenizer(args: argparse.Namespace) -> TokenizerSettings | None:
     if args.tokenizer_type is None and args.vocab_size is not None:
         raise ValueError(
@@ -263,6 +274,8 @@ def _tokenizer(args: argparse.Namespace) -> TokenizerSettings | None:
 
 
 def _inspect_data(args: argparse.Namespace, execution: Execution) -> DatasetInfo:
+    if args.mock_data:
+        return describe_mock(args.tokenizer, execution)
     info = describe_prefix(args.data_path, args.tokenizer)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         # The first rank of each node looks at all of the data, once: the others find its record.

@@ -161,11 +161,13 @@ class DataSettings:
     """Where samples come from.
 
     Attributes:
+        data_path: of the files; None with ``mock_data``, which has none.
         ends_at_documents: attention has to find the documents in joined sequences.
         dataset: what the headers of its files say.
     """
 
-    data_path: str
+    data_path: str | None
+    mock_data: bool
     split: str
     data_cache_path: Path | None
     num_workers: int
@@ -178,6 +180,7 @@ class DataSettings:
     @property
     def cache_folder(self) -> Path:
         """Where the indices of the dataset are kept."""
+        assert self.data_path is not None, "documents that are made up have no cache"
         return self.data_cache_path or Path(self.data_path).parent / "cache"
 
 

@@ -22,7 +22,7 @@ SUPPORTED = frozenset(
     loss-scale-window lr lr-decay-iters lr-decay-samples lr-decay-style lr-warmup-fraction
     lr-warmup-init lr-warmup-iters lr-warmup-samples lr-wsd-decay-iters lr-wsd-decay-samples
     lr-wsd-decay-style make-vocab-size-divisible-by manual-gc manual-gc-interval max-position-embeddings
-    memory-snapshot-path merge-file micro-batch-size min-loss-scale min-lr
+    memory-snapshot-path merge-file micro-batch-size min-loss-scale min-lr mock-data
     no-gradient-accumulation-fusion no-load-optim no-log-loss-scale-to-tensorboard no-manual-gc-eval
     norm-epsilon normalization num-attention-heads num-layers num-layers-per-virtual-pipeline-stage
     num-query-groups num-workers openai-gelu optimizer overlap-grad-reduce overlap-param-gather
@@ -387,7 +387,7 @@ REFUSED: dict[str, str] = {
     "data are read by their prefix; use tools/prepare_data.py and --data-path": """
         allow-ambiguous-pad-tokens chat-template data-args-path dataloader-inter-document-masking
         dataloader-type disable-pad-vocab-size disable-tokenizer-sentencepiece-ignore-extra-whitespaces
-        mock-data no-pad-vocab-size
+        no-pad-vocab-size
         no-tokenizer-sentencepiece-ignore-extra-whitespaces null-tokenizer-eod-id null-tokenizer-pad-id
         object-storage-cache-path per-dataset-sequences-path per-split-data-args-path sample-rate sft
         sft-tokenizer-prompt-format test-data-path tiktoken-special-tokens

@@ -217,9 +217,14 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add(
         "--data-path",
-        required=True,
         metavar="PREFIX",
         help="as tools/prepare_data.py wrote it, or Megatron's own tool; then with --tokenizer-type",
+    )
+    add(
+        "--mock-data",
+        action="store_true",
+        help="Megatron's made-up documents in the place of files, in three equal parts whatever --split is; "
+        "with --tokenizer-type",
     )
     add_tokenizer_arguments(add)
     add(
