@@ -12,6 +12,9 @@ PY     := $(VENV)/bin/python
 READY  := $(VENV)/.installed
 CORES  := build/cores
 
+# Each test of several processes would compile every module anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: quickstart test test-all test-cores test-pythons lint kernels benchmark layer-benchmark elastic elastic-benchmark overlap rounds anchors tables pictures docs clean
 
 # Two minutes on 2 cores: a corpus, 1F1B and helix on the same batches, a picture of what both ran.

@@ -26,7 +26,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
 # The server must not start the driver, which does not survive a fork, only to see whether there is a GPU.
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["models"])
+_context.set_forkserver_preload(["preloaded"])
 
 
 def run_on_ranks(
