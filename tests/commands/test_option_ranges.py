@@ -6,12 +6,11 @@ An option that is added without a range, choices or a row of its own fails here.
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
+from scripts import load_script
 
 from helixpipe.__main__ import build_parser as build_command_parser
 from helixpipe.__main__ import main
@@ -38,22 +37,10 @@ NO_NUMBERS = (
 NO_WHOLE_NUMBERS = ("1.5", "1.0", "1e3", " 4", "4 ")
 
 
-def load(script):
-    sys.path.insert(0, str(script.parent))  # benchmarks import their own packages
-    try:
-        spec = importlib.util.spec_from_file_location(f"script_{script.stem}", script)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(script.parent))
-
-
 @cache
 def parsers():
     """Every parser by the name that its errors begin with."""
-    found = [build_training_parser(), *(load(script).build_parser() for script in SCRIPTS)]
+    found = [build_training_parser(), *(load_script(script).build_parser() for script in SCRIPTS)]
     (commands,) = (a for a in build_command_parser()._actions if isinstance(a, argparse._SubParsersAction))
     return {parser.prog: parser for parser in [*found, *commands.choices.values()]}
 
@@ -121,7 +108,7 @@ def test_every_script_has_its_parser():
     assert {"pretrain_gpt.py", "prepare_data", "benchmark_schedules", "helixpipe plan"} <= names
     for parser in parsers().values():
         assert isinstance(parser, Parser)
-    assert all(isinstance(load(script).build_parser(), ScriptParser) for script in SCRIPTS[:2])
+    assert all(isinstance(load_script(script).build_parser(), ScriptParser) for script in SCRIPTS[:2])
 
 
 @pytest.mark.parametrize("program", parsers())
@@ -242,6 +229,6 @@ def test_rotary_options_need_rotary_positions(arguments):
 
 
 def test_a_single_iteration_has_percentiles():
-    schedules = load(ROOT / "benchmarks" / "schedules.py")
+    schedules = load_script(ROOT / "benchmarks" / "schedules.py")
     assert schedules._fifths([3.0]) == (3.0, 3.0)
     assert schedules._fifths([1.0, 2.0, 3.0, 4.0]) == pytest.approx((1.0, 4.0))

@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from scripts import load_script
 
 from helixpipe.__main__ import build_parser as planning_parser
 from helixpipe.__main__ import main as helixpipe
@@ -84,9 +85,7 @@ def check_command(words):
     elif words[0] in ("python", "bash"):
         assert (ROOT / words[1]).exists(), f"there is no {words[1]}"
         if words[0] == "python":
-            help_text = run([*words[:2], "--help"], ROOT).stdout
-            flags = [word for word in words[2:] if word.startswith("--")]
-            assert all(re.search(rf"{flag}\b", help_text) for flag in flags), flags
+            load_script(ROOT / words[1]).build_parser().parse_args(words[2:])
     else:
         assert words[:2] == ["pip", "install"], f"no test knows how to check {words[0]}"
 
@@ -108,11 +107,16 @@ def check_training(words):
     assert {word for word in words if word.startswith("--")} <= known
 
 
-def test_a_flag_that_does_not_exist_is_noticed():
+def test_a_flag_that_does_not_exist_is_noticed(capsys):
     with pytest.raises(ValueError, match="--sequence-length"):
         check_command(shlex.split("helixpipe draw --plan plan.json --sequence-length 1"))
     with pytest.raises(AssertionError):
         check_command(shlex.split("torchrun pretrain_gpt.py … --save-every 3"))
+    with pytest.raises(SystemExit):
+        check_command(
+            shlex.split("python tools/prepare_data.py --input docs --output-prefix a --vocab-sise 9")
+        )
+    assert "did you mean --vocab-size?" in capsys.readouterr().err
     with pytest.raises(AssertionError, match="no test knows"):
         check_command(["curl", "somewhere"])
 
@@ -126,7 +130,14 @@ def checkout(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+# Their advice takes seconds. That of planning.md, which runs always, is README's.
+ADVISING = ("README", "sliced")
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] * (page.stem in ADVISING), id=page.stem) for page in PAGES],
+)
 def test_the_planners_commands_run_in_order(page, checkout, capsys):
     """Those that need a measured file, which the slow test makes, are left to it."""
     for words in commands_of(page):
