@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from functools import cache
 
@@ -214,6 +215,37 @@ def test_json_files_are_read_in_one_place():
         module
         for module, tree in modules().items()
         for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("json.loads", "json.load")
+        if isinstance(node, ast.Attribute)
+        and node.attr in ("loads", "load")
+        and ast.unparse(node)[:5] == "json."
     }
     assert found == OWN_MESSAGES
+
+
+def is_search_path(node):
+    return isinstance(node, ast.Attribute) and node.attr == "path" and ast.unparse(node) == "sys.path"
+
+
+# What stands for packages that are, or are not, installed changes where modules come from.
+STANDS_FOR_INSTALLED = {"tests/support/stand_ins/__init__.py"}
+
+
+def test_tests_find_each_other_by_pytests_settings():
+    """Not by changes of sys.path; no two files have one name, and nothing is taken from a conftest."""
+    paths = sources("tests")
+    names = [path.name for path in paths if "stand_ins" not in path.parts]
+    assert len(names) == len(set(names))
+    tricks = {
+        relative(path)
+        for path in paths
+        if re.search(r"sys\.path|conftest", path.read_text(encoding="utf-8"))
+        for node in ast.walk(parsed(path))
+        if (isinstance(node, ast.ImportFrom) and node.module == "conftest")
+        or (
+            isinstance(node, ast.Attribute)
+            and node.attr in ("insert", "append")
+            and is_search_path(node.value)
+        )
+        or (isinstance(node, ast.Assign) and any(map(is_search_path, ast.walk(node.targets[0]))))
+    }
+    assert tricks == STANDS_FOR_INSTALLED

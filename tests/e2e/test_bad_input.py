@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import MODEL, ROOT
+from jobs import MODEL, ROOT
 
 from helixpipe.__main__ import main as planner
 from megatron.pretrain import loop

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from conftest import MODEL, metrics_of
 from job_settings import job_settings
+from jobs import MODEL, metrics_of
 from ranks import run_on_ranks
 from training_worker import Fault, run_cases
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import run
+from jobs import run
 from megatron_lm_jobs import CORES, SUPPORT, each_version, train
 
 from megatron.pretrain.checkpoint.inspection import facts, faults, find_checkpoint

@@ -6,8 +6,8 @@ import re
 from dataclasses import replace
 
 import pytest
-from conftest import MODEL, metrics_of
 from elastic_checkpoint import megatrons_mean_loss, refusals
+from jobs import MODEL, metrics_of
 from ranks import run_on_ranks
 
 from helixpipe.data.prefix import inspect_prefix

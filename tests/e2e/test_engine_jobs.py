@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from conftest import ROOT, metrics_of
+from jobs import ROOT, metrics_of
 from stand_ins import FOLDER
 from test_pretrain import LLAMA, column
 

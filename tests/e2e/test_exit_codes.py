@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import MODEL, ROOT, metrics_of
+from jobs import MODEL, ROOT, metrics_of
 
 from helixpipe.reliability.exit_codes import (
     BAD_DATA,

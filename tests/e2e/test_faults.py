@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import psutil
 import pytest
-from conftest import metrics_of
+from jobs import metrics_of
 
 from megatron.pretrain.checkpoint.files import tracked
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import metrics_of
+from jobs import metrics_of
 
 from helixpipe.plan import Plan
 

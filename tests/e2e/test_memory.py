@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import MODEL, ROOT, free_port, run
 from job_settings import job_settings
+from jobs import MODEL, free_port, run
 
 from helixpipe.layers.recomputing_layer import MemorySaving
 from helixpipe.plan import Kind, Operation, ScheduleRequest, build_plan
@@ -27,7 +27,6 @@ CUDA_SAYS = (
 SABOTAGE = f"""
 import warnings, sys, runpy, torch
 warnings.filterwarnings("ignore", module="megatron.core")
-sys.path.insert(0, {str(ROOT)!r})
 from helixpipe.layers.attention.aten import AtenCpu
 original, calls = getattr(AtenCpu, sys.argv[1]), []
 def fails(*arguments, **options):

@@ -8,7 +8,7 @@ import re
 import sys
 
 import pytest
-from conftest import MODEL, SCHEDULES, metrics_of, run
+from jobs import MODEL, SCHEDULES, metrics_of, run
 
 from helixpipe.plan import Plan, ScheduleRequest, build_plan
 from helixpipe.plan.simulation.timeline import Timeline

@@ -7,7 +7,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import MODEL, free_port, run
+from jobs import MODEL, free_port, run
 
 from helixpipe.reliability.exit_codes import BAD_USAGE, PEER_LOST
 

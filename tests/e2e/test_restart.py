@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import MODEL, ROOT, free_port, metrics_of, run
+from jobs import MODEL, ROOT, free_port, metrics_of, run
 from ranks import run_on_ranks
 from training_worker import Signalled, run_cases
 

@@ -164,8 +164,7 @@ def test_without_room_for_a_process_plans_are_quick_ones(monkeypatch, caplog):
 
 
 TRAINER = """
-    import os, sys, time
-    sys.path.insert(0, sys.argv[1])
+    import os, time
     from planning import make_job
     from helixpipe.elastic.service.background import BackgroundPlanner
     from helixpipe.elastic.sample import skewed_lengths
@@ -188,10 +187,10 @@ def test_the_process_does_not_outlive_a_killed_trainer(tmp_path):
     script = tmp_path / "trainer.py"
     script.write_text(textwrap.dedent(TRAINER))
     trainer = subprocess.Popen(
-        [sys.executable, script, ROOT / "tests" / "support"],
+        [sys.executable, script],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'support'}"},
     )
     pid, worker = map(int, trainer.stdout.readline().split())
     try:

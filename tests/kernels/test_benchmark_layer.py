@@ -8,11 +8,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
 import layer as layer_script
+import pytest
 from layer_benchmark.worker import RAN_OUT
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,18 +1,12 @@
 """Whole layers with the kernels in them, on a GPU: gradients, and memory by the allocator's own figures."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from models import relative_error
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
 from layer_benchmark.layers import Layer
 from layer_benchmark.measure import MemoryMeter, prepare
 from layer_benchmark.shapes import SHAPES
 from megatron.core import parallel_state
+from models import relative_error
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

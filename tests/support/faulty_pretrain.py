@@ -17,8 +17,6 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import torch
 
 import pretrain_gpt

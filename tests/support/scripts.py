@@ -12,14 +12,10 @@ from types import ModuleType
 @cache
 def load_script(script: Path) -> ModuleType:
     """The module of a program, which is not run."""
-    sys.path.insert(0, str(script.parent))  # benchmarks import their own packages
-    try:
-        spec = importlib.util.spec_from_file_location(f"script_{script.stem}", script)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(script.parent))
+    spec = importlib.util.spec_from_file_location(f"script_{script.stem}", script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

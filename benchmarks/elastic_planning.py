@@ -1,6 +1,6 @@
 """What an elastic plan gains on a skewed batch, and how long checkpointing takes to solve.
 
-    python benchmarks/elastic.py
+    python benchmarks/elastic_planning.py
 
 The first table holds an elastic plan against others with ideal costs, over memory limits; the second times
 single calls of the solver, and whole plans, for about 300 and 750 chunks.
