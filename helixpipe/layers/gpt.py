@@ -96,6 +96,6 @@ class DocumentGPTModel(ChunkedLossGPTModel):
         """
         hidden = self.embedding(input_ids, position_ids) if self.pre_process else None
         angles = None
-        if self.position_embedding_type == "rope":
+        if self.position_embedding_type in ("rope", "yarn"):
             angles = angles_at(self.rotary_pos_emb, packed_seq_params.positions)
         return hidden, angles, None, None, None, None

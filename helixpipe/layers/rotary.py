@@ -79,14 +79,15 @@ class _Rotate(autograd.Function):
         ctx: Any, tensor: Tensor, angles: Tensor, config: TransformerConfig, group: dist.ProcessGroup
     ) -> Tensor:
         ctx.angles, ctx.config, ctx.group = angles, config, group
-        return _rotated(tensor, angles, config, group)
+        return rotated(tensor, angles, config, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _rotated(grad, -ctx.angles, ctx.config, ctx.group), None, None, None
+        return rotated(grad, -ctx.angles, ctx.config, ctx.group), None, None, None
 
 
-def _rotated(tensor: Tensor, angles: Tensor, config: TransformerConfig, group: dist.ProcessGroup) -> Tensor:
+def rotated(tensor: Tensor, angles: Tensor, config: TransformerConfig, group: dist.ProcessGroup) -> Tensor:
+    """Megatron's function as its attention calls it; autograd keeps what it likes."""
     # YaRN also multiplies by a factor, 1 for all others.
     factor = _yarn_get_concentration_factor_from_config(config)
     output: Tensor = apply_rotary_pos_emb(tensor, angles, config=config, mscale=factor, cp_group=group)

@@ -77,5 +77,6 @@ def test_a_checkpoint_is_loaded_under_any_layout_and_schedule(name, case, schedu
     ("schedule", "options"),
     [("seq1f1b", ("--num-slices", "2")), ("sliced-helix", ("--attention-range", "block"))],
 )
-def test_capped_scores_over_slices_of_sequences(schedule, options, imported):
-    assert losses_error(imported("gemma-2-full"), Case(pp=2), schedule, *options) <= 1e-5
+@pytest.mark.parametrize("name", ["gemma-2-full", "llama-yarn"])
+def test_slices_of_sequences_have_caps_and_yarn(name, schedule, options, imported):
+    assert losses_error(imported(name), Case(pp=2), schedule, *options) <= 1e-5

@@ -43,6 +43,14 @@ def test_options_that_do_not_go_together_are_refused(options, message):
         parse(options)
 
 
+@pytest.mark.parametrize(
+    "positions",
+    [YARN, "--position-embedding-type rope --window-size 3,0 --rotary-base-local 100"],
+)
+def test_documents_go_with_all_kinds_of_rotary_positions(positions):
+    assert parse(f"{positions} --reset-position-ids --reset-attention-mask").data.ends_at_documents
+
+
 def test_yarn_has_the_values_of_its_paper():
     args = parse(YARN).model
     assert (args.yarn_beta_fast, args.yarn_beta_slow, args.rotary_scaling_factor) == (32.0, 1.0, 4.0)

@@ -14,6 +14,7 @@ from helixpipe.layers.elastic.core_attention import attend_to_slices
 from helixpipe.layers.elastic.layout import ChunkLayout
 from helixpipe.layers.gpt import ChunkedLossGPTModel
 from helixpipe.layers.recomputing_layer import NOTHING_SAVED, MemorySaving
+from helixpipe.layers.rotary import POSITIONS
 from helixpipe.layers.spec import Implementation, block_spec
 from helixpipe.layers.variants import apply_variants, variants_of
 from helixpipe.refusals import refuse
@@ -143,7 +144,6 @@ def check_supported(
         "layers without rotary positions": bool(config.no_rope_freq),
         "two bases of rotary positions": variants_of(config).rotary_base_local is not None,
         "CUDA graphs": config.cuda_graph_impl != "none",
-        f"{position_embedding_type} positions": position_embedding_type
-        not in ("learned_absolute", "rope", "none"),
+        f"{position_embedding_type} positions": position_embedding_type not in POSITIONS,
     }
     refuse(unsupported, "schedules that cut sequences do not support {}; leave it out")

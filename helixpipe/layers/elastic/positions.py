@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, autograd
+
+from helixpipe.layers.rotary import angles_of, rotated
 
 
 def angles_at(rotary: RotaryEmbedding, positions: Tensor) -> Tensor:
@@ -22,6 +24,10 @@ def angles_at(rotary: RotaryEmbedding, positions: Tensor) -> Tensor:
     Returns:
         [s, b, 1, rotated part of d] in float32.
     """
+    if isinstance(rotary, YarnRotaryEmbedding):
+        # Its frequencies are its angles at position 1.
+        angles = positions.t()[..., None].to(torch.float32) * angles_of(rotary, 2)[1].flatten()
+        return angles[:, :, None]
     rows = positions.t().reshape(-1).to(rotary.inv_freq.dtype)
     if rotary.seq_len_interpolation_factor is not None:
         rows = rows * (1 / rotary.seq_len_interpolation_factor)
@@ -60,8 +66,7 @@ class _RotateAt(autograd.Function):
 
 
 def _rotate(ctx: Any, query: Tensor, key: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
-    rotated = (apply_rotary_pos_emb(t, angles, config=ctx.config, cp_group=ctx.group) for t in (query, key))
-    return next(rotated), next(rotated)
+    return rotated(query, angles, ctx.config, ctx.group), rotated(key, angles, ctx.config, ctx.group)
 
 
 def rotate_at(

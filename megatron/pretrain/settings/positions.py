@@ -46,16 +46,6 @@ def check_positions(args: argparse.Namespace) -> None:
     if args.rope_scaling_factor != ROPE_SCALING_FACTOR and not args.use_rope_scaling:
         raise ValueError("--rope-scaling-factor needs --use-rope-scaling; add it, or leave the factor out")
     _check_yarn(args)
-    if args.reset_position_ids or args.reset_attention_mask:
-        for flag, is_given in (
-            ("--position-embedding-type yarn", args.position_embedding_type == "yarn"),
-            ("--rotary-base-local", args.rotary_base_local is not None),
-        ):
-            if is_given:
-                raise ValueError(
-                    f"{flag} does not go with --reset-position-ids and --reset-attention-mask yet; leave "
-                    "them out"
-                )
     if args.position_embedding_type not in ("rope", "yarn"):
         for flag, is_given in (
             ("--rotary-percent", args.rotary_percent != 1.0),
