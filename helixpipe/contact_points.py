@@ -213,6 +213,8 @@ PATCHED = (
     ContactPoint("torch.cuda", "synchronize", "without a GPU: nothing to wait for", _TORCH),
     ContactPoint("torch.cuda", "set_device", "without a GPU: nothing to choose", _TORCH),
     ContactPoint("torch.cuda", "current_stream", "without a GPU: nothing to wait for", _TORCH),
+    ContactPoint("torch.cuda", "Stream", "without a GPU: has nothing to wait for", _TORCH),
+    ContactPoint("torch.cuda", "stream", "without a GPU: nothing to choose", _TORCH),
     ContactPoint("torch.cuda", "get_rng_state", "without a GPU: the CPU's generator", _TORCH),
     ContactPoint("torch.cuda", "manual_seed", "without a GPU: the CPU's generator", _TORCH),
     ContactPoint(
@@ -262,6 +264,15 @@ PATCHED = (
         "one layer's: leaves the weight gradient for later", _CORE, ("self", "input", "weight"),
     ),
     ContactPoint(
+        "megatron.core.transformer.moe.token_dispatcher", "maybe_move_tensor_to_cpu",
+        "without a GPU: numbers of tokens as messages take them", _CORE,
+        ("tensor", "as_numpy", "record_stream"),
+    ),
+    ContactPoint(
+        "megatron.core.transformer.moe.router:TopKRouter", "_apply_expert_bias",
+        "counts the tokens of experts without the compiler", _CORE, ("self", "routing_map", "padding_mask"),
+    ),
+    ContactPoint(
         "megatron.core.pipeline_parallel.schedules", "get_forward_backward_func",
         "gives a schedule of ours to another program", _CORE,
     ),
@@ -300,7 +311,18 @@ PATCHED_IN_BUILDERS = (
     ),
 )  # fmt: skip
 
-_PATCHED = {(point.owner, point.name) for point in (*PATCHED, *PATCHED_IN_PROGRAM, *PATCHED_IN_BUILDERS)}
+# Read by a class of its owner, but only there where an optional package is.
+MISSING = (
+    ContactPoint(
+        "megatron.core.transformer.moe.moe_utils:RouterGatingLinearFunction", "te_general_gemm",
+        "without Transformer Engine: routers find that they do not have its product", _CORE,
+    ),
+)  # fmt: skip
+
+_PATCHED = {
+    *((point.owner, point.name) for point in (*PATCHED, *PATCHED_IN_PROGRAM, *PATCHED_IN_BUILDERS)),
+    *((point.owner.partition(":")[0], point.name) for point in MISSING),
+}
 
 
 def find(owner: str) -> Any:

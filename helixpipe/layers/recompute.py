@@ -31,26 +31,24 @@ from helixpipe.layers.borrowed_modules import with_same_weights
 Tensors = tuple[Tensor, ...]
 
 
-def recompute(
-    produce: Callable[[Tensor], Tensors], consume: Callable[..., Tensors], input: Tensor
-) -> Tensors:
-    """``consume(*produce(input))``; the backward pass computes ``produce`` again.
+def recompute(produce: Callable[..., Tensors], consume: Callable[..., Tensors], *inputs: Tensor) -> Tensors:
+    """``consume(*produce(*inputs))``; the backward pass computes ``produce`` again.
 
     Args:
         produce: draws no random numbers. What it returns is used by ``consume`` only.
         consume: may save its arguments and views of them for its backward pass, but no copies: those would
             stay. Beside its arguments it computes with leaves of the graph.
-        input: is kept, and must not be changed in place.
+        inputs: are kept, and must not be changed in place.
 
     Returns:
         What ``consume`` returns.
     """
-    if not (torch.is_grad_enabled() and input.requires_grad):
-        return consume(*produce(input))
+    if not (torch.is_grad_enabled() and any(input.requires_grad for input in inputs)):
+        return consume(*produce(*inputs))
     production = _Production(with_same_weights(produce))
-    produced = _Produce.apply(production, input)
+    produced = _Produce.apply(production, *inputs)
     consumed = consume(*produced)
-    production.release(produced, input, consumed)
+    production.release(produced, inputs, consumed)
     for tensor in consumed:
         if tensor.requires_grad:
             tensor.register_hook(production.regain)
@@ -80,7 +78,7 @@ class _Absent:
 class _Production:
     """What was produced, between its release in the forward and its return in the backward pass."""
 
-    def __init__(self, produce: Callable[[Tensor], Tensors]) -> None:
+    def __init__(self, produce: Callable[..., Tensors]) -> None:
         self.produce = produce
         # The node in autograd's graph. It knows nothing of this object, which the consumer's hooks hold: so
         # there is no cycle, and a graph that is never differentiated is freed like any other.
@@ -89,12 +87,12 @@ class _Production:
         self._absent: list[weakref.ref[_Absent]] = []
         self._layouts: dict[int, tuple[int, tuple[int, ...]]] = {}
 
-    def release(self, produced: Tensors, input: Tensor, consumed: Tensors) -> None:
-        """Take ``produced`` out of the consumer's graph, but for what is a view of its result or the input.
+    def release(self, produced: Tensors, inputs: Tensors, consumed: Tensors) -> None:
+        """Take ``produced`` out of the consumer's graph, but for what is a view of its result or an input.
 
         A norm that is fused into the next layer is an identity here: what it produces is the input.
         """
-        needed = {_address(tensor) for tensor in (input, *consumed)}
+        needed = {_address(tensor) for tensor in (*inputs, *consumed)}
         indices: dict[int, int] = {}
         for index, tensor in enumerate(produced):
             if _address(tensor) not in needed:
@@ -113,10 +111,10 @@ class _Production:
         """Compute again and put back; a hook of every consumed tensor, of which the first acts."""
         if self.node is None:
             return
-        (input,) = self.node.saved_tensors
-        input = input.detach().requires_grad_()
+        kept = self.node.saved_tensors
+        inputs = tuple(input.detach().requires_grad_(input.requires_grad) for input in kept)
         with torch.enable_grad():
-            produced = self.produce(input)
+            produced = self.produce(*inputs)
         for index, layout in self._layouts.items():
             # Views of one storage come back together, at the same places in it.
             assert layout == (produced[index].storage_offset(), produced[index].stride())
@@ -125,7 +123,7 @@ class _Production:
             if absent is not None:
                 absent.tensor = absent.view_of(produced[absent.index].detach())
         # Edges instead of tensors: what nobody has saved ends here.
-        self.node.input, self.node.edges = input, tuple(map(edge_of, produced))
+        self.node.inputs, self.node.edges = inputs, tuple(map(edge_of, produced))
         self.node, self._absent, self._layouts = None, [], {}
 
 
@@ -133,20 +131,20 @@ class _Produce(torch.autograd.Function):
     """The producer without a graph of its own; :meth:`_Production.regain` makes one for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, production: _Production, input: Tensor) -> Tensors:
-        ctx.save_for_backward(input)
+    def forward(ctx: Any, production: _Production, *inputs: Tensor) -> Tensors:
+        ctx.save_for_backward(*inputs)
         production.node = ctx
-        return production.produce(input)
+        return production.produce(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # The parameters of the producer get their gradients here, as from any backward pass.
         pairs = [(edge, grad) for edge, grad in zip(ctx.edges, grads, strict=True) if edge is not None]
         edges, grads = zip(*pairs, strict=True)
         torch.autograd.backward(edges, grads)
-        grad_input = ctx.input.grad
-        ctx.input = ctx.edges = None
-        return None, grad_input
+        of_inputs = [input.grad for input in ctx.inputs]
+        ctx.inputs = ctx.edges = None
+        return None, *of_inputs
 
 
 def _address(tensor: Tensor) -> int:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import copy
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
@@ -16,14 +15,14 @@ from torch import Tensor
 
 from helixpipe.kernels.choice import activate, fused_form
 from helixpipe.layers.documents import Documents
+from helixpipe.layers.experts import check_saving, recomputing, sliced, unsupported_experts
+from helixpipe.layers.products import without_products
 from helixpipe.layers.recompute import Tensors, recompute
 from helixpipe.layers.rotary import rotate
 from helixpipe.layers.slices import SlicedFunction, in_slices, mark_sliced
 from helixpipe.plan.cost_model import Recompute
 from helixpipe.plan.cost_model.levels import LEVELS
 from helixpipe.refusals import refuse
-
-Module = TypeVar("Module", bound=torch.nn.Module)
 
 
 @dataclass(frozen=True)
@@ -73,11 +72,11 @@ def local_size(chunk_size: int, config: TransformerConfig) -> int:
 
 def check_supported(config: TransformerConfig, level: Recompute) -> None:
     """``ValueError`` for options that a :class:`SavingTransformerLayer` would ignore or get wrong."""
-    recompute_of_mlp = config.recompute_granularity == "selective" and "mlp" in (
+    recompute_of_mlp = config.recompute_granularity == "selective" and {"mlp", "moe"}.intersection(
         config.recompute_modules or ()
     )
     unsupported = {
-        "mixture of experts": config.num_moe_experts is not None,
+        **unsupported_experts(config),
         "multi-latent attention": config.multi_latent_attention,
         "output-gated attention": config.attention_output_gate,
         "context parallelism": config.context_parallel_size > 1,
@@ -86,7 +85,7 @@ def check_supported(config: TransformerConfig, level: Recompute) -> None:
         "fp8 or fp4": bool(config.fp8 or config.fp4),
         "CPU offloading": config.cpu_offloading or config.fine_grained_activation_offloading,
         "CUDA graphs": config.cuda_graph_impl != "none",
-        "Megatron's recomputation of the MLP": recompute_of_mlp,
+        "Megatron's recomputation of the MLP": bool(recompute_of_mlp),
         "Megatron's activation recomputation": level is not Recompute.NONE
         and config.recompute_granularity is not None,
     }
@@ -114,8 +113,9 @@ class SavingTransformerLayer(TransformerLayer):
         check_supported(self.config, level)
         self.level = level
         self.mlp_chunk_size = mlp_chunk_size
-        has_mlp = hasattr(self.mlp, "linear_fc1")
-        if mlp_chunk_size is not None and has_mlp:
+        if self.is_moe_layer:
+            check_saving(self.mlp, self.config, level, mlp_chunk_size)
+        elif mlp_chunk_size is not None and hasattr(self.mlp, "linear_fc1"):
             linears = (self.mlp.linear_fc1, self.mlp.linear_fc2)
             if type(linears[0]) is not ColumnParallelLinear or type(linears[1]) is not RowParallelLinear:
                 raise ValueError(
@@ -176,6 +176,8 @@ class SavingTransformerLayer(TransformerLayer):
         if any(value is not None for value in (inference_context, padding_mask, *later.values())):
             result = super()._forward_mlp(hidden_states, inference_context, padding_mask, **later)
             return result
+        if self.is_moe_layer:
+            return self._forward_experts(hidden_states)
         if self.mlp_chunk_size is not None:
             output = self._sliced_mlp(hidden_states, self.mlp_chunk_size)
         elif self.level is Recompute.PRODUCTS:
@@ -195,6 +197,21 @@ class SavingTransformerLayer(TransformerLayer):
         result = self._forward_post_mlp((output, bias), hidden_states)
         return result
 
+    def _forward_experts(self, hidden: Tensor) -> Tensor:
+        """norm2 and a mixture of experts, with the residual addition; [s, b, h] -> [s, b, h]."""
+        result: Tensor
+        if self.mlp_chunk_size is not None:
+            size = local_size(self.mlp_chunk_size, self.config)
+            output = in_slices(sliced(self.pre_mlp_layernorm, self.mlp, size), hidden)
+        elif self.level is not Recompute.NONE:
+            output = recomputing(self.pre_mlp_layernorm, self.mlp, self.level, hidden)
+        else:
+            result = super()._forward_mlp(hidden)
+            return result
+        # Experts have added their biases.
+        result = self._forward_post_mlp((output, None), hidden)
+        return result
+
     def _first_half(self, hidden: Tensor) -> Tensor:
         """norm2, fc1 and the activation function; [s, b, h] -> [s, b, ffn]."""
         return self._activation(self.mlp.linear_fc1(self.pre_mlp_layernorm(hidden))[0])
@@ -206,7 +223,7 @@ class SavingTransformerLayer(TransformerLayer):
         form = fused_form(self.mlp, wide)
         if form is not None:
             return activate(wide, bias, form)
-        output: Tensor = _without_products(self.mlp, linear_fc1=bias, linear_fc2=None)(wide)[0]
+        output: Tensor = without_products(self.mlp, linear_fc1=bias, linear_fc2=None)(wide)[0]
         return output
 
     def _second_half(self, produce: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
@@ -284,29 +301,9 @@ def attend_to(
     (mixed,) = recompute(
         lambda hidden: (norm(hidden),), lambda normed: (attention.linear_qkv(normed)[0],), hidden
     )
-    split = _without_products(attention, linear_qkv=None).get_query_key_value_tensors
+    split = without_products(attention, linear_qkv=None).get_query_key_value_tensors
     (output,) = recompute(lambda mixed: rotated(*split(mixed)), consume, mixed)
     return output
-
-
-def _without_products(module: Module, **biases: Tensor | None) -> Module:
-    """A module of Megatron's in which some linear layers pass on what they are given, with these biases."""
-    half = copy(module)
-    passing = {name: _PassThrough(bias) for name, bias in biases.items()}
-    half._modules = {**module._modules, **passing}
-    return half
-
-
-class _PassThrough(torch.nn.Module):
-    """In the place of a linear layer whose product is there already, or is not wanted."""
-
-    def __init__(self, bias: Tensor | None) -> None:
-        super().__init__()
-        self.given = (bias,)  # in a tuple: no parameter of this module
-
-    def forward(self, given: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What is given, and the bias that the next step adds."""
-        return given, self.given[0]
 
 
 class _BackwardOfLinear(torch.autograd.Function):

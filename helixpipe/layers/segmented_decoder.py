@@ -13,6 +13,7 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.transformer.utils import sharded_state_dict_default
 
+from helixpipe.layers.experts import unsupported_experts
 from helixpipe.layers.rotary import POSITIONS
 from helixpipe.layers.spec import LayerPart, partial_layer_spec
 from helixpipe.refusals import refuse
@@ -108,7 +109,7 @@ def owned_parts(
 def check_supported(config: TransformerConfig, position_embedding_type: str) -> None:
     """``ValueError`` for options that would be ignored or wrong when a layer runs in segments."""
     unsupported = {
-        "mixture of experts": config.num_moe_experts is not None,
+        **unsupported_experts(config),
         "multi-latent attention": config.multi_latent_attention,
         "multi-token prediction": bool(config.mtp_num_layers),
         "context parallelism": config.context_parallel_size > 1,

@@ -24,7 +24,7 @@ from megatron.core.models.common.language_module.language_module import Language
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType, ModelType
 from megatron.core.transformer.spec_utils import build_module
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 from torch import Tensor
 
 from helixpipe.layers.attention.windows import window_of
@@ -35,6 +35,7 @@ from helixpipe.layers.elastic.context import ContextStore
 from helixpipe.layers.elastic.core_attention import attend_to_slices
 from helixpipe.layers.elastic.layout import ChunkLayout
 from helixpipe.layers.elastic.positions import rotate_at
+from helixpipe.layers.experts import check_parts
 from helixpipe.layers.recomputing_layer import (
     NOTHING_SAVED,
     MemorySaving,
@@ -112,6 +113,8 @@ class SegmentedGPTModel(LanguageModule):
         **rotary: Any,
     ) -> None:
         check_supported(config, position_embedding_type)
+        if contexts is not None:
+            check_parts(config, "a schedule that cuts sequences")
         super().__init__(config=config)
         self.model_type = ModelType.encoder_or_decoder
         self.segments_per_layer = 2 if contexts is None or attention_range == "core" else 3
@@ -217,8 +220,10 @@ class SegmentedGPTModel(LanguageModule):
         output_layer = self._build_output_layer(config, is_tied=False)
         if self.saving.loss_chunk_size is not None:
             mark_sliced([output_layer])
+        # Megatron adds what comes before a contiguous stage; losses of routers are kept by layer.
+        number = config.num_layers - get_transformer_layer_offset(config)
         return BorrowedModules(
-            layer=build_module(part, config=config, layer_number=1),
+            layer=build_module(part, config=config, layer_number=number),
             final_layernorm=build_norm(config, norm),
             output_layer=output_layer,
         )

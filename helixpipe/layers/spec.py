@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from helixpipe.layers.attention.choice import AUTO, UNFUSED
 from helixpipe.layers.attention.core import FlashCoreAttention
+from helixpipe.layers.experts import prepare_routers
 from helixpipe.layers.norm import TorchNorm
 from helixpipe.layers.optional_packages import TRANSFORMER_ENGINE as ENGINE_PACKAGE
 from helixpipe.layers.optional_packages import why_not_usable
@@ -115,12 +116,26 @@ def layer_spec(
 
 
 def _megatrons_spec(config: TransformerConfig, implementation: Implementation) -> ModuleSpec:
+    if config.num_moe_experts is not None:
+        prepare_routers()
     if implementation.modules == TRANSFORMER_ENGINE.modules:
         check_implementation(implementation)
         check_local(config)
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+        )
+    spec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        qk_layernorm=config.qk_layernorm,
+        normalization=config.normalization,
+    )
     layer = spec.submodules
+    if config.num_moe_experts is not None:
+        # A checkpoint has norm2 under its own name, as Transformer Engine's modules have it before experts.
+        del layer.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     layer.input_layernorm = layer.pre_mlp_layernorm = TorchNorm
     attention = layer.self_attention.submodules
     if config.qk_layernorm:

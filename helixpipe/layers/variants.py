@@ -10,6 +10,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
 from helixpipe.layers.attention.windows import window_of
@@ -66,7 +67,13 @@ class NormedRowParallelLinear(RowParallelLinear):
 
 
 def add_sandwich_norms(layer: ModuleSpec) -> None:
-    """Let the last linear layers of attention and MLP normalize their results."""
+    """Let the last linear layers of attention and MLP normalize their results.
+
+    Raises:
+        ValueError: a mixture of experts.
+    """
+    if layer.submodules.mlp.module is not MLP:
+        raise ValueError("norms after attention and MLP do not go with experts; leave one out")
     layer.submodules.self_attention.submodules.linear_proj = NormedRowParallelLinear
     layer.submodules.mlp.submodules.linear_fc2 = NormedRowParallelLinear
 

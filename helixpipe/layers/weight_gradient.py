@@ -59,8 +59,6 @@ def _check(name: str, module: ColumnParallelLinear | RowParallelLinear) -> None:
         "enable_autocast": config.enable_autocast,
     }
     refuse(unsupported, f"{name}: {{}} does not go with split backward passes; switch it off")
-    if module.is_expert:
-        raise ValueError(f"{name}: mixture of experts is not supported with split backward passes; use 1f1b")
 
 
 class _Layer(NamedTuple):

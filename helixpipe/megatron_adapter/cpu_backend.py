@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ def install() -> bool:
         _redirect_devices()
         _redirect_random_state()
         _redirect_type_names()
+        _redirect_counts_of_experts()
         _installed = True
     return True
 
@@ -49,13 +51,18 @@ def _redirect_devices() -> None:
     replace("torch.cuda", "synchronize", lambda device=None: None)
     replace("torch.cuda", "set_device", lambda device: None)
     replace("torch.cuda", "current_stream", lambda device=None: _Stream())
+    replace("torch.cuda", "Stream", _Stream)
+    replace("torch.cuda", "stream", lambda stream: nullcontext())
 
 
 class _Stream:
-    """Work of a CPU is done when it has been called."""
+    """Work of a CPU is done when it has been called; an event of the stream is the stream."""
 
     def wait_stream(self, stream: object) -> None:
         pass
+
+    def record_event(self, event: object = None) -> _Stream:
+        return self
 
     def synchronize(self) -> None:
         pass
@@ -100,6 +107,15 @@ def _redirect_random_state() -> None:
     logging.getLogger(megatron_random.__name__).addFilter(
         lambda record: "RNG state changed" not in record.getMessage()
     )
+
+
+def _redirect_counts_of_experts() -> None:
+    """Megatron makes the plain numbers that a message needs of counts on a GPU only."""
+
+    def on_host(tensor: object, as_numpy: bool = False, record_stream: bool = False) -> object:
+        return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+    replace("megatron.core.transformer.moe.token_dispatcher", "maybe_move_tensor_to_cpu", on_host)
 
 
 def _redirect_type_names() -> None:

@@ -16,6 +16,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel.schedules import forward_step_calc_loss
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
 from helixpipe.layers.documents import Documents
@@ -115,6 +116,21 @@ class IterationInput:
             loss = config.grad_scale_func(loss)
         # Megatron's scaling, and some loss functions, give a vector of one element.
         return loss.reshape(())
+
+    def scale_router_losses(self, config: TransformerConfig, device: torch.device) -> None:
+        """Weigh what routers add to the loss like the loss itself, as Megatron does with every forward step.
+
+        Routers differentiate it in their own layer's backward pass, on ranks that compute no loss.
+        """
+        if config.num_moe_experts is None:
+            return
+        scale = torch.ones(1, device=device)
+        if config.grad_scale_func is not None:
+            scale = config.grad_scale_func(scale)
+        # A sum over tokens is divided later by their number, a mean over micro batches here by theirs.
+        MoEAuxLossAutoScaler.set_loss_scale(
+            scale if config.calculate_per_token_loss else scale / self.num_microbatches
+        )
 
     def call(
         self, data_iterator: Iterator[Any] | None, model: StandInModel, shape: tuple[int, int], number: int

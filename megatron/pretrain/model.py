@@ -32,7 +32,7 @@ from helixpipe.layers.spec import (
 )
 from helixpipe.layers.variants import Variants
 from helixpipe.megatron_adapter.model_chunks import build_model_chunks
-from megatron.pretrain.settings.job import JobSettings, ModelSettings
+from megatron.pretrain.settings.job import ExpertSettings, JobSettings, ModelSettings
 from megatron.pretrain.settings.learning_rate import LearningRate
 from megatron.pretrain.settings.precision import make_deterministic
 
@@ -72,6 +72,9 @@ def build_config(settings: JobSettings) -> TransformerConfig:
         recompute_method=memory.recompute_method,
         recompute_num_layers=memory.recompute_num_layers,
         recompute_modules=list(memory.recompute_modules),
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        **_of_experts(settings.experts),
         use_cpu_initialization=True,
         bias_dropout_fusion=fuse,
         bias_activation_fusion=fuse
@@ -116,6 +119,30 @@ def _of_model(model: ModelSettings) -> dict[str, Any]:
         "hidden_dropout": model.hidden_dropout,
         "attention_dropout": model.attention_dropout,
         "init_method_std": model.init_method_std,
+    }
+
+
+def _of_experts(experts: ExpertSettings) -> dict[str, Any]:
+    """The same of a mixture of experts; empty for a model without one."""
+    if experts.num_experts is None:
+        return {}
+    return {
+        "num_moe_experts": experts.num_experts,
+        "moe_ffn_hidden_size": experts.moe_ffn_hidden_size,
+        "moe_router_topk": experts.moe_router_topk,
+        "moe_router_load_balancing_type": experts.moe_router_load_balancing_type,
+        "moe_aux_loss_coeff": experts.moe_aux_loss_coeff,
+        "moe_z_loss_coeff": experts.moe_z_loss_coeff,
+        "moe_router_score_function": experts.moe_router_score_function,
+        "moe_router_pre_softmax": experts.moe_router_pre_softmax,
+        "moe_router_topk_scaling_factor": experts.moe_router_topk_scaling_factor,
+        "moe_router_num_groups": experts.moe_router_num_groups,
+        "moe_router_group_topk": experts.moe_router_group_topk,
+        "moe_router_dtype": experts.moe_router_dtype,
+        "moe_expert_capacity_factor": experts.moe_expert_capacity_factor,
+        "moe_token_drop_policy": experts.moe_token_drop_policy,
+        "moe_grouped_gemm": experts.moe_grouped_gemm,
+        "moe_token_dispatcher_type": experts.moe_token_dispatcher_type,
     }
 
 

@@ -276,7 +276,7 @@ def test_recomputation_without_attention_is_refused():
     [
         ({"recompute_granularity": "full"}, "the plan decides which layers"),
         ({"context_parallel_size": 2}, "context parallelism"),
-        ({"num_moe_experts": 2}, "mixture of experts"),
+        ({"num_moe_experts": 2, "moe_layer_freq": 2}, "of experts|experts in some"),
         ({"multi_latent_attention": True}, "multi-latent"),
         ({"no_rope_freq": [1, 0, 0, 0]}, "without rotary"),
     ],

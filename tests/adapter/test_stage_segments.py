@@ -123,7 +123,7 @@ def test_a_schedule_without_segments_of_its_own_is_abstract():
 
 
 REFUSED = {
-    "num_moe_experts": (2, "mixture of experts"),
+    "num_moe_experts": (2, "biases of experts"),
     "multi_latent_attention": (True, "multi-latent attention"),
     "mtp_num_layers": (1, "multi-token prediction"),
     "context_parallel_size": (2, "context parallelism"),

@@ -12,6 +12,7 @@ from sources import PACKAGES, ROOT, parsed, relative, sources
 
 from helixpipe.contact_points import (
     CALLED,
+    MISSING,
     OPTIONAL,
     OVERRIDDEN,
     PATCHED,
@@ -140,9 +141,16 @@ def test_every_contact_point_is_where_it_was():
 
 
 def test_each_says_why_and_since_when():
-    for point in (*CALLED, *OPTIONAL, *OVERRIDDEN, *PATCHED, *PATCHED_IN_PROGRAM, *PATCHED_IN_BUILDERS):
+    patched = (*PATCHED, *PATCHED_IN_PROGRAM, *PATCHED_IN_BUILDERS, *MISSING)
+    for point in (*CALLED, *OPTIONAL, *OVERRIDDEN, *patched):
         assert point.why
         assert point.since.split()[0] in ("torch", "megatron-core", "flash-attn")
+
+
+def test_a_name_that_may_be_missing_is_read():
+    for point in MISSING:
+        methods = [value for value in vars(find(point.owner)).values() if isinstance(value, staticmethod)]
+        assert any(point.name in method.__func__.__code__.co_names for method in methods)
 
 
 def test_a_moved_name_is_noticed():

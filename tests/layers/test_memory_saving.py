@@ -368,7 +368,7 @@ def test_what_a_layer_cannot_honour_is_refused():
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"num_moe_experts": 2}, "mixture of experts"),
+        ({"num_moe_experts": 2}, "biases of experts"),
         ({"multi_latent_attention": True}, "multi-latent attention"),
         ({"attention_output_gate": True}, "output-gated attention"),
         ({"context_parallel_size": 2}, "context parallelism"),

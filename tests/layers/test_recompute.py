@@ -212,3 +212,15 @@ def test_changing_the_input_in_place_is_noticed(linear, x):
     hidden.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         result.sum().backward()
+
+
+def test_several_inputs_of_which_one_has_no_gradient(linear, x):
+    scale, shift = (torch.randn(11, 1, dtype=x.dtype, requires_grad=wanted) for wanted in (True, False))
+    (result,) = recompute(lambda x, a, b: (x.exp() * a + b,), lambda y: (linear(y),), x, scale, shift)
+    expected = linear(x.exp() * scale + shift)
+    assert torch.equal(result, expected)
+    wanted = gradients(expected, x, scale, linear.weight)
+    assert all(
+        torch.equal(*pair) for pair in zip(gradients(result, x, scale, linear.weight), wanted, strict=True)
+    )
+    assert shift.grad is None

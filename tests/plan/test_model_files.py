@@ -97,6 +97,14 @@ def test_one_model_in_every_form(read):
     assert sizes(read(without, vocab_size=128256)) == expected
 
 
+def test_experts_in_a_script(read):
+    """A token passes as many as Megatron's default says, and they are as wide as the MLP would be."""
+    experts = read(f"{SCRIPT} --num-experts 8").experts
+    assert (experts.count, experts.active, experts.ffn_hidden_size) == (8, 2, 14336)
+    experts = read(f"{SCRIPT} --num-experts 16 --moe-router-topk 4 --moe-ffn-hidden-size 768").experts
+    assert (experts.count, experts.active, experts.ffn_hidden_size) == (16, 4, 768)
+
+
 def test_published_configs(read):
     assert sizes(read(QWEN)) == sizes(MODELS["qwen3-8b"])
     gpt2 = read(GPT2)
@@ -162,7 +170,7 @@ def test_configs_that_are_refused(refused, config, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (f"{SCRIPT} --num-experts 8", "--num-experts is not understood"),
+        (f"{SCRIPT} --moe-layer-freq 2", "--moe-layer-freq is not understood"),
         (f"{SCRIPT} --fp8-format hybrid", "--fp8-format is not understood"),
         (f"{SCRIPT} --multi-latent-attention", "--multi-latent-attention is not understood"),
         (f"{SCRIPT} --decoder-first-pipeline-num-layers 3", "--decoder-first-pipeline-num-layers"),
@@ -180,7 +188,7 @@ def test_configs_that_are_refused(refused, config, message):
         (SCRIPT.replace("4096", "big"), "hidden_size must be a whole number above 0, found 'big'"),
         (f"{SCRIPT} 'open", "is no shell script (No closing quotation)"),
         ("--num-layers 4 --vocab-size 9", "hidden_size is missing"),
-        ("./train --hidden-size 8 --num-experts 2", "--num-experts is not understood"),
+        ("./train --hidden-size 8 --moe-layer-freq 2", "--moe-layer-freq is not understood"),
         ("", "add --vocab-size N"),
         ("[" * 100000, "add --vocab-size N"),
         (f"# {SCRIPT}", "add --vocab-size N"),

@@ -24,6 +24,7 @@ from megatron.core.distributed import (  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
+from megatron.core.transformer.moe import moe_utils  # noqa: E402
 from split_plans import with_weight_gradients  # noqa: E402
 
 from helixpipe.layers.elastic.context import ContextStore  # noqa: E402
@@ -97,6 +98,10 @@ class Case:
     num_slices: int = 1
     resend_context: bool = False
     documents: bool = False
+    experts: int | None = None
+    ep: int = 1
+    # Further fields of the configuration of experts, by name.
+    router: tuple[tuple[str, Any], ...] = ()
 
     @property
     def has_weight_gradients(self) -> bool:
@@ -157,10 +162,18 @@ def initialize(case: Case) -> None:
     """Megatron's groups and random states for a case."""
     # Making Megatron's twenty gloo groups on eight ranks takes seconds: cases of one layout share them.
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(case.tp, case.pp)
+        parallel_state.initialize_model_parallel(
+            case.tp, case.pp, expert_model_parallel_size=case.ep, expert_tensor_parallel_size=case.tp
+        )
     assert parallel_state.get_tensor_model_parallel_world_size() == case.tp
     assert parallel_state.get_pipeline_model_parallel_world_size() == case.pp
     tensor_parallel.model_parallel_cuda_manual_seed(SEED, force_reset_rng=True)
+
+
+def forget_router_losses() -> None:
+    """What Megatron keeps of routers beside the model: what it has logged, and the weight of their losses."""
+    moe_utils.get_moe_layer_wise_logging_tracker().clear()
+    moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
 
 def make_config(case: Case) -> TransformerConfig:
@@ -193,11 +206,26 @@ def make_config(case: Case) -> TransformerConfig:
         recompute_num_layers=1 if case.recompute == "full" else None,
         # Large enough that every gradient is far from rounding noise.
         init_method_std=0.2,
+        **_experts(case),
     )
     config.finalize_model_grads_func = finalize_model_grads
     # Ranks on one GPU talk over gloo, see host_transport.
     config.batch_p2p_comm = not torch.cuda.is_available() or dist.get_backend() == "nccl"
     return config
+
+
+def _experts(case: Case) -> dict[str, Any]:
+    if case.experts is None:
+        return {}
+    return {
+        "num_moe_experts": case.experts,
+        "moe_ffn_hidden_size": 40,
+        "expert_model_parallel_size": case.ep,
+        "expert_tensor_parallel_size": case.tp,
+        "moe_aux_loss_coeff": 0.1,
+        "moe_token_dispatcher_type": "alltoall",
+        **dict(case.router),
+    }
 
 
 def _model_arguments(case: Case) -> dict[str, Any]:
@@ -385,6 +413,7 @@ def run_iteration(
     tamper: bool = False,
 ) -> list[Any]:
     """One iteration's forward and backward; the losses, where they are known."""
+    forget_router_losses()
     if not forward_only:
         for chunk in chunks:
             chunk.zero_grad_buffer()
@@ -429,6 +458,9 @@ def gather_gradients(chunks: list[torch.nn.Module]) -> dict[str, torch.Tensor]:
         )
     gathered: list[Any] = [None] * parallel_state.get_pipeline_model_parallel_world_size()
     dist.all_gather_object(gathered, mine, group=parallel_state.get_pipeline_model_parallel_group())
+    groups: list[Any] = [None] * parallel_state.get_expert_model_parallel_world_size()
+    dist.all_gather_object(groups, gathered, group=parallel_state.get_expert_model_parallel_group())
+    gathered = [share for group in groups for share in group]
     whole: dict[str, torch.Tensor] = {}
     for share in gathered:
         whole.update(share)

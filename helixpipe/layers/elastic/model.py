@@ -12,6 +12,7 @@ from torch import Tensor
 from helixpipe.layers.elastic.context import ContextStore
 from helixpipe.layers.elastic.core_attention import attend_to_slices
 from helixpipe.layers.elastic.layout import ChunkLayout
+from helixpipe.layers.experts import check_parts, unsupported_experts
 from helixpipe.layers.gpt import ChunkedLossGPTModel
 from helixpipe.layers.recomputing_layer import NOTHING_SAVED, MemorySaving
 from helixpipe.layers.rotary import POSITIONS
@@ -137,7 +138,7 @@ def check_supported(
             recomputes_by_plan and config.recompute_granularity
         ),
         "context parallelism": config.context_parallel_size > 1,
-        "mixture of experts": config.num_moe_experts is not None,
+        **unsupported_experts(config),
         "multi-latent attention": config.multi_latent_attention,
         "multi-token prediction": bool(config.mtp_num_layers),
         "fused QKV rotary positions": config.fused_single_qkv_rope,
@@ -147,3 +148,4 @@ def check_supported(
         f"{position_embedding_type} positions": position_embedding_type not in POSITIONS,
     }
     refuse(unsupported, "schedules that cut sequences do not support {}; leave it out")
+    check_parts(config, "a schedule that cuts sequences")

@@ -81,6 +81,8 @@ class GPTSegments:
         self._documents.clear()
         self._num_read = 0
         self.result = IterationResult()
+        if iteration.differentiate:
+            iteration.scale_router_losses(self.config, next(self.segmented.parameters()).device)
 
     def chunk_of(self, segment: int) -> int:
         """The position of the model chunk that holds a segment's weights: there is one."""

@@ -9,6 +9,7 @@ from megatron.core.pipeline_parallel.schedules import forward_step
 from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import get_model_config
 
+from helixpipe.layers.experts import unsupported_experts
 from helixpipe.megatron_adapter.forward_step import IterationInput, IterationResult
 from helixpipe.plan import Plan
 from helixpipe.refusals import refuse
@@ -111,7 +112,7 @@ class StageSegments:
 def check_supported(config: TransformerConfig, schedule: str) -> None:
     """``ValueError`` for options that a plan of stages would ignore or get wrong."""
     unsupported = {
-        "mixture of experts": config.num_moe_experts is not None,
+        **unsupported_experts(config),
         "multi-latent attention": config.multi_latent_attention,
         "multi-token prediction": bool(config.mtp_num_layers),
         "context parallelism": config.context_parallel_size > 1,

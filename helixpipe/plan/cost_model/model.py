@@ -14,7 +14,7 @@ from typing import Any
 from helixpipe.json_input import parse_json
 from helixpipe.plan.cost_model.hugging_face import from_hugging_face, not_understood, with_vocabulary
 from helixpipe.plan.cost_model.script import NEUTRAL, SIZES, SWITCHES, WINDOWS, arguments_of_script
-from helixpipe.plan.cost_model.shape import MODELS, ModelShape, size_of
+from helixpipe.plan.cost_model.shape import MODELS, Experts, ModelShape, size_of
 from helixpipe.plan.windows import parse_skip_frequency, parse_window, windows_of_layers
 
 
@@ -72,6 +72,18 @@ def model_from_arguments(source: str, arguments: Mapping[str, Any]) -> ModelShap
         gated=bool(arguments.get("swiglu", False) or arguments.get("geglu", False)),
         tied=not arguments.get("untie_embeddings_and_output_weights", False),
         windows=_windows_of_arguments(arguments, size("num_layers")),
+        experts=_experts_of_arguments(source, arguments),
+    )
+
+
+def _experts_of_arguments(source: str, arguments: Mapping[str, Any]) -> Experts | None:
+    """A mixture of experts in the place of every MLP, with Megatron's defaults."""
+    if arguments.get("num_experts") is None:
+        return None
+    return Experts(
+        count=size_of(source, arguments, ("num_experts",)),
+        active=size_of(source, arguments, ("moe_router_topk",), 2),
+        ffn_hidden_size=size_of(source, arguments, ("moe_ffn_hidden_size", "ffn_hidden_size")),
     )
 
 

@@ -7,8 +7,10 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
+# Of experts: a command that has no other size describes no model.
+_EXPERTS = frozenset(("num-experts", "moe-ffn-hidden-size", "moe-router-topk"))
 # Flags with a number that decides a shape.
-SIZES = frozenset(
+SIZES = _EXPERTS | frozenset(
     (
         "num-layers", "hidden-size", "num-attention-heads", "num-query-groups", "kv-channels",
         "ffn-hidden-size", "vocab-size", "padded-vocab-size",
@@ -86,7 +88,17 @@ _NEUTRAL_VALUES = frozenset(
 )  # fmt: skip
 # Flags that say which tokens attention sees.
 WINDOWS = frozenset(("window-size", "window-attn-skip-freq"))
-NEUTRAL = _NEUTRAL_SWITCHES | _NEUTRAL_VALUES
+# Of experts: how tokens are routed, and who shares the experts.
+_NEUTRAL_OF_EXPERTS = frozenset(
+    (
+        "expert-model-parallel-size", "expert-tensor-parallel-size", "moe-aux-loss-coeff",
+        "moe-expert-capacity-factor", "moe-grouped-gemm", "moe-router-dtype", "moe-router-group-topk",
+        "moe-router-load-balancing-type", "moe-router-num-groups", "moe-router-pre-softmax",
+        "moe-router-score-function", "moe-router-topk-scaling-factor", "moe-token-dispatcher-type",
+        "moe-token-drop-policy", "moe-z-loss-coeff",
+    )
+)  # fmt: skip
+NEUTRAL = _NEUTRAL_SWITCHES | _NEUTRAL_VALUES | _NEUTRAL_OF_EXPERTS
 
 _ASSIGNMENT = re.compile(r"(?:export\s+|declare\s+(?:-\w+\s+)*|local\s+|readonly\s+)?([A-Za-z_]\w*)\+?=")
 _VARIABLE = re.compile(r"\$\{?([A-Za-z_]\w*)")
@@ -157,7 +169,7 @@ def _relevant(words: list[str]) -> list[str]:
         return command[1:] if command[:1] == ["train"] else []
     first = words[0]
     is_ours = first.startswith("--") or _ASSIGNMENT.match(" ".join(words[:2])) is not None
-    has_sizes = any(word.startswith("--") and _name(word) in SIZES for word in words)
+    has_sizes = any(word.startswith("--") and _name(word) in SIZES - _EXPERTS for word in words)
     return words if is_ours or has_sizes else []
 
 

@@ -22,7 +22,8 @@ CHANGES_NOTHING = frozenset((
     # Who computes what, when and from which memory.
     "pipeline_schedule", "plan", "hardware", "memory_limit_gib", "num_fold", "num_slices", "attention_range",
     "head_placement", "round_order", "split_weight_gradients", "resend_context",
-    "tensor_model_parallel_size", "pipeline_model_parallel_size",
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
+    "expert_tensor_parallel_size", "moe_grouped_gemm", "moe_token_dispatcher_type",
     "num_layers_per_virtual_pipeline_stage", "sequence_parallel", "overlap_grad_reduce",
     "overlap_param_gather", "recompute_granularity", "recompute_method", "recompute_num_layers",
     "recompute_modules", "recompute_without_attention", "recompute_levels", "mlp_chunk_size",
@@ -61,6 +62,9 @@ MODEL = frozenset((
     "rotary_scaling_factor", "yarn_original_max_position_embeddings", "yarn_beta_fast", "yarn_beta_slow",
     "geglu", "apply_layernorm_1p", "sandwich_norm", "scale_embedding", "softmax_scale",
     "rotary_base_local", "attn_logit_softcapping", "final_logit_softcapping",
+    "num_experts", "moe_ffn_hidden_size", "moe_router_topk", "moe_router_load_balancing_type",
+    "moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor",
+    "moe_router_num_groups", "moe_router_group_topk",
 ))  # fmt: skip
 
 # What the form of weights and of optimizer states depends on: no option makes one fit the other.
@@ -68,7 +72,7 @@ _FIXED = frozenset((
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
     "normalization", "swiglu", "position_embedding_type", "untie_embeddings_and_output_weights",
     "add_bias_linear", "add_qkv_bias", "qk_layernorm", "padded_vocab_size", "use_distributed_optimizer",
-    "bf16", "fp16", "optimizer",
+    "bf16", "fp16", "optimizer", "num_experts", "moe_ffn_hidden_size",
 ))  # fmt: skip
 
 # With another one of these, the position that was reached is one in another order of samples.

@@ -28,6 +28,7 @@ from megatron.pretrain.data.gpt import cache_folder, check_split
 from megatron.pretrain.data.mock import describe_mock
 from megatron.pretrain.settings.elastic_job import derive_elastic
 from megatron.pretrain.settings.ending import ending_of
+from megatron.pretrain.settings.experts import check_experts_under
 from megatron.pretrain.settings.housekeeping import housekeeping_of
 from megatron.pretrain.settings.job import JobSettings, topics_of
 from megatron.pretrain.settings.learning_rate import derive_length, learning_rate_of
@@ -212,6 +213,7 @@ def _check_attention(args: argparse.Namespace, entry: Schedule) -> None:
 
 def _check_schedule(args: argparse.Namespace, entry: Schedule, *, is_chosen: bool) -> None:
     _check_attention(args, entry)
+    check_experts_under(args, entry.execution)
     if args.log_throughput and entry.execution is Execution.CHUNKS:
         raise ValueError("--log-throughput counts sequences of one length; leave it out with elastic batches")
     if args.attention_range == AUTO and "attention_range" not in entry.options:
@@ -240,6 +242,12 @@ def _check_recompute(args: argparse.Namespace) -> None:
     if args.recompute_granularity == "selective" and "mlp" in args.recompute_modules and args.add_bias_linear:
         # Megatron's checkpoint takes the bias that its MLP returns for its own output, and recurses for ever.
         raise ValueError("--recompute-modules mlp needs --disable-bias-linear")
+    of_mlp, needed = ("mlp", "moe") if args.num_experts is not None else ("moe", "mlp")
+    if args.recompute_granularity == "selective" and of_mlp in args.recompute_modules:
+        with_them = "with" if needed == "moe" else "without"
+        raise ValueError(
+            f"--recompute-modules {of_mlp} finds none in a model {with_them} --num-experts; use {needed}"
+        )
     if args.recompute_granularity == "full" and None in (args.recompute_method, args.recompute_num_layers):
         raise ValueError("--recompute-granularity full needs --recompute-method and --recompute-num-layers")
     if args.recompute_granularity != "full" and (args.recompute_method or args.recompute_num_layers):

@@ -85,6 +85,28 @@ class ModelSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertSettings:
+    """A mixture of experts in the place of every MLP; the ranks that share it are with the others."""
+
+    num_experts: int | None
+    moe_ffn_hidden_size: int | None
+    moe_router_topk: int
+    moe_router_load_balancing_type: str
+    moe_aux_loss_coeff: float
+    moe_z_loss_coeff: float | None
+    moe_router_score_function: str
+    moe_router_pre_softmax: bool
+    moe_router_topk_scaling_factor: float | None
+    moe_router_num_groups: int | None
+    moe_router_group_topk: int | None
+    moe_router_dtype: str | None
+    moe_expert_capacity_factor: float | None
+    moe_token_drop_policy: str
+    moe_grouped_gemm: bool
+    moe_token_dispatcher_type: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class ParallelSettings:
     """This rank among the others, and what they share."""
 
@@ -93,6 +115,8 @@ class ParallelSettings:
     tensor_model_parallel_size: int
     pipeline_model_parallel_size: int
     data_parallel_size: int
+    expert_model_parallel_size: int
+    expert_tensor_parallel_size: int
     sequence_parallel: bool
     use_distributed_optimizer: bool
     overlap_grad_reduce: bool
@@ -247,6 +271,7 @@ class JobSettings:
     """
 
     model: ModelSettings
+    experts: ExpertSettings
     parallel: ParallelSettings
     memory: MemorySettings
     training: TrainingSettings
@@ -271,6 +296,7 @@ class JobSettings:
 
 _TOPICS = {
     "model": ModelSettings,
+    "experts": ExpertSettings,
     "parallel": ParallelSettings,
     "memory": MemorySettings,
     "training": TrainingSettings,

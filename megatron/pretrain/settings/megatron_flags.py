@@ -38,6 +38,11 @@ SUPPORTED = frozenset(
     wandb-entity wandb-exp-name wandb-project wandb-save-dir weight-decay weight-decay-incr-style
     window-attn-skip-freq window-size yarn-beta-fast yarn-beta-slow
     yarn-original-max-position-embeddings
+    expert-model-parallel-size expert-tensor-parallel-size moe-aux-loss-coeff moe-expert-capacity-factor
+    moe-ffn-hidden-size moe-grouped-gemm moe-router-dtype moe-router-group-topk
+    moe-router-load-balancing-type moe-router-num-groups moe-router-pre-softmax
+    moe-router-score-function moe-router-topk moe-router-topk-scaling-factor moe-token-dispatcher-type
+    moe-token-drop-policy moe-z-loss-coeff num-experts
     """.split()
 )
 
@@ -99,8 +104,7 @@ NEEDLESS: dict[str, str] = {
         local-rank=
     """,
     "only one of the groups that it is about exists": """
-        cp-comm-type=+ expert-tensor-parallel-size=1 expert-model-parallel-size=1
-        context-parallel-size=1
+        cp-comm-type=+ context-parallel-size=1
     """,
     "timers are those of --trace-dir": """
         timing-log-level=0,1,2 timing-log-option= no-barrier-with-level-1-timing
@@ -122,7 +126,6 @@ NEEDLESS: dict[str, str] = {
         disable-tp-comm-overlap-ag no-tp-comm-overlap-rs disable-tp-comm-overlap-rs no-tp-comm-split-ag
         disable-tp-comm-split-ag no-tp-comm-split-rs disable-tp-comm-split-rs replication-jump=1
         replication-factor= mask-prob= short-seq-prob= sample-rate=1.0,1 adlr-autoresume-interval=
-        moe-router-load-balancing-type=+ moe-aux-loss-coeff=+ moe-router-topk= moe-token-dispatcher-type=
         moe-layer-freq=1 mtp-loss-scaling-factor= qk-clip-alpha= qk-clip-threshold= mup-width-mult=1,1.0
         mup-embedding-mult=1,1.0 mup-output-mult=1,1.0 mup-attn-scale-power= cpu-offloading-num-layers=0
     """,
@@ -182,28 +185,24 @@ REFUSED: dict[str, str] = {
         no-inference-wandb-logging num-speculative-tokens symmetric-ar-type use-legacy-static-engine
         use-same-sampling-seed-across-dp-ranks
     """,
-    "experts are not built; use a dense model, or Megatron-LM's program": """
-        delay-wgrad-compute ep-overlap-early-attn-memory-release expert-model-parallel-size
-        expert-tensor-parallel-num-weight-shards expert-tensor-parallel-size
+    "this of experts is not built; remove it, or use Megatron-LM's program": """
+        delay-wgrad-compute ep-overlap-early-attn-memory-release expert-tensor-parallel-num-weight-shards
         high-priority-a2a-comm-stream moe-apply-probs-on-input moe-deepep-num-sms moe-enable-deepep
-        moe-enable-routing-replay moe-expert-capacity-factor moe-expert-rank-capacity-factor
-        moe-ffn-hidden-size moe-flex-dispatcher-backend moe-flex-dispatcher-num-sms moe-grouped-gemm
-        moe-hybridep-num-blocks-permute moe-hybridep-num-blocks-unpermute moe-hybridep-num-sms
-        moe-hybridep-num-sms-preprocessing moe-hybridep-pad-uneven-dispatch-inputs moe-input-jitter-eps
-        moe-latent-size moe-layer-freq moe-layer-recompute moe-mlp-glu-interleave-size
+        moe-enable-routing-replay moe-expert-rank-capacity-factor moe-flex-dispatcher-backend
+        moe-flex-dispatcher-num-sms moe-hybridep-num-blocks-permute moe-hybridep-num-blocks-unpermute
+        moe-hybridep-num-sms moe-hybridep-num-sms-preprocessing moe-hybridep-pad-uneven-dispatch-inputs
+        moe-input-jitter-eps moe-latent-size moe-layer-freq moe-layer-recompute moe-mlp-glu-interleave-size
         moe-ncclep-static-shape moe-ncclep-zero-copy moe-pad-expert-input-to-capacity
         moe-pad-experts-for-cuda-graph-inference moe-paged-stash moe-paged-stash-buffer-size-factor-cpu
         moe-paged-stash-buffer-size-factor-cuda moe-paged-stash-page-size moe-per-layer-logging
-        moe-permute-fusion moe-permute-fusion-into-hybridep moe-router-bias-update-rate moe-router-dtype
+        moe-permute-fusion moe-permute-fusion-into-hybridep moe-router-bias-update-rate
         moe-router-enable-expert-bias moe-router-force-biased moe-router-force-load-balancing
-        moe-router-fusion moe-router-group-topk moe-router-num-groups moe-router-padding-for-fp8
-        moe-router-padding-for-quantization moe-router-pre-softmax moe-router-quantile-balancing-ema
-        moe-router-score-function moe-router-topk-scaling-factor moe-routing-trace-capture-hidden-states
-        moe-routing-trace-capture-logits moe-routing-trace-dump-weights
-        moe-routing-trace-max-training-iters moe-routing-trace-path moe-shared-expert-gate
-        moe-shared-expert-glu-interleave-size moe-shared-expert-intermediate-size
-        moe-shared-expert-overlap moe-single-grouped-bias moe-single-grouped-weight
-        moe-token-drop-policy moe-upcycling-granularity moe-use-upcycling moe-z-loss-coeff num-experts
+        moe-router-fusion moe-router-padding-for-fp8 moe-router-padding-for-quantization
+        moe-router-quantile-balancing-ema moe-routing-trace-capture-hidden-states
+        moe-routing-trace-capture-logits moe-routing-trace-dump-weights moe-routing-trace-max-training-iters
+        moe-routing-trace-path moe-shared-expert-gate moe-shared-expert-glu-interleave-size
+        moe-shared-expert-intermediate-size moe-shared-expert-overlap moe-single-grouped-bias
+        moe-single-grouped-weight moe-upcycling-granularity moe-use-upcycling
         overlap-dispatch-backward-with-experts-wgrad overlap-moe-expert-parallel-comm
         use-grouped-gemm-for-dense-mlp use-grouped-gemm-for-shared-expert
     """,

@@ -14,6 +14,7 @@ from helixpipe.layers.attention.choice import BACKENDS, FAMILIES, UNFUSED
 from helixpipe.plan.schedules.request import ATTENTION_RANGES, HEAD_PLACEMENTS, ROUND_ORDERS
 from megatron.pretrain.settings.elastic_job import add_elastic_arguments
 from megatron.pretrain.settings.ending import add_ending_arguments
+from megatron.pretrain.settings.experts import add_expert_arguments
 from megatron.pretrain.settings.housekeeping import add_housekeeping_arguments
 from megatron.pretrain.settings.layers import add_layer_arguments
 from megatron.pretrain.settings.learning_rate import add_learning_rate_arguments
@@ -31,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_schedule_arguments(parser)
     _add_parallel_arguments(parser)
     _add_model_arguments(parser)
+    add_expert_arguments(parser)
     add_memory_arguments(parser)
     add_elastic_arguments(parser)
     add_learning_rate_arguments(parser)
@@ -121,7 +123,7 @@ def _add_parallel_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--recompute-modules",
         nargs="+",
-        choices=("core_attn", "mlp"),
+        choices=("core_attn", "mlp", "moe"),
         default=["core_attn"],
         help="for --recompute-granularity selective (default: core_attn)",
     )

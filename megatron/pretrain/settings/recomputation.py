@@ -66,9 +66,11 @@ def memory_saving(args: argparse.Namespace) -> MemorySaving:
             raise ValueError(
                 "--mlp-chunk-size needs Megatron's own linear layers; use --transformer-impl local"
             )
-        if args.recompute_granularity == "selective" and "mlp" in args.recompute_modules:
+        again = {"mlp", "moe"}.intersection(args.recompute_modules)
+        if args.recompute_granularity == "selective" and again:
             raise ValueError(
-                "--mlp-chunk-size recomputes the MLP by itself; leave mlp out of --recompute-modules"
+                f"--mlp-chunk-size recomputes the MLP by itself; leave {again.pop()} out of "
+                "--recompute-modules"
             )
     return MemorySaving(levels, _mlp_chunk_size(args), _loss_chunk_size(args))
 

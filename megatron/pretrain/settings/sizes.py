@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from megatron.pretrain.settings.experts import derive_experts
 from megatron.pretrain.settings.layers import check_layers
 from megatron.pretrain.settings.positions import check_positions
 
@@ -91,6 +92,7 @@ def derive_model(args: argparse.Namespace) -> None:
         )
     check_positions(args)
     check_layers(args)
+    derive_experts(args)
 
 
 def nearest(value: int, factor: int) -> str:

@@ -1,0 +1,165 @@
+"""Mixtures of experts: Megatron's own layers, and what computes less of them at a time or again."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+from helixpipe.contact_points import replace
+from helixpipe.layers.products import without_products
+from helixpipe.layers.recompute import Tensors, recompute
+from helixpipe.layers.slices import SlicedFunction, mark_sliced
+from helixpipe.plan.cost_model import Recompute
+
+_ROUTER = "megatron.core.transformer.moe.router:TopKRouter"
+
+
+def prepare_routers() -> None:
+    """Let Megatron's routers run without Transformer Engine, and count tokens without a compiler's start."""
+    if not hasattr(moe_utils, "te_general_gemm"):
+        replace(moe_utils.__name__, "te_general_gemm", None)
+    count = TopKRouter._apply_expert_bias
+    if inspect.unwrap(count) is not count:
+        replace(_ROUTER, count.__name__, inspect.unwrap(count))
+
+
+def coupling_of_tokens(config: TransformerConfig) -> str | None:
+    """What makes the routing, or the loss, of a token depend on the others of its micro batch; None: nothing.
+
+    Where that is nothing, a part of a sequence is routed as it is in the whole.
+    """
+    if config.num_moe_experts is None:
+        return None
+    types, coefficients = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
+    coefficients = coefficients if isinstance(coefficients, list) else [coefficients]
+    couplings = {
+        f"load balancing by {types}": types == "sinkhorn" or any(coefficients),
+        "a z-loss": bool(config.moe_z_loss_coeff),
+        "a capacity of experts": config.moe_expert_capacity_factor is not None,
+    }
+    return next((name for name, is_set in couplings.items() if is_set), None)
+
+
+def unsupported_experts(config: TransformerConfig) -> dict[str, bool]:
+    """What no schedule of ours supports of a mixture of experts, by name: whether the model has it."""
+    types = config.moe_router_load_balancing_type
+    return {
+        # Megatron adds them in place to what a function of its own returns, which torch forbids.
+        "biases of experts (add --disable-bias-linear)": config.num_moe_experts is not None
+        and config.add_bias_linear,
+        "experts in some layers only": config.num_moe_experts is not None and config.moe_layer_freq != 1,
+        "load balancing over a whole batch, which depends on the order of micro batches": "global_aux_loss"
+        in types,
+        "shared experts beside communication": config.moe_shared_expert_overlap,
+        "latent experts": config.moe_latent_size is not None,
+        "random noise for routers": config.moe_input_jitter_eps is not None
+        or config.moe_router_force_load_balancing,
+    }
+
+
+def check_parts(config: TransformerConfig, whose: str) -> None:
+    """``ValueError`` if tokens cannot be routed a part of a micro batch at a time, as ``whose`` parts are."""
+    coupling = coupling_of_tokens(config)
+    if coupling is not None:
+        raise ValueError(
+            f"{whose} routes the tokens of a part by themselves, which {coupling} does not allow; "
+            "leave one out"
+        )
+
+
+def check_saving(
+    mlp: MoELayer, config: TransformerConfig, level: Recompute, mlp_chunk_size: int | None
+) -> None:
+    """``ValueError`` for experts that cannot recompute, or run over slices, as is asked for."""
+    if mlp_chunk_size is not None:
+        check_parts(config, "--mlp-chunk-size")
+    if level is Recompute.NONE and mlp_chunk_size is None:
+        return
+    if type(mlp.experts) is not SequentialMLP:
+        raise ValueError(
+            "experts that recompute, or run in slices, must run one by one; leave --moe-grouped-gemm out, or "
+            "--mlp-chunk-size and --recompute-levels"
+        )
+    if mlp_chunk_size is not None:
+        linears = list(_linears(mlp))
+        if {type(linear) for linear in linears} != {ColumnParallelLinear, RowParallelLinear}:
+            raise ValueError("a chunked MLP needs Megatron's own linear layers; use --transformer-impl local")
+        mark_sliced(linears)
+
+
+def sliced(norm: torch.nn.Module, mlp: MoELayer, size: int) -> SlicedFunction:
+    """norm2 and the experts as a function of slices; tokens do not depend on each other."""
+
+    def run(part: Tensor) -> Tensor:
+        output: Tensor = mlp(norm(part))[0]
+        return output
+
+    return SlicedFunction(run, run, (*norm.parameters(), *mlp.parameters()), size)
+
+
+def recomputing(norm: torch.nn.Module, mlp: MoELayer, level: Recompute, hidden: Tensor) -> Tensor:
+    """norm2 and the experts, of which the backward pass computes the norm and the first halves again.
+
+    Tokens are routed and sent once: between the passes stay the tokens as the experts have got them, and what
+    shared experts compute. So the tokens of an expert are counted, and losses of the router added, once.
+
+    Args:
+        norm: norm2.
+        mlp: whose experts run one by one.
+        level: ``PRODUCTS``, or ``WITHOUT_ATTENTION``, which computes the first products again, too.
+        hidden: [s, b, h].
+
+    Returns:
+        [s, b, h].
+    """
+
+    def route(normed: Tensor) -> Tensors:
+        shared = () if mlp.shared_experts is None else (mlp.shared_experts_compute(normed),)
+        return (*mlp.preprocess(normed, *mlp.route(normed)), *shared)
+
+    dispatcher = mlp.token_dispatcher
+    assert dispatcher is not None
+    sent, sent_scales, *shared = recompute(lambda hidden: (norm(hidden),), route, hidden)
+    tokens, counts, scales = dispatcher.dispatch_postprocess(*mlp.dispatch(sent, sent_scales))
+    sizes = counts.tolist()
+    parts = zip(mlp.experts.local_experts, tokens.split(sizes), scales.split(sizes), strict=True)
+    outputs = [_run_expert(expert, level, part, scale) for expert, part, scale in parts]
+    combined = mlp.combine(dispatcher.combine_preprocess(torch.cat(outputs)))
+    output: Tensor = mlp.postprocess(combined, shared[0] if shared else None)
+    return output
+
+
+def _run_expert(expert: MLP, level: Recompute, tokens: Tensor, scales: Tensor) -> Tensor:
+    """One expert over its tokens [n, h], which its router has given the weights [n]; [n, h]."""
+    first, second = expert.linear_fc1, expert.linear_fc2
+    activation = without_products(expert, linear_fc1=None, linear_fc2=None)
+
+    def activate(wide: Tensor, scales: Tensor) -> tuple[Tensor]:
+        return (activation(wide, scales)[0],)
+
+    def first_half(tokens: Tensor, scales: Tensor) -> tuple[Tensor]:
+        return activate(first(tokens)[0], scales)
+
+    def second_half(activated: Tensor) -> tuple[Tensor]:
+        return (second(activated)[0],)
+
+    if level is Recompute.PRODUCTS:
+        (output,) = recompute(activate, second_half, first(tokens)[0], scales)
+    else:
+        (output,) = recompute(first_half, second_half, tokens, scales)
+    return output
+
+
+def _linears(mlp: MoELayer) -> Iterator[torch.nn.Module]:
+    for expert in mlp.experts.local_experts:
+        yield from (expert.linear_fc1, expert.linear_fc2)

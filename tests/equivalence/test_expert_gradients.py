@@ -1,0 +1,94 @@
+"""Mixtures of experts under plans against Megatron's own functions: every loss, and every gradient.
+
+Those of routers with them, to which the losses that balance experts go. Experts are more than a token has, so
+that routing decides what they learn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from equivalence_worker import compare_one_iteration
+from models import Case
+from ranks import run_on_ranks
+
+# Each gradient tensor: norm of the difference over its norm.
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+UNBALANCED = (("moe_aux_loss_coeff", 0.0),)
+BY_SEQUENCE = (("moe_router_load_balancing_type", "seq_aux_loss"), ("moe_z_loss_coeff", 0.01))
+BY_ASSIGNMENT = (("moe_router_load_balancing_type", "sinkhorn"), *UNBALANCED)
+DROPPING = (("moe_expert_capacity_factor", 1.2), ("moe_token_dispatcher_type", "allgather"))
+SIGMOID = (
+    ("moe_router_score_function", "sigmoid"),
+    ("moe_router_topk", 3),
+    ("moe_router_topk_scaling_factor", 2.0),
+)
+SHORT = Case(pp=2, experts=4, style="llama")
+PAIRS = Case(pp=2, dp=2, ep=2, experts=4, style="llama")
+
+
+def whole_sequences(layout: Case) -> list[Case]:
+    """Helix, stages and whatever they do to keep less: the losses that balance experts are there."""
+    fp64 = replace(layout, dtype=torch.float64)
+    return [
+        replace(layout, attention_range="qkv", head_placement="spread", without_attention=True),
+        replace(layout, schedule="zb-h1", without_attention=True, overlap=True),
+        layout,
+        replace(layout, per_token_loss=True, micro_batch_size=2, router=BY_SEQUENCE),
+        replace(fp64, attention_range="block", levels="products", rounds=2),
+        replace(layout, split="all", overlap=True, router=BY_ASSIGNMENT),
+        replace(
+            fp64,
+            interlocked=True,
+            rounds=2,
+            fold=1,
+            split="planned",
+            attention_range="block",
+            levels="products",
+        ),
+        replace(layout, without_attention=True, router=DROPPING),
+        replace(layout, levels="products:2,without-attention:2", router=SIGMOID),
+        replace(fp64, schedule="zb-v", tied=False, num_layers=8),
+        replace(layout, schedule="gpipe", recompute="full"),
+    ]
+
+
+def parts_of_sequences(layout: Case) -> list[Case]:
+    """Whose tokens are routed by themselves."""
+    layout = replace(layout, router=UNBALANCED)
+    fp64 = replace(layout, dtype=torch.float64)
+    return [
+        replace(layout, schedule="sliced-helix", without_attention=True),
+        replace(fp64, attention_range="block", head_placement="spread", mlp_chunk=7, loss_chunk=10),
+        replace(fp64, schedule="seq1f1b", num_slices=3),
+        replace(fp64, schedule="sliced-helix", attention_range="block", head_placement="spread", mlp_chunk=5),
+    ]
+
+
+def check(cases: list[Case]) -> None:
+    """Hold every case against Megatron."""
+    ranks = run_on_ranks(cases[0].world_size, compare_one_iteration, cases)
+    for number, case in enumerate(cases):
+        result, limit = ranks[0][number], TOLERANCE[case.dtype]
+        assert result["missing"] == [], case
+        assert result["losses"] == pytest.approx(result["reference_losses"], rel=limit), case
+        worst = max(result["errors"], key=lambda name: result["errors"][name])
+        assert result["errors"][worst] <= limit, (case, worst)
+        assert any("router" in name for name in result["errors"])
+        # No gradient is compared with nothing: every expert has got tokens.
+        assert result["smallest_norm"] > 1e-4, case
+        assert result["deferred"] > 0 or not case.has_weight_gradients
+        assert all(rank[number]["trace_is_plan"] for rank in ranks)
+
+
+def test_experts_learn_what_they_do_under_megatron():
+    check([*whole_sequences(SHORT)[:2], parts_of_sequences(SHORT)[0]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [Case(pp=1, experts=4, style="llama"), SHORT, PAIRS], ids=str)
+def test_experts_learn_so_under_every_schedule(layout):
+    check(whole_sequences(layout))
+    check(parts_of_sequences(layout))

@@ -1,0 +1,107 @@
+"""Options for mixtures of experts: what goes together, what is filled in, and what Megatron's layer gets."""
+
+import pytest
+from job_settings import job_settings
+
+from megatron.pretrain.model import build_config
+
+EXPERTS = "--num-experts 8 --disable-bias-linear"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--moe-router-topk 3", "--moe-router-topk needs --num-experts; add it"),
+        ("--moe-ffn-hidden-size 64", "--moe-ffn-hidden-size needs --num-experts"),
+        ("--moe-grouped-gemm", "--moe-grouped-gemm needs --num-experts"),
+        ("--expert-tensor-parallel-size 2", "--expert-tensor-parallel-size needs --num-experts"),
+        ("--num-experts 8", "--num-experts needs --disable-bias-linear"),
+        (f"{EXPERTS} --sandwich-norm", "does not go with --sandwich-norm"),
+        (f"{EXPERTS} --moe-router-topk 9", "topk 9 of --num-experts 8; use at most 8"),
+        (f"{EXPERTS} --moe-router-topk 1", "--moe-router-topk 1 needs --moe-router-pre-softmax"),
+        (
+            f"{EXPERTS} --moe-router-load-balancing-type none --moe-aux-loss-coeff 0.1",
+            "does not apply to --moe-router-load-balancing-type none; remove it",
+        ),
+        (f"{EXPERTS} --moe-token-drop-policy position", "needs --moe-expert-capacity-factor"),
+        (
+            f"{EXPERTS} --moe-router-load-balancing-type sinkhorn --moe-expert-capacity-factor 2",
+            "does not go with balancing by sinkhorn",
+        ),
+        (f"{EXPERTS} --moe-router-num-groups 4", "need each other; give both"),
+        (f"{EXPERTS} --moe-router-num-groups 3 --moe-router-group-topk 1", "3 must divide --num-experts 8"),
+        (f"{EXPERTS} --moe-router-num-groups 2 --moe-router-group-topk 4", "must be at most that"),
+        (f"{EXPERTS} --expert-tensor-parallel-size 2", "must divide the 1 ranks of a stage"),
+        (
+            f"{EXPERTS} --moe-grouped-gemm --transformer-impl local",
+            "needs --transformer-impl transformer_eng",
+        ),
+        (
+            f"{EXPERTS} --moe-aux-loss-coeff 0.1 --mlp-chunk-size 8",
+            "--moe-aux-loss-coeff is about all tokens of a micro batch, and --mlp-chunk-size runs",
+        ),
+        (
+            f"{EXPERTS} --moe-z-loss-coeff 0.1 --pipeline-schedule seq1f1b --num-slices 2",
+            "--moe-z-loss-coeff is about all tokens of a micro batch, and seq1f1b runs them in parts",
+        ),
+        (
+            f"{EXPERTS} --recompute-granularity selective --recompute-modules mlp",
+            "--recompute-modules mlp finds none in a model with --num-experts; use moe",
+        ),
+        (
+            "--recompute-granularity selective --recompute-modules moe",
+            "--recompute-modules moe finds none in a model without --num-experts; use mlp",
+        ),
+        ("--moe-layer-freq 2", "--moe-layer-freq 2: this of experts is not built"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        job_settings(options)
+
+
+def test_tensor_parallel_ranks_share_the_tokens_of_experts(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="--num-experts with --tensor-model-parallel-size needs --sequence"):
+        job_settings(f"{EXPERTS} --tensor-model-parallel-size 2")
+
+
+def test_what_is_left_out_is_as_in_megatron():
+    dense, experts = job_settings(), job_settings(f"{EXPERTS} --ffn-hidden-size 96")
+    assert (dense.experts.num_experts, dense.experts.moe_ffn_hidden_size) == (None, None)
+    assert experts.experts.moe_ffn_hidden_size == 96
+    assert experts.workload.model.experts.active == experts.experts.moe_router_topk == 2
+    assert build_config(dense).num_moe_experts is None
+
+
+def test_megatrons_layer_gets_what_is_asked_for():
+    config = build_config(
+        job_settings(
+            f"{EXPERTS} --moe-ffn-hidden-size 48 --moe-router-topk 4 --moe-router-load-balancing-type "
+            "seq_aux_loss --moe-aux-loss-coeff 0.01 --moe-z-loss-coeff 0.001 --moe-router-score-function "
+            "sigmoid --moe-router-topk-scaling-factor 2.5 --moe-router-num-groups 4 "
+            "--moe-router-group-topk 2 --moe-router-dtype fp32 --moe-token-dispatcher-type alltoall "
+            "--moe-expert-capacity-factor 1.5 --moe-token-drop-policy position --moe-router-pre-softmax"
+        )
+    )
+    assert {name: value for name, value in vars(config).items() if value and name.startswith("moe_")} == {
+        "moe_ffn_hidden_size": 48,
+        "moe_router_topk": 4,
+        "moe_router_load_balancing_type": "seq_aux_loss",
+        "moe_aux_loss_coeff": 0.01,
+        "moe_z_loss_coeff": 0.001,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_topk_scaling_factor": 2.5,
+        "moe_router_num_groups": 4,
+        "moe_router_group_topk": 2,
+        "moe_router_dtype": "fp32",
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_expert_capacity_factor": 1.5,
+        "moe_token_drop_policy": "position",
+        "moe_router_pre_softmax": True,
+        "moe_layer_freq": 1,
+        "moe_router_bias_update_rate": 0.001,
+        "moe_deepep_num_sms": 20,
+        "moe_hybridep_num_sms": 16,
+        "moe_flex_dispatcher_backend": "deepep",
+    }
