@@ -34,6 +34,9 @@ class Kind(str, Enum):
     SEND_D = "SEND_D"
     RECV_D = "RECV_D"
 
+    # Operations are keys of many tables; an enumeration would hash its members' names in Python.
+    __hash__ = str.__hash__
+
     @property
     def is_compute(self) -> bool:
         """True for F, B and W."""

@@ -12,10 +12,12 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 from helixpipe.json_input import parse_object
+from helixpipe.plan.computations import Computations
 from helixpipe.plan.context import Context, ContextIndex
 from helixpipe.plan.loan import Loan
 from helixpipe.plan.operation import Kind, Operation, message_of
 from helixpipe.plan.rows import json_rows
+from helixpipe.plan.wiring import Wiring
 
 Order: TypeAlias = tuple[Operation, ...]
 Parameter: TypeAlias = int | str
@@ -117,6 +119,18 @@ class Plan:
     def context_index(self) -> ContextIndex:
         """The messages of contexts by the computations at their ends."""
         return ContextIndex(self.contexts, has_backward=self.has_backward)
+
+    @cached_property
+    def computations(self) -> Computations:
+        """Its computations by number."""
+        return Computations.of(self.orders, self.placement, self.segment_names, self.micro_batch_names)
+
+    @cached_property
+    def wiring(self) -> Wiring:
+        """What its computations wait for and give rise to."""
+        return Wiring(
+            self.computations, self.orders, self.loans, self.context_index, is_lowered=self.is_lowered
+        )
 
     @cached_property
     def cost_names(self) -> tuple[str, ...]:

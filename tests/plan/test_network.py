@@ -37,26 +37,27 @@ def nodes(uplink=0.0):
 
 def test_a_message_takes_latency_and_its_bytes():
     links = Links(nodes())
-    assert links.send(4 * MEGABYTE, 0, 1, ready_ms=10) == 10 + 1 + 1
-    assert links.send(4 * MEGABYTE, 1, 2, ready_ms=10) == 10 + 2 + 2
+    assert links.send(links.route(4 * MEGABYTE, 0, 1), 10) == 10 + 1 + 1
+    assert links.send(links.route(4 * MEGABYTE, 1, 2), 10) == 10 + 2 + 2
 
 
 def test_messages_between_two_ranks_go_one_after_the_other():
     links = Links(nodes())
     # Latency is no time on the wire: the second message follows when the first has left.
-    assert [links.send(8 * MEGABYTE, 0, 1, 0) for _ in range(3)] == [1 + 2, 1 + 4, 1 + 6]
-    assert links.send(8 * MEGABYTE, 1, 0, 0) == 1 + 2, "the other direction is another link"
+    assert [links.send(links.route(8 * MEGABYTE, 0, 1), 0) for _ in range(3)] == [1 + 2, 1 + 4, 1 + 6]
+    assert links.send(links.route(8 * MEGABYTE, 1, 0), 0) == 1 + 2, "the other direction is another link"
 
 
 def test_ranks_of_a_node_share_its_uplink():
     free, shared = Links(nodes()), Links(nodes(uplink=2))
-    assert [free.send(2 * MEGABYTE, source, 2, 0) for source in (0, 1)] == [3, 3]
-    assert [shared.send(2 * MEGABYTE, source, 2, 0) for source in (0, 1)] == [3, 4]
+    assert [free.send(free.route(2 * MEGABYTE, source, 2), 0) for source in (0, 1)] == [3, 3]
+    assert [shared.send(shared.route(2 * MEGABYTE, source, 2), 0) for source in (0, 1)] == [3, 4]
     # Into a node as well: ranks 0 and 2 are in different nodes and send to rank 4's and 5's.
     into = Links(nodes(uplink=2))
-    assert [into.send(2 * MEGABYTE, source, target, 0) for source, target in ((0, 4), (2, 5))] == [3, 4]
+    routes = [into.route(2 * MEGABYTE, source, target) for source, target in ((0, 4), (2, 5))]
+    assert [into.send(route, 0) for route in routes] == [3, 4]
     within = Links(nodes(uplink=0.001))
-    assert within.send(4 * MEGABYTE, 2, 3, 0) == 2, "no uplink within a node"
+    assert within.send(within.route(4 * MEGABYTE, 2, 3), 0) == 2, "no uplink within a node"
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 9)), max_size=12))
@@ -65,7 +66,7 @@ def test_links_never_carry_two_messages_at_once(sends):
     for ready, (source, target, size) in enumerate(sends):
         if source == target:
             continue
-        arrival = links.send(size * MEGABYTE, source, target, ready)
+        arrival = links.send(links.route(size * MEGABYTE, source, target), ready)
         network = links.network
         latency = network.latency_ms if source // 2 == target // 2 else network.node_latency_ms
         end = arrival - latency

@@ -279,9 +279,7 @@ def _pipeline(job: Job, candidate: Candidate, *, fits_order: bool = False) -> Op
     if peak > job.memory_limit_bytes:
         return _too_large(job, candidate, peak)
     simulation = simulate(plan, costs)
-    found = _option(
-        job, candidate, iteration_ms(candidate, simulation), simulation.timeline.bubble_ratio, peak
-    )
+    found = _option(job, candidate, iteration_ms(candidate, simulation), simulation.bubble_ratio, peak)
     return replace(found, plan=plan, costs=costs)
 
 
@@ -290,7 +288,7 @@ def iteration_ms(candidate: Candidate, simulation: Simulation) -> float:
     if not SCHEDULES[candidate.schedule].repeats_sequences:
         return simulation.iteration_ms
     repeated = candidate.num_microbatches - 1
-    return simulation.iteration_ms + repeated * simulation.timeline.makespan_ms
+    return simulation.iteration_ms + repeated * simulation.makespan_ms
 
 
 def _context_parallel(job: Job) -> Iterator[Option | Rejection]:

@@ -58,8 +58,8 @@ def time_shares(finding: Finding, machine: Hardware | Pieces) -> list[Share]:
         exchanges_ms = saved_ms(unlinked)
         short_ms = saved_ms(machine.without_short_kernel_losses())
     simulated = simulate(plan, costs)
-    pipeline_ms = simulated.timeline.makespan_ms
-    alone_ms = simulate(plan, replace(costs, network=None, message_bytes=None)).timeline.makespan_ms
+    pipeline_ms = simulated.makespan_ms
+    alone_ms = simulate(plan, replace(costs, network=None, message_bytes=None)).makespan_ms
     # Of sequences that follow one another, one is planned.
     repeats = SCHEDULES[plan.schedule].repeats_sequences
     times = option.candidate.num_microbatches if repeats else 1

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import numpy as np
 
+from helixpipe.plan.computations import Numbers
 from helixpipe.plan.context_lifetime import Content, Holding, holdings
 from helixpipe.plan.operation import Operation
 from helixpipe.plan.plan import Plan
 from helixpipe.plan.simulation.costs import Costs
 
-_Changes = tuple[Counter[Operation], Counter[Operation]]
 
-
-def context_changes(plan: Plan, costs: Costs, rank: int) -> _Changes:
-    """Bytes that a rank takes as each operation starts, and drops as it ends.
+def context_changes(plan: Plan, costs: Costs, rank: int) -> tuple[Numbers, Numbers]:
+    """Bytes that a rank takes before each of its computations, and drops after it.
 
     See :func:`helixpipe.plan.context_lifetime.holdings`. Gradients in a message are as large as the keys and
     values; sums of them may have a wider type.
     """
-    taken: Counter[Operation] = Counter()
-    dropped: Counter[Operation] = Counter()
+    places: dict[Operation, int] = {}
+    num_computed = 0
+    for op in plan.orders[rank]:
+        places[op] = num_computed
+        num_computed += op.kind.is_compute
+    # What a message takes is there before the computation that follows it, if there is one.
+    taken, dropped = np.zeros((2, num_computed + 1), dtype=np.int64)
     for holding in holdings(plan, rank):
         size = sum(_bytes(plan, costs, holding, i) for i in holding.micro_batches)
-        taken[holding.start] += size
-        dropped[holding.end] += size
-    return taken, dropped
+        taken[places[holding.start]] += size
+        if holding.end.kind.is_compute:
+            dropped[places[holding.end]] += size
+        else:
+            taken[places[holding.end]] -= size
+    return taken[:-1], dropped[:-1]
 
 
 def _bytes(plan: Plan, costs: Costs, holding: Holding, micro_batch: int) -> int:

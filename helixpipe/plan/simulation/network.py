@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
 
 BYTES_PER_MS = 1e6  # of one GB/s
 
@@ -60,15 +62,29 @@ class Network:
         return num_bytes / (self.receive_gb_per_s * BYTES_PER_MS) if self.receive_gb_per_s else 0.0
 
 
+class Route(NamedTuple):
+    """What a message between two ranks needs.
+
+    Attributes:
+        total_ms: from its start to its arrival.
+        busy_ms: which links it keeps from others, by number, and for how long.
+    """
+
+    total_ms: float
+    busy_ms: tuple[tuple[int, float], ...] = ()
+
+
 class Links:
     """The state of a network's links while messages are sent, in the order of the times they are ready."""
 
     def __init__(self, network: Network) -> None:
         self.network = network
-        self._free_ms: dict[tuple[str, int, int], float] = {}
+        self._numbers: dict[tuple[str, int, int], int] = {}
+        self._free_ms: list[float] = []
+        self.route = cache(self._route)
 
-    def send(self, num_bytes: int, source: int, target: int, ready_ms: float) -> float:
-        """Send a message that is ready at ``ready_ms``; when it has arrived."""
+    def _route(self, num_bytes: int, source: int, target: int) -> Route:
+        """The route of a message between two ranks."""
         network = self.network
         nodes = network.node_of(source), network.node_of(target)
         latency_ms = network.latency_ms if nodes[0] == nodes[1] else network.node_latency_ms
@@ -77,7 +93,20 @@ class Links:
         if nodes[0] != nodes[1] and network.uplink_gb_per_s:
             uplink_ms = num_bytes / (network.uplink_gb_per_s * BYTES_PER_MS)
             busy_ms["out of node", nodes[0], 0] = busy_ms["into node", nodes[1], 0] = uplink_ms
-        start_ms = max([ready_ms] + [self._free_ms.get(link, 0.0) for link in busy_ms])
-        for link, duration_ms in busy_ms.items():
-            self._free_ms[link] = start_ms + duration_ms
-        return start_ms + total_ms
+        return Route(total_ms, tuple((self._number(link), ms) for link, ms in busy_ms.items()))
+
+    def _number(self, link: tuple[str, int, int]) -> int:
+        number = self._numbers.setdefault(link, len(self._numbers))
+        if number == len(self._free_ms):
+            self._free_ms.append(0.0)
+        return number
+
+    def send(self, route: Route, ready_ms: float) -> float:
+        """Send a message that is ready at ``ready_ms``; when it has arrived."""
+        free_ms, start_ms = self._free_ms, ready_ms
+        for link, _ in route.busy_ms:
+            if free_ms[link] > start_ms:
+                start_ms = free_ms[link]
+        for link, duration_ms in route.busy_ms:
+            free_ms[link] = start_ms + duration_ms
+        return start_ms + route.total_ms
