@@ -12,12 +12,12 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 from helixpipe.json_input import parse_object
-from helixpipe.plan.computations import Computations
+from helixpipe.plan.computations import Computations, Numbers
 from helixpipe.plan.context import Context, ContextIndex
 from helixpipe.plan.loan import Loan
 from helixpipe.plan.operation import Kind, Operation, message_of
 from helixpipe.plan.rows import json_rows
-from helixpipe.plan.wiring import Wiring
+from helixpipe.plan.wiring import Wiring, borrowing
 
 Order: TypeAlias = tuple[Operation, ...]
 Parameter: TypeAlias = int | str
@@ -131,6 +131,11 @@ class Plan:
         return Wiring(
             self.computations, self.orders, self.loans, self.context_index, is_lowered=self.is_lowered
         )
+
+    @cached_property
+    def borrowing(self) -> list[tuple[Numbers, Numbers]]:
+        """Of every rank, the places in ``loans`` that it takes, 1, and ends, -1, in its order."""
+        return borrowing(self.computations, self.loans)
 
     @cached_property
     def cost_names(self) -> tuple[str, ...]:

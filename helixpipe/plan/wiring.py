@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from helixpipe.plan.computations import NONE, Computations
+import numpy as np
+
+from helixpipe.plan.computations import NONE, Computations, Numbers
 from helixpipe.plan.context import ContextIndex, ContextMessage
 from helixpipe.plan.loan import Loan
 from helixpipe.plan.operation import Kind, Operation, message_of
@@ -20,7 +22,8 @@ class Wiring:
     Attributes:
         loans: in ascending order.
         contexts: messages of keys and values, and of their gradients.
-        needs: of each computation, the contents that it starts with.
+        others: by computation, the contents that it starts with beside the result of another, which stands
+            in ``Computations.inputs``.
         receivers: of each content, the rank that needs it; ``NONE`` if none does.
         receives: of each content, the operation that receives it.
         lent_at: by computation, the loans whose weights leave as it starts.
@@ -48,7 +51,7 @@ class Wiring:
         self.resent_at: Mapping[int, list[int]] = self._of_contexts(index.at_start_of)
         self.after: Mapping[int, list[int]] = self._of_contexts(index.after)
         self.num_makers = [len(index.producers[message]) for message in self.contexts]
-        self.needs = self._needs(index)
+        self.others = self._others(index)
         self.receivers = [
             *work.receivers.tolist(),
             NONE,
@@ -56,6 +59,11 @@ class Wiring:
             *(message.receiver for message in self.contexts),
         ]
         self.posted_after = self._posted_after(orders) if is_lowered else None
+
+    def needs(self, number: int) -> tuple[int, ...]:
+        """All contents that a computation starts with."""
+        result = int(self._work.inputs[number])
+        return (*(() if result == NONE else (result,)), *self.others.get(number, ()))
 
     @property
     def first_loan(self) -> int:
@@ -95,19 +103,15 @@ class Wiring:
             for operation, found in messages.items()
         }
 
-    def _needs(self, index: ContextIndex) -> list[tuple[int, ...]]:
-        needs: list[tuple[int, ...]] = [
-            () if number == NONE else (number,) for number in self._work.inputs.tolist()
-        ]
-        needed_by = self._of_contexts(index.needed_by)
-        needs.append(())  # of what the plan does not compute
-        for number, places in needed_by.items():
-            needs[number] += tuple(self.first_context + place for place in places)
+    def _others(self, index: ContextIndex) -> dict[int, tuple[int, ...]]:
+        others: dict[int, tuple[int, ...]] = {}
         for place, loan in enumerate(self.loans):
             for micro_batch in loan.micro_batches:
-                number = self._work.number(Operation(loan.segment, Kind.F, micro_batch))
-                needs[number] = (self.first_loan + place, *needs[number])
-        return needs
+                forward = self._work.number(Operation(loan.segment, Kind.F, micro_batch))
+                others[forward] = (self.first_loan + place,)
+        for number, places in self._of_contexts(index.needed_by).items():
+            others[number] = (*others.get(number, ()), *(self.first_context + place for place in places))
+        return others
 
     def _posted_after(self, orders: Sequence[Sequence[Operation]]) -> list[int]:
         posts = {}
@@ -125,3 +129,20 @@ class Wiring:
             posts.get((receiver, self.receive_of(content)), 0) if crosses else 0
             for content, (receiver, crosses) in enumerate(zip(self.receivers, crossing, strict=True))
         ]
+
+
+def borrowing(work: Computations, loans: Sequence[Loan]) -> list[tuple[Numbers, Numbers]]:
+    """Of every rank, the loans that it takes, 1, and ends, -1, in the order of its computations.
+
+    A loan lasts from the first of its computations to the last that adds to the weights' gradients; in a plan
+    without backwards, to the last forward.
+    """
+    changes: list[list[tuple[int, int, int]]] = [[] for _ in work.begins[1:]]
+    for place, loan in enumerate(loans):
+        forwards = [work.number(op) for op in loan.operations(Kind.F)]
+        ends = [work.last_of(loan.segment, i) for i in loan.micro_batches]
+        last = max(forwards if max(ends) == len(work.operations) else ends)
+        # Taken before others end, should both be at one computation.
+        changes[loan.borrower] += (min(forwards), -1, place), (last, 1, place)
+    rows = (np.array(sorted(found), dtype=np.int64).reshape(-1, 3) for found in changes)
+    return [(row[:, 2], -row[:, 1]) for row in rows]

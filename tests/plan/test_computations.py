@@ -67,7 +67,7 @@ def test_weights_and_keys_on_loan_are_needed_by_their_borrowers():
     assert len(wiring.contexts) == 2 * len(plan.contexts) > 0
     for place, loan in enumerate(wiring.loans):
         content = wiring.first_loan + place
-        users = {number for number, needs in enumerate(wiring.needs) if content in needs}
+        users = {number for number in range(len(work.operations)) if content in wiring.needs(number)}
         assert users == {work.number(op) for op in loan.operations(Kind.F)}
         assert wiring.receivers[content] == loan.borrower
         assert wiring.receive_of(content) == loan.weights_received

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from dataclasses import replace
 
@@ -125,6 +126,32 @@ def test_the_bound_of_stages_is_their_time_where_nothing_else_delays_them():
     first = next(group[0] for group in candidates(job) if group[0].schedule == "1f1b")
     outcome = evaluate(job, first)
     assert Outlook(job, first).least_ms(Recompute.NONE) == pytest.approx(outcome.iteration_ms, rel=1e-6)
+
+
+def test_what_its_links_carry_bounds_a_schedule_that_sends_much():
+    """Keys and values of slices between nodes of one GPU."""
+    apart = replace(MACHINE, gpus_per_node=1, nics_per_node=1, nic_gb_per_s=0.5)
+    job = layout_job(apart, workload(), Layout(pipeline=4), 8, 95.0)
+    first = next(group[0] for group in candidates(job) if group[0].schedule == "sliced-helix")
+    bound_ms = Outlook(job, first).least_ms(Recompute.NONE)
+    work_ms = Outlook(layout_job(MACHINE, workload(), Layout(pipeline=4), 8, 95.0), first).least_ms(
+        Recompute.NONE
+    )
+    assert 5 * work_ms < bound_ms < evaluate(job, first).iteration_ms < 2 * bound_ms
+
+
+def test_nothing_looks_for_cycles_during_a_search():
+    seen = []
+    search(
+        MACHINE,
+        workload(),
+        num_gpus=2,
+        global_batch=2,
+        accept=lambda layout, candidate: seen.append(gc.isenabled()) or False,
+    )
+    assert gc.isenabled()
+    assert seen
+    assert not any(seen)
 
 
 def test_little_memory_means_few_micro_batches_under_way():

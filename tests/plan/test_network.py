@@ -1,8 +1,10 @@
 """Messages that queue for links, and what a simulation makes of them."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +19,7 @@ from helixpipe.plan.simulation.costs import (
     uniform_costs,
 )
 from helixpipe.plan.simulation.memory import held_bytes, peak_bytes
-from helixpipe.plan.simulation.network import Links, Network
+from helixpipe.plan.simulation.network import Links, Network, busiest_link_ms
 from helixpipe.plan.simulation.simulate import simulate
 from helixpipe.plan.simulation.timeline import Level, Span, Timeline
 
@@ -74,6 +76,20 @@ def test_links_never_carry_two_messages_at_once(sends):
         assert start >= ready
         assert start >= busy.get((source, target), 0) - 1e-9
         busy[source, target] = end
+
+
+@given(
+    st.sampled_from([0.0, 2.0]),
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(0, 9)), max_size=12),
+)
+def test_the_busiest_link_is_busy_for_the_sum_of_its_messages(uplink, sends):
+    links, busy, num_bytes = Links(nodes(uplink)), Counter(), np.zeros((6, 6))
+    for source, target, size in sends:
+        if source != target:
+            num_bytes[source, target] += size * MEGABYTE
+            for link, milliseconds in links.route(size * MEGABYTE, source, target).busy_ms:
+                busy[link] += milliseconds
+    assert busiest_link_ms(links.network, num_bytes) == pytest.approx(max(busy.values(), default=0))
 
 
 def test_an_unlimited_network_equals_free_messages():

@@ -10,6 +10,7 @@ from helixpipe.plan.advise.candidates import Candidate, candidates
 from helixpipe.plan.advise.context_parallel import Exchange, predict_context_parallel
 from helixpipe.plan.advise.job import GIB, Job
 from helixpipe.plan.advise.messages import peak_with_messages
+from helixpipe.plan.advise.no_cycles import without_cycle_collection
 from helixpipe.plan.cost_model import Recompute, costs_of_plan
 from helixpipe.plan.operation import Kind
 from helixpipe.plan.plan import Plan
@@ -108,6 +109,11 @@ def advise(job: Job, accept: Callable[[Candidate], bool] = lambda candidate: Tru
         job: what is to be trained.
         accept: which candidates may be tried.
     """
+    with without_cycle_collection():
+        return _advise(job, accept)
+
+
+def _advise(job: Job, accept: Callable[[Candidate], bool]) -> Advice:
     groups = ([candidate for candidate in group if accept(candidate)] for group in candidates(job))
     outcomes = [outcome for group in groups for outcome in _first_that_fits(job, group)]
     outcomes += _context_parallel(job)

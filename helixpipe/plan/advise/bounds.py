@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
+
+import numpy as np
 
 from helixpipe.plan.advise.candidates import Candidate
 from helixpipe.plan.advise.job import Job
+from helixpipe.plan.computations import NONE, Numbers
 from helixpipe.plan.cost_model import Pieces, Recompute, costs_of_plan
 from helixpipe.plan.cost_model.segments import segment_costs, whole_layer_cost
 from helixpipe.plan.operation import Kind
 from helixpipe.plan.plan import Plan
 from helixpipe.plan.schedules import SCHEDULES, ScheduleRequest
-from helixpipe.plan.simulation.costs import Costs
+from helixpipe.plan.simulation.costs import Costs, LoanBytes
+from helixpipe.plan.simulation.network import busiest_link_ms
 
 
 def least_ms(pieces: Pieces, num_ranks: int, num_microbatches: int) -> float:
@@ -114,10 +118,11 @@ def least_bytes(pieces: Pieces, num_ranks: int) -> int:
 class Outlook:
     """Lower bounds of candidates that differ in what they recompute alone.
 
-    Of time: a rank cannot start before the first micro batch has passed all segments before its first one,
-    then does its own work, and after the last backward of that segment the micro batch has to pass the
-    others. Of a schedule whose segments change ranks, the busiest rank's work alone counts. Of memory: what a
-    rank holds when most forwards wait for their backward, in a plan of few micro batches.
+    Of time: the link with most to carry is busy all the while; and a rank cannot start before the first micro
+    batch has passed all segments before its first one, then does its own work, and after the last backward of
+    that segment the micro batch has to pass the others. Of a schedule whose segments change ranks, the
+    busiest rank's work alone counts. Of memory: what a rank holds when most forwards wait for their backward,
+    in a plan of few micro batches.
     """
 
     def __init__(self, job: Job, candidate: Candidate) -> None:
@@ -136,42 +141,77 @@ class Outlook:
         self._times = float(candidate.num_microbatches)
         if not SCHEDULES[candidate.schedule].repeats_sequences:
             self._times = request.num_microbatches / self._work.plan.num_sequences
+        self._link_ms = self._busiest_link_ms()
 
     def least_ms(self, recompute: Recompute) -> float:
         """What an iteration takes at least."""
-        costs = self._with(recompute)
-        pipeline_ms = max(_rank_ms(self._work, costs, rank, self._times) for rank in self._ranks)
+        work, costs = self._work, self._costs
+        segments = segment_costs(self._pieces, work.plan, recompute)
+        classes = work.plan.computations.classes
+        durations = np.array(
+            [segments[name].duration_ms(kind, splits_backward=splits) for kind, name, splits in classes]
+        )
+        counts = work.plan.computations.counts
+        is_waited_for = np.array([kind is not Kind.W for kind, _, _ in classes])
+        busy_ms = counts @ durations * self._times
+        waited_for_ms = counts @ (durations * is_waited_for) * self._times
+        lead_ms, tail_ms = (before @ durations for before in work.before)
+        pipeline_ms = float((lead_ms + np.maximum(busy_ms, waited_for_ms + tail_ms)).max())
+        pipeline_ms = max(pipeline_ms, self._link_ms)
         finish_ms = min(rank.gradient_reduction_ms for rank in costs.ranks)
         return pipeline_ms + finish_ms + max(rank.optimizer_ms for rank in costs.ranks)
 
+    def _busiest_link_ms(self) -> float:
+        """How long the link with most to carry is busy."""
+        costs, sent, p = self._costs, self._work.sent, self._work.plan.num_ranks
+        assert costs.network is not None
+        # Weights are lent once a round, and of rounds there are at least so many.
+        loans = (Kind.SEND_P, Kind.SEND_G)
+        times = np.array([int(self._times) if kind in loans else self._times for kind, _ in sent.sizes])
+        sizes = np.array([_message_bytes(costs, *size) for size in sent.sizes], dtype=np.float64) * times
+        num_bytes = np.zeros((p, p))
+        np.add.at(num_bytes, (sent.senders, sent.receivers), sizes[sent.places] * sent.counts)
+        return busiest_link_ms(costs.network, num_bytes)
+
     def least_bytes(self, recompute: Recompute) -> float:
         """What the rank with most holds at least."""
-        costs = self._with(recompute)
-        return max(_held_bytes(self._work, costs, rank) for rank in self._ranks)
+        segments = segment_costs(self._pieces, self._work.plan, recompute)
+        kept = np.array([segments[name].bytes for name in self._work.plan.cost_names])
+        static = np.array([rank.static_bytes for rank in self._costs.ranks])
+        return float((static + self._work.held @ kept).max())
 
-    @property
-    def _ranks(self) -> range:
-        return range(self._work.plan.num_ranks)
 
-    def _with(self, recompute: Recompute) -> Costs:
-        return replace(self._costs, segments=segment_costs(self._pieces, self._work.plan, recompute))
+class _Sent(NamedTuple):
+    """Messages of a plan.
+
+    Attributes:
+        sizes: of different messages: F for results in either direction, else the kind of the send; and the
+            segments, the segment whose weights are lent, or the cost names of the keys and values.
+        places, senders, receivers, counts: how many of a size, by its place, go from one rank to another.
+    """
+
+    sizes: tuple[tuple[Kind, tuple[str, ...]], ...]
+    places: Numbers
+    senders: Numbers
+    receivers: Numbers
+    counts: Numbers
 
 
 class _Work(NamedTuple):
-    """What ranks compute in a small plan of a schedule.
+    """What ranks compute in a small plan of a schedule, a row for each rank.
 
     Attributes:
         plan: of few micro batches.
-        counts: of each rank, how often each operation of each cost name.
-        held: of each rank, the cost names of forwards whose backward is still to come, when these are most.
-        before: of each rank, the segments that every micro batch passes before its first one; empty where
-            segments have no rank of their own.
+        held: how many forwards of each cost name wait for their backward, when these are most.
+        sent: its messages.
+        before: of each class of computations, how many forwards a micro batch passes before a rank's first
+            segment, and how many backwards after it; none where segments have no rank of their own.
     """
 
     plan: Plan
-    counts: tuple[Mapping[tuple[Kind, str], int], ...]
-    held: tuple[Mapping[str, int], ...]
-    before: tuple[range, ...]
+    held: Numbers
+    before: tuple[Numbers, Numbers]
+    sent: _Sent
 
 
 def _few(request: ScheduleRequest) -> int:
@@ -182,49 +222,57 @@ def _few(request: ScheduleRequest) -> int:
 @lru_cache(maxsize=4096)
 def _small_work(schedule: str, request: ScheduleRequest) -> _Work:
     plan = SCHEDULES[schedule].plan(request)
-    is_fixed = not plan.micro_batch_names and all(len(set(ranks)) == 1 for ranks in plan.placement)
-    firsts: dict[int, int] = {}
-    for segment in range(plan.num_segments if is_fixed else 0):
-        firsts.setdefault(plan.rank_of(segment, 0), segment)
-    ranks = range(plan.num_ranks)
-    return _Work(
-        plan,
-        tuple(
-            Counter((op.kind, plan.cost_name(op.segment, op.micro_batch)) for op in plan.orders[rank])
-            for rank in ranks
-        ),
-        tuple(_most_held(plan, rank) for rank in ranks),
-        tuple(range(firsts.get(rank, 0)) for rank in ranks),
-    )
+    work = plan.computations
+    classes = range(len(work.classes))
+    firsts = [0] * plan.num_ranks
+    if not plan.micro_batch_names and all(len(set(ranks)) == 1 for ranks in plan.placement):
+        homes = [ranks[0] for ranks in plan.placement]
+        firsts = [homes.index(rank) for rank in range(plan.num_ranks)]
+    before = []
+    for row in (0, 1):  # forwards, backwards
+        of_segment = work.class_of[work.table[row, :, 0]]
+        passed = [np.bincount(of_segment[:first], minlength=len(classes)) for first in firsts]
+        before.append(np.stack(passed))
+    return _Work(plan, _most_held(plan), (before[0], before[1]), _messages(plan))
 
 
-def _most_held(plan: Plan, rank: int) -> Mapping[str, int]:
-    held: Counter[str] = Counter()
-    most, most_held = 0, dict(held)
-    total = 0
-    for op in plan.orders[rank]:
-        change = {Kind.F: 1, Kind.B: -1}.get(op.kind, 0)
-        held[plan.cost_name(op.segment, op.micro_batch)] += change
-        total += change
-        if total > most:
-            most, most_held = total, dict(held)
-    return most_held
+def _messages(plan: Plan) -> _Sent:
+    work = plan.computations
+    crossing = np.bincount(work.edge_of[work.edge_of != NONE], minlength=len(work.edges)).tolist()
+    sent: Counter[tuple[tuple[Kind, tuple[str, ...]], int, int]] = Counter()
+    for edge, count in zip(work.edges, crossing, strict=True):
+        sent[(Kind.F, (edge.producer, edge.consumer)), edge.sender, edge.receiver] += count
+    for loan in plan.loans:
+        names = (plan.segment_names[loan.segment],)
+        sent[(Kind.SEND_P, names), loan.owner, loan.borrower] += 1
+        sent[(Kind.SEND_G, names), loan.borrower, loan.owner] += 1
+    for context in plan.contexts:
+        keys = Kind.SEND_K, tuple(plan.context_cost_name(i) for i in context.lent)
+        sent[keys, context.owner, context.borrower] += 1 + context.is_resent
+        sent[keys, context.borrower, context.owner] += 1
+    sizes = {size: place for place, size in enumerate(dict.fromkeys(size for size, _, _ in sent))}
+    rows = [(sizes[size], sender, receiver, count) for (size, sender, receiver), count in sent.items()]
+    return _Sent(tuple(sizes), *np.array(rows, dtype=np.int64).reshape(-1, 4).T)
 
 
-def _rank_ms(work: _Work, costs: Costs, rank: int, times: float) -> float:
-    splits = work.plan.splits_backward
-    by_kind = dict.fromkeys((Kind.F, Kind.B, Kind.W), 0.0)
-    for (kind, name), count in work.counts[rank].items():
-        by_kind[kind] += count * costs.duration_ms(kind, name, splits_backward=splits)
-    busy_ms = sum(by_kind.values()) * times
-    lead, tail = 0.0, 0.0
-    for segment in work.before[rank]:
-        name = work.plan.cost_name(segment, 0)
-        lead += costs.duration_ms(Kind.F, name, splits_backward=splits)
-        tail += costs.duration_ms(Kind.B, name, splits_backward=splits)
-    return lead + max(busy_ms, (by_kind[Kind.F] + by_kind[Kind.B]) * times + tail)
+def _message_bytes(costs: Costs, kind: Kind, names: tuple[str, ...]) -> int:
+    if kind is Kind.F:
+        return costs.num_bytes(*names)
+    if kind is Kind.SEND_K:
+        return sum(map(costs.context_message_bytes, names))
+    lent = costs.loan_bytes.get(names[0], LoanBytes(0, 0))
+    return lent.weights if kind is Kind.SEND_P else lent.gradients
 
 
-def _held_bytes(work: _Work, costs: Costs, rank: int) -> float:
-    held = sum(count * costs.segments[name].bytes for name, count in work.held[rank].items())
-    return costs.rank(rank).static_bytes + held
+def _most_held(plan: Plan) -> Numbers:
+    work = plan.computations
+    names = {name: place for place, name in enumerate(plan.cost_names)}
+    changes = np.array([{Kind.F: 1, Kind.B: -1}.get(kind, 0) for kind, _, _ in work.classes])
+    name_of = np.array([names[name] for _, name, _ in work.classes])
+    held = []
+    for begin, end in pairwise(work.begins):
+        classes = work.class_of[begin:end]
+        most = int(np.argmax(np.cumsum(changes[classes]))) + 1
+        until = classes[:most]
+        held.append(np.bincount(name_of[until], weights=changes[until], minlength=len(names)))
+    return np.stack(held).astype(np.int64)

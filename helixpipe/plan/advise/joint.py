@@ -13,11 +13,12 @@ from functools import partial
 from itertools import count
 from typing import NamedTuple
 
-from helixpipe.plan.advise.advice import LIGHTER, Option, evaluate, improve
+from helixpipe.plan.advise.advice import Option, evaluate, improve
 from helixpipe.plan.advise.bounds import Outlook, least_bytes, least_ms, least_ms_in_memory
 from helixpipe.plan.advise.candidates import Candidate, candidates, micro_batch_factors
 from helixpipe.plan.advise.job import GIB, Job
 from helixpipe.plan.advise.layouts import Layout, layout_job, layouts
+from helixpipe.plan.advise.no_cycles import without_cycle_collection
 from helixpipe.plan.cost_model import Hardware, Pieces, Workload
 from helixpipe.plan.schedules import SCHEDULES
 
@@ -134,14 +135,15 @@ def search(
         ValueError: no layout of so many GPUs can train such batches.
     """
     found = _Search(accept, exhaustive)
-    for layout in layouts(machine, workload, num_gpus, global_batch):
-        found.add_layout(machine, workload, layout, global_batch, memory_limit_gib)
-    if not found.num_layouts:
-        raise ValueError(
-            f"no layout of {num_gpus} GPUs can train batches of {global_batch} sequences: sizes must divide "
-            f"{num_gpus}, the {workload.model.num_layers} layers and the batch"
-        )
-    found.run()
+    with without_cycle_collection():
+        for layout in layouts(machine, workload, num_gpus, global_batch):
+            found.add_layout(machine, workload, layout, global_batch, memory_limit_gib)
+        if not found.num_layouts:
+            raise ValueError(
+                f"no layout of {num_gpus} GPUs can train batches of {global_batch} sequences: sizes must "
+                f"divide {num_gpus}, the {workload.model.num_layers} layers and the batch"
+            )
+        found.run()
     return found.advice()
 
 
@@ -315,9 +317,7 @@ class _Search:
         assert item.outlook is not None
         for number, candidate in enumerate(item.group):
             if item.outlook.least_bytes(candidate.recompute) <= item.job.memory_limit_bytes:
-                # Memory that is left lets some layers compute less again.
-                lightest = LIGHTER.get(candidate.recompute, candidate.recompute)
-                least_ms = item.outlook.least_ms(lightest)
+                least_ms = item.outlook.least_ms(candidate.recompute)
                 self._push(least_ms, item._replace(group=item.group[number:]))
                 return
 

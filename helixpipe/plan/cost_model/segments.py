@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, lru_cache
 from itertools import pairwise
 from typing import NamedTuple
+
+import numpy as np
 
 from helixpipe.plan.cost_model.pieces import PieceCost, Pieces
 from helixpipe.plan.cost_model.recomputation import (
@@ -27,8 +29,6 @@ from helixpipe.plan.cost_model.slices import (
     slices_up_to,
 )
 from helixpipe.plan.cost_model.work import GRADIENT_BYTES, Workload
-from helixpipe.plan.loan import Loan
-from helixpipe.plan.operation import Kind
 from helixpipe.plan.plan import Plan
 from helixpipe.plan.segment_names import role_of
 from helixpipe.plan.simulation.costs import ANY_EDGE, Costs, LoanBytes, RankCost, SegmentCost
@@ -50,6 +50,8 @@ class _Builder:
         self.shares = [_shares(self.workload, layer) for layer in layers]
         # Stages of a plan are mostly alike.
         self.segment = cache(self._segment)
+        # Plans of one layout are mostly cut alike.
+        self.segments: dict[Hashable, dict[str, SegmentCost]] = {}
 
     def _segment(self, parts: tuple[Part, ...], part_of: Slice = WHOLE) -> SegmentCost:
         """The cost of parts that run on one rank, one after the other."""
@@ -166,11 +168,10 @@ def costs_of_plan(pieces: Pieces, plan: Plan, recompute: Recompute | Sequence[Re
         ValueError: the plan is for another number of layers, gives one name to segments whose layers differ,
             or slices sequences that attention sees through windows.
     """
-    segments, messages = _segments_and_messages(pieces, plan, recompute)
     return Costs(
-        segments,
+        segment_costs(pieces, plan, recompute),
         {},
-        messages,
+        _message_bytes(_builder_of(pieces), plan),
         pieces.network,
         _rank_costs(pieces, plan),
         _loan_bytes(pieces.workload, plan),
@@ -179,26 +180,49 @@ def costs_of_plan(pieces: Pieces, plan: Plan, recompute: Recompute | Sequence[Re
 
 def segment_costs(
     pieces: Pieces, plan: Plan, recompute: Recompute | Sequence[Recompute]
-) -> dict[str, SegmentCost]:
+) -> Mapping[str, SegmentCost]:
     """Of :func:`costs_of_plan`, the segments alone: the rest is the same whatever is computed again."""
-    return _segments_and_messages(pieces, plan, recompute)[0]
-
-
-def _segments_and_messages(
-    pieces: Pieces, plan: Plan, recompute: Recompute | Sequence[Recompute]
-) -> tuple[dict[str, SegmentCost], dict[str, int]]:
     layers = pieces.workload.model.num_layers
     if plan.parameters.get("num_layers") != layers:
         raise ValueError(
             f"the plan has {plan.parameters.get('num_layers')} layers, {pieces.workload.model.name} has "
             f"{layers}; plan with --num-layers {layers}"
         )
-    levels = [recompute] * layers if isinstance(recompute, Recompute) else list(recompute)
+    levels = (recompute,) * layers if isinstance(recompute, Recompute) else tuple(recompute)
     if len(levels) != layers:
         raise ValueError(f"{len(levels)} ways of recomputing for {layers} layers; give one for each")
     builder = _builder_of(pieces)
-    build = _helix_costs if _cuts_layers(plan) else _stage_costs
-    return build(builder, plan, levels)
+    slices = tuple(_slices(pieces, plan).items())
+    cut_at = plan.parameters.get("attention_range")
+    known = plan.segment_names, cut_at, slices, levels
+    if known not in builder.segments:
+        build = _helix_segments if _cuts_layers(plan) else _stage_segments
+        builder.segments[known] = build(builder, plan, levels, dict(slices))
+    return builder.segments[known]
+
+
+def _message_bytes(builder: _Builder, plan: Plan) -> dict[str, int]:
+    """Bytes of every message, by edge and context."""
+    slices = _slices(builder.pieces, plan)
+    if not _cuts_layers(plan):
+        size = builder.message_bytes(("residual",))
+        if not plan.micro_batch_names:
+            return {ANY_EDGE: size}
+        return {
+            f"{first}/{kind}->{second}/{kind}": int(size * part_of.tokens)
+            for first, second in pairwise(plan.segment_names)
+            for kind, part_of in slices.items()
+        }
+    messages = {}
+    crossing = _crossing_bytes(builder, plan)
+    for kind, part_of in slices.items():
+        suffix = f"/{kind}" if kind else ""
+        for (first, second), size in crossing.items():
+            messages[f"{first}{suffix}->{second}{suffix}"] = int(size * part_of.tokens)
+        if plan.contexts:
+            lent = builder.context_bytes(part_of) * builder.workload.tensor_parallel
+            messages[f"context{suffix}"] = lent
+    return messages
 
 
 def _cuts_layers(plan: Plan) -> bool:
@@ -206,11 +230,10 @@ def _cuts_layers(plan: Plan) -> bool:
     return "attention_range" in plan.parameters
 
 
-def _stage_costs(
-    builder: _Builder, plan: Plan, levels: Sequence[Recompute]
-) -> tuple[dict[str, SegmentCost], dict[str, int]]:
+def _stage_segments(
+    builder: _Builder, plan: Plan, levels: Sequence[Recompute], slices: Mapping[str, Slice]
+) -> dict[str, SegmentCost]:
     per_stage = len(levels) // plan.num_segments
-    slices = _slices(builder.pieces, plan)
     segments = {}
     for number, name in enumerate(plan.segment_names):
         own = range(number * per_stage, (number + 1) * per_stage)
@@ -221,20 +244,12 @@ def _stage_costs(
             if part_of.end < 1:
                 cost = replace(cost, gradient_bytes=builder.context_gradient_bytes(part_of) * per_stage)
             segments[f"{name}/{kind}" if kind else name] = cost
-    size = builder.message_bytes(("residual",))
-    if not plan.micro_batch_names:
-        return segments, {ANY_EDGE: size}
-    names = plan.segment_names
-    return segments, {
-        f"{first}/{kind}->{second}/{kind}": int(size * part_of.tokens)
-        for first, second in pairwise(names)
-        for kind, part_of in slices.items()
-    }
+    return segments
 
 
-def _helix_costs(
-    builder: _Builder, plan: Plan, levels: Sequence[Recompute]
-) -> tuple[dict[str, SegmentCost], dict[str, int]]:
+def _helix_segments(
+    builder: _Builder, plan: Plan, levels: Sequence[Recompute], slices: Mapping[str, Slice]
+) -> dict[str, SegmentCost]:
     chains = _cut_layers(builder, plan, levels)
     parts: dict[str, list[Part]] = {}
     for name, own in zip(plan.segment_names, chains, strict=True):
@@ -243,25 +258,18 @@ def _helix_costs(
                 f"segments named {name} differ in what they recompute, in their attention's window or in "
                 "their MLP; plan with a kind for each kind of layer"
             )
-    segments, messages = {}, {}
-    crossing = _crossing_bytes(builder, plan)
-    for kind, part_of in _slices(builder.pieces, plan).items():
+    segments = {}
+    for kind, part_of in slices.items():
         suffix = f"/{kind}" if kind else ""
         for name, own in parts.items():
             segments[name + suffix] = builder.segment(tuple(own), part_of)
             if kind and role_of(name) == "attention":
-                lent = builder.context_bytes(part_of)
                 segments[name + suffix] = replace(
                     segments[name + suffix],
-                    context_bytes=lent,
+                    context_bytes=builder.context_bytes(part_of),
                     gradient_bytes=builder.context_gradient_bytes(part_of),
                 )
-        for (first, second), size in crossing.items():
-            messages[f"{first}{suffix}->{second}{suffix}"] = int(size * part_of.tokens)
-        if plan.contexts:
-            lent = builder.context_bytes(part_of) * builder.workload.tensor_parallel
-            messages[f"context{suffix}"] = lent
-    return segments, messages
+    return segments
 
 
 def _cut_layers(builder: _Builder, plan: Plan, levels: Sequence[Recompute]) -> list[list[Part]]:
@@ -373,23 +381,11 @@ def _borrowed_bytes(pieces: Pieces, plan: Plan) -> list[int]:
     """What each rank holds of others' weights when it has borrowed most: rounds may overlap."""
     workload = pieces.workload
     lent = _lent_parameters(workload, plan)
-    loans = {(loan.segment, i): loan for loan in plan.loans for i in loan.micro_batches}
-    most = [0] * plan.num_ranks
-    for rank, order in enumerate(plan.orders if loans else ()):
-        held = 0
-        left: dict[Loan, int] = {}
-        for op in order:
-            loan = loans.get((op.segment, op.micro_batch)) if op.kind.is_compute else None
-            if loan is None:
-                continue
-            size = lent[plan.segment_names[loan.segment]]
-            if loan not in left:
-                left[loan] = len(loan.micro_batches)
-                held += size
-                most[rank] = max(most[rank], held)
-            if op.kind is (plan.last_kind(op.micro_batch) if plan.has_backward else Kind.F):
-                left[loan] -= 1
-                held -= size if left[loan] == 0 else 0
+    sizes = np.array([lent[plan.segment_names[loan.segment]] for loan in plan.loans], dtype=np.int64)
+    most = (
+        int(np.cumsum(sizes[places] * signs).max(initial=0)) if len(places) else 0
+        for places, signs in plan.borrowing
+    )
     return [parameters * workload.element_bytes for parameters in most]
 
 

@@ -57,7 +57,9 @@ class Clock:
         self.returned_ms = [0.0] * plan.num_ranks
 
         self._wiring = wiring
-        self._needs, self._receivers = wiring.needs, wiring.receivers
+        self._receivers = wiring.receivers
+        # ``NONE`` stands for a content that is there from the start.
+        self._inputs = work.inputs.tolist()
         durations = [
             costs.duration_ms(kind, name, splits_backward=splits) for kind, name, splits in work.classes
         ]
@@ -68,7 +70,7 @@ class Clock:
         self._free_ms = [0.0] * plan.num_ranks
         self._ended_ms = [-_NEVER] * plan.num_ranks  # what the rank has started last ends here
         # When the receiver of each content has it, and what it spends on the message first.
-        self._arrival_ms = [_NEVER] * len(wiring.receivers)
+        self._arrival_ms = [*[_NEVER] * len(wiring.receivers), 0.0]
         self._receive_ms: dict[int, float] = {}
         self._blocked_by = [NONE] * plan.num_ranks
         self._woken: list[int] = []
@@ -136,9 +138,8 @@ class Clock:
         number = self._next[rank]
         if number == self._last[rank]:
             return
-        start_ms = self._free_ms[rank]
-        waited_for = NONE
-        for content in self._needs[number]:
+        start_ms, waited_for, wiring = self._free_ms[rank], NONE, self._wiring
+        for content in (self._inputs[number], *wiring.others.get(number, ())):
             arrival_ms = self._arrival_ms[content]
             if arrival_ms == _NEVER:
                 self._blocked_by[rank] = content
@@ -148,12 +149,11 @@ class Clock:
         if waited_for != NONE:
             self.waits[rank].append(Wait(waited_for, self._free_ms[rank], start_ms))
         if self._has_ends:
-            start_ms += sum(self._receive_ms.pop(content, 0.0) for content in self._needs[number])
+            start_ms += sum(self._receive_ms.pop(content, 0.0) for content in wiring.needs(number))
         end_ms = start_ms + self._durations_ms[number]
         self.starts_ms[number], self.ends_ms[number] = start_ms, end_ms
         self._free_ms[rank] = self._ended_ms[rank] = end_ms
         self._next[rank] = number + 1
-        wiring = self._wiring
         for place in wiring.lent_at.get(number, ()):
             heapq.heappush(self._events, (start_ms, wiring.loans[place].owner, _LENDS, place))
         for place in wiring.resent_at.get(number, ()):

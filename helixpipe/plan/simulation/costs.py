@@ -46,6 +46,14 @@ class SegmentCost:
     gradient_bytes: int = 0
     context_bytes: int = 0
 
+    def duration_ms(self, kind: Kind, *, splits_backward: bool) -> float:
+        """Milliseconds of one compute operation; B is the whole backward unless its micro batch has W."""
+        if kind is Kind.F:
+            return self.forward
+        if kind is Kind.W:
+            return self.weight
+        return self.backward if splits_backward else self.backward + self.weight
+
     @property
     def held_for_weight(self) -> int:
         """Bytes held between B and W."""
@@ -102,12 +110,7 @@ class Costs:
 
     def duration_ms(self, kind: Kind, name: str, *, splits_backward: bool) -> float:
         """Milliseconds of one compute operation; B is the whole backward unless its micro batch has W."""
-        cost = self.segments[name]
-        if kind is Kind.F:
-            return cost.forward
-        if kind is Kind.W:
-            return cost.weight
-        return cost.backward if splits_backward else cost.backward + cost.weight
+        return self.segments[name].duration_ms(kind, splits_backward=splits_backward)
 
     def transfer_ms(self, producer: str, consumer: str) -> float:
         """Milliseconds of a message over the edge between two segments, named in forward direction."""

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 BYTES_PER_MS = 1e6  # of one GB/s
 
 
@@ -110,3 +113,22 @@ class Links:
         for link, duration_ms in route.busy_ms:
             free_ms[link] = start_ms + duration_ms
         return start_ms + route.total_ms
+
+
+def busiest_link_ms(network: Network, num_bytes: npt.NDArray[np.float64]) -> float:
+    """How long the link with most to carry is busy.
+
+    Args:
+        network: of the ranks.
+        num_bytes: from each rank, a row, to each rank, a column.
+    """
+    nodes = np.array([network.node_of(rank) for rank in range(len(num_bytes))])
+    crosses = nodes[:, None] != nodes[None, :]
+    rates = np.where(crosses, network.node_gb_per_s or 1.0, network.gb_per_s) * BYTES_PER_MS
+    busiest_ms = float((num_bytes / rates).max())
+    if network.uplink_gb_per_s:
+        crossing = num_bytes * crosses
+        by_node = np.zeros((nodes.max() + 1, 2))
+        np.add.at(by_node, nodes, np.stack([crossing.sum(axis=1), crossing.sum(axis=0)], axis=1))
+        busiest_ms = max(busiest_ms, float(by_node.max()) / (network.uplink_gb_per_s * BYTES_PER_MS))
+    return busiest_ms
