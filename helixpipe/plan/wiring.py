@@ -22,8 +22,8 @@ class Wiring:
     Attributes:
         loans: in ascending order.
         contexts: messages of keys and values, and of their gradients.
-        others: by computation, the contents that it starts with beside the result of another, which stands
-            in ``Computations.inputs``.
+        with_loans: by computation, the contents that it starts with, where these are more than the result
+            that ``Computations.inputs`` names: weights, the result, keys and values.
         receivers: of each content, the rank that needs it; ``NONE`` if none does.
         receives: of each content, the operation that receives it.
         lent_at: by computation, the loans whose weights leave as it starts.
@@ -51,7 +51,7 @@ class Wiring:
         self.resent_at: Mapping[int, list[int]] = self._of_contexts(index.at_start_of)
         self.after: Mapping[int, list[int]] = self._of_contexts(index.after)
         self.num_makers = [len(index.producers[message]) for message in self.contexts]
-        self.others = self._others(index)
+        self.with_loans = self._with_loans(index)
         self.receivers = [
             *work.receivers.tolist(),
             NONE,
@@ -62,8 +62,7 @@ class Wiring:
 
     def needs(self, number: int) -> tuple[int, ...]:
         """All contents that a computation starts with."""
-        result = int(self._work.inputs[number])
-        return (*(() if result == NONE else (result,)), *self.others.get(number, ()))
+        return self.with_loans.get(number) or self._result_for(number)
 
     @property
     def first_loan(self) -> int:
@@ -103,15 +102,20 @@ class Wiring:
             for operation, found in messages.items()
         }
 
-    def _others(self, index: ContextIndex) -> dict[int, tuple[int, ...]]:
-        others: dict[int, tuple[int, ...]] = {}
+    def _result_for(self, number: int) -> tuple[int, ...]:
+        result = int(self._work.inputs[number]) if number < len(self._work.inputs) else NONE
+        return () if result == NONE else (result,)
+
+    def _with_loans(self, index: ContextIndex) -> dict[int, tuple[int, ...]]:
+        found: dict[int, tuple[int, ...]] = {}
         for place, loan in enumerate(self.loans):
             for micro_batch in loan.micro_batches:
                 forward = self._work.number(Operation(loan.segment, Kind.F, micro_batch))
-                others[forward] = (self.first_loan + place,)
+                found[forward] = (self.first_loan + place, *self._result_for(forward))
         for number, places in self._of_contexts(index.needed_by).items():
-            others[number] = (*others.get(number, ()), *(self.first_context + place for place in places))
-        return others
+            before = found.get(number) or self._result_for(number)
+            found[number] = (*before, *(self.first_context + place for place in places))
+        return found
 
     def _posted_after(self, orders: Sequence[Sequence[Operation]]) -> list[int]:
         posts = {}

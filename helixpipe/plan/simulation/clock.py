@@ -139,7 +139,7 @@ class Clock:
         if number == self._last[rank]:
             return
         start_ms, waited_for, wiring = self._free_ms[rank], NONE, self._wiring
-        for content in (self._inputs[number], *wiring.others.get(number, ())):
+        for content in wiring.with_loans.get(number) or (self._inputs[number],):
             arrival_ms = self._arrival_ms[content]
             if arrival_ms == _NEVER:
                 self._blocked_by[rank] = content
