@@ -19,6 +19,11 @@ def gelu_tanh(input: Tensor) -> Tensor:
     return functional.gelu(input, approximate="tanh")
 
 
+def quick_gelu(input: Tensor) -> Tensor:
+    """GELU by a sigmoid, as Megatron and gpt-oss have it; Megatron's own compiles at its first use."""
+    return input * torch.sigmoid(1.702 * input)
+
+
 def add_gradient(total: Tensor, gradient: Tensor) -> None:
     """``total += gradient``; in one pass of 16-byte accesses where a gradient is added to a sum in fp32."""
     fits = has_type(gradient) and total.dtype is torch.promote_types(gradient.dtype, torch.float32)

@@ -83,7 +83,7 @@ def initialize_weights(model: torch.nn.Module, config: TransformerConfig, seed: 
         if name.endswith("bias"):
             parameter.zero_()
             continue
-        if parameter.dim() < 2:
+        if parameter.dim() < 2 and not name.endswith("softmax_offset"):
             continue  # norm weights start at one
         initialize = config.init_method
         if name.endswith(_OUTPUT_PROJECTIONS):

@@ -6,16 +6,19 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import MegatronModule, ModuleSpec, TransformerConfig
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.transformer.utils import sharded_state_dict_default
 
-from helixpipe.layers.experts import unsupported_experts
+from helixpipe.layers.experts import check_parts, unsupported_experts
 from helixpipe.layers.rotary import POSITIONS
 from helixpipe.layers.spec import LayerPart, partial_layer_spec
+from helixpipe.layers.variants import cap_logits
 from helixpipe.refusals import refuse
 
 
@@ -83,6 +86,25 @@ def build_norm(config: TransformerConfig, norm: type) -> torch.nn.Module:
     return found
 
 
+def build_head(
+    config: TransformerConfig, vocab_size: int, group: dist.ProcessGroup, *, is_tied: bool
+) -> ColumnParallelLinear:
+    """The layer from hidden states to logits, without a weight of its own where it uses the embedding's."""
+    head = ColumnParallelLinear(
+        config.hidden_size,
+        vocab_size,
+        config=config,
+        init_method=config.init_method,
+        bias=False,
+        skip_bias_add=False,
+        gather_output=False,
+        skip_weight_param_allocation=is_tied,
+        tp_group=group,
+    )
+    cap_logits(head, config)
+    return head
+
+
 def owned_parts(
     num_layers: int, owned_segments: Collection[int], attention_part: LayerPart, per_layer: int = 2
 ) -> dict[int, LayerPart]:
@@ -106,8 +128,21 @@ def owned_parts(
     return parts
 
 
-def check_supported(config: TransformerConfig, position_embedding_type: str) -> None:
+def check_supported(
+    config: TransformerConfig,
+    position_embedding_type: str,
+    attention_range: str = "core",
+    *,
+    has_slices: bool = False,
+) -> None:
     """``ValueError`` for options that would be ignored or wrong when a layer runs in segments."""
+    if has_slices:
+        check_parts(config, "a schedule that cuts sequences")
+    if config.softmax_type == "learnable" and (attention_range == "core" or has_slices):
+        raise ValueError(
+            "--softmax-type learnable lends sinks with QKV, of whole sequences; use helix with "
+            "--attention-range qkv or block, or 1f1b"
+        )
     unsupported = {
         **unsupported_experts(config),
         "multi-latent attention": config.multi_latent_attention,
@@ -120,7 +155,6 @@ def check_supported(config: TransformerConfig, position_embedding_type: str) -> 
         "fused QKV rotary positions": config.fused_single_qkv_rope,
         "layers without rotary positions": bool(config.no_rope_freq),
         "fp32 residual connections": config.fp32_residual_connection,
-        "softmax variants": config.softmax_type != "vanilla",
         "CPU offloading": config.cpu_offloading,
         "CUDA graphs": config.cuda_graph_impl != "none",
         f"position embedding {position_embedding_type!r}": position_embedding_type not in POSITIONS,

@@ -27,6 +27,7 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 from torch import Tensor
 
+from helixpipe.layers.attention.core import FlashCoreAttention
 from helixpipe.layers.attention.windows import window_of
 from helixpipe.layers.borrowed_modules import BorrowedModules
 from helixpipe.layers.chunked_loss import chunked_loss
@@ -35,7 +36,6 @@ from helixpipe.layers.elastic.context import ContextStore
 from helixpipe.layers.elastic.core_attention import attend_to_slices
 from helixpipe.layers.elastic.layout import ChunkLayout
 from helixpipe.layers.elastic.positions import rotate_at
-from helixpipe.layers.experts import check_parts
 from helixpipe.layers.recomputing_layer import (
     NOTHING_SAVED,
     MemorySaving,
@@ -46,6 +46,7 @@ from helixpipe.layers.recomputing_layer import (
 from helixpipe.layers.rotary import angles_of, build_rotary, rotate
 from helixpipe.layers.segmented_decoder import (
     SegmentedDecoder,
+    build_head,
     build_norm,
     check_supported,
     owned_parts,
@@ -59,7 +60,7 @@ from helixpipe.layers.spec import (
     layer_spec,
     partial_layer_spec,
 )
-from helixpipe.layers.variants import build_local_rotary, cap_logits, scale_embedding
+from helixpipe.layers.variants import build_local_rotary, scale_embedding
 from helixpipe.plan.cost_model import Recompute
 
 Tensors = tuple[Tensor, ...]
@@ -112,9 +113,7 @@ class SegmentedGPTModel(LanguageModule):
         contexts: ContextStore | None = None,
         **rotary: Any,
     ) -> None:
-        check_supported(config, position_embedding_type)
-        if contexts is not None:
-            check_parts(config, "a schedule that cuts sequences")
+        check_supported(config, position_embedding_type, attention_range, has_slices=contexts is not None)
         super().__init__(config=config)
         self.model_type = ModelType.encoder_or_decoder
         self.segments_per_layer = 2 if contexts is None or attention_range == "core" else 3
@@ -152,7 +151,8 @@ class SegmentedGPTModel(LanguageModule):
         # Every rank runs the core attention of every layer; it has no weights and is no submodule.
         self._cores = [self._build_core(spec, number) for number, spec in enumerate(specs)]
         if self.post_process:
-            self.output_layer = self._build_output_layer(config, share_embeddings_and_output_weights)
+            tied = share_embeddings_and_output_weights
+            self.output_layer = build_head(config, vocab_size, self.pg_collection.tp, is_tied=tied)
             if saving.loss_chunk_size is not None:
                 mark_sliced([self.output_layer])
         self._mark_embedding_parameters()
@@ -189,24 +189,14 @@ class SegmentedGPTModel(LanguageModule):
             softmax_scale=self.config.softmax_scale,
             pg_collection=self.pg_collection,
         )
+        if self.config.softmax_type == "learnable":
+            if not isinstance(found, FlashCoreAttention):
+                raise ValueError(
+                    "--softmax-type learnable does not go with --attention-backend unfused; use 1f1b"
+                )
+            # Those of the layer are used, which may be lent.
+            found.softmax_offset = None
         return found
-
-    def _build_output_layer(
-        self, config: TransformerConfig, is_tied: bool
-    ) -> tensor_parallel.ColumnParallelLinear:
-        head = tensor_parallel.ColumnParallelLinear(
-            config.hidden_size,
-            self.vocab_size,
-            config=config,
-            init_method=config.init_method,
-            bias=False,
-            skip_bias_add=False,
-            gather_output=False,
-            skip_weight_param_allocation=is_tied,
-            tp_group=self.pg_collection.tp,
-        )
-        cap_logits(head, config)
-        return head
 
     def _borrowed_attention(self, spec: ModuleSpec, part: LayerPart) -> BorrowedModules:
         config = _borrowing_config(self.config)
@@ -217,7 +207,7 @@ class SegmentedGPTModel(LanguageModule):
         config = _borrowing_config(self.config)
         part = partial_layer_spec(spec, LayerPart.POST & ~self._attention_part)
         # The weight is borrowed either way, from the embedding where it is tied.
-        output_layer = self._build_output_layer(config, is_tied=False)
+        output_layer = build_head(config, self.vocab_size, self.pg_collection.tp, is_tied=False)
         if self.saving.loss_chunk_size is not None:
             mark_sliced([output_layer])
         # Megatron adds what comes before a contiguous stage; losses of routers are kept by layer.
@@ -360,11 +350,14 @@ class SegmentedGPTModel(LanguageModule):
         """Attention of layer ``number`` with what its segment has beside, with the weights of ``layer``."""
         before = LayerPart.PRE & self._attention_part if self.segments_per_layer == 2 else LayerPart(0)
         core = self._cores[number]
+        options: dict[str, Any] = {"attn_mask_type": AttnMaskType.causal, "packed_seq_params": layout}
+        if self.config.softmax_type == "learnable":
+            assert layer is not None
+            options["sink"] = layer.self_attention.core_attention.softmax_offset
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            mask = AttnMaskType.causal
             with self._random_state(self.config.attention_dropout):
-                output: Tensor = core(query, key, value, None, attn_mask_type=mask, packed_seq_params=layout)
+                output: Tensor = core(query, key, value, None, **options)
             return output
 
         level = self.saving.level(number)

@@ -153,12 +153,11 @@ def leaves_attention_to_engine(config: TransformerConfig, implementation: Implem
     if implementation.modules != TRANSFORMER_ENGINE.modules or holds_scores(config, implementation):
         return False
     is_capped = bool(variants_of(config).attention_softcap)
-    is_open = implementation.attention == AUTO and not is_capped
+    is_open = implementation.attention == AUTO and not is_capped and config.softmax_type == "vanilla"
     only_there = {
         "attention dropout": bool(config.attention_dropout),
-        # A backend that is named computes windows in blocks, and so do those that cap scores.
+        # A backend that is named computes windows in blocks, and so it is with caps and sinks.
         "sliding windows": config.window_size is not None and is_open,
-        f"the softmax variant {config.softmax_type!r}": config.softmax_type != "vanilla",
         "context parallelism": config.context_parallel_size > 1,
     }
     asked_for = [name for name, is_set in only_there.items() if is_set]

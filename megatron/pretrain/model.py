@@ -17,7 +17,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
-from helixpipe.kernels.choice import gelu_tanh
+from helixpipe.kernels.choice import gelu_tanh, quick_gelu
 from helixpipe.kernels.extension import load as load_kernels
 from helixpipe.layers.attention.choice import Choice, choose, problem_of
 from helixpipe.layers.fusions import can_fuse_rope, fuse_weight_gradients, has_apex_accumulation
@@ -78,7 +78,9 @@ def build_config(settings: JobSettings) -> TransformerConfig:
         use_cpu_initialization=True,
         bias_dropout_fusion=fuse,
         bias_activation_fusion=fuse
-        and not (model.openai_gelu or model.geglu)
+        and not (model.openai_gelu or model.geglu or model.quick_geglu)
+        and model.activation_func_clamp_value is None
+        and not model.glu_linear_offset
         and (model.swiglu or model.add_bias_linear),
         # The fused accumulation is part of Megatron's whole backward pass.
         gradient_accumulation_fusion=(
@@ -109,7 +111,10 @@ def _of_model(model: ModelSettings) -> dict[str, Any]:
         "layernorm_epsilon": model.norm_epsilon,
         "layernorm_zero_centered_gamma": model.apply_layernorm_1p,
         "softmax_scale": model.softmax_scale,
-        "gated_linear_unit": model.swiglu or model.geglu,
+        "softmax_type": model.softmax_type,
+        "gated_linear_unit": model.swiglu or model.geglu or model.quick_geglu,
+        "glu_linear_offset": model.glu_linear_offset,
+        "activation_func_clamp_value": model.activation_func_clamp_value,
         "activation_func": _activation(model),
         "add_bias_linear": model.add_bias_linear,
         "add_qkv_bias": model.add_qkv_bias,
@@ -166,6 +171,8 @@ def _add_variants(config: TransformerConfig, model: ModelSettings) -> None:
 def _activation(model: ModelSettings) -> Callable[[torch.Tensor], torch.Tensor]:
     if model.swiglu:
         return torch.nn.functional.silu
+    if model.quick_geglu:
+        return quick_gelu
     return gelu_tanh if model.openai_gelu or model.geglu else torch.nn.functional.gelu
 
 

@@ -197,8 +197,6 @@ def configured(**values):
         ({}, {"kind": "cross"}, "self-attention"),
         ({"window_size": (16, 2)}, {}, "--window-size 16,2 reaches 2 tokens ahead; use 16,0"),
         ({"apply_query_key_layer_scaling": True}, {}, "query-key layer scaling"),
-        ({"softmax_type": "off-by-one"}, {}, "softmax"),
-        ({"softmax_type": "learnable"}, {}, "softmax"),
     ],
 )
 def test_what_the_kernels_cannot_do_is_refused(config, arguments, named):

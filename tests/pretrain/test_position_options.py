@@ -56,3 +56,29 @@ def test_yarn_has_the_values_of_its_paper():
     assert (args.yarn_beta_fast, args.yarn_beta_slow, args.rotary_scaling_factor) == (32.0, 1.0, 4.0)
     assert parse(f"{YARN} --yarn-beta-fast 8").model.yarn_beta_fast == 8.0
     assert parse("--padded-vocab-size 512").model.padded_vocab_size == 512
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--attention-range core", "--attention-range core does not; use qkv or block"),
+        ("--attention-range auto", "--attention-range auto does not|--attention-range core does not"),
+        (
+            "--pipeline-schedule sliced-helix --attention-range block",
+            "go with sliced-helix; use helix or seq",
+        ),
+    ],
+)
+def test_learned_sinks_need_lent_weights(options, message, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = "--softmax-type learnable --pipeline-model-parallel-size 2 --pipeline-schedule helix"
+    with pytest.raises(ValueError, match=message):
+        parse(f"{line} {options}")
+    assert parse(f"{line} --attention-range block").model.softmax_type == "learnable"
+
+
+@pytest.mark.parametrize("option", ["--glu-linear-offset 1", "--activation-func-clamp-value 7"])
+def test_what_is_of_a_gate_needs_one(option):
+    with pytest.raises(ValueError, match="is for a gated MLP; add --swiglu or --geglu or --quick-geglu"):
+        parse(option)
+    assert parse(f"--quick-geglu {option}").model.quick_geglu

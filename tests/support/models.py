@@ -27,6 +27,7 @@ from megatron.core.transformer.module import Float16Module  # noqa: E402
 from megatron.core.transformer.moe import moe_utils  # noqa: E402
 from split_plans import with_weight_gradients  # noqa: E402
 
+from helixpipe.kernels.choice import quick_gelu  # noqa: E402
 from helixpipe.layers.elastic.context import ContextStore  # noqa: E402
 from helixpipe.layers.elastic.model import build_elastic_gpt  # noqa: E402
 from helixpipe.layers.gpt import build_gpt  # noqa: E402
@@ -177,7 +178,7 @@ def forget_router_losses() -> None:
 
 
 def make_config(case: Case) -> TransformerConfig:
-    llama = case.style == "llama"
+    llama = case.style != "gpt"
     config = TransformerConfig(
         num_layers=case.num_layers,
         hidden_size=32,
@@ -208,6 +209,11 @@ def make_config(case: Case) -> TransformerConfig:
         init_method_std=0.2,
         **_experts(case),
     )
+    if case.style == "oss":
+        # As gpt-oss without its experts, and clamped where it shows.
+        config.softmax_type, config.add_bias_linear = "learnable", True
+        config.activation_func, config.glu_linear_offset = quick_gelu, 1.0
+        config.activation_func_clamp_value = 0.5
     config.finalize_model_grads_func = finalize_model_grads
     # Ranks on one GPU talk over gloo, see host_transport.
     config.batch_p2p_comm = not torch.cuda.is_available() or dist.get_backend() == "nccl"
@@ -229,7 +235,7 @@ def _experts(case: Case) -> dict[str, Any]:
 
 
 def _model_arguments(case: Case) -> dict[str, Any]:
-    llama = case.style == "llama"
+    llama = case.style != "gpt"
     return {
         "vocab_size": VOCABULARY,
         "max_sequence_length": case.seq_length,

@@ -7,12 +7,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from helixpipe.layers.attention.choice import AUTO, choose, problem_of, problem_with
 from helixpipe.layers.attention.interface import AttentionBackend, ForwardResult, Spans
+from helixpipe.layers.attention.sinks import merge_sink, sink_gradient
 from helixpipe.layers.attention.windows import WindowAttention, window_of
 from helixpipe.layers.documents import Documents
 
@@ -20,19 +24,27 @@ from helixpipe.layers.documents import Documents
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, backend: AttentionBackend
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sink: Tensor | None,
+        scale: float,
+        backend: AttentionBackend,
     ) -> Tensor:
         ctx.backend, ctx.scale = backend, scale
         result = backend.forward(query, key, value, scale)
         ctx.extra = result.extra
-        ctx.save_for_backward(query, key, value, result.output, result.log_sum_exp)
-        return result.output
+        output, log_sum_exp = merge_sink(result.output, result.log_sum_exp, sink)
+        ctx.save_for_backward(query, key, value, output, log_sum_exp, sink)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, log_sum_exp = ctx.saved_tensors
+        query, key, value, output, log_sum_exp, sink = ctx.saved_tensors
         result = ForwardResult(output, log_sum_exp, ctx.extra)
-        return (*ctx.backend.backward(grad, query, key, value, result, ctx.scale), None, None)
+        gradients = ctx.backend.backward(grad, query, key, value, result, ctx.scale)
+        return (*gradients, sink_gradient(grad, output, log_sum_exp, sink), None, None)
 
 
 class _DocumentAttention(torch.autograd.Function):
@@ -44,6 +56,7 @@ class _DocumentAttention(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        sink: Tensor | None,
         scale: float,
         backend: AttentionBackend,
         rows: tuple[Spans, ...],
@@ -56,21 +69,24 @@ class _DocumentAttention(torch.autograd.Function):
         ctx.extra = [result.extra for result in results]
         output = _stacked([result.output for result in results])
         log_sum_exp = _stacked([result.log_sum_exp for result in results])
-        ctx.save_for_backward(query, key, value, output, log_sum_exp)
+        output, log_sum_exp = merge_sink(output, log_sum_exp, sink)
+        ctx.save_for_backward(query, key, value, output, log_sum_exp, sink)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradients = []
+        *saved, sink = ctx.saved_tensors
         for row, (spans, extra) in enumerate(zip(ctx.rows, ctx.extra, strict=True)):
             own_grad, query, key, value, output, log_sum_exp = (
-                tensor[row : row + 1] for tensor in (grad, *ctx.saved_tensors)
+                tensor[row : row + 1] for tensor in (grad, *saved)
             )
             result = ForwardResult(output, log_sum_exp, extra)
             gradients.append(
                 ctx.backend.backward(own_grad, query, key, value, result, ctx.scale, spans=spans)
             )
-        return (*(_stacked(parts) for parts in zip(*gradients, strict=True)), None, None, None)
+        of_sink = sink_gradient(grad, saved[3], saved[4], sink)
+        return (*(_stacked(parts) for parts in zip(*gradients, strict=True)), of_sink, None, None, None)
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:
@@ -84,6 +100,7 @@ def causal_attention(
     scale: float | None = None,
     backend: AttentionBackend | None = None,
     documents: Documents | None = None,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """Causal attention over a whole sequence, or within each of its documents.
 
@@ -94,6 +111,7 @@ def causal_attention(
         scale: factor of the scores, ``1/sqrt(d)`` if None.
         backend: what computes it; None: the fastest that works.
         documents: of the sequences; None: each is one.
+        sink: scores of the heads' attention sinks, [heads]; None for no sinks.
 
     Returns:
         [s, b, heads * d].
@@ -105,9 +123,9 @@ def causal_attention(
         backend = choose(AUTO, problem_with(query, key)).backend
     output: Tensor
     if documents is None:
-        output = _Attention.apply(query, key, value, scale, backend)
+        output = _Attention.apply(query, key, value, sink, scale, backend)
     else:
-        output = _DocumentAttention.apply(query, key, value, scale, backend, documents.rows)
+        output = _DocumentAttention.apply(query, key, value, sink, scale, backend, documents.rows)
     return output.permute(2, 0, 1, 3).flatten(2)
 
 
@@ -121,9 +139,12 @@ class FlashCoreAttention(MegatronModule):
         backend: name of the attention backend, or ``auto``.
         documents: attention ends at documents, which lie elsewhere in every batch.
 
+    Attributes:
+        softmax_offset: scores of the heads' attention sinks, as Megatron calls them, [heads of this rank],
+            where they are learned (``softmax_type`` ``learnable``); else None.
+
     Raises:
-        ValueError: attention dropout or softmax variants, which these kernels do not have, or a backend that
-            does not work.
+        ValueError: attention dropout, which these kernels do not have, or a backend that does not work.
     """
 
     # Lengths of sequences are those of the configuration.
@@ -150,8 +171,6 @@ class FlashCoreAttention(MegatronModule):
             )
         if attn_mask_type is not AttnMaskType.causal or attention_type != "self":
             raise ValueError("only causal self-attention is supported")
-        if config.softmax_type != "vanilla":
-            raise ValueError(f"the softmax variant {config.softmax_type!r} is not supported")
         window = window_of(config, layer_number)
         if window and self._varies:
             raise ValueError(
@@ -163,6 +182,7 @@ class FlashCoreAttention(MegatronModule):
         self.backend = choose(backend, problem_of(config, varies=self._varies or documents)).backend
         if window:
             self.backend = WindowAttention(self.backend, window)
+        self.softmax_offset = _sinks_of(config) if config.softmax_type == "learnable" else None
 
     def forward(
         self,
@@ -173,12 +193,46 @@ class FlashCoreAttention(MegatronModule):
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
+        sink: Tensor | None = None,
     ) -> Tensor:
         """[s, b, heads, d], [s, b, groups, d] twice -> [s, b, heads * d].
 
         The mask argument exists for Megatron's calling convention: the mask is causal by construction, and
         where there are :class:`Documents`, given as packed-sequence parameters, ends with each of them.
+        ``sink`` stands for the module's own ``softmax_offset``.
         """
         if attention_bias is not None or not isinstance(packed_seq_params, Documents | None):
             raise ValueError("attention bias and Megatron's packed sequences are not supported")
-        return causal_attention(query, key, value, self.scale, self.backend, packed_seq_params)
+        sink = self.sink_for(query, sink)
+        return causal_attention(query, key, value, self.scale, self.backend, packed_seq_params, sink)
+
+    def sink_for(self, query: Tensor, given: Tensor | None) -> Tensor | None:
+        """Scores of the sinks of this rank's heads, if the model has sinks."""
+        if self.config.softmax_type == "off-by-one":
+            return query.new_zeros(query.shape[2])
+        return self.softmax_offset if given is None else given
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The sinks, which tensor-parallel ranks share like heads."""
+        state: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            dp_cp_group=(metadata or {}).get("dp_cp_group"),
+        )
+        return state
+
+
+def _sinks_of(config: TransformerConfig) -> torch.nn.Parameter:
+    """Of this rank's heads, with the marks of a weight that tensor-parallel ranks share."""
+    heads = config.num_attention_heads // config.tensor_model_parallel_size
+    device = None if config.use_cpu_initialization else torch.cuda.current_device()
+    sinks = torch.nn.Parameter(torch.zeros(heads, dtype=config.params_dtype, device=device))
+    set_tensor_model_parallel_attributes(sinks, True, 0, 1)
+    if config.perform_initialization:
+        config.init_method(sinks)
+    return sinks

@@ -47,6 +47,7 @@ class SliceCoreAttention(FlashCoreAttention):
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
         packed_seq_params: ChunkLayout | None = None,
+        sink: Tensor | None = None,
     ) -> Tensor:
         """[T, 1, heads, d], [T, 1, groups, d] twice -> [T, 1, heads * d].
 
@@ -68,6 +69,7 @@ class SliceCoreAttention(FlashCoreAttention):
             layer=self.layer_number,
             scale=self.scale,
             backend=self.backend,
+            sink=self.sink_for(query, sink),
         )
 
 

@@ -9,6 +9,7 @@ over all keys.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from helixpipe.kernels import merge_attention
 from helixpipe.layers.attention.choice import AUTO, choose, problem_with
 from helixpipe.layers.attention.interface import AttentionBackend, ForwardResult
+from helixpipe.layers.attention.sinks import merge_sink, sink_gradient
 from helixpipe.layers.elastic.context import ContextStore, KeptSlice, alone
 from helixpipe.layers.elastic.layout import ChunkLayout
 
@@ -59,7 +61,7 @@ class _Forward:
 
 
 def _own_gradients(
-    ran: _Forward, layout: ChunkLayout, grad: Tensor, saved: tuple[Tensor, ...]
+    ran: _Forward, layout: ChunkLayout, grad: Tensor, saved: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value through the chunk's own keys."""
     query, key, value, output, log_sum_exp = saved
@@ -71,7 +73,7 @@ def _add_context_gradients(
     ran: _Forward,
     layout: ChunkLayout,
     grad: Tensor,
-    saved: tuple[Tensor, ...],
+    saved: Sequence[Tensor],
     context: list[KeptSlice],
     grad_query: Tensor,
 ) -> None:
@@ -97,6 +99,7 @@ class _SliceAttention(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        sink: Tensor | None,
         scale: float,
         layer: int,
         layout: ChunkLayout,
@@ -108,19 +111,21 @@ class _SliceAttention(torch.autograd.Function):
         piece = layout.pieces[0]
         ran = _Forward(backend, scale)
         output, log_sum_exp = ran.run(query, key, value, layout, contexts.earlier(layer, piece))
+        output, log_sum_exp = merge_sink(output, log_sum_exp, sink)
         if piece.is_continued:
             own = slice(*layout.spans[0])
             pair = key[:, :, own], value[:, :, own]
             # Without a graph nothing else keeps the rest of what they may be views of.
             contexts.keep(layer, piece, *(pair if keeps_graph else map(alone, pair)))
-        ctx.save_for_backward(query, key, value, output, log_sum_exp)
+        ctx.save_for_backward(query, key, value, output, log_sum_exp, sink)
         ctx.ran, ctx.layer, ctx.layout, ctx.contexts = ran, layer, layout, contexts
         return output.permute(2, 0, 1, 3)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ran, layer, layout, contexts = ctx.ran, ctx.layer, ctx.layout, ctx.contexts
-        saved, piece = ctx.saved_tensors, layout.pieces[0]
+        *saved, sink = ctx.saved_tensors
+        piece = layout.pieces[0]
         grad = grad.permute(1, 2, 0, 3)
         grad_query, grad_key, grad_value = _own_gradients(ran, layout, grad, saved)
         if piece.start:
@@ -132,7 +137,7 @@ class _SliceAttention(torch.autograd.Function):
             for grad_own, total in zip((grad_key, grad_value), kept.sums(), strict=True):
                 grad_own[:, :, own] += total
         whole = (tensor.permute(2, 0, 1, 3) for tensor in (grad_query, grad_key, grad_value))
-        return (*whole, None, None, None, None, None, None)
+        return (*whole, sink_gradient(grad, saved[3], saved[4], sink), None, None, None, None, None, None)
 
 
 def compact(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,6 +163,7 @@ def slice_attention(
     layer: int,
     scale: float | None = None,
     backend: AttentionBackend | None = None,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """Attention of one chunk in one layer.
 
@@ -173,6 +179,7 @@ def slice_attention(
         layer: any number that tells the stage's layers apart.
         scale: factor of the scores, ``1/sqrt(d)`` if None.
         backend: what computes it; None: the fastest that works.
+        sink: scores of the heads' attention sinks, [heads]; None for no sinks.
 
     Returns:
         [T, 1, heads * d].
@@ -184,6 +191,6 @@ def slice_attention(
         backend = choose(AUTO, replace(problem, varies=True)).backend
     keeps_graph = torch.is_grad_enabled()
     output: Tensor = _SliceAttention.apply(
-        query, key, value, scale, layer, layout, contexts, backend, keeps_graph
+        query, key, value, sink, scale, layer, layout, contexts, backend, keeps_graph
     )
     return output.flatten(2)

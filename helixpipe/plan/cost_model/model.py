@@ -69,7 +69,7 @@ def model_from_arguments(source: str, arguments: Mapping[str, Any]) -> ModelShap
         head_dim=size("kv_channels", hidden // heads),
         ffn_hidden_size=size("ffn_hidden_size", 4 * hidden),
         vocab_size=size("padded_vocab_size" if arguments.get("padded_vocab_size") else "vocab_size"),
-        gated=bool(arguments.get("swiglu", False) or arguments.get("geglu", False)),
+        gated=any(arguments.get(name) for name in ("swiglu", "geglu", "quick_geglu")),
         tied=not arguments.get("untie_embeddings_and_output_weights", False),
         windows=_windows_of_arguments(arguments, size("num_layers")),
         experts=_experts_of_arguments(source, arguments),

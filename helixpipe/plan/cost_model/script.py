@@ -17,7 +17,9 @@ SIZES = _EXPERTS | frozenset(
     )
 )  # fmt: skip
 # Flags without a value that decide a shape.
-SWITCHES = frozenset(("swiglu", "geglu", "untie-embeddings-and-output-weights", "group-query-attention"))
+SWITCHES = frozenset(
+    ("swiglu", "geglu", "quick-geglu", "untie-embeddings-and-output-weights", "group-query-attention")
+)
 # Flags without a value that decide no shape. Precision that changes costs, such as fp8, is not here.
 _NEUTRAL_SWITCHES = frozenset(
     (
@@ -48,23 +50,22 @@ _NEUTRAL_SWITCHES = frozenset(
 # Flags with values that decide no shape: of training, its layout, data and output, and of launchers.
 _NEUTRAL_VALUES = frozenset(
     (
-        "adam-beta1", "adam-beta2", "adam-eps", "allow-changed", "attention-backend", "attention-dropout",
-        "attention-range", "attn-logit-softcapping", "check-gradients-every", "check-layers-every",
-        "check-weight-hash-across-dp-replicas-interval", "ckpt-format", "clip-grad",
-        "context-parallel-size", "cp-comm-type", "cross-entropy-fusion-impl", "data-args-path",
-        "data-cache-path", "data-parallel-size", "data-path", "dataloader-type", "decoupled-lr",
-        "decoupled-min-lr", "dist-ckpt-strictness", "distributed-backend", "distributed-timeout-minutes",
-        "dry-run", "elastic-costs", "empty-unused-memory-level", "end-weight-decay", "eval-interval",
-        "eval-iters", "exit-duration-in-mins", "exit-interval", "failure-dir",
-        "final-logit-softcapping", "global-batch-size", "hang-timeout-s", "hardware", "head-placement",
-        "hidden-dropout", "hysteresis", "init-method-std",
-        "keep-checkpoints", "kill-on-bad-exit", "load", "local-addr", "local-rank", "log-dir",
-        "log-interval", "loss-chunk-size", "loss-scale", "loss-scale-window", "lr", "lr-decay-iters",
-        "lr-decay-samples", "lr-decay-style", "lr-warmup-fraction", "lr-warmup-init", "lr-warmup-iters",
-        "lr-warmup-samples", "lr-wsd-decay-iters", "lr-wsd-decay-samples", "lr-wsd-decay-style",
-        "make-vocab-size-divisible-by", "manual-gc-interval", "master-addr", "master-port",
-        "max-position-embeddings", "max-restarts", "max-seq-length", "memory-limit-gib",
-        "memory-snapshot-path", "merge-file", "metrics-jsonl", "micro-batch-size",
+        "activation-func-clamp-value", "adam-beta1", "adam-beta2", "adam-eps", "allow-changed",
+        "attention-backend", "attention-dropout", "attention-range", "attn-logit-softcapping",
+        "check-gradients-every", "check-layers-every", "check-weight-hash-across-dp-replicas-interval",
+        "ckpt-format", "clip-grad", "context-parallel-size", "cp-comm-type", "cross-entropy-fusion-impl",
+        "data-args-path", "data-cache-path", "data-parallel-size", "data-path", "dataloader-type",
+        "decoupled-lr", "decoupled-min-lr", "dist-ckpt-strictness", "distributed-backend",
+        "distributed-timeout-minutes", "dry-run", "elastic-costs", "empty-unused-memory-level",
+        "end-weight-decay", "eval-interval", "eval-iters", "exit-duration-in-mins", "exit-interval",
+        "failure-dir", "final-logit-softcapping", "global-batch-size", "glu-linear-offset", "hang-timeout-s",
+        "hardware", "head-placement", "hidden-dropout", "hysteresis", "init-method-std", "keep-checkpoints",
+        "kill-on-bad-exit", "load", "local-addr", "local-rank", "log-dir", "log-interval", "loss-chunk-size",
+        "loss-scale", "loss-scale-window", "lr", "lr-decay-iters", "lr-decay-samples", "lr-decay-style",
+        "lr-warmup-fraction", "lr-warmup-init", "lr-warmup-iters", "lr-warmup-samples", "lr-wsd-decay-iters",
+        "lr-wsd-decay-samples", "lr-wsd-decay-style", "make-vocab-size-divisible-by", "manual-gc-interval",
+        "master-addr", "master-port", "max-position-embeddings", "max-restarts", "max-seq-length",
+        "memory-limit-gib", "memory-snapshot-path", "merge-file", "metrics-jsonl", "micro-batch-size",
         "microbatch-group-size-per-virtual-pipeline-stage", "min-loss-scale", "min-lr", "mlp-chunk-size",
         "nnodes", "no-python", "node-rank", "norm-epsilon", "normalization", "nproc-per-node",
         "num-distributed-optimizer-instances", "num-fold", "num-layers-per-virtual-pipeline-stage",
@@ -74,16 +75,15 @@ _NEUTRAL_VALUES = frozenset(
         "profile-step-start", "rdzv-backend", "rdzv-conf", "rdzv-endpoint", "rdzv-id",
         "recompute-granularity", "recompute-levels", "recompute-method", "recompute-modules",
         "recompute-num-layers", "redirects", "role", "rope-scaling-factor", "rotary-base",
-        "rotary-base-local", "rotary-percent", "rotary-scaling-factor",
-        "rotary-seq-len-interpolation-factor", "round-order", "save", "save-interval", "seed", "seq-length",
-        "sgd-momentum", "softmax-scale", "split", "start-method", "start-weight-decay", "tee",
-        "tensor-model-parallel-size", "tensorboard-dir", "tensorboard-log-interval",
-        "tensorboard-queue-size", "test-data-path", "tiktoken-num-special-tokens", "tiktoken-pattern",
-        "timing-log-level", "tokenizer-model", "tokenizer-type", "trace-dir", "train-data-path",
-        "train-iters", "train-samples", "transformer-impl", "valid-data-path", "virtual-stages",
-        "vocab-file", "wandb-entity", "wandb-exp-name", "wandb-project", "wandb-save-dir", "weight-decay",
-        "weight-decay-incr-style", "wgrad-deferral-limit", "yarn-beta-fast", "yarn-beta-slow",
-        "yarn-original-max-position-embeddings",
+        "rotary-base-local", "rotary-percent", "rotary-scaling-factor", "rotary-seq-len-interpolation-factor",
+        "round-order", "save", "save-interval", "seed", "seq-length", "sgd-momentum", "softmax-scale",
+        "softmax-type", "split", "start-method", "start-weight-decay", "tee", "tensor-model-parallel-size",
+        "tensorboard-dir", "tensorboard-log-interval", "tensorboard-queue-size", "test-data-path",
+        "tiktoken-num-special-tokens", "tiktoken-pattern", "timing-log-level", "tokenizer-model",
+        "tokenizer-type", "trace-dir", "train-data-path", "train-iters", "train-samples", "transformer-impl",
+        "valid-data-path", "virtual-stages", "vocab-file", "wandb-entity", "wandb-exp-name", "wandb-project",
+        "wandb-save-dir", "weight-decay", "weight-decay-incr-style", "wgrad-deferral-limit", "yarn-beta-fast",
+        "yarn-beta-slow", "yarn-original-max-position-embeddings",
     )
 )  # fmt: skip
 # Flags that say which tokens attention sees.

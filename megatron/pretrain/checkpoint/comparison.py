@@ -65,12 +65,14 @@ MODEL = frozenset((
     "num_experts", "moe_ffn_hidden_size", "moe_router_topk", "moe_router_load_balancing_type",
     "moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor",
     "moe_router_num_groups", "moe_router_group_topk",
+    "softmax_type", "quick_geglu", "glu_linear_offset", "activation_func_clamp_value",
 ))  # fmt: skip
 
 # What the form of weights and of optimizer states depends on: no option makes one fit the other.
 _FIXED = frozenset((
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
-    "normalization", "swiglu", "position_embedding_type", "untie_embeddings_and_output_weights",
+    "normalization", "swiglu", "geglu", "quick_geglu", "softmax_type", "position_embedding_type",
+    "untie_embeddings_and_output_weights",
     "add_bias_linear", "add_qkv_bias", "qk_layernorm", "padded_vocab_size", "use_distributed_optimizer",
     "bf16", "fp16", "optimizer", "num_experts", "moe_ffn_hidden_size",
 ))  # fmt: skip

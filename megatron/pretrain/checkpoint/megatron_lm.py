@@ -20,7 +20,8 @@ _VERSION = 3.0
 _ARCHITECTURE = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
     "normalization", "swiglu", "position_embedding_type", "untie_embeddings_and_output_weights",
-    "add_bias_linear", "add_qkv_bias", "qk_layernorm", "padded_vocab_size",
+    "add_bias_linear", "add_qkv_bias", "qk_layernorm", "padded_vocab_size", "softmax_type", "quick_geglu",
+    "glu_linear_offset", "activation_func_clamp_value",
 )  # fmt: skip
 _OF_POSITIONS = {
     "learned_absolute": ("max_position_embeddings",),
@@ -33,8 +34,8 @@ _OF_POSITIONS = {
 _UNKNOWN_HERE = (
     "num_experts", "multi_latent_attention", "mtp_num_layers", "use_mup", "window_size",
     "fp32_residual_connection", "apply_residual_connection_post_layernorm", "apply_layernorm_1p",
-    "squared_relu", "quick_geglu", "openai_gelu", "rotary_interleaved", "qk_l2_norm", "softmax_scale",
-    "is_hybrid_model", "hybrid_layer_pattern", "heterogeneous_layers_config_path", "glu_linear_offset",
+    "squared_relu", "openai_gelu", "rotary_interleaved", "qk_l2_norm", "softmax_scale",
+    "is_hybrid_model", "hybrid_layer_pattern", "heterogeneous_layers_config_path",
     "add_position_offset", "no_rope_freq", "position_embedding_scale",
 )  # fmt: skip
 

@@ -141,12 +141,26 @@ def _choose_schedule(args: argparse.Namespace) -> ScheduleSettings:
             plan, reason = choose_range(args, plan_request(args, entry, costs))
         else:
             plan = plan_ahead(args, entry, costs)
+    if args.softmax_type == "learnable" and "attention_range" in entry.options:
+        _check_sinks(args, entry)
     plan = plan or plan_ahead(args, entry)
     if plan is not None and plan.slices:
         args.dataset = args.dataset or _inspect_data(args, Execution.SLICES)
         args.padded_vocab_size = _pad_vocabulary(args)
         plan = cut_sequences(args, plan)
     return settings_for(args, plan, reason)
+
+
+def _check_sinks(args: argparse.Namespace, entry: Schedule) -> None:
+    if args.attention_range not in ("qkv", "block"):
+        raise ValueError(
+            f"--softmax-type learnable lends sinks with QKV, which --attention-range {args.attention_range} "
+            "does not; use qkv or block"
+        )
+    if entry.execution is not None and entry.execution.has_slices:
+        raise ValueError(
+            f"--softmax-type learnable does not go with {args.pipeline_schedule}; use helix or seq1f1b"
+        )
 
 
 def _check_training(args: argparse.Namespace) -> None:

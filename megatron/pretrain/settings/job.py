@@ -59,10 +59,14 @@ class ModelSettings:
     swiglu: bool
     openai_gelu: bool
     geglu: bool
+    quick_geglu: bool
+    glu_linear_offset: float
+    activation_func_clamp_value: float | None
     apply_layernorm_1p: bool
     sandwich_norm: bool
     scale_embedding: bool
     softmax_scale: float | None
+    softmax_type: str
     attn_logit_softcapping: float | None
     final_logit_softcapping: float | None
     rotary_base_local: int | None

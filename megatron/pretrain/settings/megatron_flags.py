@@ -9,29 +9,30 @@ from __future__ import annotations
 
 SUPPORTED = frozenset(
     """
-    accumulate-allreduce-grads-in-fp32 adam-beta1 adam-beta2 adam-eps add-qkv-bias apply-layernorm-1p
-    async-save attention-backend attention-dropout bf16 calculate-per-token-loss clip-grad
-    cross-entropy-fusion-impl cross-entropy-loss-fusion data-cache-path data-path decoupled-lr
-    decoupled-min-lr deterministic-mode disable-bias-linear disable-log-loss-scale-to-tensorboard
-    disable-manual-gc-eval distributed-timeout-minutes empty-unused-memory-level end-weight-decay
-    eod-mask-loss eval-interval eval-iters exit-duration-in-mins exit-interval ffn-hidden-size finetune
-    fp16 global-batch-size grad-reduce-in-bf16 group-query-attention hidden-dropout hidden-size
-    hysteresis init-method-std initial-loss-scale kv-channels load log-interval
-    log-memory-to-tensorboard log-num-zeros-in-grad log-params-norm log-throughput
-    log-timers-to-tensorboard log-validation-ppl-to-tensorboard log-world-size-to-tensorboard loss-scale
-    loss-scale-window lr lr-decay-iters lr-decay-samples lr-decay-style lr-warmup-fraction
-    lr-warmup-init lr-warmup-iters lr-warmup-samples lr-wsd-decay-iters lr-wsd-decay-samples
-    lr-wsd-decay-style make-vocab-size-divisible-by manual-gc manual-gc-interval max-position-embeddings
+    accumulate-allreduce-grads-in-fp32 activation-func-clamp-value adam-beta1 adam-beta2 adam-eps
+    add-qkv-bias apply-layernorm-1p async-save attention-backend attention-dropout bf16
+    calculate-per-token-loss clip-grad cross-entropy-fusion-impl cross-entropy-loss-fusion
+    data-cache-path data-path decoupled-lr decoupled-min-lr deterministic-mode disable-bias-linear
+    disable-log-loss-scale-to-tensorboard disable-manual-gc-eval distributed-timeout-minutes
+    empty-unused-memory-level end-weight-decay eod-mask-loss eval-interval eval-iters
+    exit-duration-in-mins exit-interval ffn-hidden-size finetune fp16 global-batch-size
+    glu-linear-offset grad-reduce-in-bf16 group-query-attention hidden-dropout hidden-size hysteresis
+    init-method-std initial-loss-scale kv-channels load log-interval log-memory-to-tensorboard
+    log-num-zeros-in-grad log-params-norm log-throughput log-timers-to-tensorboard
+    log-validation-ppl-to-tensorboard log-world-size-to-tensorboard loss-scale loss-scale-window lr
+    lr-decay-iters lr-decay-samples lr-decay-style lr-warmup-fraction lr-warmup-init lr-warmup-iters
+    lr-warmup-samples lr-wsd-decay-iters lr-wsd-decay-samples lr-wsd-decay-style
+    make-vocab-size-divisible-by manual-gc manual-gc-interval max-position-embeddings
     memory-snapshot-path merge-file micro-batch-size min-loss-scale min-lr mock-data
     no-gradient-accumulation-fusion no-load-optim no-log-loss-scale-to-tensorboard no-manual-gc-eval
     norm-epsilon normalization num-attention-heads num-layers num-layers-per-virtual-pipeline-stage
     num-query-groups num-workers openai-gelu optimizer overlap-grad-reduce overlap-param-gather
     padded-vocab-size pipeline-model-parallel-size position-embedding-type pretrained-checkpoint profile
-    profile-ranks profile-step-end profile-step-start qk-layernorm recompute-granularity
+    profile-ranks profile-step-end profile-step-start qk-layernorm quick-geglu recompute-granularity
     recompute-method recompute-modules recompute-num-layers record-memory-history reset-attention-mask
     reset-position-ids rope-scaling-factor rotary-base rotary-percent rotary-scaling-factor
     rotary-seq-len-interpolation-factor save save-interval seed seq-length sequence-parallel
-    sgd-momentum split start-weight-decay swiglu tensor-model-parallel-size tensorboard-dir
+    sgd-momentum softmax-type split start-weight-decay swiglu tensor-model-parallel-size tensorboard-dir
     tensorboard-log-interval tensorboard-queue-size tiktoken-num-special-tokens tiktoken-pattern
     tokenizer-model tokenizer-type train-iters train-samples transformer-impl
     untie-embeddings-and-output-weights use-distributed-optimizer use-rope-scaling vocab-file vocab-size
@@ -222,7 +223,7 @@ REFUSED: dict[str, str] = {
         experimental-attention-variant kitchen-attention-backend linear-attention-freq
         linear-conv-kernel-dim linear-key-head-dim linear-num-key-heads linear-num-value-heads
         linear-value-head-dim log-max-attention-logit no-dsa-indexer-rotate-activation
-        no-dsa-indexer-scoring-relu qk-clip qk-l2-norm softmax-type use-kitchen-attention
+        no-dsa-indexer-scoring-relu qk-clip qk-l2-norm use-kitchen-attention
     """,
     "layers of several kinds are not built; use layers that are all alike": """
         decoder-num-layers disable-mamba-mem-eff-path encoder-num-layers
@@ -309,11 +310,11 @@ REFUSED: dict[str, str] = {
         fim-prefix-token fim-rate fim-split-sample fim-spm-rate fim-suffix-token
     """,
     "a form of the model that the layers here do not have; remove it": """
-        activation-func-clamp-value apply-residual-connection-post-layernorm data-parallel-random-init
+        apply-residual-connection-post-layernorm data-parallel-random-init
         decoder-seq-length disable-bf16-reduced-precision-matmul embedding-init-method-std
         encoder-seq-length flash-attention-version fp32-residual-connection fused-residual-rmsnorm
-        glu-linear-offset init-method-xavier-uniform no-initialization no-position-embedding
-        no-rope-freq no-yarn-correction-range-round-to-int onnx-safe quick-geglu
+        init-method-xavier-uniform no-initialization no-position-embedding
+        no-rope-freq no-yarn-correction-range-round-to-int onnx-safe
         relative-attention-max-distance relative-attention-num-buckets rope-type rotary-interleaved
         squared-relu tensor-parallel-num-weight-shards use-fused-weighted-squared-relu
         use-te-activation-func yarn-correction-range-round-to-int
