@@ -40,9 +40,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import accumulate, pairwise, product
 from statistics import fmean
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from helixpipe.plan.operation import Kind, Operation, output_edge
 from helixpipe.plan.plan import Order, Plan
@@ -116,10 +117,11 @@ def listed_orders(
     """
     costs = known.of(plan)
     pace = _pace(plan, costs)
+    work = _ListedWork(plan, seats, costs, pace, splits_backward=splits_backward)
     best: tuple[tuple[float, float], list[Order]] | None = None
+    queues = {shift: work.queues(shift) for shift in _SHIFTS}
     for wait, shift in product(_WAITS, _SHIFTS):
-        queues = _queues(plan, seats, pace, shift, splits_backward)
-        orders = _ListSchedule(plan, costs, queues, wait * pace.layer_ms).run()
+        orders = _ListSchedule(work, queues[shift], wait * pace.layer_ms).run()
         candidate = plan.with_orders(orders)
         # How much is borrowed at a time depends on the order.
         exact = known.of(candidate)
@@ -252,106 +254,144 @@ class _Entry(NamedTuple):
     operation: Operation
 
 
-_Queues: TypeAlias = list[list[list[_Entry]]]
 _STREAMS = (Kind.F, Kind.B, Kind.W)
 
 
-def _queues(plan: Plan, seats: Sequence[Seat], pace: _Pace, shift: float, splits_backward: bool) -> _Queues:
-    """Forwards, backwards and weight gradients of every rank, each sorted by key."""
-    key = _keys(plan.num_ranks, pace)
-    queues: _Queues = [[[] for _ in _STREAMS] for _ in range(plan.num_ranks)]
-    last_round = max(seat.round for seat in seats)
-    for op, seat in _operations(plan, seats, splits_backward):
-        moved = shift if op.kind is Kind.F else 0.0
-        if op.kind is Kind.W and seat.round == last_round:
-            moved = _BEHIND
-        entry = _Entry(key(op, seat) + moved, _turn(op, seat), op)
-        queues[plan.rank_of(op.segment, op.micro_batch)][_STREAMS.index(op.kind)].append(entry)
-    for rank in queues:
-        for queue in rank:
-            queue.sort()
-    return queues
+@dataclass(frozen=True)
+class _Queues:
+    """Forwards, backwards and weight gradients of every rank, each sorted by key.
+
+    Attributes:
+        ranks: numbers of computations, by rank and stream.
+        place: of every computation in the order of all keys.
+    """
+
+    ranks: list[list[list[int]]]
+    place: list[int]
 
 
-class _Choice(NamedTuple):
-    """What a rank would run next; the earliest of all ranks runs."""
-
-    start_ms: float
-    rank: int
-    stream: int
-    entry: _Entry
-
-
-class _ListSchedule:
-    """An execution in which each rank takes the next operation from the heads of its queues.
+class _ListedWork:
+    """What a list schedule asks of every computation, by number.
 
     Messages take the time of their edge, whatever else is under way; the simulator, which knows better,
     judges the result.
+
+    Attributes:
+        operations: by number.
+        ranks, streams, durations_ms: of each.
+        readied: the computation that takes its result; its own backward after the last forward; or -1.
+        message_ms: until that has it.
+        weight: the computation of its weight gradient, for a backward that has one; or -1.
     """
 
-    def __init__(self, plan: Plan, costs: Costs, queues: _Queues, wait_ms: float) -> None:
-        self._plan = plan
-        self._costs = costs
+    def __init__(
+        self, plan: Plan, seats: Sequence[Seat], costs: Costs, pace: _Pace, *, splits_backward: bool
+    ) -> None:
+        found = list(_operations(plan, seats, splits_backward))
+        key, last_round = _keys(plan.num_ranks, pace), seats[-1].round
+        self._of_last_round = [seat.round == last_round for _, seat in found]
+        self._keys = [(key(op, seat), _turn(op, seat)) for op, seat in found]
+        self.operations = [op for op, _ in found]
+        self.num_ranks = plan.num_ranks
+        self.ranks = [plan.rank_of(op.segment, op.micro_batch) for op in self.operations]
+        self.streams = [_STREAMS.index(op.kind) for op in self.operations]
+        durations = {
+            (kind, name): costs.duration_ms(kind, name, splits_backward=splits_backward)
+            for kind, name in product(_STREAMS, plan.cost_names)
+        }
+        names = plan.segment_names
+        self.durations_ms = [durations[op.kind, names[op.segment]] for op in self.operations]
+        numbers = {op: number for number, op in enumerate(self.operations)}
+        message_ms = cache(partial(_message_ms, costs))
+        self.readied, self.message_ms, self.weight = [], [], []
+        for op, rank in zip(self.operations, self.ranks, strict=True):
+            edge = output_edge(op, plan.num_segments)
+            readied = op._replace(segment=edge[1]) if edge else op._replace(kind=Kind.B)
+            number = numbers[readied] if edge or op.kind is Kind.F else -1
+            self.readied.append(number)
+            crosses = number >= 0 and self.ranks[number] != rank
+            ends = (names[segment] for segment in sorted(edge or ()))
+            self.message_ms.append(message_ms(*ends, rank, self.ranks[number]) if crosses else 0.0)
+            has_weight = op.kind is Kind.B and splits_backward
+            self.weight.append(numbers[op._replace(kind=Kind.W)] if has_weight else -1)
+
+    def queues(self, shift: float) -> _Queues:
+        """With forwards put so many layers before or behind their keys, and the last round's W at the end."""
+        moves = (shift, 0.0, 0.0)
+        entries = []
+        for number, (key, member) in enumerate(self._keys):
+            stream = self.streams[number]
+            moved = _BEHIND if stream == 2 and self._of_last_round[number] else moves[stream]
+            entries.append((key + moved, member, self.operations[number], number))
+        entries.sort()
+        ranks: list[list[list[int]]] = [[[] for _ in _STREAMS] for _ in range(self.num_ranks)]
+        place = [0] * len(entries)
+        for position, (*_, number) in enumerate(entries):
+            place[number] = position
+            ranks[self.ranks[number]][self.streams[number]].append(number)
+        return _Queues(ranks, place)
+
+
+def _message_ms(costs: Costs, producer: str, consumer: str, sender: int, receiver: int) -> float:
+    if costs.network is None:
+        return costs.transfer_ms(producer, consumer)
+    return costs.network.transfer_ms(costs.num_bytes(producer, consumer), sender, receiver)
+
+
+_NOT_YET = float("inf")
+
+
+class _ListSchedule:
+    """An execution in which each rank takes the next operation from the heads of its queues."""
+
+    def __init__(self, work: _ListedWork, queues: _Queues, wait_ms: float) -> None:
+        self._work = work
         self._queues = queues
         self._wait_ms = wait_ms
-        self._next = [[0] * len(_STREAMS) for _ in queues]
-        self._free_ms = [0.0] * len(queues)
-        self._ready_ms = {Operation(0, Kind.F, i): 0.0 for i in range(plan.num_microbatches)}
-        self._split = {entry.operation.micro_batch for rank in queues for entry in rank[2]}
+        self._next = [[0] * len(_STREAMS) for _ in queues.ranks]
+        self._free_ms = [0.0] * len(queues.ranks)
+        self._ready_ms = [
+            0.0 if op.segment == 0 and op.kind is Kind.F else _NOT_YET for op in work.operations
+        ]
 
     def run(self) -> list[Order]:
         """Every rank's order."""
-        orders: list[list[Operation]] = [[] for _ in self._queues]
+        work, ready_ms = self._work, self._ready_ms
+        orders: list[list[Operation]] = [[] for _ in self._queues.ranks]
         choices = [self._choose(rank) for rank in range(len(orders))]
-        while possible := [choice for choice in choices if choice is not None]:
-            chosen = min(possible)
-            op, rank = chosen.entry.operation, chosen.rank
-            orders[rank].append(op)
-            self._next[rank][chosen.stream] += 1
-            for changed in {rank, self._finish(op, chosen)}:
-                choices[changed] = self._choose(changed)
-        assert all(len(o) == sum(map(len, q)) for o, q in zip(orders, self._queues, strict=True))
+        starts_ms = [start_ms for start_ms, _ in choices]
+        while (start_ms := min(starts_ms)) != _NOT_YET:
+            rank = starts_ms.index(start_ms)
+            _, number = choices[rank]
+            orders[rank].append(work.operations[number])
+            self._next[rank][work.streams[number]] += 1
+            end_ms = self._free_ms[rank] = start_ms + work.durations_ms[number]
+            if work.weight[number] >= 0:
+                ready_ms[work.weight[number]] = end_ms
+            changed = {rank}
+            if work.readied[number] >= 0:
+                ready_ms[work.readied[number]] = end_ms + work.message_ms[number]
+                changed.add(work.ranks[work.readied[number]])
+            for other in changed:
+                choices[other] = self._choose(other)
+                starts_ms[other] = choices[other][0]
+        assert all(len(o) == sum(map(len, q)) for o, q in zip(orders, self._queues.ranks, strict=True))
         return [tuple(order) for order in orders]
 
-    def _choose(self, rank: int) -> _Choice | None:
-        """The smallest key among the heads that can start first, or not much later."""
-        found = []
-        for stream, (queue, position) in enumerate(zip(self._queues[rank], self._next[rank], strict=True)):
+    def _choose(self, rank: int) -> tuple[float, int]:
+        """The smallest key among the heads that can start first, or not much later; when it can."""
+        free_ms, first_ms = self._free_ms[rank], _NOT_YET
+        heads = []
+        for stream, queue in enumerate(self._queues.ranks[rank]):
+            position = self._next[rank][stream]
             if position < len(queue):
-                ready_ms = self._ready_ms.get(queue[position].operation)
-                if ready_ms is not None:
-                    start_ms = max(ready_ms, self._free_ms[rank])
-                    found.append(_Choice(start_ms, rank, stream, queue[position]))
-        if not found:
-            return None
-        first_ms = min(found).start_ms
+                start_ms = max(self._ready_ms[queue[position]], free_ms)
+                first_ms = min(first_ms, start_ms)
+                heads.append((start_ms, stream, queue[position]))
+        if first_ms == _NOT_YET:
+            return _NOT_YET, -1
         # W can run at any time: nothing waits for it, and it waits for nothing.
-        limits_ms = (first_ms + self._wait_ms, first_ms + self._wait_ms, first_ms)
-        return min((c for c in found if c.start_ms <= limits_ms[c.stream]), key=lambda choice: choice.entry)
-
-    def _finish(self, op: Operation, chosen: _Choice) -> int:
-        """End the operation, which makes others ready; the rank of the one that consumes its result."""
-        plan, rank = self._plan, chosen.rank
-        splits = op.micro_batch in self._split
-        name = plan.cost_name(op.segment, op.micro_batch)
-        end_ms = chosen.start_ms + self._costs.duration_ms(op.kind, name, splits_backward=splits)
-        self._free_ms[rank] = end_ms
-        if op.kind is Kind.B and splits:
-            self._ready_ms[op._replace(kind=Kind.W)] = end_ms
-        edge = output_edge(op, plan.num_segments)
-        if edge is None:
-            if op.kind is Kind.F:
-                self._ready_ms[op._replace(kind=Kind.B)] = end_ms
-            return rank
-        consumer = plan.rank_of(edge[1], op.micro_batch)
-        self._ready_ms[op._replace(segment=edge[1])] = end_ms + self._message_ms(edge, op, rank, consumer)
-        return consumer
-
-    def _message_ms(self, edge: tuple[int, int], op: Operation, sender: int, receiver: int) -> float:
-        if sender == receiver:
-            return 0.0
-        costs = self._costs
-        first, second = (self._plan.cost_name(segment, op.micro_batch) for segment in sorted(edge))
-        if costs.network is None:
-            return costs.transfer_ms(first, second)
-        return costs.network.transfer_ms(costs.num_bytes(first, second), sender, receiver)
+        waits_ms, place = (self._wait_ms, self._wait_ms, 0.0), self._queues.place
+        possible = (head for head in heads if head[0] <= first_ms + waits_ms[head[1]])
+        start_ms, _, number = min(possible, key=lambda head: place[head[2]])
+        return start_ms, number
