@@ -309,7 +309,6 @@ REFUSED = [
     (2, f"{TP2} {PP2}", "world size 2", "tensor-parallel size 2", "--nproc-per-node 4"),
     (3, "", "--global-batch-size 8", "data-parallel size 3", "use 6 or 9"),
     (1, "--micro-batch-size 16", "--global-batch-size 8", "--micro-batch-size 16", "use 16"),
-    (1, "--sequence-parallel", "--sequence-parallel", "--tensor-model-parallel-size of 2 or more"),
     (2, f"{TP2} --sequence-parallel --seq-length 33", "--seq-length 33", "use 32 or 34"),
     (1, "--overlap-param-gather", "--overlap-param-gather needs", "--overlap-grad-reduce"),
     (1, "--hidden-size 66", "--hidden-size 66", "--num-attention-heads 4", "use 64 or 68"),

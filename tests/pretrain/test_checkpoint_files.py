@@ -132,6 +132,17 @@ def test_a_tracker_that_was_changed_by_hand_wins_over_a_journal(tmp_path):
     assert not journal.exists()
 
 
+def test_a_checkpoint_in_megatrons_old_format_is_refused_with_how_to_convert_it(tmp_path):
+    part = folder_of(tmp_path, 5) / "mp_rank_00_001"
+    part.mkdir(parents=True)
+    (part / "model_optim_rng.pt").touch()
+    (tmp_path / TRACKER).write_text("5")
+    with pytest.raises(
+        DataError, match=r"iter_0000005 was saved as --ckpt-format torch, .* --ckpt-convert-format"
+    ):
+        tracked(tmp_path)
+
+
 def test_checkpoints_are_ordered_by_number(tmp_path):
     for iteration in (9_999_999, 10_000_000):
         save(tmp_path, iteration)

@@ -13,7 +13,7 @@ from unpack_cores import VERSIONS
 
 from helixpipe.data.prefix import DatasetInfo
 from megatron.pretrain.settings.arguments import parse_arguments
-from megatron.pretrain.settings.megatron_command_line import translate
+from megatron.pretrain.settings.megatron_command_line import note_of, translate
 from megatron.pretrain.settings.megatron_flags import ALIASES, NEEDLESS, REFUSED, SUPPORTED
 from megatron.pretrain.settings.parser import build_parser
 
@@ -87,6 +87,8 @@ def test_what_is_supported_is_an_option():
         ("--distributed-backend nccl --lr 1", "--lr 1", ("--distributed-backend",)),
         ("--distributed-backend=gloo --lr=1", "--lr=1", ("--distributed-backend",)),
         ("--cp-comm-type p2p a2a --lr 1", "--lr 1", ("--cp-comm-type",)),
+        ("--ckpt-format torch_dist", "", ("--ckpt-format",)),
+        ("--ckpt-format torch", "", ("--ckpt-format torch (they are saved as torch_dist)",)),
         ("--context-parallel-size 1", "", ("--context-parallel-size",)),
         ("--use-rotary-position-embeddings", "--position-embedding-type rope", ()),
         ("--check-weight-hash-across-dp-replicas-interval 10", "--check-gradients-every 10", ()),
@@ -96,8 +98,8 @@ def test_what_is_supported_is_an_option():
 def test_a_command_line_is_translated(line, words, needless):
     translated = translate(line.split())
     assert (translated.words, translated.needless) == (words.split(), needless)
-    assert all(flag in translated.note() for flag in needless)
-    assert bool(translated.note()) == bool(needless)
+    assert all(flag in note_of(translated.needless) for flag in needless)
+    assert bool(note_of(translated.needless)) == bool(needless)
 
 
 SIZES = (
@@ -129,6 +131,13 @@ def test_other_defaults_than_megatrons_are_told(monkeypatch, line, note):
     assert parse_arguments(f"{SIZES} {line}".split(), DATASET).other_defaults == note
 
 
+def test_one_tensor_rank_has_the_sequence_to_itself(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    settings = parse_arguments(f"{SIZES} --sequence-parallel --use-mcore-models".split(), DATASET)
+    assert not settings.parallel.sequence_parallel
+    assert settings.needless_flags.endswith("here: --use-mcore-models, --sequence-parallel")
+
+
 def test_what_megatron_chooses_by_itself(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     line = f"{SIZES} --pipeline-model-parallel-size 2"
@@ -145,7 +154,7 @@ def test_what_megatron_chooses_by_itself(monkeypatch):
         ("--fp8-format hybrid", "--fp8-format hybrid: .*use --bf16"),
         ("--context-parallel-size 2", "--context-parallel-size 2: .*use a larger"),
         ("--context-parallel-size=2", "--context-parallel-size 2: "),
-        ("--ckpt-format torch", "--ckpt-format torch: .*torch_dist"),
+        ("--ckpt-format torch_dcp", "--ckpt-format torch_dcp: .*torch_dist"),
         ("--use-mup", "--use-mup: mup is not built"),
         ("--use-mcore-models yes", "takes no value, and 'yes'"),
         ("--use-mcore-models=yes", "takes no value, and 'yes'"),

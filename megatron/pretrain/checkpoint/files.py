@@ -140,6 +140,11 @@ def tracked(root: Path) -> Path | None:
     if not text.isdecimal():
         raise DataError(f"{tracker} holds {text!r} instead of an iteration; {choice}")
     folder = folder_of(root, int(text))
+    if any(folder.glob("mp_rank_*/*.pt")):
+        raise DataError(
+            f"{folder} was saved as --ckpt-format torch, which is not read here; let Megatron-LM "
+            "convert it by --ckpt-convert-format torch_dist --ckpt-convert-save DIR"
+        )
     if folder not in usable(root) and not is_megatron_lms(folder):
         raise DataError(f"{tracker} names {folder.name}, which is not there; {choice}")
     return folder

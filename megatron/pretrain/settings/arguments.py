@@ -32,7 +32,7 @@ from megatron.pretrain.settings.experts import check_experts_under
 from megatron.pretrain.settings.housekeeping import housekeeping_of
 from megatron.pretrain.settings.job import JobSettings, topics_of
 from megatron.pretrain.settings.learning_rate import derive_length, learning_rate_of
-from megatron.pretrain.settings.megatron_command_line import other_defaults, translate
+from megatron.pretrain.settings.megatron_command_line import note_of, other_defaults, translate
 from megatron.pretrain.settings.parser import build_parser
 from megatron.pretrain.settings.precision import precision_of
 from megatron.pretrain.settings.profiling import profiling_settings
@@ -78,7 +78,7 @@ def parse_arguments(
     args = parser.parse_args(translated.words)
     args.world_size, args.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     derive_length(args)
-    derive_layout(args)
+    needless = (*translated.needless, *derive_layout(args))
     derive_model(args)
     precision = precision_of(args)
     args.params_dtype = precision.dtype
@@ -110,7 +110,7 @@ def parse_arguments(
         watching=watching,
         profiling=profiling,
         workload=workload_of(args),
-        needless_flags=translated.note(),
+        needless_flags=note_of(needless),
         other_defaults=other_defaults(translated.words, args),
         options=MappingProxyType(options),
     )

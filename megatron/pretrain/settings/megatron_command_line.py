@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
 
-from megatron.pretrain.settings.megatron_flags import ALIASES, NEEDLESS, OTHER_DEFAULTS, REFUSED
+from megatron.pretrain.settings.megatron_flags import (
+    ALIASES,
+    NEEDLESS,
+    OTHER_DEFAULTS,
+    REFUSED,
+    REMARKS,
+)
 
 _ANY, _SEVERAL = "", "+"
 
@@ -17,16 +23,17 @@ class Translated(NamedTuple):
 
     Attributes:
         words: of the command line.
-        needless: flags that were left out, since they change nothing here.
+        needless: flags that were left out, since they change nothing here, for people.
     """
 
     words: list[str]
     needless: tuple[str, ...] = ()
 
-    def note(self) -> str:
-        """What to tell of the flags that were left out; empty if there are none."""
-        flags = dict.fromkeys(self.needless)
-        return f"accepted, but change nothing here: {', '.join(flags)}" if flags else ""
+
+def note_of(needless: Iterable[str]) -> str:
+    """What to tell of flags that change nothing; empty if there are none."""
+    flags = dict.fromkeys(needless)
+    return f"accepted, but change nothing here: {', '.join(flags)}" if flags else ""
 
 
 def translate(command_line: Sequence[str]) -> Translated:
@@ -46,7 +53,8 @@ def translate(command_line: Sequence[str]) -> Translated:
         if name in ALIASES:
             words += [*ALIASES[name], *values]
         elif _is_needless(name, values):
-            needless.append(flag)
+            remark = REMARKS.get(" ".join([name, *values]))
+            needless.append(flag if remark is None else f"{' '.join([flag, *values])} ({remark})")
         elif name in _refusals():
             shown = " ".join([flag, *values[:1]])
             raise ValueError(f"{shown}: {_refusals()[name]}")

@@ -57,14 +57,20 @@ ALIASES = {
 # Options whose defaults here would give other numbers than Megatron's, with Megatron's.
 OTHER_DEFAULTS = {"attention-dropout": "0.1", "hidden-dropout": "0.1", "eval-iters": "100"}
 
+# What to tell beside a needless flag that has this value.
+REMARKS = {"ckpt-format torch": "they are saved as torch_dist"}
+
 NEEDLESS: dict[str, str] = {
     "this program does so anyway": """
         use-mcore-models attention-softmax-in-fp32 no-create-attention-mask-in-dataloader
         override-opt-param-scheduler override-opt_param-scheduler exit-signal-handler
         exit-signal-handler-for-training no-masked-softmax-fusion
         use-flash-attn verify-integrity ckpt-fully-parallel-save use-dist-ckpt
-        dist-ckpt-format=torch_dist ckpt-format=torch_dist no-ckpt-fully-parallel-save
+        dist-ckpt-format=torch_dist no-ckpt-fully-parallel-save
         auto-detect-ckpt-format dataloader-type=single exit-signal=SIGTERM use-cpu-initialization
+    """,
+    "checkpoints are saved as torch_dist, which any layout can read": """
+        ckpt-format=torch_dist,torch
     """,
     "random states follow from seed and iteration": """
         no-load-rng no-save-rng

@@ -9,8 +9,11 @@ from megatron.pretrain.settings.layers import check_layers
 from megatron.pretrain.settings.positions import check_positions
 
 
-def derive_layout(args: argparse.Namespace) -> None:
+def derive_layout(args: argparse.Namespace) -> tuple[str, ...]:
     """Set the data-parallel size and the number of micro batches.
+
+    Returns:
+        Flags that change nothing in this layout.
 
     Raises:
         ValueError: sizes that do not fit together; the message says which would.
@@ -31,8 +34,9 @@ def derive_layout(args: argparse.Namespace) -> None:
             f"use {nearest(args.global_batch_size, step)}"
         )
     args.num_microbatches = args.global_batch_size // step
-    if args.sequence_parallel and tp == 1:
-        raise ValueError("--sequence-parallel needs --tensor-model-parallel-size of 2 or more")
+    # As in Megatron: one rank has the whole sequence anyway.
+    needless = ("--sequence-parallel",) if args.sequence_parallel and tp == 1 else ()
+    args.sequence_parallel = args.sequence_parallel and tp > 1
     if args.sequence_parallel and args.seq_length % tp:
         raise ValueError(
             f"--seq-length {args.seq_length} must be a multiple of --tensor-model-parallel-size {tp} "
@@ -40,6 +44,7 @@ def derive_layout(args: argparse.Namespace) -> None:
         )
     if args.overlap_param_gather and not (args.use_distributed_optimizer and args.overlap_grad_reduce):
         raise ValueError("--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce")
+    return needless
 
 
 def derive_model(args: argparse.Namespace) -> None:
