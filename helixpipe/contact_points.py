@@ -248,8 +248,8 @@ PATCHED = (
         "without a GPU: asks for CUDA's type names", _CORE,
     ),
     ContactPoint(
-        f"{_OPTIMIZERS}.distrib_optimizer:DistributedOptimizer", "_build_model_and_main_param_groups",
-        "without a GPU: asks for CUDA's type names", _CORE, ("gbuf_ranges", "param_gbuf_map"),
+        f"{_OPTIMIZERS}.distrib_optimizer:DistributedOptimizer", "__init__",
+        "without a GPU: asks for CUDA's type names", _CORE,
     ),
     ContactPoint(
         f"{_OPTIMIZERS}.optimizer:MegatronOptimizer", "get_grad_norm",

@@ -79,7 +79,6 @@ def check_supported(config: TransformerConfig, level: Recompute) -> None:
         **unsupported_experts(config),
         "multi-latent attention": config.multi_latent_attention,
         "output-gated attention": config.attention_output_gate,
-        "context parallelism": config.context_parallel_size > 1,
         "fused QKV rotary positions": config.fused_single_qkv_rope,
         "layers without rotary positions": bool(config.no_rope_freq),
         "fp8 or fp4": bool(config.fp8 or config.fp4),

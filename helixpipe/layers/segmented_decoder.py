@@ -147,7 +147,6 @@ def check_supported(
         **unsupported_experts(config),
         "multi-latent attention": config.multi_latent_attention,
         "multi-token prediction": bool(config.mtp_num_layers),
-        "context parallelism": config.context_parallel_size > 1,
         "virtual pipeline stages": config.virtual_pipeline_model_parallel_size is not None,
         "Megatron's activation recomputation": config.recompute_granularity is not None,
         "fp8 or fp4": bool(config.fp8 or config.fp4),

@@ -420,7 +420,8 @@ class SegmentedGPTModel(LanguageModule):
         if isinstance(layout, Documents):
             return (*rotate_at(query, key, layout.positions, rotary, self.config, group), value)
         if layout is None:
-            angles = angles_of(rotary, query.shape[0])
+            # Of the whole sequence: Megatron picks the rows of this rank.
+            angles = angles_of(rotary, query.shape[0] * self.config.context_parallel_size)
         else:
             (piece,) = layout.pieces
             angles = angles_of(rotary, piece.sequence_length)[piece.start :][: piece.length]

@@ -158,7 +158,6 @@ def leaves_attention_to_engine(config: TransformerConfig, implementation: Implem
         "attention dropout": bool(config.attention_dropout),
         # A backend that is named computes windows in blocks, and so it is with caps and sinks.
         "sliding windows": config.window_size is not None and is_open,
-        "context parallelism": config.context_parallel_size > 1,
     }
     asked_for = [name for name, is_set in only_there.items() if is_set]
     if asked_for and implementation.attention != AUTO:

@@ -77,6 +77,8 @@ def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
             kwargs["device"] = _CPU
         if len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], _CPU, *args[2:])
+        # Without an accelerator there is no memory that is pinned for it.
+        kwargs.pop("pin_memory", None)
         return function(*args, **kwargs)
 
     return wrapper
@@ -124,14 +126,11 @@ def _redirect_type_names() -> None:
     clip = _with_cuda_type_names(getattr(find("megatron.core.optimizer.clip_grads"), name))
     replace("megatron.core.optimizer.clip_grads", name, clip)
     replace("megatron.core.optimizer.optimizer", name, clip)
-    half = "megatron.core.optimizer.optimizer:Float16OptimizerWithFloat16Params"
-    replace(half, "__init__", _with_cuda_type_names(find(half).__init__))
-    sharded, name = (
+    for optimizer in (
+        "megatron.core.optimizer.optimizer:Float16OptimizerWithFloat16Params",
         "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer",
-        "_build_model_and_main_param_groups",
-    )
-    wrapped = _with_cuda_type_names(getattr(find(sharded), name).__func__)
-    replace(sharded, name, classmethod(wrapped))
+    ):
+        replace(optimizer, "__init__", _with_cuda_type_names(find(optimizer).__init__))
 
 
 def _with_cuda_type_names(function: Callable[..., Any]) -> Callable[..., Any]:

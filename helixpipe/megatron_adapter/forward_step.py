@@ -178,7 +178,7 @@ class IterationInput:
             self.collect_non_loss_data,
             self.num_microbatches,
             result.loss_data,
-            cp_group_size=1,
+            cp_group_size=config.context_parallel_size,
             is_last_stage=True,
         )
         result.add_tokens(num_tokens)

@@ -88,6 +88,10 @@ def _check(config: TransformerConfig, arguments: dict[str, Any], options: Option
             "of them; leave out what makes them differ, or use 1f1b"
         )
     refuse(
+        {"context parallelism": config.context_parallel_size > 1},
+        f"--pipeline-schedule {schedule} does not support {{}} in this program; leave it out",
+    )
+    refuse(
         {f"--{name.replace('_', '-')}": bool(getattr(config, name, None)) for name in _CUTS},
         f"--pipeline-schedule {schedule} cuts the model into equal stages; leave {{}} out",
     )

@@ -65,6 +65,9 @@ def describe(settings: JobSettings, hardware: str | None) -> Iterator[str]:
         f"{plan.num_ranks} ranks, {operations} operations; valid"
     )
     yield f"recompute: {_recompute(settings.memory)}"
+    if settings.parallel.context_parallel_size > 1:
+        yield "prediction: none, for sequences that ranks share; `helixpipe advise` compares such layouts"
+        return
     prediction = predict(settings, plan, hardware)
     if prediction is None:
         yield "prediction: none, as the machine is not known; name it, as in --dry-run h20"
@@ -139,9 +142,10 @@ def _levels(memory: MemorySettings) -> Recompute | Sequence[Recompute]:
 
 
 def _layout(parallel: ParallelSettings) -> str:
+    shared = f"context {parallel.context_parallel_size} x " if parallel.context_parallel_size > 1 else ""
     return (
         f"layout: {parallel.world_size} GPUs = tensor {parallel.tensor_model_parallel_size} x pipeline "
-        f"{parallel.pipeline_model_parallel_size} x data {parallel.data_parallel_size}"
+        f"{parallel.pipeline_model_parallel_size} x {shared}data {parallel.data_parallel_size}"
         f"{', sequence parallel' if parallel.sequence_parallel else ''}"
         f"{', distributed optimizer' if parallel.use_distributed_optimizer else ''}"
     )

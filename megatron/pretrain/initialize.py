@@ -60,6 +60,7 @@ def initialize(settings: JobSettings, monitor: Monitor | None = None) -> None:
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
         settings.schedule.virtual_stages,
+        context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,

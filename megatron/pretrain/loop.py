@@ -367,10 +367,11 @@ def _announce(settings: JobSettings, loaded: Loaded, reporter: Reporter) -> None
     else:
         longest = training.max_seq_length
         batch = f"batches of {training.global_batch_size} documents of at most {longest} tokens"
+    shared = f"context {parallel.context_parallel_size} x " if parallel.context_parallel_size > 1 else ""
     source = "made-up data: " if settings.data.mock_data else ""
     reporter.say(
         f"{settings.schedule.name}: {parallel.world_size} ranks = tensor {tp} x pipeline {pp} x "
-        f"data {parallel.data_parallel_size}; {batch}; "
+        f"{shared}data {parallel.data_parallel_size}; {batch}; "
         f"{source}{dataset.num_tokens} tokens in {dataset.num_documents} documents, "
         f"vocabulary {dataset.vocab_size}"
     )

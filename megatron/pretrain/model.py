@@ -54,6 +54,7 @@ def build_config(settings: JobSettings) -> TransformerConfig:
         **_of_model(model),
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
         virtual_pipeline_model_parallel_size=settings.schedule.virtual_stages,
         # As Megatron sets them. Batched messages between two ranks that are both next and previous to each
         # other would arrive swapped, without an error.

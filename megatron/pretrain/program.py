@@ -21,10 +21,12 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distribu
 logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 import torch  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 # Hides broken packages, which must come before any import of megatron.core.
 import helixpipe.layers  # noqa: E402, F401
+from helixpipe.layers.attention.context_parallel import own_pieces  # noqa: E402
 from helixpipe.layers.documents import Documents  # noqa: E402
 from helixpipe.reliability.exit_codes import INTERRUPTED, PEER_LOST, exit_code_of, leave_exit_code  # noqa: E402
 from megatron.pretrain.health.exit_barrier import ExitBarrier  # noqa: E402
@@ -32,19 +34,25 @@ from megatron.pretrain.health.monitoring import PROGRAM, PeerLost  # noqa: E402
 from megatron.pretrain.loop import pretrain  # noqa: E402
 from megatron.pretrain.settings.arguments import parse_arguments  # noqa: E402
 
+_TENSORS = ("tokens", "labels", "loss_mask", "position_ids")
 EXIT_UNEXPECTED = 1  # an error in the program; the others are in helixpipe.reliability.exit_codes
 
 
 def get_batch(data_iterator: Iterator[dict[str, Any]] | None) -> tuple[Any, ...]:
     """Tokens, labels, loss mask and positions of the next micro batch, [b, s] each; None without data.
 
+    With context parallelism those of this rank, [b, s/c].
+
     Last come its :class:`Documents`, if attention ends at them.
     """
     if data_iterator is None:
         return None, None, None, None, None
     batch = next(data_iterator)
-    names = ("tokens", "labels", "loss_mask", "position_ids")
-    tensors = tuple(batch[name].cuda(non_blocking=True) for name in names)
+    size = parallel_state.get_context_parallel_world_size()
+    rank = parallel_state.get_context_parallel_rank()
+    # On the host: what other ranks of the context group have need not be copied.
+    parts = (own_pieces(batch[name], 1, size, rank) for name in _TENSORS)
+    tensors = tuple(part.cuda(non_blocking=True) for part in parts)
     documents: Documents | None = batch.get("documents")
     return *tensors, documents and documents.on(tensors[0].device)
 

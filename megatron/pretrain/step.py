@@ -46,12 +46,12 @@ def params_norm(chunks: Iterable[torch.nn.Module]) -> float:
                 continue
             copy = getattr(parameter, "main_param", None)
             if getattr(parameter, "main_param_sharded", False):
-                # The part that this data-parallel rank steps, if any.
+                # The part that this rank of them steps, if any.
                 sharded += [] if copy is None else [copy]
             else:
                 whole.append(parameter if copy is None else copy)
     squares = torch.stack([_sum_of_squares(whole), _sum_of_squares(sharded)])
-    dist.all_reduce(squares[1:], group=parallel_state.get_data_parallel_group())
+    dist.all_reduce(squares[1:], group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     dist.all_reduce(squares, group=parallel_state.get_model_parallel_group())
     return float(squares.sum().sqrt())
 

@@ -126,7 +126,6 @@ REFUSED = {
     "num_moe_experts": (2, "biases of experts"),
     "multi_latent_attention": (True, "multi-latent attention"),
     "mtp_num_layers": (1, "multi-token prediction"),
-    "context_parallel_size": (2, "context parallelism"),
     "virtual_pipeline_model_parallel_size": (2, "virtual pipeline stages"),
     "num_microbatches_with_partial_activation_checkpoints": (1, "recomputation of some micro batches only"),
     "variable_seq_lengths": (True, "variable sequence lengths"),

@@ -371,7 +371,6 @@ def test_what_a_layer_cannot_honour_is_refused():
         ({"num_moe_experts": 2}, "biases of experts"),
         ({"multi_latent_attention": True}, "multi-latent attention"),
         ({"attention_output_gate": True}, "output-gated attention"),
-        ({"context_parallel_size": 2}, "context parallelism"),
         ({"fused_single_qkv_rope": True}, "fused QKV rotary"),
         ({"no_rope_freq": [1, 0, 0, 0]}, "without rotary positions"),
         ({"fp8": "hybrid"}, "fp8"),

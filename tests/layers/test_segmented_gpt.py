@@ -326,7 +326,6 @@ def test_owned_parts():
         ({"num_moe_experts": 2}, "biases of experts"),
         ({"multi_latent_attention": True}, "multi-latent attention"),
         ({"mtp_num_layers": 1}, "multi-token prediction"),
-        ({"context_parallel_size": 2}, "context parallelism"),
         ({"virtual_pipeline_model_parallel_size": 2}, "virtual pipeline stages"),
         ({"recompute_granularity": "full"}, "activation recomputation"),
         ({"recompute_granularity": "selective"}, "activation recomputation"),

@@ -200,7 +200,7 @@ def expected_of(hf: Any, model: Model, case: Case) -> tuple[list[float], dict[st
     """The losses of transformers' model, and its gradients under our names."""
     losses = []
     hf.zero_grad()
-    for tokens, labels, mask in batches(case):
+    for tokens, labels, mask, _ in batches(case):
         logits = hf(tokens).logits
         each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
         loss = (each * mask).sum() / mask.sum()

@@ -53,7 +53,7 @@ def forward_step(data_iterator: Any, model: Any) -> Any:
     """Reads as Megatron-LM's does: tokens on the first stage, labels on the last, nothing between."""
     tokens = labels = mask = None
     if parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage():
-        tokens, labels, mask = next(data_iterator)
+        tokens, labels, mask, _ = next(data_iterator)
     if not parallel_state.is_pipeline_last_stage():
         labels = mask = None
     if not parallel_state.is_pipeline_first_stage():

@@ -28,6 +28,7 @@ from megatron.core.transformer.moe import moe_utils  # noqa: E402
 from split_plans import with_weight_gradients  # noqa: E402
 
 from helixpipe.kernels.choice import quick_gelu  # noqa: E402
+from helixpipe.layers.attention.context_parallel import own_pieces  # noqa: E402
 from helixpipe.layers.elastic.context import ContextStore  # noqa: E402
 from helixpipe.layers.elastic.model import build_elastic_gpt  # noqa: E402
 from helixpipe.layers.gpt import build_gpt  # noqa: E402
@@ -68,6 +69,11 @@ class Case:
     pp: int
     tp: int = 1
     dp: int = 1
+    cp: int = 1
+    # The same data for all replicas.
+    same_data: bool = False
+    # All tokens have a loss, and the loss function counts them.
+    unmasked: bool = False
     schedule: str = "helix"
     fold: int = 2
     rounds: int = 1
@@ -135,7 +141,7 @@ class Case:
 
     @property
     def world_size(self) -> int:
-        return self.pp * self.tp * self.dp
+        return self.pp * self.tp * self.dp * self.cp
 
     @property
     def num_microbatches(self) -> int:
@@ -164,10 +170,15 @@ def initialize(case: Case) -> None:
     # Making Megatron's twenty gloo groups on eight ranks takes seconds: cases of one layout share them.
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
-            case.tp, case.pp, expert_model_parallel_size=case.ep, expert_tensor_parallel_size=case.tp
+            case.tp,
+            case.pp,
+            context_parallel_size=case.cp,
+            expert_model_parallel_size=case.ep,
+            expert_tensor_parallel_size=case.tp,
         )
     assert parallel_state.get_tensor_model_parallel_world_size() == case.tp
     assert parallel_state.get_pipeline_model_parallel_world_size() == case.pp
+    assert parallel_state.get_context_parallel_world_size() == case.cp
     tensor_parallel.model_parallel_cuda_manual_seed(SEED, force_reset_rng=True)
 
 
@@ -193,6 +204,7 @@ def make_config(case: Case) -> TransformerConfig:
         attention_dropout=0.0,
         tensor_model_parallel_size=case.tp,
         pipeline_model_parallel_size=case.pp,
+        context_parallel_size=case.cp,
         sequence_parallel=case.sequence_parallel,
         params_dtype=case.dtype,
         pipeline_dtype=case.dtype,
@@ -378,7 +390,7 @@ def build_optimizer(case: Case, chunks: list[torch.nn.Module]) -> Any:
 
 def batches(case: Case, step: int = 0, tamper: bool = False) -> Any:
     """The micro batches of one data-parallel replica in one iteration; tampered: one label is wrong."""
-    replica = parallel_state.get_data_parallel_rank()
+    replica = 0 if case.same_data else parallel_state.get_data_parallel_rank()
     generator = torch.Generator().manual_seed(1000 * step + replica)
     shape = (case.micro_batch_size, case.seq_length + 1)
     for index in range(case.num_microbatches):
@@ -387,7 +399,12 @@ def batches(case: Case, step: int = 0, tamper: bool = False) -> Any:
         if tamper and index == case.num_microbatches - 1:
             text[0, -1] = (text[0, -1] + 1) % VOCABULARY
             mask[0, -1] = 1.0
-        yield text[:, :-1].cuda(), text[:, 1:].cuda(), mask.cuda()
+        if case.unmasked:
+            mask.fill_(1.0)
+        positions = torch.arange(case.seq_length).expand_as(mask)
+        rank = parallel_state.get_context_parallel_rank()
+        tensors = (text[:, :-1], text[:, 1:], mask, positions)
+        yield tuple(own_pieces(tensor, 1, case.cp, rank).cuda() for tensor in tensors)
 
 
 def make_forward_step(case: Case) -> Any:
@@ -396,13 +413,12 @@ def make_forward_step(case: Case) -> Any:
     def loss_func(mask: torch.Tensor, losses: torch.Tensor) -> Any:
         total = (losses * mask).sum()
         count = mask.sum()
-        if case.per_token_loss:
+        if case.per_token_loss or case.unmasked:
             return total, count.int(), {"lm loss": torch.stack([total.detach(), count])}
         return total / count, {"lm loss": (total / count).detach()}
 
     def forward_step(data_iterator: Any, model: Any) -> Any:
-        tokens, labels, mask = next(data_iterator)
-        positions = torch.arange(case.seq_length, device=tokens.device).expand_as(tokens)
+        tokens, labels, mask, positions = next(data_iterator)
         output = model(tokens, positions, None, labels=labels)
         return output, lambda output: loss_func(mask, output)
 

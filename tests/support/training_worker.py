@@ -359,11 +359,11 @@ def small_model(folder: Path) -> str:
 
 
 def run_cases(
-    cases: list[tuple[str, Fault]], tensor: int, pipeline: int, common: str
+    cases: list[tuple[str, Fault]], tensor: int, pipeline: int, common: str, context: int = 1
 ) -> list[dict[str, Any]]:
     """Run ``pretrain_gpt.py common + options`` with each fault; what each run came to on this rank."""
     cpu_backend.install()
-    parallel_state.initialize_model_parallel(tensor, pipeline)
+    parallel_state.initialize_model_parallel(tensor, pipeline, context_parallel_size=context)
     return [_run(f"{common} {options}".split(), fault) for options, fault in cases]
 
 

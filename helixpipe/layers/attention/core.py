@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer import MegatronModule, TransformerConfig
@@ -15,10 +16,12 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from helixpipe.layers.attention.choice import AUTO, choose, problem_of, problem_with
+from helixpipe.layers.attention.context_parallel import context_attention
 from helixpipe.layers.attention.interface import AttentionBackend, ForwardResult, Spans
 from helixpipe.layers.attention.sinks import merge_sink, sink_gradient
 from helixpipe.layers.attention.windows import WindowAttention, window_of
 from helixpipe.layers.documents import Documents
+from helixpipe.refusals import refuse
 
 
 class _Attention(torch.autograd.Function):
@@ -101,6 +104,7 @@ def causal_attention(
     backend: AttentionBackend | None = None,
     documents: Documents | None = None,
     sink: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Causal attention over a whole sequence, or within each of its documents.
 
@@ -112,6 +116,7 @@ def causal_attention(
         backend: what computes it; None: the fastest that works.
         documents: of the sequences; None: each is one.
         sink: scores of the heads' attention sinks, [heads]; None for no sinks.
+        group: of context parallelism, whose ranks share each sequence; None: it is whole here.
 
     Returns:
         [s, b, heads * d].
@@ -122,7 +127,10 @@ def causal_attention(
     if backend is None:
         backend = choose(AUTO, problem_with(query, key)).backend
     output: Tensor
-    if documents is None:
+    if group is not None:
+        assert sink is None, "refused where layers are built"
+        output = context_attention(query, key, value, scale, backend, group)
+    elif documents is None:
         output = _Attention.apply(query, key, value, sink, scale, backend)
     else:
         output = _DocumentAttention.apply(query, key, value, sink, scale, backend, documents.rows)
@@ -138,13 +146,15 @@ class FlashCoreAttention(MegatronModule):
     Args:
         backend: name of the attention backend, or ``auto``.
         documents: attention ends at documents, which lie elsewhere in every batch.
+        pg_collection: Megatron's groups, of which that of context parallelism is used.
 
     Attributes:
         softmax_offset: scores of the heads' attention sinks, as Megatron calls them, [heads of this rank],
             where they are learned (``softmax_type`` ``learnable``); else None.
 
     Raises:
-        ValueError: attention dropout, which these kernels do not have, or a backend that does not work.
+        ValueError: attention dropout, which these kernels do not have, a backend that does not work, or what
+            does not go with context parallelism.
     """
 
     # Lengths of sequences are those of the configuration.
@@ -160,6 +170,7 @@ class FlashCoreAttention(MegatronModule):
         attention_dropout: float | None = None,
         backend: str = AUTO,
         documents: bool = False,
+        pg_collection: Any = None,
         **unused: Any,
     ) -> None:
         super().__init__(config=config)
@@ -176,6 +187,16 @@ class FlashCoreAttention(MegatronModule):
             raise ValueError(
                 "sliding-window attention is not supported by schedules that cut sequences; use helix or 1f1b"
             )
+        self._group: dist.ProcessGroup | None = None
+        if config.context_parallel_size > 1:
+            unsupported = {
+                "--window-size": bool(window),
+                f"--softmax-type {config.softmax_type}": config.softmax_type != "vanilla",
+                "--reset-attention-mask": documents,
+                "a schedule that cuts sequences": self._varies,
+            }
+            refuse(unsupported, "{} does not go with --context-parallel-size above 1; leave one out")
+            self._group = pg_collection.cp
         if config.apply_query_key_layer_scaling:
             raise ValueError("query-key layer scaling is not supported; it only serves fp16 softmax")
         self.scale = softmax_scale
@@ -204,7 +225,9 @@ class FlashCoreAttention(MegatronModule):
         if attention_bias is not None or not isinstance(packed_seq_params, Documents | None):
             raise ValueError("attention bias and Megatron's packed sequences are not supported")
         sink = self.sink_for(query, sink)
-        return causal_attention(query, key, value, self.scale, self.backend, packed_seq_params, sink)
+        return causal_attention(
+            query, key, value, self.scale, self.backend, packed_seq_params, sink, self._group
+        )
 
     def sink_for(self, query: Tensor, given: Tensor | None) -> Tensor | None:
         """Scores of the sinks of this rank's heads, if the model has sinks."""

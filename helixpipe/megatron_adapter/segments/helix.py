@@ -29,7 +29,7 @@ class GPTSegments:
     Args:
         model: the model as the training loop knows it, wrapped or not.
         segmented: the :class:`SegmentedGPTModel` inside.
-        seq_length, micro_batch_size: sizes of every micro batch.
+        seq_length, micro_batch_size: sizes of every micro batch; context parallelism shares its tokens out.
         dtype: of activations and weights.
         weight_gradients: where linear layers leave their weight gradients in plans with W.
         has_loans: whether segments compute with other ranks' weights.
@@ -50,7 +50,7 @@ class GPTSegments:
     ) -> None:
         self.segmented = segmented
         self.config = segmented.config
-        self.seq_length = seq_length
+        self.seq_length = seq_length // self.config.context_parallel_size
         self.micro_batch_size = micro_batch_size
         self.dtype = dtype
         self.result = IterationResult()

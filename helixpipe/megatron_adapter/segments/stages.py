@@ -61,7 +61,7 @@ class StageSegments:
             )
         self._index = {segment: index for index, segment in enumerate(own)}
         self._last = plan.num_segments - 1
-        length = seq_length
+        length = seq_length // self.config.context_parallel_size
         if self.config.sequence_parallel:
             length //= self.config.tensor_model_parallel_size
         shape = torch.Size((length, micro_batch_size, self.config.hidden_size))
@@ -78,7 +78,10 @@ class StageSegments:
         return self._index[segment]
 
     def layout(self, edge: int, micro_batch: int) -> MessageLayout:
-        """See :class:`helixpipe.runtime.executor.Segments`: the hidden state [s, b, h], or [s/tp, b, h]."""
+        """See :class:`helixpipe.runtime.executor.Segments`: the hidden state [s, b, h].
+
+        Context parallelism, and with it sequence parallelism, share s out.
+        """
         return self._layout
 
     def forward(self, segment: int, micro_batch: int, inputs: Tensors) -> Tensors:
@@ -94,7 +97,7 @@ class StageSegments:
             inputs[0] if inputs else None,
             self.result.loss_data,
             self.config,
-            cp_group_size=1,
+            cp_group_size=self.config.context_parallel_size,
             collect_non_loss_data=self._input.collect_non_loss_data,
             is_first_microbatch=micro_batch == 0,
             current_microbatch=micro_batch,
@@ -115,7 +118,6 @@ def check_supported(config: TransformerConfig, schedule: str) -> None:
         **unsupported_experts(config),
         "multi-latent attention": config.multi_latent_attention,
         "multi-token prediction": bool(config.mtp_num_layers),
-        "context parallelism": config.context_parallel_size > 1,
         "virtual pipeline stages": config.virtual_pipeline_model_parallel_size is not None,
         "recomputation of some micro batches only": bool(
             config.num_microbatches_with_partial_activation_checkpoints

@@ -176,6 +176,7 @@ class Saver:
             world_size=parallel.world_size,
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            context_parallel_size=parallel.context_parallel_size,
             data_parallel_size=parallel.data_parallel_size,
         )
 

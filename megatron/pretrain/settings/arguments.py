@@ -26,6 +26,7 @@ from megatron.pretrain.checkpoint.comparison import changeable
 from megatron.pretrain.checkpoint.files import is_same_folder
 from megatron.pretrain.data.gpt import cache_folder, check_split
 from megatron.pretrain.data.mock import describe_mock
+from megatron.pretrain.settings.context_parallel import check_shared_sequences
 from megatron.pretrain.settings.elastic_job import derive_elastic
 from megatron.pretrain.settings.ending import ending_of
 from megatron.pretrain.settings.experts import check_experts_under
@@ -168,7 +169,7 @@ def _check_training(args: argparse.Namespace) -> None:
     for name in ("save_interval", "keep_checkpoints"):
         if getattr(args, name) is not None and args.save is None:
             raise ValueError(f"{flag_of(name)} {getattr(args, name)} needs --save DIR")
-    if args.check_gradients_every is not None and args.data_parallel_size == 1:
+    if args.check_gradients_every is not None and args.data_parallel_size * args.context_parallel_size == 1:
         raise ValueError(
             f"--check-gradients-every {args.check_gradients_every} compares data-parallel ranks, and there "
             "is only one; leave it out"
@@ -227,6 +228,7 @@ def _check_attention(args: argparse.Namespace, entry: Schedule) -> None:
 
 def _check_schedule(args: argparse.Namespace, entry: Schedule, *, is_chosen: bool) -> None:
     _check_attention(args, entry)
+    check_shared_sequences(args, entry.execution, is_chosen=is_chosen)
     check_experts_under(args, entry.execution)
     if args.log_throughput and entry.execution is Execution.CHUNKS:
         raise ValueError("--log-throughput counts sequences of one length; leave it out with elastic batches")

@@ -118,6 +118,7 @@ class ParallelSettings:
     world_size: int
     tensor_model_parallel_size: int
     pipeline_model_parallel_size: int
+    context_parallel_size: int
     data_parallel_size: int
     expert_model_parallel_size: int
     expert_tensor_parallel_size: int

@@ -11,11 +11,11 @@ SUPPORTED = frozenset(
     """
     accumulate-allreduce-grads-in-fp32 activation-func-clamp-value adam-beta1 adam-beta2 adam-eps
     add-qkv-bias apply-layernorm-1p async-save attention-backend attention-dropout bf16
-    calculate-per-token-loss clip-grad cross-entropy-fusion-impl cross-entropy-loss-fusion
-    data-cache-path data-path decoupled-lr decoupled-min-lr deterministic-mode disable-bias-linear
-    disable-log-loss-scale-to-tensorboard disable-manual-gc-eval distributed-timeout-minutes
-    empty-unused-memory-level end-weight-decay eod-mask-loss eval-interval eval-iters
-    exit-duration-in-mins exit-interval ffn-hidden-size finetune fp16 global-batch-size
+    calculate-per-token-loss clip-grad context-parallel-size cross-entropy-fusion-impl
+    cross-entropy-loss-fusion data-cache-path data-path decoupled-lr decoupled-min-lr deterministic-mode
+    disable-bias-linear disable-log-loss-scale-to-tensorboard disable-manual-gc-eval
+    distributed-timeout-minutes empty-unused-memory-level end-weight-decay eod-mask-loss eval-interval
+    eval-iters exit-duration-in-mins exit-interval ffn-hidden-size finetune fp16 global-batch-size
     glu-linear-offset grad-reduce-in-bf16 group-query-attention hidden-dropout hidden-size hysteresis
     init-method-std initial-loss-scale kv-channels load log-interval log-memory-to-tensorboard
     log-num-zeros-in-grad log-params-norm log-throughput log-timers-to-tensorboard
@@ -110,8 +110,8 @@ NEEDLESS: dict[str, str] = {
     "ranks and nodes are as torchrun starts them": """
         local-rank=
     """,
-    "only one of the groups that it is about exists": """
-        cp-comm-type=+ context-parallel-size=1
+    "keys and values are gathered in one step, and the numbers are the same": """
+        cp-comm-type=+ hierarchical-context-parallel-sizes=+
     """,
     "timers are those of --trace-dir": """
         timing-log-level=0,1,2 timing-log-option= no-barrier-with-level-1-timing
@@ -266,9 +266,8 @@ REFUSED: dict[str, str] = {
         outer-dp-sharding-strategy suggested-communication-unit-size
         torch-fsdp2-no-reshard-after-forward use-megatron-fsdp use-torch-fsdp2
     """,
-    "context parallelism is not built; use a larger --pipeline-model-parallel-size": """
-        context-parallel-size hierarchical-context-parallel-sizes hybrid-context-parallel
-        max-seqlen-per-dp-cp-rank
+    "sequences are shared out evenly; use --context-parallel-size alone": """
+        hybrid-context-parallel max-seqlen-per-dp-cp-rank
     """,
     "CUDA graphs are not built; remove it": """
         cuda-graph-impl cuda-graph-modules cuda-graph-scope cuda-graph-warmup-steps

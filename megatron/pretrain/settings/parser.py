@@ -113,6 +113,13 @@ def _add_parallel_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("parallelism").add_argument
     add("--tensor-model-parallel-size", type=RANKS, default=1)
     add("--pipeline-model-parallel-size", type=RANKS, default=1)
+    add(
+        "--context-parallel-size",
+        type=RANKS,
+        default=1,
+        help="ranks that share every sequence; for 1f1b, interleaved, helix and other schedules that do not "
+        "cut sequences",
+    )
     add("--sequence-parallel", action="store_true")
     add("--use-distributed-optimizer", action="store_true")
     add("--overlap-grad-reduce", action="store_true")

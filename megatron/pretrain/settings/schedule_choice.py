@@ -89,7 +89,8 @@ def workload_of(args: argparse.Namespace) -> Workload:
     """The model, its sizes and how it is cut, for the cost model."""
     return Workload(
         model=model_from_arguments("the model", vars(args)),
-        seq_length=args.seq_length,
+        # What one rank keeps goes by its own tokens; times are not predicted for shared sequences.
+        seq_length=args.seq_length // args.context_parallel_size,
         micro_batch_size=args.micro_batch_size,
         tensor_parallel=args.tensor_model_parallel_size,
         # Without tensor parallelism there is nothing to cut.
@@ -108,7 +109,8 @@ def known_costs(args: argparse.Namespace) -> KnownCosts | None:
     Raises:
         ValueError: hardware that is not known or was not measured for these sizes.
     """
-    machine = known_machine(args.hardware) if args.round_order == "interlocked" else None
+    is_fitted = args.round_order == "interlocked" and args.context_parallel_size == 1
+    machine = known_machine(args.hardware) if is_fitted else None
     if machine is None:
         return None
     pieces = pieces_on(machine, args.hardware, workload_of(args))

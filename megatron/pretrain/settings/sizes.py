@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 from megatron.pretrain.settings.experts import derive_experts
 from megatron.pretrain.settings.layers import check_layers
@@ -19,13 +20,16 @@ def derive_layout(args: argparse.Namespace) -> tuple[str, ...]:
         ValueError: sizes that do not fit together; the message says which would.
     """
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    if args.world_size % (tp * pp):
+    cp = args.context_parallel_size
+    ranks = tp * pp * cp
+    if args.world_size % ranks:
+        shared = f" x context-parallel size {cp}" if cp > 1 else ""
         raise ValueError(
             f"world size {args.world_size} cannot be split into tensor-parallel size {tp} x "
-            f"pipeline-parallel size {pp}; start a multiple of {tp * pp} ranks "
-            f"(torchrun --nproc-per-node {tp * pp})"
+            f"pipeline-parallel size {pp}{shared}; start a multiple of {ranks} ranks "
+            f"(torchrun --nproc-per-node {ranks})"
         )
-    args.data_parallel_size = args.world_size // (tp * pp)
+    args.data_parallel_size = args.world_size // ranks
     step = args.micro_batch_size * args.data_parallel_size
     if args.global_batch_size % step:
         raise ValueError(
@@ -37,14 +41,27 @@ def derive_layout(args: argparse.Namespace) -> tuple[str, ...]:
     # As in Megatron: one rank has the whole sequence anyway.
     needless = ("--sequence-parallel",) if args.sequence_parallel and tp == 1 else ()
     args.sequence_parallel = args.sequence_parallel and tp > 1
-    if args.sequence_parallel and args.seq_length % tp:
+    _check_length(args)
+    if args.overlap_param_gather and not (args.use_distributed_optimizer and args.overlap_grad_reduce):
+        raise ValueError("--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce")
+    return needless
+
+
+def _check_length(args: argparse.Namespace) -> None:
+    """Ranks that share a sequence have parts of one length, with context parallelism two of each."""
+    tp, cp = args.tensor_model_parallel_size, args.context_parallel_size
+    of_tensor = tp if args.sequence_parallel else 1
+    if args.seq_length % of_tensor and cp == 1:
         raise ValueError(
             f"--seq-length {args.seq_length} must be a multiple of --tensor-model-parallel-size {tp} "
             f"with --sequence-parallel; use {nearest(args.seq_length, tp)}"
         )
-    if args.overlap_param_gather and not (args.use_distributed_optimizer and args.overlap_grad_reduce):
-        raise ValueError("--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce")
-    return needless
+    step = math.lcm(2 * cp, of_tensor * cp)
+    if cp > 1 and args.seq_length % step:
+        raise ValueError(
+            f"--seq-length {args.seq_length} must be a multiple of {step} for --context-parallel-size {cp}"
+            f"{' and --sequence-parallel' if of_tensor > 1 else ''}; use {nearest(args.seq_length, step)}"
+        )
 
 
 def derive_model(args: argparse.Namespace) -> None:
