@@ -53,7 +53,10 @@ def add_parsers(add: Callable[..., Any]) -> None:
         help=f"of one GPU (default: the hardware's less {RESERVED_GIB:g} GiB)",
     )
     advice.add_argument(
-        "--page", type=Path, metavar="HTML", help="also compare the best pipelines' timelines on a page"
+        "--page",
+        type=Path,
+        metavar="HTML",
+        help="also compare the best pipelines' timelines on a page; with --gpus, time against memory",
     )
     advice.set_defaults(run=_advise)
 
@@ -119,7 +122,6 @@ def _search(args: argparse.Namespace) -> None:
         "--no-sequence-parallel": args.no_sequence_parallel,
     }
     refuse(searched, "--gpus searches {}; leave it out")
-    refuse({"--page": args.page}, "{} shows schedules of one layout; leave --gpus out")
     if args.global_batch_size is None:
         raise ValueError("--global-batch-size is missing; --gpus needs the sequences of an iteration")
     machine, workload = read_workload(args)
@@ -131,6 +133,13 @@ def _search(args: argparse.Namespace) -> None:
         memory_limit_gib=args.memory_limit_gib,
     )
     print_joint_advice(found, machine, args.explain)
+    if args.page:
+        # Only a page draws figures.
+        from helixpipe.report.joint_page import write_joint_page
+
+        title = f"{workload.model.name}, {workload.seq_length} tokens, {args.gpus} GPUs"
+        write_joint_page(found, machine, args.page, title=title)
+        print(f"Wrote {args.page}")
 
 
 def _write_page(advice: Advice, job: Job, path: Path) -> None:

@@ -47,7 +47,6 @@ def _table(title: str, findings: Sequence[Finding], machine: Hardware | Pieces) 
     for number, finding in enumerate(findings, 1):
         option, candidate = finding.option, finding.option.candidate
         limit = main_limit(time_shares(finding, machine))
-        peak = option.peak_bytes + (option.message_bytes or 0)
         why_not = candidate.why_not_runnable
         table.add_row(
             str(number),
@@ -59,7 +58,7 @@ def _table(title: str, findings: Sequence[Finding], machine: Hardware | Pieces) 
             describe_seconds(finding.iteration_ms),
             f"{option.tokens_per_second_per_gpu:.0f}",
             f"{option.mfu:.1%}" if option.mfu else "?",
-            f"{peak / GIB:.1f}",
+            f"{finding.peak_bytes / GIB:.1f}",
             f"{limit.name} {limit.milliseconds / finding.iteration_ms:.0%}",
             f"no: {why_not}" if why_not else "yes",
         )

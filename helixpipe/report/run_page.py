@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable, Sequence
-from html import escape
+from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from helixpipe.report.page import write_page
-from helixpipe.report.palette import FAINT, INK, RULE, STYLES
+from helixpipe.report.page_sections import drawing, dress, figure_section, new_figure, table_section
+from helixpipe.report.palette import STYLES
 from helixpipe.report.role import Role
 from helixpipe.report.run import Run
 from helixpipe.report.stragglers import SLOW, slowness
@@ -47,9 +44,8 @@ def write_run_page(run: Run, path: Path, *, title: str, iteration: int) -> None:
 def _figures(run: Run) -> str:
     """Loss, norm of the gradient and throughput by iteration, and the largest memory by rank."""
     numbers = [row["iteration"] for row in run.rows]
-    with matplotlib.rc_context({"svg.hashsalt": "helixpipe", "font.family": "DejaVu Sans", "font.size": 8.5}):
-        # White also on a dark page: the ink of the curves is made for it.
-        figure = Figure(figsize=(11.0, 5.2), layout="constrained", facecolor="white")
+    with drawing():
+        figure = new_figure(11.0, 5.2)
         ((loss, norm), (speed, memory)) = figure.subplots(2, 2)
         _line(loss, numbers, [row["lm_loss"] for row in run.rows], "loss")
         _line(norm, numbers, [row.get("grad_norm") for row in run.rows], "norm of the gradient")
@@ -58,13 +54,9 @@ def _figures(run: Run) -> str:
             max(ranks) / 2**30 for ranks in zip(*(row["peak_memory_bytes"] for row in run.rows), strict=True)
         ]
         memory.bar(range(len(peaks)), peaks, color=_COLOUR, width=0.7)
-        _dress(memory, "largest memory of each rank (GiB)", "rank")
+        dress(memory, "largest memory of each rank (GiB)", "rank")
         memory.xaxis.set_major_locator(MaxNLocator(integer=True))
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :]
-    return f'<section class="card" aria-label="Iterations">\n<h2>Iterations</h2>\n{svg}</section>'
+        return figure_section("Iterations", figure)
 
 
 def _line(axes: Axes, numbers: Sequence[int], values: Sequence[float | None], title: str) -> None:
@@ -73,19 +65,8 @@ def _line(axes: Axes, numbers: Sequence[int], values: Sequence[float | None], ti
         axes.plot(
             *zip(*pairs, strict=True), color=_COLOUR, linewidth=1.4, marker="." if len(pairs) < 60 else ""
         )
-    _dress(axes, title, "iteration")
+    dress(axes, title, "iteration")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def _dress(axes: Axes, title: str, below: str) -> None:
-    axes.set_title(title, loc="left", color=INK)
-    axes.set_xlabel(below, color=FAINT)
-    axes.tick_params(colors=FAINT)
-    axes.grid(axis="y", color=RULE, linewidth=0.7)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(RULE)
 
 
 def _ranks(run: Run, ratios: Sequence[float]) -> str:
@@ -96,24 +77,10 @@ def _ranks(run: Run, ratios: Sequence[float]) -> str:
     ]  # fmt: skip
     count = min(len(run.timelines), _TIMELINES)
     heading = f"Pipeline ranks: time for their operations over the median's, in the last {count} timelines"
-    return _table(heading, ("rank", "time over median", ""), rows)
+    return table_section(heading, ("rank", "time over median", ""), rows)
 
 
 def _arguments(run: Run) -> str:
-    return _table(
+    return table_section(
         "Arguments", ("option", "value"), [(name, str(v)) for name, v in sorted(run.arguments.items())]
-    )
-
-
-def _table(heading: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
-    lines = []
-    for first, *others in rows:
-        cells = "".join(f"<td>{escape(cell)}</td>" for cell in others)
-        lines.append(f'<tr><th scope="row">{escape(first)}</th>{cells}</tr>')
-    body = "\n".join(lines)
-    table = f"<table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"
-    return (
-        f'<section class="card" aria-label="{escape(heading)}">\n<h2>{escape(heading)}</h2>\n'
-        f'<div class="scroller" tabindex="0">\n{table}</div></section>'
     )

@@ -54,6 +54,11 @@ class Finding:
         """Predicted."""
         return self.option.iteration_ms
 
+    @property
+    def peak_bytes(self) -> int:
+        """On the worst GPU, with buffers of messages where these were looked at."""
+        return self.option.peak_bytes + (self.option.message_bytes or 0)
+
 
 @dataclass(frozen=True)
 class JointAdvice:
@@ -62,19 +67,24 @@ class JointAdvice:
     Attributes:
         findings: what was simulated, the fastest first, one for each layout and schedule. Those that could
             be shown had a second look at their orders, memory that is left, and buffers of messages.
+        simulated: everything that was simulated, in the order of that, without plans.
         num_layouts: that were looked at.
         num_rejected: of them, those that cannot be used, by reason.
         num_candidates: schedules with options and recomputation, of all layouts that were opened.
-        num_simulated: of them, those that were simulated.
         bound_ms: what no layout and schedule takes less than, for the given costs.
     """
 
     findings: list[Finding]
+    simulated: list[Finding]
     num_layouts: int
     num_rejected: dict[str, int]
     num_candidates: int
-    num_simulated: int
     bound_ms: float
+
+    @property
+    def num_simulated(self) -> int:
+        """How many candidates were simulated."""
+        return len(self.simulated)
 
     @property
     def shown(self) -> list[Finding]:
@@ -163,7 +173,7 @@ class _Search:
     exhaustive: bool
     num_layouts: int = 0
     num_candidates: int = 0
-    num_simulated: int = 0
+    simulated: list[Finding] = field(default_factory=list)
     rejected: dict[str, int] = field(default_factory=dict)
     bound_ms: float = float("inf")
     best: dict[tuple[Layout, str], Finding] = field(default_factory=dict)
@@ -290,7 +300,8 @@ class _Search:
         candidate = item.group[0]
         outcome = evaluate(item.job, candidate)
         if isinstance(outcome, Option):
-            self.num_simulated += 1
+            without_plan = replace(outcome, plan=None, costs=None)
+            self.simulated.append(Finding(item.layout, item.job, without_plan))
             self._keep(Finding(item.layout, item.job, outcome))
         # Another recomputation may be executed where this one cannot; otherwise it only computes more.
         if not (isinstance(outcome, Option) and candidate.why_not_runnable != "recompute"):
@@ -325,9 +336,9 @@ class _Search:
         """What was found."""
         return JointAdvice(
             sorted(self.best.values(), key=lambda finding: finding.iteration_ms),
+            self.simulated,
             self.num_layouts,
             self.rejected,
             self.num_candidates,
-            self.num_simulated,
             self.bound_ms,
         )
