@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from helixpipe.elastic.costs.fit import Fit
 
 _GIB = 2**30
+# As helixpipe.elastic.search.choice has them, which takes long to import.
+ELASTIC_SCHEDULES = ("elastic", "elastic-helix", "auto")
 # At which elastic-profile measures the head: long enough for steady rates, with logits that fit anywhere.
 _PIECES_LENGTH = 2048
 
@@ -65,6 +67,12 @@ def _add_elastic(elastic: argparse.ArgumentParser) -> None:
     add("--num-layers", type=LAYERS, required=True, help="transformer layers L")
     add("--memory-limit-gib", type=GIBIBYTES, required=True, help="of one GPU, states included")
     add("--token-capacity", type=Whole(), help="tokens that a chunk may hold (default: what memory allows)")
+    add(
+        "--schedule",
+        choices=ELASTIC_SCHEDULES,
+        default=ELASTIC_SCHEDULES[0],
+        help="1F1B over chunks, which training runs (default), helix over them, or the faster of both",
+    )
     add("--num-slices", type=Whole(), help="of the longest sequence (default: the fastest found)")
     add(
         "--mip-gap",
@@ -86,10 +94,10 @@ def _add_elastic(elastic: argparse.ArgumentParser) -> None:
 def _elastic(args: argparse.Namespace) -> None:
     # SciPy takes a second to import: only these commands pay for it.
     from helixpipe.elastic.baselines import predict_baselines
-    from helixpipe.elastic.chunk_schedule import costs_of_recipe
     from helixpipe.elastic.costs.costs_file import costs_from_json
+    from helixpipe.elastic.elastic_plan import costs_of
     from helixpipe.elastic.job import ElasticJob
-    from helixpipe.elastic.search.planner import SLICE_COUNTS, plan_batch
+    from helixpipe.elastic.search.choice import choose_plan
     from helixpipe.report.batch_plan import print_elastic_plan
 
     lengths = _read_lengths(args.lengths)
@@ -102,13 +110,14 @@ def _elastic(args: argparse.Namespace) -> None:
         gap=args.mip_gap,
         time_limit_s=args.time_limit,
     )
-    counts = SLICE_COUNTS if args.num_slices is None else (args.num_slices,)
-    plan = plan_batch(lengths, job, slice_counts=counts)
+    counts = None if args.num_slices is None else (args.num_slices,)
+    choice = choose_plan(lengths, job, schedule=args.schedule, slice_counts=counts)
+    plan = choice.plan
     args.output.write_text(plan.to_json(), encoding="utf-8")
     if args.plan_costs:
-        costs = costs_of_recipe(plan.recipe, job.num_layers, job.costs)
+        costs = costs_of(plan.recipe, job)
         args.plan_costs.write_text(costs.to_json() + "\n", encoding="utf-8")
-    print_elastic_plan(plan, job, predict_baselines(lengths, job))
+    print_elastic_plan(choice, job, predict_baselines(lengths, job))
     print(f"Wrote {args.output}")
 
 

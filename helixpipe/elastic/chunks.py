@@ -10,8 +10,8 @@ from functools import cached_property
 class ChunkKind(str, Enum):
     """What a chunk is made of.
 
-    ``BATCHED`` is whole short sequences, ``SPLIT`` one slice of a long sequence, ``HYBRID`` the last slice of
-    a long sequence followed by short ones.
+    ``BATCHED`` is whole sequences, ``SPLIT`` one slice of a long sequence, ``HYBRID`` slices at its ends
+    beside others: the last slice of a sequence, whole ones, and the first slice of another.
     """
 
     BATCHED = "batched"
@@ -56,25 +56,32 @@ class Chunk:
     """What passes through the stages as one micro batch.
 
     Attributes:
-        pieces: the slice of a long sequence first if there is one, then whole sequences.
+        pieces: one slice; or the last slice of a sequence, whole sequences, and the first slice of another,
+            any of which may be missing. Elastic 1F1B has no first slices beside others.
     """
 
     pieces: tuple[Piece, ...]
 
     def __post_init__(self) -> None:
         assert self.pieces, "a chunk holds at least one piece"
-        assert all(piece.is_whole for piece in self.pieces[1:]), "only the first piece may be a slice"
+        assert all(piece.start == 0 for piece in self.pieces[1:]), "only the first piece may go on"
+        assert not any(piece.is_continued for piece in self.pieces[:-1]), "only the last one is gone on with"
 
     @property
     def kind(self) -> ChunkKind:
         """Batched, split or hybrid."""
-        if self.pieces[0].is_whole:
+        if not self.sliced_sequences:
             return ChunkKind.BATCHED
         return ChunkKind.SPLIT if len(self.pieces) == 1 else ChunkKind.HYBRID
 
     @property
+    def sliced_sequences(self) -> tuple[int, ...]:
+        """The sequences that this chunk carries slices of: at most two."""
+        return tuple(piece.sequence for piece in self.pieces if not piece.is_whole)
+
+    @property
     def sliced_sequence(self) -> int | None:
-        """The long sequence that this chunk carries a slice of, or None."""
+        """The long sequence that this chunk, one of elastic 1F1B, carries a slice of, or None."""
         first = self.pieces[0]
         return None if first.is_whole else first.sequence
 
@@ -101,5 +108,5 @@ class Chunk:
     @property
     def continued_tokens(self) -> int:
         """Tokens whose keys and values later slices read, and add gradients to."""
-        first = self.pieces[0]
-        return first.length if first.is_continued else 0
+        last = self.pieces[-1]
+        return last.length if last.is_continued else 0

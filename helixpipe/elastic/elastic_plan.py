@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from operator import add, sub
 from typing import Any
 
-from helixpipe.elastic.chunk_schedule import SCHEDULE, costs_of_recipe, elastic_plan
+from helixpipe.elastic import chunk_schedule, round_schedule
+from helixpipe.elastic.chunk_schedule import costs_of_recipe, elastic_plan
 from helixpipe.elastic.job import ElasticJob
-from helixpipe.elastic.recipe import Recipe
+from helixpipe.elastic.recipe import BatchRecipe, Recipe
+from helixpipe.elastic.round_recipe import RoundRecipe
+from helixpipe.elastic.round_schedule import costs_of_rounds, round_plan
 from helixpipe.json_input import parse_object
 from helixpipe.plan.plan import Plan
 from helixpipe.plan.plan_error import PlanError
+from helixpipe.plan.simulation.costs import Costs
 from helixpipe.plan.simulation.message_buffers import peak_with_buffers
 from helixpipe.plan.simulation.simulate import simulate
 from helixpipe.plan.validate import validate
@@ -50,13 +55,13 @@ class ElasticPlan:
     """Everything an elastic iteration needs.
 
     Attributes:
-        recipe: chunks, pipelines and checkpointed layers.
+        recipe: chunks, and the pipelines or rounds that they are in.
         plan: who computes which chunk when; lowered and valid.
         prediction: of time and memory.
         solver_seconds: that checkpointing took to decide.
     """
 
-    recipe: Recipe
+    recipe: BatchRecipe
     plan: Plan
     prediction: Prediction
     solver_seconds: float = 0.0
@@ -85,29 +90,55 @@ class ElasticPlan:
     def from_json(cls, text: str) -> ElasticPlan:
         """Read back what :meth:`to_json` wrote; ``ValueError`` if plan and recipe do not belong together."""
         plan = Plan.from_json(text)
-        if plan.schedule != SCHEDULE:
+        if plan.schedule not in _RECIPES:
             raise ValueError(f"not an elastic plan: its schedule is {plan.schedule!r}")
         data = parse_object(text, "not an elastic plan")
-        recipe = Recipe.from_dict(data.get("recipe"))
+        recipe = _RECIPES[plan.schedule](data.get("recipe"))
         validate(plan)
         layers = plan.parameters.get("num_layers")
-        if not isinstance(layers, int) or elastic_plan(recipe, layers) != plan.compute_only():
+        if not isinstance(layers, int) or plan_of(recipe, layers) != plan.compute_only():
             raise PlanError("the plan's order is not that of its recipe; make it anew with elastic")
         most = layers // plan.num_ranks
-        if any(count > most for row in recipe.checkpointed for count in row):
+        if isinstance(recipe, Recipe) and any(count > most for row in recipe.checkpointed for count in row):
             raise PlanError(f"the recipe checkpoints more than the {most} layers of a stage")
         return cls(recipe, plan, _prediction(data.get("prediction")), _number(data.get("solver_seconds")))
 
 
-def predict(recipe: Recipe, plan: Plan, job: ElasticJob) -> Prediction:
+_RECIPES: dict[str, Callable[[Any], BatchRecipe]] = {
+    chunk_schedule.SCHEDULE: Recipe.from_dict,
+    round_schedule.SCHEDULE: RoundRecipe.from_dict,
+}
+
+
+def plan_of(recipe: BatchRecipe, num_layers: int) -> Plan:
+    """The compute-only plan of a recipe."""
+    if isinstance(recipe, RoundRecipe):
+        return round_plan(recipe, num_layers)
+    assert isinstance(recipe, Recipe)
+    return elastic_plan(recipe, num_layers)
+
+
+def costs_of(recipe: BatchRecipe, job: ElasticJob) -> Costs:
+    """What the operations and messages of a recipe's plan cost."""
+    if isinstance(recipe, RoundRecipe):
+        return costs_of_rounds(recipe, job.num_layers, job.costs)
+    assert isinstance(recipe, Recipe)
+    return costs_of_recipe(recipe, job.num_layers, job.costs)
+
+
+def predict(recipe: BatchRecipe, plan: Plan, job: ElasticJob) -> Prediction:
     """Simulate ``plan``, of ``recipe`` and lowered, with the costs that the recipe's chunks have."""
-    costs = costs_of_recipe(recipe, job.num_layers, job.costs)
+    costs = costs_of(recipe, job)
     simulation = simulate(plan, costs)
     timeline = simulation.timeline
-    recompute_ms = sum(cost.recompute for cost in costs.segments.values())
+    recompute_ms = sum(
+        costs.segments[plan.cost_name(segment, micro_batch)].recompute
+        for segment in range(plan.num_segments)
+        for micro_batch in range(plan.num_microbatches)
+    )
     peaks = tuple(simulation.peak_bytes)
     with_buffers = [
-        peak_with_buffers(plan, costs, stage, job.costs.tensor_parallel) for stage in range(plan.num_ranks)
+        peak_with_buffers(plan, costs, rank, job.costs.tensor_parallel) for rank in range(plan.num_ranks)
     ]
     return Prediction(
         timeline.makespan_ms,

@@ -1,8 +1,9 @@
-"""The recipe: what an elastic iteration does beside its plan's order, with a JSON form."""
+"""Recipes: what an elastic iteration does beside its plan's order, with a JSON form."""
 
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,23 +15,28 @@ from helixpipe.json_input import parse_json
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Which tokens each micro batch holds, and what of it is computed twice.
+class BatchRecipe(ABC):
+    """Which tokens each micro batch of a plan holds.
 
     Attributes:
         chunks: in the order of their forwards; micro batch i of the plan is ``chunks[i]``.
-        pipelines: how many consecutive chunks each 1F1B pipeline has; pipelines run back to back.
-        checkpointed: ``checkpointed[stage][chunk]`` layers, the stage's first ones, keep only their input.
     """
 
     chunks: tuple[Chunk, ...]
-    pipelines: tuple[int, ...]
-    checkpointed: tuple[tuple[int, ...], ...]
+
+    @property
+    @abstractmethod
+    def sizes(self) -> tuple[int, ...]:
+        """How many consecutive chunks each pipeline or round has, which follow one another."""
+
+    @abstractmethod
+    def _others(self) -> dict[str, Any]:
+        """What a recipe says beside its chunks, as values of JSON."""
 
     @cached_property
     def ranges(self) -> tuple[range, ...]:
-        """The chunks of each pipeline."""
-        ends = accumulate(self.pipelines, initial=0)
+        """The chunks of each pipeline or round."""
+        ends = accumulate(self.sizes, initial=0)
         return tuple(range(first, last) for first, last in pairwise(ends))
 
     @cached_property
@@ -44,13 +50,42 @@ class Recipe:
         return {
             "sequence_lengths": [lengths[sequence] for sequence in range(len(lengths))],
             "chunks": [[[p.sequence, p.start, p.length] for p in chunk.pieces] for chunk in self.chunks],
-            "pipelines": list(self.pipelines),
-            "checkpointed": [list(row) for row in self.checkpointed],
+            **self._others(),
         }
 
     def to_json(self) -> str:
-        """Read back by :meth:`from_json`."""
+        """Read back by ``from_json`` of its class."""
         return json.dumps(self.to_dict()) + "\n"
+
+    def check(self, lengths: Sequence[int]) -> None:
+        """``ValueError`` unless every token of a batch of ``lengths`` is in exactly one chunk."""
+        missing = _uncovered(self.chunks, lengths)
+        if missing is not None:
+            raise ValueError(f"not a recipe: the tokens of sequence {missing} are not in one chunk each")
+
+
+@dataclass(frozen=True)
+class Recipe(BatchRecipe):
+    """The chunks of 1F1B pipelines, and what of them is computed twice.
+
+    Attributes:
+        pipelines: how many consecutive chunks each 1F1B pipeline has; pipelines run back to back.
+        checkpointed: ``checkpointed[stage][chunk]`` layers, the stage's first ones, keep only their input.
+    """
+
+    pipelines: tuple[int, ...]
+    checkpointed: tuple[tuple[int, ...], ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """See :class:`BatchRecipe`."""
+        return self.pipelines
+
+    def _others(self) -> dict[str, Any]:
+        return {
+            "pipelines": list(self.pipelines),
+            "checkpointed": [list(row) for row in self.checkpointed],
+        }
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
@@ -60,19 +95,16 @@ class Recipe:
     @classmethod
     def from_dict(cls, data: Any) -> Recipe:
         """Read the form of :meth:`to_dict`; ``ValueError`` as for :meth:`from_json`."""
-        if not isinstance(data, dict):
-            raise ValueError("not a recipe: expected an object")
-        lengths = _whole_numbers(data, "sequence_lengths")
-        chunks = tuple(
-            _chunk([_piece(piece, lengths) for piece in _list(pieces, "chunks")])
-            for pieces in _list(data.get("chunks"), "chunks")
-        )
+        lengths, chunks = read_chunks(data)
+        for chunk in chunks:
+            if not all(piece.is_whole for piece in chunk.pieces[1:]):
+                raise ValueError("not a recipe: a chunk holds at most one slice, which comes first")
         recipe = cls(
             chunks,
-            tuple(_whole_numbers(data, "pipelines")),
+            tuple(whole_numbers(data, "pipelines")),
             tuple(
-                tuple(_whole_numbers({"checkpointed": row}, "checkpointed"))
-                for row in _list(data.get("checkpointed"), "checkpointed")
+                tuple(whole_numbers({"checkpointed": row}, "checkpointed"))
+                for row in list_of(data.get("checkpointed"), "checkpointed")
             ),
         )
         recipe.check(lengths)
@@ -80,9 +112,7 @@ class Recipe:
 
     def check(self, lengths: Sequence[int]) -> None:
         """``ValueError`` unless every token of a batch of ``lengths`` is in exactly one chunk."""
-        missing = _uncovered(self.chunks, lengths)
-        if missing is not None:
-            raise ValueError(f"not a recipe: the tokens of sequence {missing} are not in one chunk each")
+        super().check(lengths)
         if sum(self.pipelines) != len(self.chunks) or min(self.pipelines, default=0) < 1:
             raise ValueError(
                 f"not a recipe: pipelines {list(self.pipelines)} do not add up to {len(self.chunks)} chunks"
@@ -91,12 +121,24 @@ class Recipe:
             raise ValueError(f"not a recipe: checkpointed needs {len(self.chunks)} numbers for every stage")
 
 
+def read_chunks(data: Any) -> tuple[list[int], tuple[Chunk, ...]]:
+    """Sequences' lengths and chunks of the form of :meth:`BatchRecipe.to_dict`; ``ValueError`` if wrong."""
+    if not isinstance(data, dict):
+        raise ValueError("not a recipe: expected an object")
+    lengths = whole_numbers(data, "sequence_lengths")
+    chunks = tuple(
+        _chunk([_piece(piece, lengths) for piece in list_of(pieces, "chunks")])
+        for pieces in list_of(data.get("chunks"), "chunks")
+    )
+    return lengths, chunks
+
+
 def slice_groups(chunks: Sequence[Chunk]) -> tuple[tuple[int, ...], ...]:
     """Indices of the chunks that hold each cut sequence, ordered by the first."""
     groups: dict[int, list[int]] = {}
     for index, chunk in enumerate(chunks):
-        if chunk.sliced_sequence is not None:
-            groups.setdefault(chunk.sliced_sequence, []).append(index)
+        for sequence in chunk.sliced_sequences:
+            groups.setdefault(sequence, []).append(index)
     return tuple(tuple(group) for group in groups.values())
 
 
@@ -119,8 +161,16 @@ def _piece(found: Any, lengths: Sequence[int]) -> Piece:
 
 
 def _chunk(pieces: Sequence[Piece]) -> Chunk:
-    if not pieces or not all(piece.is_whole for piece in pieces[1:]):
-        raise ValueError("not a recipe: a chunk holds at most one slice, which comes first, and is not empty")
+    is_possible = (
+        bool(pieces)
+        and all(piece.start == 0 for piece in pieces[1:])
+        and not any(piece.is_continued for piece in pieces[:-1])
+    )
+    if not is_possible:
+        raise ValueError(
+            "not a recipe: a chunk holds one slice, or whole sequences after the last slice of another and "
+            "before the first of a third, and is not empty"
+        )
     return Chunk(tuple(pieces))
 
 
@@ -130,14 +180,16 @@ def _triple(found: Any) -> tuple[int, int, int]:
     raise ValueError(f"not a recipe: a piece is [sequence, start, length], found {found!r:.60}")
 
 
-def _list(found: Any, key: str) -> list[Any]:
+def list_of(found: Any, key: str) -> list[Any]:
+    """A list; ``ValueError`` that names the key if it is none."""
     if not isinstance(found, list):
         raise ValueError(f'not a recipe: "{key}" must be a list, found {found!r:.60}')
     return found
 
 
-def _whole_numbers(data: Mapping[str, Any], key: str) -> list[int]:
-    values = _list(data.get(key), key)
+def whole_numbers(data: Mapping[str, Any], key: str) -> list[int]:
+    """A list of whole numbers that are not negative; ``ValueError`` that names the key if it is none."""
+    values = list_of(data.get(key), key)
     if not all(type(value) is int and value >= 0 for value in values):
         raise ValueError(f'not a recipe: "{key}" must hold whole numbers that are not negative')
     return values

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from helixpipe.elastic import Chunk, ElasticPlan, Piece, Recipe
 from helixpipe.elastic.chunk_schedule import ready_plan
+from helixpipe.elastic.recipe import BatchRecipe
 from helixpipe.layers.elastic.layout import padded_length
 from helixpipe.plan import Plan
 
@@ -29,19 +30,25 @@ class ElasticBatch:
             loss on all.
 
     Raises:
-        ValueError: sequences or masks that are not those of the plan.
+        ValueError: sequences or masks that are not those of the plan, or a plan that is not executed.
     """
 
     def __init__(
         self,
-        plan: ElasticPlan | Recipe,
+        plan: ElasticPlan | BatchRecipe,
         sequences: Sequence[Tensor],
         loss_masks: Sequence[Tensor] | None = None,
     ) -> None:
-        self.recipe = plan if isinstance(plan, Recipe) else plan.recipe
+        recipe = plan.recipe if isinstance(plan, ElasticPlan) else plan
+        if not isinstance(recipe, Recipe):
+            raise ValueError(
+                "a plan of elastic-helix is simulated and drawn, but nothing executes it yet; plan the batch "
+                "with --schedule elastic"
+            )
+        self.recipe = recipe
         self.sequences = tuple(sequences)
         self.loss_masks = None if loss_masks is None else tuple(loss_masks)
-        self._plan = None if isinstance(plan, Recipe) else plan.plan
+        self._plan = plan.plan if isinstance(plan, ElasticPlan) else None
         for index, sequence in enumerate(self.sequences):
             if sequence.dim() != 1 or sequence.dtype != torch.long or sequence.is_cuda or len(sequence) < 2:
                 raise ValueError(

@@ -10,23 +10,29 @@ from helixpipe.elastic.baselines import Baseline
 from helixpipe.elastic.chunks import Chunk
 from helixpipe.elastic.elastic_plan import ElasticPlan, Prediction
 from helixpipe.elastic.job import ElasticJob
+from helixpipe.elastic.recipe import Recipe
+from helixpipe.elastic.round_recipe import RoundRecipe
+from helixpipe.elastic.search.choice import Choice
 from helixpipe.report.byte_units import byte_unit
 from helixpipe.report.console import table_console
 
 # Piped output has no width of its own; the tables need this much.
 _WIDTH = 132
 _SHOWN_LENGTHS = 4
+# Columns that are not numbers.
+_WORDS = ("chunk", "kind", "sequences", "lengths")
 
 
-def print_elastic_plan(plan: ElasticPlan, job: ElasticJob, baselines: Sequence[Baseline]) -> None:
+def print_elastic_plan(choice: Choice, job: ElasticJob, baselines: Sequence[Baseline]) -> None:
     """Print everything that ``elastic`` found out."""
     console = table_console(_WIDTH)
+    plan = choice.plan
     console.print(_chunk_table(plan, job))
     console.print()
     console.print(_stage_table(plan, job))
     console.print()
-    console.print(_comparison(plan, baselines))
-    for line in _lines(plan, job, baselines):
+    console.print(_comparison(choice, baselines))
+    for line in _lines(choice, job, baselines):
         console.print(line, soft_wrap=True, markup=False)
 
 
@@ -40,36 +46,50 @@ def _table(title: str, left: Iterable[str], right: Iterable[str]) -> Table:
 
 
 def _chunk_table(plan: ElasticPlan, job: ElasticJob) -> Table:
-    recipe = plan.recipe
-    layers = job.stage_layers
+    recipe, layers = plan.recipe, job.stage_layers
     sizes = [job.costs.activation_bytes(chunk, layers, is_last=False) for chunk in recipe.chunks]
     unit = byte_unit(max(sizes))
-    table = _table(
-        f"{len(recipe.chunks)} chunks. ms: forward and backward on a stage of {layers} layers; {unit.name}: "
-        "kept there on each GPU with nothing checkpointed; checkpointed: layers of each stage",
-        ("pipeline", "chunk", "kind", "sequences", "lengths"),
-        ("context", "tokens", "ms", unit.name, "checkpointed"),
+    columns = {
+        "": [str(number) for number, members in enumerate(recipe.ranges) for _ in members],
+        "chunk": [str(i) for i in range(len(recipe.chunks))],
+        "kind": [chunk.kind.value for chunk in recipe.chunks],
+        "sequences": list(map(_sequences, recipe.chunks)),
+        "lengths": [_lengths(chunk.lengths) for chunk in recipe.chunks],
+        "context": [str(chunk.context) for chunk in recipe.chunks],
+        "tokens": [str(chunk.tokens) for chunk in recipe.chunks],
+        "ms": [f"{_both_ms(chunk, job):.4g}" for chunk in recipe.chunks],
+        unit.name: [f"{size / unit.size:.4g}" for size in sizes],
+    }
+    title = (
+        f"{len(recipe.chunks)} chunks. ms: forward and backward of {layers} layers; {unit.name}: kept of "
+        "them on each GPU with nothing computed twice"
     )
-    for number, members in enumerate(recipe.ranges):
-        for i in members:
-            chunk = recipe.chunks[i]
-            times = (
-                job.costs.forward_ms(chunk, layers, is_last=False),
-                job.costs.backward_ms(chunk, layers, is_last=False),
-            )
-            table.add_row(
-                str(number),
-                str(i),
-                chunk.kind.value,
-                _sequences(chunk),
-                _lengths(chunk.lengths),
-                str(chunk.context),
-                str(chunk.tokens),
-                f"{sum(times):.4g}",
-                f"{sizes[i] / unit.size:.4g}",
-                " ".join(str(row[i]) for row in recipe.checkpointed),
-            )
+    if isinstance(recipe, RoundRecipe):
+        columns = {"round": columns.pop(""), "slot": _slots(recipe), **columns}
+        title += f"; slot s attends to layer l on rank (l + s + 1) mod {plan.plan.num_ranks}"
+    else:
+        assert isinstance(recipe, Recipe)
+        columns = {"pipeline": columns.pop(""), **columns}
+        columns["checkpointed"] = [" ".join(map(str, row)) for row in zip(*recipe.checkpointed, strict=True)]
+        title += "; checkpointed: layers of each stage"
+    left = [name for name in columns if name in ("pipeline", "round", "slot", *_WORDS)]
+    table = _table(title, left, [name for name in columns if name not in left])
+    for row in zip(*(columns[name] for name in (*left, *(n for n in columns if n not in left))), strict=True):
+        table.add_row(*row)
     return table
+
+
+def _both_ms(chunk: Chunk, job: ElasticJob) -> float:
+    """Forward and backward of as many layers as a stage has."""
+    layers = job.stage_layers
+    return job.costs.forward_ms(chunk, layers, is_last=False) + job.costs.backward_ms(
+        chunk, layers, is_last=False
+    )
+
+
+def _slots(recipe: RoundRecipe) -> list[str]:
+    """The slot of each chunk."""
+    return [str(slot) for slots in recipe.rounds for slot, size in enumerate(slots) for _ in range(size)]
 
 
 def _sequences(chunk: Chunk) -> str:
@@ -85,37 +105,42 @@ def _lengths(lengths: Sequence[int]) -> str:
 
 def _stage_table(plan: ElasticPlan, job: ElasticJob) -> Table:
     unit = byte_unit(job.memory_limit_bytes)
+    recipe, prediction = plan.recipe, plan.prediction
+    what = "stage" if isinstance(recipe, Recipe) else "rank"
     table = _table(
-        f"Stages; the limit is {unit.text(job.memory_limit_bytes)} per GPU",
-        ("stage",),
-        (f"peak {unit.name}", f"messages {unit.name}", f"headroom {unit.name}", "checkpointed layers"),
+        f"{what.capitalize()}s; the limit is {unit.text(job.memory_limit_bytes)} per GPU",
+        (what,),
+        (
+            f"peak {unit.name}",
+            f"messages {unit.name}",
+            f"headroom {unit.name}",
+            *(("checkpointed layers",) if isinstance(recipe, Recipe) else ()),
+        ),
     )
-    prediction = plan.prediction
     for stage, (peak, messages) in enumerate(
         zip(prediction.peak_bytes, prediction.message_bytes, strict=True)
     ):
-        row = plan.recipe.checkpointed[stage]
-        table.add_row(
-            str(stage),
-            f"{peak / unit.size:.4g}",
-            f"{messages / unit.size:.4g}",
-            f"{(job.memory_limit_bytes - peak - messages) / unit.size:.4g}",
-            f"{sum(row)} of {len(row) * job.stage_layers}",
-        )
+        cells = [peak, messages, job.memory_limit_bytes - peak - messages]
+        row = [str(stage), *(f"{size / unit.size:.4g}" for size in cells)]
+        if isinstance(recipe, Recipe):
+            counts = recipe.checkpointed[stage]
+            row.append(f"{sum(counts)} of {len(counts) * job.stage_layers}")
+        table.add_row(*row)
     return table
 
 
-def _comparison(plan: ElasticPlan, baselines: Sequence[Baseline]) -> Table:
+def _comparison(choice: Choice, baselines: Sequence[Baseline]) -> Table:
+    own = choice.plan
     table = _table(
         "Predicted",
         ("",),
-        ("chunks", "time", "elastic is", "bubble", "recompute", "largest peak"),
+        ("chunks", "time", f"{own.plan.schedule} is", "bubble", "recompute", "largest peak"),
     )
-    own = plan.prediction
-    rows = [("elastic", len(plan.recipe.chunks), own)]
+    plans = [own, *(found for found in choice.others.values() if isinstance(found, ElasticPlan))]
+    rows = [(plan.plan.schedule, len(plan.recipe.chunks), plan.prediction) for plan in plans]
     rows += [(b.label, b.num_chunks, b.prediction) for b in baselines if b.prediction is not None]
     for label, count, prediction in rows:
-        table.add_row(label, str(count), *_figures(prediction, own))
+        table.add_row(label, str(count), *_figures(prediction, own.prediction))
     return table
 
 
@@ -132,11 +157,16 @@ def _seconds(milliseconds: float) -> str:
     return f"{milliseconds / 1e3:.2f} s" if milliseconds >= 1e3 else f"{milliseconds:.3g} ms"
 
 
-def _lines(plan: ElasticPlan, job: ElasticJob, baselines: Sequence[Baseline]) -> Iterable[str]:
+def _lines(choice: Choice, job: ElasticJob, baselines: Sequence[Baseline]) -> Iterable[str]:
     yield from (f"{b.label}: does not fit: {b.reason}" for b in baselines if b.prediction is None)
     yield ""
-    pipelines = plan.recipe.pipelines
-    listed = " + ".join(str(size) for size in pipelines)
-    what = f"{len(pipelines)} pipelines back to back" if len(pipelines) > 1 else "One pipeline"
-    yield f"{what} of {listed} chunks."
-    yield f"Costs: {job.costs.source}. Checkpointing was solved in {plan.solver_seconds:.2f} s."
+    yield f"Schedule: {choice.reason}"
+    recipe, sizes = choice.plan.recipe, choice.plan.recipe.sizes
+    what = "pipeline" if isinstance(recipe, Recipe) else "round"
+    back_to_back = f"{len(sizes)} {what}s back to back" if len(sizes) > 1 else f"One {what}"
+    yield f"{back_to_back} of {' + '.join(map(str, sizes))} chunks."
+    if isinstance(recipe, RoundRecipe):
+        yield f"Costs: {job.costs.source}. Recomputed in every layer: {recipe.recompute}."
+    else:
+        seconds = choice.plan.solver_seconds
+        yield f"Costs: {job.costs.source}. Checkpointing was solved in {seconds:.2f} s."

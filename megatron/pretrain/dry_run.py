@@ -92,7 +92,7 @@ def _first_batch(settings: JobSettings) -> Iterator[str]:
     yield (
         f"plan: {name}, of the first batch: {len(own)} sequences, {sum(own)} tokens, the longest {max(own)}, "
         f"in {len(recipe.chunks)} chunks; chunks of pipelines that follow one another: "
-        f"{', '.join(map(str, recipe.pipelines))}; valid"
+        f"{', '.join(map(str, recipe.sizes))}; valid"
     )
     yield (
         f"predicted by {training.elastic_costs}: {_duration(prediction.time_ms / 1e3)} for this batch, "

@@ -56,7 +56,7 @@ class Planning(NamedTuple):
         return cls(
             predicted_ms=planned.plan.prediction.time_ms,
             num_chunks=len(recipe.chunks),
-            num_pipelines=len(recipe.pipelines),
+            num_pipelines=len(recipe.sizes),
             num_slices=num_slices_of(recipe),
             planning_s=planned.planning_s,
             planning_waited_s=planned.waited_s,

@@ -125,7 +125,7 @@ def test_recipe_round_trip():
         ({"checkpointed": [[-1]]}, "not negative"),
         ({"chunks": [[[0, 0, 0]]]}, "no part of a sequence"),
         ({"chunks": [[[0, 0]]]}, r"a piece is \[sequence, start, length\]"),
-        ({"chunks": [[]]}, "at most one slice"),
+        ({"chunks": [[]]}, "is not empty"),
         ({"chunks": 3}, '"chunks" must be a list'),
     ],
 )

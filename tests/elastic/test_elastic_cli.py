@@ -9,6 +9,7 @@ from helixpipe.commands import batch_planning
 from helixpipe.commands.parser import Parser
 from helixpipe.elastic import ElasticPlan, costs_from_json, costs_to_json, ideal_costs
 from helixpipe.elastic.sample import skewed_lengths
+from helixpipe.elastic.search import choice
 
 SIZES = ["--pipeline-model-parallel-size", "4", "--num-layers", "16"]
 MODEL = ["--model", "llama-7b", "--hardware", "a800", "--tensor-model-parallel-size", "8"]
@@ -114,3 +115,36 @@ def test_costs_from_measurements(tmp_path, capsys):
     assert "Error on 3 measurements held out:" in output
     assert "forward: 0.0% on average, 0.0% at most" in output
     assert costs_from_json(path.read_text()).forward.token_ms == pytest.approx(8e-3)
+
+
+@pytest.mark.parametrize("schedule", ["elastic-helix", "auto"])
+def test_elastic_helix_is_planned_shown_and_simulated_like_any_plan(files, tmp_path, capsys, schedule):
+    (tmp_path / "lengths.json").write_text("[60000, 9000, 5000, 5000, 700]")
+    run(
+        "elastic", *files, *SIZES, "--memory-limit-gib", "200", "--schedule", schedule, "--num-slices", "4",
+        "--plan-costs", tmp_path / "plan-costs.json",
+    )  # fmt: skip
+    output = capsys.readouterr().out
+    plan = ElasticPlan.from_json((tmp_path / "plan.json").read_text())
+    assert plan.plan.schedule == "elastic-helix"
+    count, recipe = len(plan.recipe.chunks), plan.recipe
+    lines = output.splitlines()
+    assert lines[0].startswith(f"{count} chunks.")
+    assert sum(" split " in line or " batched " in line or " hybrid " in line for line in lines) == count
+    assert f"of {' + '.join(map(str, recipe.sizes))} chunks." in output
+    assert "Ranks; the limit is 200 GiB" in output
+    assert f"Recomputed in every layer: {recipe.recompute}." in output
+    if schedule == "auto":
+        assert "Schedule: elastic-helix is predicted to take" in output
+        assert ", elastic " in output
+    else:
+        assert "Schedule: elastic-helix, as asked for." in output
+    arguments = ["simulate", "--plan", tmp_path / "plan.json", "--costs", tmp_path / "plan-costs.json"]
+    assert main([str(argument) for argument in arguments]) == 0
+    assert json.loads(capsys.readouterr().out)["makespan_ms"] == plan.prediction.time_ms
+    assert main(["draw", "--plan", str(tmp_path / "plan.json"), "--output", str(tmp_path / "plan.svg")]) == 0
+    assert "<svg" in (tmp_path / "plan.svg").read_text()
+
+
+def test_the_names_of_schedules_are_those_of_the_search():
+    assert set(batch_planning.ELASTIC_SCHEDULES) == {choice.AUTO, *choice.SCHEDULES}

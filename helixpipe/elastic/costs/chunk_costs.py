@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from helixpipe.elastic.chunks import Chunk
+from helixpipe.elastic.costs.layer_cut import CutLevel, LayerCut
 from helixpipe.plan.simulation.network import Network
 
 
@@ -61,6 +62,7 @@ class ChunkCosts:
         layer_state_bytes: weights, gradients and optimizer states of a layer, on one GPU.
         embedding_state_bytes, head_state_bytes: of the first and the last stage beside their layers.
         network: links between stages; None for free messages.
+        cut: how a layer's costs fall to its parts, for elastic helix; None if that is not known.
     """
 
     source: str
@@ -79,6 +81,7 @@ class ChunkCosts:
     embedding_state_bytes: int = 0
     head_state_bytes: int = 0
     network: Network | None = None
+    cut: LayerCut | None = None
 
     def __post_init__(self) -> None:
         if self.tensor_parallel < 1:
@@ -198,4 +201,23 @@ def ideal_costs(
         token_bytes=token_bytes,
         input_bytes=input_bytes,
         kv_bytes=kv_bytes,
+        cut=_ideal_cut(token_bytes, input_bytes, kv_bytes),
+    )
+
+
+def _ideal_cut(token_bytes: float, input_bytes: float, kv_bytes: float) -> LayerCut:
+    """Of a GPT, whose QKV are 3 of the 12 h^2 of a layer; attention keeps its inputs and its output."""
+    attention = min(2 * input_bytes + kv_bytes, token_bytes - input_bytes)
+    level = CutLevel(
+        recompute="none",
+        before_bytes=input_bytes,
+        attention_bytes=attention,
+        after_bytes=token_bytes - input_bytes - attention,
+    )
+    return LayerCut(
+        forward_before=0.25,
+        backward_before=0.25,
+        into_bytes=2 * input_bytes + kv_bytes,
+        out_bytes=2 * input_bytes,
+        levels=(level,),
     )

@@ -5,17 +5,19 @@ Keys, all of them in :class:`ChunkCosts` and :class:`PassTime`: ``format``, ``ve
 ``communication_ms``, ``head_ms``; ``token_bytes``, ``input_bytes``, ``kv_bytes``; and, if not the default,
 ``kv_gradient_bytes``, ``logits_bytes``, ``head_workspace_bytes``, ``layer_workspace_bytes``,
 ``tensor_parallel``, ``token_multiple``, ``layer_state_bytes``, ``embedding_state_bytes``,
-``head_state_bytes`` and ``network``, the fields of :class:`helixpipe.plan.simulation.network.Network`.
+``head_state_bytes``, ``network``, the fields of :class:`helixpipe.plan.simulation.network.Network`, and
+``cut``, those of :class:`helixpipe.elastic.costs.layer_cut.LayerCut`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, asdict, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from helixpipe.elastic.costs.chunk_costs import ChunkCosts, PassTime
+from helixpipe.elastic.costs.layer_cut import CutLevel, LayerCut
 from helixpipe.json_input import parse_object
 from helixpipe.plan.simulation.network import Network
 
@@ -29,7 +31,11 @@ _WHOLE = {
     "embedding_state_bytes",
     "head_state_bytes",
     "ranks_per_node",
+    "lent_weight_bytes",
+    "lent_gradient_bytes",
 }
+
+T = TypeVar("T")
 
 
 def costs_to_json(costs: ChunkCosts) -> str:
@@ -53,31 +59,47 @@ def costs_from_json(text: str) -> ChunkCosts:
             values[key] = PassTime(**_numbers(value, PassTime, key))
         elif key == "network":
             values[key] = None if value is None else _network(value)
+        elif key == "cut":
+            values[key] = None if value is None else _cut(value)
         elif key == "kv_gradient_bytes" and value is None:
             values[key] = None
         elif key == "source":
             values[key] = str(value)
         else:
             values[key] = _number(value, key)
-    try:
-        return ChunkCosts(**values)
-    except ValueError as error:
-        raise ValueError(f"costs: {error}") from None
+    return _made(ChunkCosts, values)
 
 
 def _network(found: Any) -> Network:
-    values = _numbers(found, Network, "network")
+    return _made(Network, _numbers(found, Network, "network"))
+
+
+def _cut(found: Any) -> LayerCut:
+    numbers = _numbers(found, LayerCut, "cut", {"levels"})
+    levels = found["levels"]
+    if not isinstance(levels, list):
+        raise ValueError(f"costs: cut.levels must be a list, found {levels!r:.60}")
+    return _made(LayerCut, {**numbers, "levels": tuple(map(_level, levels))})
+
+
+def _level(found: Any) -> CutLevel:
+    numbers = _numbers(found, CutLevel, "cut.levels", {"recompute"})
+    return _made(CutLevel, {**numbers, "recompute": str(found["recompute"])})
+
+
+def _made(kind: Callable[..., T], values: Mapping[str, Any]) -> T:
     try:
-        return Network(**values)
+        return kind(**values)
     except ValueError as error:
         raise ValueError(f"costs: {error}") from None
 
 
-def _numbers(found: Any, kind: type, where: str) -> dict[str, Any]:
+def _numbers(found: Any, kind: type, where: str, others: Collection[str] = ()) -> dict[str, Any]:
+    """The numbers of an object, all of whose keys are known; ``others`` are no numbers."""
     if not isinstance(found, dict):
         raise ValueError(f"costs: {where} must be an object, found {found!r:.60}")
     _check_keys(found, kind, f"costs: {where}")
-    return {key: _number(value, f"{where}.{key}") for key, value in found.items()}
+    return {key: _number(value, f"{where}.{key}") for key, value in found.items() if key not in others}
 
 
 def _check_keys(found: Mapping[str, Any], kind: Any, where: str) -> None:

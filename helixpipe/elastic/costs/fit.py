@@ -106,6 +106,7 @@ def fit_costs(measurements: Sequence[Measurement], base: ChunkCosts, num_layers:
         forward=forward,
         backward=backward,
         token_bytes=token_bytes,
+        cut=None if base.cut is None else base.cut.keeping(token_bytes / base.token_bytes),
     )
     t = base.tensor_parallel
     return Fit(

@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from helixpipe.elastic.costs.chunk_costs import ChunkCosts, PassTime
-from helixpipe.plan.cost_model import Hardware, PieceCost, Pieces, Workload, predict_pieces
+from helixpipe.elastic.costs.layer_cut import CutLevel, LayerCut
+from helixpipe.plan.cost_model import Hardware, PieceCost, Pieces, Recompute, Workload, predict_pieces
+from helixpipe.plan.cost_model.levels import LEVELS
+from helixpipe.plan.cost_model.recomputation import cut
+from helixpipe.plan.cost_model.segments import cut_layer_cost
 from helixpipe.plan.cost_model.work import GRADIENT_BYTES, LAYER_PIECES
-from helixpipe.plan.simulation.network import Network
 
 # A link so fast that what remains of a prediction is computation.
 _FREE_GB_PER_S = 1e12
@@ -39,7 +42,7 @@ def predict_chunk_costs(workload: Workload, hardware: Hardware, num_stages: int)
         for backward in (False, True)
     ]
     source = f"{model.name} on {hardware.name}, predicted"
-    return _costs(workload, num_stages, passes, with_links.network, source)
+    return _costs(with_links, num_stages, passes, source)
 
 
 def profiled_chunk_costs(pieces: Pieces, num_stages: int) -> ChunkCosts:
@@ -56,13 +59,12 @@ def profiled_chunk_costs(pieces: Pieces, num_stages: int) -> ChunkCosts:
         _pass_time(pieces.times, pieces.times, tokens, t, 0.0, backward=backward)
         for backward in (False, True)
     ]
-    return _costs(workload, num_stages, passes, pieces.network, pieces.source)
+    return _costs(pieces, num_stages, passes, pieces.source)
 
 
-def _costs(
-    workload: Workload, num_stages: int, passes: Sequence[PassTime], network: Network, source: str
-) -> ChunkCosts:
-    """Costs with the bytes of ``workload``'s model."""
+def _costs(pieces: Pieces, num_stages: int, passes: Sequence[PassTime], source: str) -> ChunkCosts:
+    """Costs with the bytes of the pieces' model."""
+    workload = pieces.workload
     if workload.model.only_planned:
         raise ValueError(
             f"{workload.model.name} has {', '.join(workload.model.only_planned)}, of which chunks know no "
@@ -90,7 +92,51 @@ def _costs(
         layer_state_bytes=workload.static_bytes(layer),
         embedding_state_bytes=workload.static_bytes(parameters["embedding"]),
         head_state_bytes=0 if model.tied and num_stages == 1 else workload.static_bytes(parameters["head"]),
-        network=network,
+        network=pieces.network,
+        cut=_cut(pieces),
+    )
+
+
+def _cut(pieces: Pieces) -> LayerCut:
+    """How a layer's costs fall to what precedes attention, attention, and what follows it."""
+    workload = pieces.workload
+    t, tokens = workload.tensor_parallel, workload.tokens
+    kept = workload.kept_tensors
+    held = workload.held_parameters(workload.model.num_layers - 1)
+    # On one GPU: what follows the last attention, and the head.
+    lent = held["proj"] + held["mlp"] + workload.parameters["head"]
+    crossing = cut("core", Recompute.NONE)
+    into, out = (sum(kept[name] for name in names) * t / tokens for names in (crossing.into, crossing.out))
+    return LayerCut(
+        forward_before=_share_before(pieces, backward=False),
+        backward_before=_share_before(pieces, backward=True),
+        into_bytes=into,
+        out_bytes=out,
+        levels=tuple(_level(pieces, level) for level in LEVELS),
+        operation_ms=pieces.overhead_ms,
+        lent_weight_bytes=lent * workload.element_bytes * t,
+        lent_gradient_bytes=lent * GRADIENT_BYTES * t,
+    )
+
+
+def _share_before(pieces: Pieces, *, backward: bool) -> float:
+    """Of a layer's time that is linear in tokens, what precedes attention."""
+    times = {name: _direction(pieces.times[name], backward) for name in LAYER_PIECES if name != "core"}
+    return (times["norm1"] + times["qkv"]) / sum(times.values())
+
+
+def _level(pieces: Pieces, recompute: Recompute) -> CutLevel:
+    found = cut_layer_cost(pieces, recompute)
+    scale = pieces.workload.tensor_parallel / pieces.workload.tokens
+    linear_ms = sum(pieces.times[name].forward for name in LAYER_PIECES if name != "core")
+    return CutLevel(
+        recompute=recompute.value,
+        before_bytes=found.before.bytes * scale,
+        attention_bytes=found.attention.bytes * scale,
+        after_bytes=found.after.bytes * scale,
+        workspace_bytes=found.between.workspace_bytes * scale,
+        before_again=found.before.recompute / linear_ms,
+        after_again=found.after.recompute / linear_ms,
     )
 
 

@@ -8,7 +8,7 @@ from helixpipe.elastic.chunk_schedule import order_chunks
 from helixpipe.elastic.chunks import Chunk
 from helixpipe.elastic.elastic_plan import ElasticPlan
 from helixpipe.elastic.job import ElasticJob, check_lengths
-from helixpipe.elastic.recipe import Recipe
+from helixpipe.elastic.recipe import BatchRecipe, Recipe
 from helixpipe.elastic.search.memory_rows import PipelineMemory
 from helixpipe.elastic.search.message_room import fit_messages
 from helixpipe.elastic.search.planner import SLICE_COUNTS, checkpoint_pipelines, group_for
@@ -16,7 +16,7 @@ from helixpipe.elastic.search.recomputation import Checkpointing, uniform_checkp
 from helixpipe.elastic.search.sequence_processor import equal_time_mesh, make_chunks
 
 
-def num_slices_of(recipe: Recipe) -> int:
+def num_slices_of(recipe: BatchRecipe) -> int:
     """K: slices of the most sliced sequence, 1 if none is."""
     return max((len(group) for group in recipe.slices), default=1)
 

@@ -141,6 +141,22 @@ def whole_layer_cost(pieces: Pieces, recompute: Recompute, layer: int = 0) -> Se
     return builder.segment((builder.shares[layer].of(whole_layer(recompute)),))
 
 
+class CutLayer(NamedTuple):
+    """A layer cut at its attention: what precedes it, attention, what follows it, and the two without it."""
+
+    before: SegmentCost
+    attention: SegmentCost
+    after: SegmentCost
+    between: SegmentCost
+
+
+def cut_layer_cost(pieces: Pieces, recompute: Recompute) -> CutLayer:
+    """One layer cut around the attention range ``core``, without messages."""
+    builder, found = _builder_of(pieces), cut("core", recompute)
+    runs = (found.pre,), (found.attention,), (found.post,), (found.post, found.pre)
+    return CutLayer(*map(builder.segment, runs))
+
+
 class _Shares(NamedTuple):
     """What a layer has of the widest attention and MLP."""
 

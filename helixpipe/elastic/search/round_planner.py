@@ -1,0 +1,135 @@
+"""From a batch's sequence lengths to a plan of elastic helix."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from helixpipe.elastic.elastic_plan import ElasticPlan, predict
+from helixpipe.elastic.job import ElasticJob, check_lengths
+from helixpipe.elastic.round_recipe import RoundRecipe
+from helixpipe.elastic.round_schedule import costs_of_rounds, cut_of, round_plan
+from helixpipe.elastic.search.rounds import make_rounds
+from helixpipe.plan.lower import lower
+from helixpipe.plan.plan import Plan
+from helixpipe.plan.simulation.costs import Costs
+from helixpipe.plan.simulation.memory import peak_bytes
+from helixpipe.plan.simulation.simulate import simulate
+from helixpipe.plan.validate import validate
+
+# Numbers of rounds that are tried: more keep less, at the price of shorter chunks.
+ROUND_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+# Chunks of a slot: one exposes messages, more than three only shorten chunks.
+FOLDS = (2, 3)
+# So many further numbers of rounds are tried after one that fits and recomputes nothing.
+_FURTHER = 1
+_GIB = 2**30
+
+
+@dataclass(order=True)
+class _Candidate:
+    """Rounds that fit without messages."""
+
+    time_ms: float
+    number: int
+    recipe: RoundRecipe = field(compare=False)
+    plan: Plan = field(compare=False)
+    costs: Costs = field(compare=False)
+
+
+class _Shortage(ValueError):
+    """What a candidate lacks."""
+
+    def __init__(self, recipe: RoundRecipe, rank: int, missing_bytes: int, *, with_messages: bool) -> None:
+        self.missing_bytes = missing_bytes
+        what = f"{len(recipe.rounds)} rounds of at most {max(map(max, recipe.rounds))} chunks a slot"
+        messages = " and messages" if with_messages else ""
+        super().__init__(
+            f"{what}: rank {rank} is {missing_bytes} bytes ({missing_bytes / _GIB:.2f} GiB) short of memory "
+            f"with {recipe.recompute} recomputed{messages}; use a larger tensor-parallel size or a higher "
+            "limit"
+        )
+
+
+def plan_rounds(lengths: Sequence[int], job: ElasticJob) -> ElasticPlan:
+    """The fastest plan of elastic helix found for a batch; the same each time.
+
+    Args:
+        lengths: tokens of every sequence.
+        job: what it is planned for.
+
+    Raises:
+        ValueError: lengths that are none, costs that do not tell a layer's parts, or nothing fits; the
+            message says what lacks and what to change.
+    """
+    lengths = check_lengths(lengths)
+    levels = [level.recompute for level in cut_of(job.costs).levels]
+    shortages: list[_Shortage] = []
+    candidates = list(_candidates(lengths, job, levels, shortages))
+    heapq.heapify(candidates)
+    while candidates:
+        found = heapq.heappop(candidates)
+        plan = lower(found.plan, found.costs)
+        prediction = predict(found.recipe, plan, job)
+        rank, peak = max(enumerate(prediction.peak_with_messages), key=lambda entry: entry[1])
+        if peak <= job.memory_limit_bytes:
+            validate(plan)
+            return ElasticPlan(found.recipe, plan, prediction)
+        missing = peak - job.memory_limit_bytes
+        shortages.append(_Shortage(found.recipe, rank, missing, with_messages=True))
+        for level in levels[levels.index(found.recipe.recompute) + 1 :][:1]:
+            again = _priced(replace(found.recipe, recompute=level), found.plan, job)
+            heapq.heappush(candidates, _timed(*again, found.number))
+    least = min(shortages, key=lambda shortage: shortage.missing_bytes, default=None)
+    raise ValueError(
+        f"no elastic helix fits; {least}"
+        if least
+        else f"no elastic helix fits: its chunks hold more than {job.token_capacity} tokens; raise the token "
+        "capacity"
+    )
+
+
+def _candidates(
+    lengths: Sequence[int], job: ElasticJob, levels: Sequence[str], shortages: list[_Shortage]
+) -> Iterator[_Candidate]:
+    """Rounds with the least recomputation that fits without messages."""
+    further = _FURTHER
+    # Beyond, a round of one sequence is the longest, and the others get shorter for nothing.
+    most = max(1, sum(lengths) // max(lengths))
+    number = 0
+    for count in [count for count in ROUND_COUNTS if count < most] + [most]:
+        if further < 0:
+            return
+        is_easy = False
+        for fold in FOLDS:
+            recipe = make_rounds(lengths, job.costs, job.num_stages, count, fold, levels[0])
+            if job.token_capacity and max(chunk.tokens for chunk in recipe.chunks) > job.token_capacity:
+                continue
+            found = _least_recomputed(recipe, levels, job, shortages)
+            if found is not None:
+                number += 1
+                yield _timed(*found, number)
+                is_easy = is_easy or found[0].recompute == levels[0]
+        further -= is_easy
+
+
+def _least_recomputed(
+    recipe: RoundRecipe, levels: Sequence[str], job: ElasticJob, shortages: list[_Shortage]
+) -> tuple[RoundRecipe, Plan, Costs] | None:
+    plan = round_plan(recipe, job.num_layers)
+    for level in levels:
+        found = _priced(replace(recipe, recompute=level), plan, job)
+        rank, peak = max(enumerate(peak_bytes(plan, found[2])), key=lambda entry: entry[1])
+        if peak <= job.memory_limit_bytes:
+            return found
+    shortages.append(_Shortage(found[0], rank, peak - job.memory_limit_bytes, with_messages=False))
+    return None
+
+
+def _priced(recipe: RoundRecipe, plan: Plan, job: ElasticJob) -> tuple[RoundRecipe, Plan, Costs]:
+    return recipe, plan, costs_of_rounds(recipe, job.num_layers, job.costs)
+
+
+def _timed(recipe: RoundRecipe, plan: Plan, costs: Costs, number: int) -> _Candidate:
+    return _Candidate(simulate(plan, costs).timeline.makespan_ms, number, recipe, plan, costs)
