@@ -8,7 +8,6 @@ the exit code 1.
 
 from __future__ import annotations
 
-import argparse
 import email
 import json
 import os
@@ -18,6 +17,11 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
+
+# Works from a checkout that is not installed, too.
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from helixpipe.commands.parser import ScriptParser
 
 MODEL = """
     --num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 128 --micro-batch-size 1
@@ -149,13 +153,18 @@ def prepare(checkout: Path, shared: Path) -> None:
         )
 
 
+def build_parser() -> ScriptParser:
+    """The options."""
+    parser = ScriptParser(prog="compare_checkouts", description="Do two checkouts train alike?")
+    parser.add_argument("before", type=Path, metavar="before")
+    parser.add_argument("after", type=Path, metavar="after")
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), metavar="NAME")
+    return parser
+
+
 def main() -> int:
     """Compare and print; the exit code."""
-    parser = argparse.ArgumentParser(prog="compare_checkouts", description=__doc__.splitlines()[0])
-    parser.add_argument("before", type=Path)
-    parser.add_argument("after", type=Path)
-    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), metavar="NAME")
-    args = parser.parse_args()
+    args = build_parser().parse_args()
     checkouts = [args.before.resolve(), args.after.resolve()]
     differs = False
     with tempfile.TemporaryDirectory() as name:
