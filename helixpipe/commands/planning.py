@@ -9,6 +9,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+from helixpipe.commands.parser import argument
 from helixpipe.commands.ranges import LAYERS, RANKS, Real, Whole
 from helixpipe.commands.terminal import prints
 from helixpipe.plan import Plan, ScheduleRequest, build_plan, validate
@@ -17,6 +18,7 @@ from helixpipe.plan.schedules.request import ATTENTION_RANGES, HEAD_PLACEMENTS, 
 from helixpipe.plan.simulation.costs import Costs, parse_costs, uniform_costs
 from helixpipe.plan.simulation.simulate import simulate
 from helixpipe.plan.simulation.timeline import Timeline
+from helixpipe.plan.stage_layers import parse_stage_layers
 from helixpipe.report.summary import LabelledTimeline
 
 _SUFFIXES = (".png", ".svg", ".html", ".json")
@@ -43,10 +45,25 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
         required=True,
         help="micro batches m per iteration; for schedules that slice, sequences",
     )
+    _add_schedule_options(plan)
+    plan.add_argument("--compute-only", action="store_true", help="leave the messages out")
+    plan.add_argument("--output", type=Path, required=True, help="plan.json")
+    plan.add_argument("--csv", type=Path, help="also write the orders, one row per rank")
+    plan.set_defaults(run=_plan)
+
+
+def _add_schedule_options(plan: argparse.ArgumentParser) -> None:
+    """What some schedules have, and others refuse."""
     plan.add_argument(
         "--num-fold", type=Whole(), help="helix, sliced-helix: micro batches or slices per slot (default 2)"
     )
     plan.add_argument("--virtual-stages", type=Whole(), help="interleaved: chunks per rank (default 2)")
+    plan.add_argument(
+        "--stage-layers",
+        type=argument(parse_stage_layers),
+        metavar="N,…",
+        help="1f1b, gpipe, zb-h1: layers of each stage, where they differ (2,4,4,2)",
+    )
     plan.add_argument("--num-slices", type=Whole(), help="seq1f1b: slices per sequence (default 4)")
     plan.add_argument(
         "--attention-range",
@@ -87,10 +104,6 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
         help="sliced-helix: lend keys and values of earlier slices again for the backward pass, instead of "
         "keeping them",
     )
-    plan.add_argument("--compute-only", action="store_true", help="leave the messages out")
-    plan.add_argument("--output", type=Path, required=True, help="plan.json")
-    plan.add_argument("--csv", type=Path, help="also write the orders, one row per rank")
-    plan.set_defaults(run=_plan)
 
 
 def _add_draw(draw: argparse.ArgumentParser) -> None:
@@ -133,6 +146,7 @@ def _plan(args: argparse.Namespace) -> None:
         costs=_known_costs(args.costs),
         layer_kinds=_layer_kinds(args.layer_kinds, args.num_layers),
         resend_context=args.resend_context,
+        stage_layers=args.stage_layers,
     )
     plan = build_plan(args.schedule, request, compute_only=args.compute_only)
     args.output.write_text(plan.to_json(), encoding="utf-8")

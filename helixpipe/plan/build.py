@@ -21,6 +21,7 @@ OPTION_FLAGS = {
     "costs": "--costs",
     "layer_kinds": "--layer-kinds",
     "resend_context": "--resend-context",
+    "stage_layers": "--stage-layers",
 }
 
 

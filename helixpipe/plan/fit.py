@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from helixpipe.plan.execution import Execution
 from helixpipe.plan.operation import Kind
 from helixpipe.plan.plan import Plan
 from helixpipe.plan.schedules.request import ATTENTION_RANGES
+from helixpipe.plan.stage_layers import STAGE_LAYERS, layers_of_stages, spell_stage_layers
 
 
 def check_executable(plan: Plan, execution: Execution) -> None:
@@ -49,6 +52,17 @@ def check_fits(plan: Plan, *, num_layers: int, num_ranks: int, num_microbatches:
             raise ValueError(f"the plan is for {planned} {what}, the job has {wanted}; make one a match")
 
 
+def check_stages_fit(plan: Plan, stage_layers: Sequence[int] | None) -> None:
+    """``ValueError`` unless a plan's stages have the layers that a job's have, None for all alike."""
+    planned = plan.parameters.get(STAGE_LAYERS, "as many in each")
+    wanted = "as many in each" if stage_layers is None else spell_stage_layers(stage_layers)
+    if planned != wanted:
+        raise ValueError(
+            f"the plan is for layers by stage {planned}, the job has {wanted}; make one a match with "
+            "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers"
+        )
+
+
 def stages_follow_ranks(plan: Plan) -> bool:
     """True if rank r has stage r and no other: where Megatron puts the stages of a model."""
     return [plan.owner_of(segment) for segment in range(plan.num_segments)] == list(range(plan.num_ranks))
@@ -78,12 +92,17 @@ def _check_stages(plan: Plan) -> None:
                 "micro batches there"
             )
     counts = {sum(rank in row for row in ranks) for rank in range(plan.num_ranks)}
-    num_layers = plan.parameters.get("num_layers")
-    is_even = isinstance(num_layers, int) and num_layers % plan.num_segments == 0
-    if len(counts) > 1 or not is_even:
+    layers = layers_of_stages(plan)
+    if len(counts) > 1:
         raise ValueError(
-            f"{num_layers} layers in {plan.num_segments} segments on {plan.num_ranks} ranks are not shared "
-            "out evenly; give every segment as many layers and every rank as many segments as the others"
+            f"{layers[-1].stop} layers in {plan.num_segments} segments on {plan.num_ranks} ranks are not "
+            "shared out evenly; give every segment as many layers and every rank as many segments as the "
+            "others"
+        )
+    if len({len(own) for own in layers}) > 1 and not stages_follow_ranks(plan):
+        raise ValueError(
+            "the plan has stages of different numbers of layers, which need stage r alone on rank r; place "
+            "it there"
         )
     for segment in (0, plan.num_segments - 1):
         order = plan.orders[plan.owner_of(segment)]

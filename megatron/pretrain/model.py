@@ -32,6 +32,7 @@ from helixpipe.layers.spec import (
 )
 from helixpipe.layers.variants import Variants
 from helixpipe.megatron_adapter.model_chunks import build_model_chunks
+from helixpipe.plan.stage_layers import STAGE_LAYERS
 from megatron.pretrain.settings.job import ExpertSettings, JobSettings, ModelSettings
 from megatron.pretrain.settings.learning_rate import LearningRate
 from megatron.pretrain.settings.precision import make_deterministic
@@ -55,6 +56,7 @@ def build_config(settings: JobSettings) -> TransformerConfig:
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
+        **_uneven_stages(settings),
         virtual_pipeline_model_parallel_size=settings.schedule.virtual_stages,
         # As Megatron sets them. Batched messages between two ranks that are both next and previous to each
         # other would arrive swapped, without an error.
@@ -97,6 +99,17 @@ def build_config(settings: JobSettings) -> TransformerConfig:
     config.finalize_model_grads_func = finalize_model_grads
     _add_variants(config, model)
     return config
+
+
+def _uneven_stages(settings: JobSettings) -> dict[str, int | None]:
+    """Layers of the first and the last stage, where the plan has stages and they differ."""
+    plan, parallel = settings.schedule.plan, settings.parallel
+    if plan is None or STAGE_LAYERS not in plan.parameters:
+        return {}
+    return {
+        "num_layers_in_first_pipeline_stage": parallel.decoder_first_pipeline_num_layers,
+        "num_layers_in_last_pipeline_stage": parallel.decoder_last_pipeline_num_layers,
+    }
 
 
 def _of_model(model: ModelSettings) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from helixpipe.plan.plan import Plan
 from helixpipe.plan.segment_names import role_of
 from helixpipe.plan.simulation.costs import ANY_EDGE, Costs, LoanBytes, RankCost, SegmentCost
 from helixpipe.plan.slice_ends import slice_ends
+from helixpipe.plan.stage_layers import STAGE_LAYERS, layers_of_stages
 
 _EMBEDDING, _HEAD = Part(("embedding",)), Part(("head",))
 # What is as wide as the MLP.
@@ -210,7 +211,7 @@ def segment_costs(
     builder = _builder_of(pieces)
     slices = tuple(_slices(pieces, plan).items())
     cut_at = plan.parameters.get("attention_range")
-    known = plan.segment_names, cut_at, slices, levels
+    known = plan.segment_names, cut_at, plan.parameters.get(STAGE_LAYERS), slices, levels
     if known not in builder.segments:
         build = _helix_segments if _cuts_layers(plan) else _stage_segments
         builder.segments[known] = build(builder, plan, levels, dict(slices))
@@ -249,16 +250,14 @@ def _cuts_layers(plan: Plan) -> bool:
 def _stage_segments(
     builder: _Builder, plan: Plan, levels: Sequence[Recompute], slices: Mapping[str, Slice]
 ) -> dict[str, SegmentCost]:
-    per_stage = len(levels) // plan.num_segments
     segments = {}
-    for number, name in enumerate(plan.segment_names):
-        own = range(number * per_stage, (number + 1) * per_stage)
+    for number, (name, own) in enumerate(zip(plan.segment_names, layers_of_stages(plan), strict=True)):
         layers = tuple(builder.shares[layer].of(whole_layer(levels[layer])) for layer in own)
         parts = (_EMBEDDING,) * (number == 0) + layers + (_HEAD,) * (number == plan.num_segments - 1)
         for kind, part_of in slices.items():
             cost = builder.segment(parts, part_of)
             if part_of.end < 1:
-                cost = replace(cost, gradient_bytes=builder.context_gradient_bytes(part_of) * per_stage)
+                cost = replace(cost, gradient_bytes=builder.context_gradient_bytes(part_of) * len(own))
             segments[f"{name}/{kind}" if kind else name] = cost
     return segments
 
@@ -436,11 +435,7 @@ def _held_by_segments(workload: Workload, plan: Plan) -> list[list[tuple[str, in
     held_by_kind = {is_there: workload.held_parameters(layer) for is_there, layer in alike.items()}
     layers = [list(held_by_kind[is_there].items()) for is_there in with_experts]
     if not _cuts_layers(plan):
-        per_stage = len(layers) // plan.num_segments
-        return [
-            [of_piece for layer in layers[s * per_stage :][:per_stage] for of_piece in layer]
-            for s in range(plan.num_segments)
-        ]
+        return [[of_piece for layer in own for of_piece in layers[layer]] for own in layers_of_stages(plan)]
     before = ("qkv", "proj") if plan.parameters["attention_range"] == "block" else ("qkv",)
     held: list[list[tuple[str, int]]] = [[] for _ in range(plan.num_segments)]
     for layer, weights in enumerate(layers):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from helixpipe.plan.operation import Operation
 from helixpipe.plan.plan import Parameter, Plan
 from helixpipe.plan.simulation.costs import Costs
+from helixpipe.plan.stage_layers import STAGE_LAYERS, check_stage_layers, spell_stage_layers
 
 ATTENTION_RANGES = ("core", "qkv", "block")
 HEAD_PLACEMENTS = ("first", "spread")
@@ -51,6 +52,7 @@ class ScheduleRequest:
         costs: helix, interlocked: what to fit the order to.
         resend_context: sliced-helix: keys and values of earlier slices are dropped after the forward pass and
             lent again for the backward pass.
+        stage_layers: 1f1b, gpipe, zb-h1: layers of each stage, where they differ.
         layer_kinds: helix: a name for each layer where layers differ in cost, which segments then carry.
     """
 
@@ -67,6 +69,7 @@ class ScheduleRequest:
     costs: KnownCosts | None = None
     layer_kinds: tuple[str, ...] | None = None
     resend_context: bool | None = None
+    stage_layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         named = {
@@ -133,7 +136,12 @@ def stage_plan(
     of_what = "the pipeline-parallel size"
     if len(stage_ranks) > request.num_ranks:
         of_what += " times the virtual stages per rank"
-    require_multiple(request.num_layers, len(stage_ranks), "the number of layers", of_what)
+    more = dict(parameters or {})
+    if request.stage_layers is None:
+        require_multiple(request.num_layers, len(stage_ranks), "the number of layers", of_what)
+    else:
+        check_stage_layers(request.stage_layers, request.num_layers, len(stage_ranks))
+        more[STAGE_LAYERS] = spell_stage_layers(request.stage_layers)
     return Plan(
         schedule=name,
         num_ranks=request.num_ranks,
@@ -141,5 +149,5 @@ def stage_plan(
         segment_names=tuple(f"stage{s}" for s in range(len(stage_ranks))),
         placement=tuple((rank,) * request.num_microbatches for rank in stage_ranks),
         orders=tuple(tuple(order) for order in orders),
-        parameters={"num_layers": request.num_layers, **(parameters or {})},
+        parameters={"num_layers": request.num_layers, **more},
     )

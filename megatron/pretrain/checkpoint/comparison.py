@@ -23,6 +23,7 @@ CHANGES_NOTHING = frozenset((
     "pipeline_schedule", "plan", "hardware", "memory_limit_gib", "num_fold", "num_slices", "attention_range",
     "head_placement", "round_order", "split_weight_gradients", "resend_context",
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
+    "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers",
     "context_parallel_size", "expert_tensor_parallel_size", "moe_grouped_gemm", "moe_token_dispatcher_type",
     "num_layers_per_virtual_pipeline_stage", "sequence_parallel", "overlap_grad_reduce",
     "overlap_param_gather", "recompute_granularity", "recompute_method", "recompute_num_layers",

@@ -120,6 +120,8 @@ class ParallelSettings:
     pipeline_model_parallel_size: int
     context_parallel_size: int
     data_parallel_size: int
+    decoder_first_pipeline_num_layers: int | None
+    decoder_last_pipeline_num_layers: int | None
     expert_model_parallel_size: int
     expert_tensor_parallel_size: int
     sequence_parallel: bool

@@ -12,7 +12,8 @@ SUPPORTED = frozenset(
     accumulate-allreduce-grads-in-fp32 activation-func-clamp-value adam-beta1 adam-beta2 adam-eps
     add-qkv-bias apply-layernorm-1p async-save attention-backend attention-dropout bf16
     calculate-per-token-loss clip-grad context-parallel-size cross-entropy-fusion-impl
-    cross-entropy-loss-fusion data-cache-path data-path decoupled-lr decoupled-min-lr deterministic-mode
+    cross-entropy-loss-fusion data-cache-path data-path decoder-first-pipeline-num-layers
+    decoder-last-pipeline-num-layers decoupled-lr decoupled-min-lr deterministic-mode
     disable-bias-linear disable-log-loss-scale-to-tensorboard disable-manual-gc-eval
     distributed-timeout-minutes empty-unused-memory-level end-weight-decay eod-mask-loss eval-interval
     eval-iters exit-duration-in-mins exit-interval ffn-hidden-size finetune fp16 global-batch-size
@@ -38,10 +39,9 @@ SUPPORTED = frozenset(
     untie-embeddings-and-output-weights use-distributed-optimizer use-rope-scaling vocab-file vocab-size
     wandb-entity wandb-exp-name wandb-project wandb-save-dir weight-decay weight-decay-incr-style
     window-attn-skip-freq window-size yarn-beta-fast yarn-beta-slow
-    yarn-original-max-position-embeddings
-    expert-model-parallel-size expert-tensor-parallel-size moe-aux-loss-coeff moe-expert-capacity-factor
-    moe-ffn-hidden-size moe-grouped-gemm moe-router-dtype moe-router-group-topk
-    moe-router-load-balancing-type moe-router-num-groups moe-router-pre-softmax
+    yarn-original-max-position-embeddings expert-model-parallel-size expert-tensor-parallel-size
+    moe-aux-loss-coeff moe-expert-capacity-factor moe-ffn-hidden-size moe-grouped-gemm moe-router-dtype
+    moe-router-group-topk moe-router-load-balancing-type moe-router-num-groups moe-router-pre-softmax
     moe-router-score-function moe-router-topk moe-router-topk-scaling-factor moe-token-dispatcher-type
     moe-token-drop-policy moe-z-loss-coeff num-experts
     """.split()
@@ -329,7 +329,6 @@ REFUSED: dict[str, str] = {
     """,
     "layers are spread evenly over pipeline ranks; remove it": """
         account-for-embedding-in-pipeline-split account-for-loss-in-pipeline-split
-        decoder-first-pipeline-num-layers decoder-last-pipeline-num-layers
         pipeline-model-parallel-layout
     """,
     "the order of interleaved stages is that of groups of pipeline ranks; remove it": """

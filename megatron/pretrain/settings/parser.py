@@ -120,6 +120,14 @@ def _add_parallel_arguments(parser: argparse.ArgumentParser) -> None:
         help="ranks that share every sequence; for 1f1b, interleaved, helix and other schedules that do not "
         "cut sequences",
     )
+    add(
+        "--decoder-first-pipeline-num-layers",
+        type=LAYERS,
+        metavar="N",
+        help="1f1b, gpipe, zb-h1: layers of the first stage (default: as many as the others; helix has no "
+        "stages of layers)",
+    )
+    add("--decoder-last-pipeline-num-layers", type=LAYERS, metavar="N", help="the same of the last stage")
     add("--sequence-parallel", action="store_true")
     add("--use-distributed-optimizer", action="store_true")
     add("--overlap-grad-reduce", action="store_true")

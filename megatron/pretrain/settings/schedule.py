@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from helixpipe.commands.parser import flag_of
 from helixpipe.plan import Plan, ScheduleRequest, build_plan, validate
 from helixpipe.plan.build import complete, find_schedule
 from helixpipe.plan.execution import Execution
-from helixpipe.plan.fit import check_executable, check_fits, stages_follow_ranks
+from helixpipe.plan.fit import check_executable, check_fits, check_stages_fit, stages_follow_ranks
 from helixpipe.plan.schedules import SCHEDULES, Schedule
 from helixpipe.plan.schedules.request import KnownCosts
+from helixpipe.plan.stage_layers import STAGE_LAYERS, parse_stage_layers
 from megatron.pretrain.settings.recomputation import asked_levels
 from megatron.pretrain.settings.sizes import nearest
+from megatron.pretrain.settings.uneven_stages import stage_layers_of
 
 AUTO = "auto"
 DEFAULT_SCHEDULE = "1f1b"
@@ -129,6 +132,7 @@ def read_plan(args: argparse.Namespace) -> Plan:
             num_ranks=args.pipeline_model_parallel_size,
             num_microbatches=args.num_microbatches,
         )
+        check_stages_fit(plan, _stage_layers(args, find_schedule(plan.schedule)))
     except OSError as error:
         raise ValueError(f"--plan {path}: cannot be read ({error.strerror}); give another path") from None
     except ValueError as error:
@@ -156,6 +160,7 @@ def plan_request(
         num_ranks=args.pipeline_model_parallel_size,
         num_microbatches=args.num_microbatches,
         layer_kinds=kinds,
+        stage_layers=_stage_layers(args, entry),
         num_fold=args.num_fold,
         num_slices=args.num_slices,
         virtual_stages=_virtual_stages(args, entry),
@@ -172,6 +177,19 @@ def plan_ahead(args: argparse.Namespace, entry: Schedule, costs: KnownCosts | No
     """The plan that the options ask for, its order fitted to costs; None where each batch has its own."""
     request = plan_request(args, entry, costs)
     return build_plan(args.pipeline_schedule, request) if entry.plans_ahead else None
+
+
+def _stage_layers(args: argparse.Namespace, entry: Schedule) -> tuple[int, ...] | None:
+    found = stage_layers_of(args)
+    if found is None or (entry.execution is not None and entry.execution.cuts_layers):
+        return None
+    if "stage_layers" not in entry.options:
+        users = ", ".join(name for name, other in SCHEDULES.items() if "stage_layers" in other.options)
+        raise ValueError(
+            "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers do not apply to "
+            f"{args.pipeline_schedule}; remove them (they are for {users})"
+        )
+    return found
 
 
 def _virtual_stages(args: argparse.Namespace, entry: Schedule) -> int | None:
@@ -205,12 +223,16 @@ def _virtual_stages(args: argparse.Namespace, entry: Schedule) -> int | None:
 def _is_megatrons(plan: Plan) -> bool:
     """True if a plan is what its schedule says, as Megatron's functions run it."""
     entry = SCHEDULES[plan.schedule]
-    options = {name: plan.parameters[name] for name in entry.options if name in plan.parameters}
+    options: dict[str, Any] = {
+        name: plan.parameters[name] for name in entry.options if name in plan.parameters
+    }
+    if STAGE_LAYERS in options:
+        options[STAGE_LAYERS] = parse_stage_layers(options[STAGE_LAYERS])
     request = ScheduleRequest(
         num_layers=int(plan.parameters["num_layers"]),
         num_ranks=plan.num_ranks,
         num_microbatches=plan.num_microbatches,
-        **options,  # type: ignore[arg-type]
+        **options,
     )
     try:
         own = entry.plan(request)
