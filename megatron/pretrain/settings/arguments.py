@@ -127,6 +127,7 @@ def _choose_schedule(args: argparse.Namespace) -> ScheduleSettings:
         has_stages = args.num_layers_per_virtual_pipeline_stage is not None
         args.pipeline_schedule = DEFAULT_WITH_VIRTUAL_STAGES if has_stages else DEFAULT_SCHEDULE
     if args.pipeline_schedule == AUTO:
+        check_shared_sequences(args, None, is_chosen=True)
         args.dataset = args.dataset or _inspect_data(args, Execution.MEGATRON)
         args.padded_vocab_size = _pad_vocabulary(args)
         plan, reason = choose_schedule(args)
