@@ -26,6 +26,10 @@ EXAMPLES = [
         "pretrain_gpt_single_node", ["corpus"], "h100", "8 GPUs = tensor 1 x pipeline 8 x data 1", "",
         marks=pytest.mark.slow,
     ),
+    pytest.param(
+        "pretrain_in_megatron_lm", ["corpus", "tokenizer.model"], "h100",
+        "8 GPUs = tensor 1 x pipeline 8 x data 1", "", marks=pytest.mark.slow,
+    ),
     ("pretrain_llama_7b_slurm", ["corpus", "saved"], "h20", ON_64, ""),
     pytest.param(
         # Of the sixteen sequences of a batch, which follow one another, one.
