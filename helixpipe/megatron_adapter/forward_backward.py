@@ -68,6 +68,11 @@ class PlannedForwardBackward:
         """Model chunks on each rank."""
         return self._source.chunks_per_rank
 
+    def report_to(self, progress: Progress) -> None:
+        """Tell ``progress`` of every operation; to be called before the first iteration."""
+        assert not self._executors
+        self._iterations.progress = progress
+
     @property
     def trace(self) -> Trace:
         """What the last iteration ran on this rank."""

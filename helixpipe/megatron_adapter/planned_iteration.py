@@ -27,11 +27,12 @@ class PlannedIterations:
 
     Attributes:
         trace: what the last iteration ran on this rank.
+        progress: as given; executors that were made before keep theirs.
     """
 
     def __init__(self, clock: Clock | None, progress: Progress | None) -> None:
         self.trace = Trace(clock or default_clock())
-        self._progress = progress
+        self.progress = progress
         self._connections: Connections | None = None
 
     def executor(self, plan: Plan, segments: ModelSegments, chunks: list[torch.nn.Module]) -> Executor:
@@ -48,7 +49,7 @@ class PlannedIterations:
             communicator,
             device=device,
             trace=self.trace,
-            progress=self._progress,
+            progress=self.progress,
             backward_context=hold_gradient_reduction(chunks, segments, plan, communicator.rank),
         )
 

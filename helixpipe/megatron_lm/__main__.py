@@ -6,11 +6,16 @@ import os
 import runpy
 import sys
 import traceback
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from helixpipe.megatron_lm.switch import enable
 from helixpipe.reliability.exit_codes import BAD_USAGE, exit_code_of, leave_exit_code
+
+if TYPE_CHECKING:
+    from helixpipe.megatron_lm.step import Step
 
 PROGRAM = "helixpipe.megatron_lm"
 PACKAGE = Path(__file__).parents[1]
@@ -28,13 +33,21 @@ def main() -> int:
     # As Python does for a script: what lies beside it can be imported.
     sys.path[0] = str(Path(script).resolve().parent)
     try:
-        enable()
-        runpy.run_path(script, run_name="__main__")
+        step = enable()
+        with nullcontext() if step is None else _watched(step):
+            runpy.run_path(script, run_name="__main__")
     except ValueError as error:
         if not _is_ours(error.__traceback__):
             raise
         return _fail(error)
     return 0
+
+
+def _watched(step: Step) -> AbstractContextManager[None]:
+    # Not before a schedule is asked for: this imports torch.
+    from helixpipe.megatron_lm.watch import watched
+
+    return watched(step, PROGRAM)
 
 
 def _is_ours(frames: TracebackType | None) -> bool:

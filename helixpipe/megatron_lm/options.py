@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from helixpipe.commands.parser import Parser, flag_of
-from helixpipe.commands.ranges import Whole
+from helixpipe.commands.ranges import Real, Whole
 from helixpipe.plan.build import find_schedule
 from helixpipe.plan.cost_model import Recompute
 from helixpipe.plan.execution import Execution
@@ -19,6 +19,7 @@ _OF_PLANS = (
     "resend_context", "num_slices",
 )  # fmt: skip
 _OUTSIDE = (None, Execution.CHUNKS)
+_OF_WATCHING = ("hang_timeout_s", "failure_dir")
 _OF_MODELS = ("recompute_levels", "mlp_chunk_size", "loss_chunk_size")
 
 
@@ -31,6 +32,8 @@ class Options:
         plan: arguments of its plans that were given, as ``ScheduleRequest`` names them.
         recompute_levels: what backward passes compute again, as ``--recompute-levels`` says it.
         mlp_chunk_size, loss_chunk_size: see ``MemorySaving``.
+        hang_timeout_s: longest wait or operation, in a step or between two; no limit if None.
+        failure_dir: where stacks go after a hang.
     """
 
     schedule: str
@@ -38,6 +41,8 @@ class Options:
     recompute_levels: str
     mlp_chunk_size: int | None
     loss_chunk_size: int | None
+    hang_timeout_s: float | None = None
+    failure_dir: str | None = None
 
     @property
     def entry(self) -> Schedule:
@@ -65,7 +70,9 @@ def take_options(command_line: list[str]) -> Options | None:
     """
     found, rest = _parser().parse_known_args(command_line)
     if found.pipeline_schedule is None:
-        alone = [name for name in (*_OF_PLANS, *_OF_MODELS) if getattr(found, name) is not None]
+        alone = [
+            name for name in (*_OF_PLANS, *_OF_MODELS, *_OF_WATCHING) if getattr(found, name) is not None
+        ]
         if alone:
             raise ValueError(
                 f"{flag_of(alone[0])} needs --pipeline-schedule NAME; add it, or remove the flag"
@@ -90,6 +97,8 @@ def _parser() -> Parser:
     add("--recompute-levels")
     add("--mlp-chunk-size", type=Whole())
     add("--loss-chunk-size", type=Whole())
+    add("--hang-timeout-s", type=Real(least=0.0, most=1e7))
+    add("--failure-dir")
     return parser
 
 
@@ -114,4 +123,6 @@ def _checked(found: argparse.Namespace) -> Options:
         found.recompute_levels or by_default.value,
         found.mlp_chunk_size,
         found.loss_chunk_size,
+        found.hang_timeout_s,
+        found.failure_dir,
     )

@@ -7,8 +7,8 @@ gives back losses on the last.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -29,16 +29,25 @@ from helixpipe.megatron_lm.options import Options
 from helixpipe.megatron_lm.view import as_one_stage
 from helixpipe.plan import Plan
 from helixpipe.plan.execution import Execution
+from helixpipe.reliability.record import Progress
 
 Report = list[dict[str, Tensor]]
 # Names, shapes and types of what a loss function reports.
 _Form = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
 
 
+class Watch(Protocol):
+    """Told of every step."""
+
+    def step(self, *, forward_only: bool) -> AbstractContextManager[None]:
+        """Around a step, or one of an evaluation."""
+
+
 class Step:
     """Megatron's ``forward_backward_func``.
 
     Attributes:
+        options: as given.
         count: steps and evaluations that were made.
         forward_backward: what carries out the plan.
         is_segmented: the model is cut at its attention.
@@ -47,6 +56,7 @@ class Step:
     """
 
     def __init__(self, options: Options) -> None:
+        self.options = options
         self.count = 0
         execution = options.entry.execution
         assert execution is not None
@@ -63,9 +73,15 @@ class Step:
         plans = PlanOnDemand(options.schedule, options.plan, options.chunks_per_rank)
         self.forward_backward: PlannedForwardBackward = kinds[execution](plans)
         self._forms: dict[bool, _Form] = {}
+        self._watch: Watch | None = None
 
     def __str__(self) -> str:
         return str(self.forward_backward)
+
+    def watch(self, watch: Watch, progress: Progress) -> None:
+        """Tell of every step and operation; to be called before the first step."""
+        self._watch = watch
+        self.forward_backward.report_to(progress)
 
     def get(self, pp_size: int | None = None, vp_size: int | None = None, *groups: Any, **more: Any) -> Step:
         """Stands for Megatron's ``get_forward_backward_func``, with the arguments of every version."""
@@ -104,7 +120,8 @@ class Step:
         chunks = model if isinstance(model, list) else [model]
         if self.is_in_chunks:
             data_iterator = iterators_of(data_iterator, chunks)
-        with _timed(get_model_config(chunks[0])):
+        seen = self._watch.step(forward_only=forward_only) if self._watch is not None else nullcontext()
+        with seen, _timed(get_model_config(chunks[0])):
             report = self.forward_backward(
                 forward_step_func=self._seeing_its_ends(forward_step_func),
                 data_iterator=data_iterator,

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from helixpipe.megatron_adapter import cpu_backend
+from helixpipe.megatron_adapter.watching import join
 from helixpipe.reliability.monitor import Monitor
 from helixpipe.runtime.job_store import Place, open_store
 from megatron.pretrain.health.agreement import agree_on_arguments
-from megatron.pretrain.health.monitoring import join
 from megatron.pretrain.health.rendezvous import fresh_store
 from megatron.pretrain.settings.job import JobSettings
 

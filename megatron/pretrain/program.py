@@ -28,9 +28,9 @@ from torch import Tensor  # noqa: E402
 import helixpipe.layers  # noqa: E402, F401
 from helixpipe.layers.attention.context_parallel import own_pieces  # noqa: E402
 from helixpipe.layers.documents import Documents  # noqa: E402
-from helixpipe.reliability.exit_codes import INTERRUPTED, PEER_LOST, exit_code_of, leave_exit_code  # noqa: E402
+from helixpipe.reliability.exit_codes import INTERRUPTED, exit_code_of, leave_exit_code  # noqa: E402
 from megatron.pretrain.health.exit_barrier import ExitBarrier  # noqa: E402
-from megatron.pretrain.health.monitoring import PROGRAM, PeerLost  # noqa: E402
+from megatron.pretrain.health.monitoring import PROGRAM  # noqa: E402
 from megatron.pretrain.loop import pretrain  # noqa: E402
 from megatron.pretrain.settings.arguments import parse_arguments  # noqa: E402
 
@@ -97,8 +97,6 @@ def _run(exit_barrier: ExitBarrier) -> int:
         if os.environ.get("RANK", "0") == "0":
             sys.stderr.write(f"{PROGRAM}: stopped by SIGINT before the first iteration\n")
         return INTERRUPTED
-    except PeerLost as error:
-        return _fail(str(error), PEER_LOST)
     except Exception:
         traceback.print_exc()
         return EXIT_UNEXPECTED

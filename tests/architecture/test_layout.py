@@ -206,7 +206,7 @@ def test_shared_code_is_noticed():
 OWN_MESSAGES = {
     "helixpipe.data.corpus_record", "helixpipe.json_input", "helixpipe.reliability.sentinel",
     "helixpipe.reliability.wire",
-    "megatron.pretrain.health.agreement", "megatron.pretrain.health.monitoring",
+    "helixpipe.megatron_adapter.watching", "megatron.pretrain.health.agreement",
 }  # fmt: skip
 
 

@@ -78,5 +78,18 @@ def test_what_would_change_numbers_in_silence_is_refused_on_every_rank(refused, 
         assert words in rank[what]
 
 
+def test_a_sentinel_is_told_of_steps_and_their_operations(refused):
+    for rank in refused:
+        told = rank["told"]
+        # Once, at the first step.
+        assert [tuple(address) for address in told[:1]] == [(["here"], 1, "token")]
+        assert told[1] == [0, 1]
+        phases = [entry for entry in told[2:] if isinstance(entry, tuple)]
+        assert phases == [("step", 1), ("between steps", None), ("evaluate", 1), ("between steps", None)]
+        evaluation = told[told.index(("evaluate", 1)) + 1 : -1]
+        computed = [text for text in rank["evaluation"] if "SEND" not in text and "RECV" not in text]
+        assert [text for text in evaluation if text in computed] == computed
+
+
 def test_groups_that_are_megatrons_own_are_accepted(refused):
     assert [rank["equal groups"] for rank in refused] == ["", ""]

@@ -9,8 +9,10 @@ import pytest
 import torch.distributed as dist
 from job_settings import job_settings
 
+from helixpipe.megatron_adapter import watching
+from helixpipe.megatron_adapter.watching import PeerLost
 from megatron.pretrain.health import monitoring
-from megatron.pretrain.health.monitoring import PeerLost, monitored
+from megatron.pretrain.health.monitoring import monitored
 
 
 class FakeMonitor:
@@ -36,7 +38,7 @@ def settings(monkeypatch):
 @pytest.fixture(autouse=True)
 def without_sentinel(monkeypatch):
     monkeypatch.setattr(monitoring, "Monitor", FakeMonitor)
-    monkeypatch.setattr(monitoring, "_VERDICT_S", 0.0)
+    monkeypatch.setattr(watching, "_VERDICT_S", 0.0)
 
 
 @pytest.fixture
@@ -65,6 +67,13 @@ def test_an_error_for_the_user_is_told_in_its_own_words(said_after):
 def test_an_unexpected_error_is_told_with_its_kind_and_first_line(said_after):
     error = ZeroDivisionError("by zero\nand more")
     assert said_after(error) == ([("ZeroDivisionError: by zero", True)], error)
+
+
+@pytest.mark.parametrize("code", [0, None])
+def test_a_program_may_end_by_itself(said_after, code):
+    said, left = said_after(SystemExit(code))
+    assert said == ["closed"]
+    assert left.code == code
 
 
 @pytest.mark.parametrize(
@@ -99,7 +108,7 @@ def test_sigterm_exits_once(monkeypatch):
     old = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(SystemExit) as stop:
-            monitoring._terminate(signal.SIGTERM, None)
+            watching._terminate(signal.SIGTERM, None)
         assert stop.value.code == 143
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
     finally:

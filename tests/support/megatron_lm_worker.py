@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ from models import SEED, VOCABULARY, Case, batches, initialize, make_config
 
 from helixpipe.layers.initialization import deferred_initialization, initialize_weights
 from helixpipe.megatron_lm import disable, enable
+from helixpipe.megatron_lm.watch import StepWatch
+from helixpipe.reliability.monitor import HubAddress
 
 CASE = Case(pp=2, rounds=1)
 
@@ -118,8 +121,8 @@ def _message(function: Any) -> str:
     return ""
 
 
-def refusals() -> dict[str, str]:
-    """What is refused, by what is wrong; empty text where nothing was raised."""
+def refusals() -> dict[str, Any]:
+    """What is refused, by what is wrong; empty text where nothing was raised. Then what is watched."""
     initialize(CASE)
     # No module's attributes: nothing can be put in their place.
     held = [STOCK, schedules.forward_backward_pipelining_without_interleaving]
@@ -155,7 +158,55 @@ def refusals() -> dict[str, str]:
         ),
     }
     disable()
-    return found | _refusals_of_two_chunks()
+    return found | _refusals_of_two_chunks() | watched_steps()
+
+
+class RecordingMonitor:
+    """Keeps what a rank's sentinel would be told, and is its progress, too."""
+
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+        self.progress = self
+
+    def address(self, hosts: list[str]) -> HubAddress:
+        return HubAddress(["here"], 1, "token")
+
+    def join(self, address: HubAddress) -> None:
+        self.told.append(address)
+
+    def place_in_pipeline(self, ranks: list[int]) -> None:
+        self.told.append(ranks)
+
+    def enter(self, phase: str, step: int | None = None) -> None:
+        self.told.append((phase, step))
+
+    def begin(self, operation: Any) -> None:
+        self.told.append(str(operation))
+
+    def wait(self, message: Any) -> None:
+        pass
+
+    def resume(self) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+
+def watched_steps() -> dict[str, list[Any]]:
+    """What the monitor hears of a step and an evaluation, and the operations of the plan on this rank."""
+    step = enable("--pipeline-schedule helix".split())
+    assert step is not None
+    monitor = RecordingMonitor()
+    step.watch(StepWatch(monitor), monitor)  # type: ignore[arg-type]
+    handler = signal.getsignal(signal.SIGTERM)
+    run(CASE, _current)
+    signal.signal(signal.SIGTERM, handler)
+    plan = step.forward_backward.plan
+    assert plan is not None
+    disable()
+    order = [str(op) for op in plan.orders[torch.distributed.get_rank()]]
+    return {"told": monitor.told, "evaluation": order}
 
 
 def _refusals_of_two_chunks() -> dict[str, str]:
