@@ -39,7 +39,7 @@ KNOWN = frozenset(
         "finalize_model_grads_func", "grad_scale_func", "grad_sync_func", "no_sync_func", "param_sync_func",
         "config_logger_dir", "test_mode", "hetereogenous_dist_checkpoint",
         # Refused by the model itself, in words of its own.
-        "num_moe_experts", "multi_latent_attention", "context_parallel_size", "recompute_granularity",
+        "multi_latent_attention", "context_parallel_size", "recompute_granularity",
         "recompute_method", "recompute_num_layers", "recompute_modules", "distribute_saved_activations",
         "virtual_pipeline_model_parallel_size", "fp8", "fp4", "cpu_offloading", "mtp_num_layers",
         "cuda_graph_impl", "softmax_type", "window_size", "window_attn_skip_freq",

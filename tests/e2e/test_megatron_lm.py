@@ -15,7 +15,10 @@ from megatron_lm_jobs import (
     TWO_CHUNKS,
     assert_equal,
     each_version,
+    has_tensorboard,
     launch,
+    read_scalars,
+    scalars_to,
     train,
     unpacked,
 )
@@ -96,6 +99,47 @@ def test_other_parallelism_of_theirs_goes_with_it(tmp_path, version, ranks, layo
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("schedule", [HELIX, TWO_CHUNKS[0]])
+@unpacked(VERSIONS[-1])
+def test_what_their_program_does_around_a_step_stays(tmp_path, schedule):
+    """Batches that grow, losses per token, the distributed optimizer with overlaps, throughput, scalars."""
+    size = "--pipeline-model-parallel-size 2 --untie-embeddings-and-output-weights"
+    optimizer = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --no-load-optim"
+    batches = "--global-batch-size 16 --rampup-batch-size 8 8 32 --calculate-per-token-loss"
+    common = f"{size} {optimizer} {batches} --log-throughput --eval-iters 0"
+    train(VERSIONS[-1], 4, f"{common} --train-samples 16 --save {tmp_path}/start")
+    # Two iterations of 8 samples, and three of 16.
+    more = f"{common} --train-samples 80 --load {tmp_path}/start"
+    runs = [
+        train(VERSIONS[-1], 4, f"{more} {words}{scalars_to(tmp_path / name)}")
+        for name, words in (("stock", ""), ("ours", schedule))
+    ]
+    stock, ours = runs
+    assert_equal(ours, stock, range(3, 8))
+    for log in runs:
+        assert re.findall(r"global batch size: +(\d+)", log.output) == ["8", "8", "16", "16", "16"]
+        assert len(re.findall(r"throughput per GPU \(TFLOP/s/GPU\): \d", log.output)) == 5
+    if has_tensorboard():
+        losses, expected = (read_scalars(tmp_path / name, "lm loss") for name in ("ours", "stock"))
+        assert set(losses) == set(range(3, 8))
+        assert losses == pytest.approx(expected, abs=LOSS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@unpacked(VERSIONS[-1])
+def test_a_rank_that_is_killed_is_named_by_its_operation_and_all_end(tmp_path):
+    """Under a limit that would not have ended them before this test's."""
+    words = f"--pipeline-model-parallel-size 2 --train-iters 100000 --distributed-timeout-minutes 60 {HELIX}"
+    code, output = launch(VERSIONS[-1], 2, words, kill_rank=(1, "iteration        3/"))
+    assert code != 0
+    (line,) = [line for line in output.splitlines() if "was lost" in line and "this rank" not in line]
+    assert re.search(r"rank 1 .*was lost \(killed, crashed or cut off\): .*step", line)
+    assert re.search(r"helixpipe.megatron_lm: rank 0: error: .*rank 1", output)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("version", "ranks"), each_version(2))
 def test_a_job_ends_when_its_time_is_over(tmp_path, version, ranks):
@@ -116,13 +160,10 @@ def test_without_the_option_everything_is_as_without_us(version, ranks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("option", ["--use-rope-scaling", "--use-mup"])
 @pytest.mark.parametrize(("version", "ranks"), each_version(2))
-def test_an_option_that_segments_do_not_know_stops_every_rank_with_one_line(version, ranks, option):
+def test_an_option_that_segments_do_not_know_stops_every_rank_with_one_line(version, ranks):
     code, output = launch(
-        version,
-        ranks,
-        f"--pipeline-model-parallel-size 2 --train-iters 2 --position-embedding-type rope {option} {HELIX}",
+        version, ranks, f"--pipeline-model-parallel-size 2 --train-iters 2 --use-mup {HELIX}"
     )
     assert code != 0
     lines = [line for line in output.splitlines() if "helixpipe.megatron_lm: rank" in line]

@@ -57,6 +57,7 @@ def test_switched_off_everything_is_megatrons_again(losses):
         ("stock", "call helixpipe.megatron_lm.enable() in the script's first line"),
         ("stock schedule", "call helixpipe.megatron_lm.enable() in the script's first line"),
         ("config", "does not know qk_l2_norm=True of TransformerConfig"),
+        ("experts", "does not know num_moe_experts=2"),
         ("argument", "does not know fp16_lm_cross_entropy=True of GPTModel"),
         ("spec", "this model's layer spec is another"),
         ("groups", "pg_collection.pp has other ranks"),
@@ -89,6 +90,10 @@ def test_a_sentinel_is_told_of_steps_and_their_operations(refused):
         evaluation = told[told.index(("evaluate", 1)) + 1 : -1]
         computed = [text for text in rank["evaluation"] if "SEND" not in text and "RECV" not in text]
         assert [text for text in evaluation if text in computed] == computed
+
+
+def test_scaled_rotary_positions_are_megatrons(refused):
+    assert [rank["scaled angles"] for rank in refused] == ["", ""]
 
 
 def test_groups_that_are_megatrons_own_are_accepted(refused):

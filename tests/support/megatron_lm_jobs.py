@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +26,7 @@ SUPPORT = ROOT / "tests/support"
 SCRIPT = SUPPORT / "megatron_lm/pretrain_gpt.py"
 MODEL = """
     --num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32
-    --micro-batch-size 1 --global-batch-size 8 --lr 1e-3 --lr-decay-iters 100 --tokenizer-type NullTokenizer
+    --micro-batch-size 1 --global-batch-size 8 --lr 1e-3 --tokenizer-type NullTokenizer
     --vocab-size 64 --mock-data --split 90,5,5 --num-workers 0 --transformer-impl local --attention-dropout 0
     --hidden-dropout 0 --distributed-backend gloo --use-cpu-initialization --no-gradient-accumulation-fusion
     --no-persist-layer-norm --no-bias-gelu-fusion --no-bias-dropout-fusion --no-masked-softmax-fusion
@@ -57,11 +60,26 @@ class Log(NamedTuple):
     output: str
 
 
-def launch(version: str, ranks: int, arguments: str, *, with_us: bool | None = None) -> tuple[int, str]:
-    """Run the script; ``with_us`` through our module, by default where the arguments name a schedule."""
+def launch(
+    version: str,
+    ranks: int,
+    arguments: str,
+    *,
+    with_us: bool | None = None,
+    kill_rank: tuple[int, str] | None = None,
+) -> tuple[int, str]:
+    """Run the script; the exit code and all that was printed.
+
+    Args:
+        version: of megatron-core.
+        ranks: processes.
+        arguments: beside :data:`MODEL`.
+        with_us: through our module; by default where the arguments name a schedule.
+        kill_rank: a rank, and what is printed before it is killed.
+    """
     if with_us is None:
         with_us = "--pipeline-schedule" in arguments
-    paths = (CORES / version, SUPPORT / "cores", SUPPORT / "megatron_lm", ROOT)
+    paths = (CORES / version, SUPPORT / "cores", SUPPORT / "megatron_lm", ROOT, *_further_paths())
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(map(str, paths)),
         "OMP_NUM_THREADS": "1",
@@ -70,10 +88,56 @@ def launch(version: str, ranks: int, arguments: str, *, with_us: bool | None = N
     module = ["-m", "helixpipe.megatron_lm"] if with_us else []
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(ranks), *module, str(SCRIPT), *MODEL, *arguments.split()]
-    finished = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=200, check=False, cwd=ROOT
-    )
-    return finished.returncode, finished.stdout + finished.stderr
+    # Megatron wants the length of the decay in what the job's length is in.
+    if "--train-samples" not in arguments:
+        command += ["--lr-decay-iters", "100"]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+    ) as process:
+        assert process.stdout is not None
+        deadline = threading.Timer(200, process.kill)
+        deadline.start()
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if kill_rank is not None and kill_rank[1] in line:
+                os.kill(_process_of(kill_rank[0], process.pid), signal.SIGKILL)
+                kill_rank = None
+        deadline.cancel()
+        return process.wait(), "".join(lines)
+
+
+def _process_of(rank: int, launcher: int) -> int:
+    """The process of a rank among a launcher's children, by its environment."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    (found,) = [
+        int(child) for child in children if f"\0RANK={rank}\0" in Path(f"/proc/{child}/environ").read_text()
+    ]
+    return found
+
+
+def _further_paths() -> list[str]:
+    """Where the tests have other libraries from."""
+    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+
+
+def has_tensorboard() -> bool:
+    """True if its library is installed."""
+    return find_spec("tensorboard") is not None
+
+
+def scalars_to(folder: Path) -> str:
+    """The arguments that write scalars, where they can be written."""
+    return f" --tensorboard-dir {folder}" if has_tensorboard() else ""
+
+
+def read_scalars(folder: Path, name: str) -> dict[int, float]:
+    """The values of one scalar by step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(name)}
 
 
 def train(version: str, ranks: int, arguments: str, *, with_us: bool | None = None) -> Log:

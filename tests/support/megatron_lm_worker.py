@@ -121,10 +121,18 @@ def _message(function: Any) -> str:
     return ""
 
 
+def _angles(**values: Any) -> list[float]:
+    """The frequencies of rotary positions, by which wavelengths beyond the trained context are longer."""
+    found: list[float] = build_stage(CASE, rotary_base=100_000_000, **values).rotary_pos_emb.inv_freq.tolist()
+    return found
+
+
 def refusals() -> dict[str, Any]:
     """What is refused, by what is wrong; empty text where nothing was raised. Then what is watched."""
     initialize(CASE)
     # No module's attributes: nothing can be put in their place.
+    angles = {"position_embedding_type": "rope", "rope_scaling": True, "rope_scaling_factor": 4.0}
+    scaled, plain = (_angles(**angles | {"rope_scaling": is_scaled}) for is_scaled in (True, False))
     held = [STOCK, schedules.forward_backward_pipelining_without_interleaving]
     enable("--pipeline-schedule helix".split())
     world = torch.distributed.new_group([0, 1])
@@ -139,12 +147,14 @@ def refusals() -> dict[str, Any]:
         "stock": _message(lambda: run(CASE, held[0])),
         "stock schedule": _message(lambda: run(CASE, lambda: held[1])),
         "config": _message(lambda: build_stage(CASE, qk_l2_norm=True)),
+        "experts": _message(lambda: build_stage(CASE, num_moe_experts=2)),
         "argument": _message(lambda: build_stage(CASE, fp16_lm_cross_entropy=True)),
         "spec": _message(lambda: build_stage(CASE, spec=spec)),
         "groups": _message(lambda: run(CASE, _current, pg_collection=wrong)),
         "communicator": _message(
             lambda: run(CASE, _current, p2p_communicator=P2PCommunicator(other, config))
         ),
+        "scaled angles": "other" if scaled != _angles(**angles) or scaled == plain else "",
         "sizes": _message(lambda: get_forward_backward_func(4, None)),
         "chunks": _message(lambda: get_forward_backward_func(2, 2)),
         # As Megatron-Bridge calls it.
