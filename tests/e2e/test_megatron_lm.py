@@ -45,14 +45,14 @@ def test_helix_trains_and_evaluates_as_1f1b_does(tmp_path, version):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize(("version", "ranks"), each_version(2, 4))
 def test_ten_iterations_are_those_of_1f1b_and_runs_change_over(tmp_path, version, ranks):
     compare_and_change_over(version, ranks, tmp_path, "", (HELIX, *OTHERS))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize(("version", "ranks"), each_version(2, 4))
 def test_two_chunks_on_each_rank_train_as_1f1b_does(tmp_path, version, ranks):
     size = f"--num-layers {2 * ranks} --untie-embeddings-and-output-weights"
@@ -77,7 +77,7 @@ def compare_and_change_over(version, ranks, folder, model, schedules):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     "layout",
     [
@@ -99,20 +99,23 @@ def test_other_parallelism_of_theirs_goes_with_it(tmp_path, version, ranks, layo
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("schedule", [HELIX, TWO_CHUNKS[0]])
-@unpacked(VERSIONS[-1])
+@unpacked(VERSIONS[0])
 def test_what_their_program_does_around_a_step_stays(tmp_path, schedule):
-    """Batches that grow, losses per token, the distributed optimizer with overlaps, throughput, scalars."""
+    """Batches that grow, losses per token, the distributed optimizer with overlaps, throughput, scalars.
+
+    Megatron-LM ignores --rampup-batch-size since 0.18.
+    """
     size = "--pipeline-model-parallel-size 2 --untie-embeddings-and-output-weights"
     optimizer = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --no-load-optim"
     batches = "--global-batch-size 16 --rampup-batch-size 8 8 32 --calculate-per-token-loss"
     common = f"{size} {optimizer} {batches} --log-throughput --eval-iters 0"
-    train(VERSIONS[-1], 4, f"{common} --train-samples 16 --save {tmp_path}/start")
+    train(VERSIONS[0], 4, f"{common} --train-samples 16 --save {tmp_path}/start")
     # Two iterations of 8 samples, and three of 16.
     more = f"{common} --train-samples 80 --load {tmp_path}/start"
     runs = [
-        train(VERSIONS[-1], 4, f"{more} {words}{scalars_to(tmp_path / name)}")
+        train(VERSIONS[0], 4, f"{more} {words}{scalars_to(tmp_path / name)}")
         for name, words in (("stock", ""), ("ours", schedule))
     ]
     stock, ours = runs
@@ -127,7 +130,7 @@ def test_what_their_program_does_around_a_step_stays(tmp_path, schedule):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 @unpacked(VERSIONS[-1])
 def test_a_rank_that_is_killed_is_named_by_its_operation_and_all_end(tmp_path):
     """Under a limit that would not have ended them before this test's."""
@@ -140,7 +143,7 @@ def test_a_rank_that_is_killed_is_named_by_its_operation_and_all_end(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("version", "ranks"), each_version(2))
 def test_a_job_ends_when_its_time_is_over(tmp_path, version, ranks):
     # Over before it begins; Megatron takes 0 for no limit.

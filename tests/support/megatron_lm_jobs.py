@@ -95,7 +95,8 @@ def launch(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
     ) as process:
         assert process.stdout is not None
-        deadline = threading.Timer(200, process.kill)
+        # Far more than any needs, for the machine may be busy.
+        deadline = threading.Timer(900, process.kill)
         deadline.start()
         lines = []
         for line in process.stdout:
