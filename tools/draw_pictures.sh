@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Draw the pictures in docs/: helix and 1F1B with the same work per layer (1 before attention, 8 for
-# attention, 3 after it; backward twice forward) and free messages; and rounds of helix one after the other
-# and interlocked, where attention takes most of the time.
+# Draw the pictures in docs/: schedules with the same work per layer (1 before attention, 8 for attention, 3 after
+# it; backward twice forward), free messages and one time axis; and rounds of helix one after the other and
+# interlocked, where attention takes most of the time.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,11 +18,24 @@ cat > "$WORK/1f1b-costs.json" <<'JSON'
               "stage2": {"F": 24, "B": 48}, "stage3": {"F": 24, "B": 48}}}
 JSON
 
-draw() { # schedule title
-    "$PYTHON" -m helixpipe plan --schedule "$1" --num-layers 8 --pipeline-model-parallel-size 4 \
-        --num-microbatches 8 --output "$WORK/$1.json"
-    "$PYTHON" -m helixpipe draw --plan "$WORK/$1.json" --costs "$WORK/$1-costs.json" --until 800 \
-        --title "$2" --output "docs/$1-p4.svg"
+cat > "$WORK/interleaved-costs.json" <<'JSON'
+{"segments": {"stage0": {"F": 12, "B": 24}, "stage1": {"F": 12, "B": 24}, "stage2": {"F": 12, "B": 24},
+              "stage3": {"F": 12, "B": 24}, "stage4": {"F": 12, "B": 24}, "stage5": {"F": 12, "B": 24},
+              "stage6": {"F": 12, "B": 24}, "stage7": {"F": 12, "B": 24}}}
+JSON
+# Attention has no weights; of the rest of a layer's backward, half is for them.
+cat > "$WORK/zb-h1-costs.json" <<'JSON'
+{"segments": {"stage0": {"F": 24, "B": 40, "W": 8}, "stage1": {"F": 24, "B": 40, "W": 8},
+              "stage2": {"F": 24, "B": 40, "W": 8}, "stage3": {"F": 24, "B": 40, "W": 8}}}
+JSON
+
+draw() { # schedule, title, further options
+    local schedule=$1 title=$2
+    shift 2
+    "$PYTHON" -m helixpipe plan --schedule "$schedule" --num-layers 8 --pipeline-model-parallel-size 4 \
+        --num-microbatches 8 "$@" --output "$WORK/$schedule.json"
+    "$PYTHON" -m helixpipe draw --plan "$WORK/$schedule.json" --costs "$WORK/$schedule-costs.json" --until 800 \
+        --title "$title" --output "docs/$schedule-p4.svg"
 }
 cat > "$WORK/rounds-costs.json" <<'JSON'
 {"segments": {"first": {"F": 1, "B": 2}, "middle": {"F": 2, "B": 2, "W": 2}, "last": {"F": 3, "B": 4, "W": 2},
@@ -51,7 +64,9 @@ PY
 "$PYTHON" "$WORK/sliced.py" > "$WORK/sliced-costs.json"
 "$PYTHON" -m helixpipe plan --schedule sliced-helix --num-layers 8 --pipeline-model-parallel-size 4 \
     --num-microbatches 1 --num-fold 2 --head-placement spread --output "$WORK/sliced.json"
-"$PYTHON" -m helixpipe draw --plan "$WORK/sliced.json" --costs "$WORK/sliced-costs.json" \
+"$PYTHON" -m helixpipe draw --plan "$WORK/sliced.json" --costs "$WORK/sliced-costs.json" --until 800 \
     --title "Sliced helix: 4 ranks, 8 layers, one sequence in 8 slices" --output docs/sliced-p4.svg
 draw helix "Helix: 4 ranks, 8 layers, 8 micro batches, two-fold"
 draw 1f1b "1F1B: 4 ranks, 8 layers, 8 micro batches"
+draw interleaved "Interleaved 1F1B: 4 ranks, 8 layers, 8 micro batches, 2 virtual stages" --virtual-stages 2
+draw zb-h1 "ZB-H1: 4 ranks, 8 layers, 8 micro batches"
