@@ -14,7 +14,7 @@ from helixpipe.data.prefix import inspect_prefix
 from helixpipe.elastic import costs_to_json, ideal_costs
 from helixpipe.plan import Plan
 
-LONGEST = 1024
+LONGEST = 512
 BATCH = 8
 SPLIT = ("--split", "8,2,1")
 EVALUATED = ("--eval-iters", 2, "--eval-interval", 2)
@@ -30,7 +30,7 @@ def elastic_arguments(folder):
     )
     costs.write_text(costs_to_json(found), encoding="utf-8")
     return [
-        "--pipeline-schedule", "elastic", "--elastic-costs", costs, "--memory-limit-gib", 0.005,
+        "--pipeline-schedule", "elastic", "--elastic-costs", costs, "--memory-limit-gib", 0.0025,
         "--max-seq-length", LONGEST, "--max-position-embeddings", LONGEST, "--global-batch-size", BATCH,
     ]  # fmt: skip
 
@@ -116,11 +116,11 @@ def test_a_checkpoint_of_other_data_is_refused(two_stages, corpus, arguments):
         *MODEL, "--data-path", corpus, *arguments, *SPLIT, "--load", two_stages[1] / "saved",
         "--train-iters", 5,
     ]  # fmt: skip
-    changes = [[], ["--max-seq-length", 512], ["--seed", 7], ["--split", "9,1,1"], ["--global-batch-size", 4]]
+    changes = [[], ["--max-seq-length", 256], ["--seed", 7], ["--split", "9,1,1"], ["--global-batch-size", 4]]
     jobs = [[str(word) for word in (*common, *change)] for change in changes]
     ((same, longest, seed, split, batch),) = run_on_ranks(1, refusals, jobs)
     assert same == ""
-    assert f"was trained with --max-seq-length {LONGEST}, this job has 512; give the same, or" in longest
+    assert f"was trained with --max-seq-length {LONGEST}, this job has 256; give the same, or" in longest
     assert "was trained with --seed 1234, this job has 7; give the same, or" in seed
     assert "was trained with --split 8,2,1, this job has 9,1,1; give the same, or" in split
     assert f"was trained with --global-batch-size {BATCH}, this job has 4; give the same, or" in batch

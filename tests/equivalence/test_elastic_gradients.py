@@ -158,8 +158,10 @@ LAYOUTS = {
 }
 
 
-# Stages with tensor parallelism cover it, too.
-QUICK = [pytest.param(name, marks=pytest.mark.slow) if "tp2" in name else name for name in LAYOUTS]
+# Two stages, and replicas of them: the others take as long again.
+QUICK = [
+    pytest.param(name, marks=pytest.mark.slow) if "tp2" in name or "pp4" in name else name for name in LAYOUTS
+]
 
 
 @pytest.mark.parametrize("layout", QUICK)
