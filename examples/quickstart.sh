@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Train a small GPT on real text twice, under 1F1B and under helix, with the same weights and batches. Losses are
-# printed side by side as they come; at the end stand both executed schedules in one picture and on one page.
+# printed side by side as they come; at the end stand both schedules, as an iteration of median time executed them, in one
+# picture and on one page, and a page of the whole run under helix.
 # Two ranks on two CPU cores, about two minutes.
 #
 #   PYTHON  the interpreter to use (default: python3)
@@ -40,12 +41,11 @@ train() { # schedule, [schedule to compare with]
 train 1f1b
 train helix 1f1b
 
-last() { # schedule
-    printf '%s/trace/iteration_%07d.json' "$RUN/$1" "$ITERS"
-}
 "$PYTHON" examples/side_by_side.py summary "$RUN" 1f1b helix
-"$PYTHON" -m helixpipe draw --timeline "$(last 1f1b)" "$(last helix)" --output "$RUN/schedules.png"
-"$PYTHON" -m helixpipe draw --timeline "$(last 1f1b)" "$(last helix)" --output "$RUN/schedules.html"
+mapfile -t typical < <("$PYTHON" examples/side_by_side.py typical "$RUN" 1f1b helix)
+"$PYTHON" -m helixpipe draw --timeline "${typical[@]}" --output "$RUN/schedules.png"
+"$PYTHON" -m helixpipe draw --timeline "${typical[@]}" --output "$RUN/schedules.html"
+"$PYTHON" -m helixpipe report "$RUN/helix"
 cat <<EOT
 
 Next:

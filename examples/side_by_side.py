@@ -2,6 +2,7 @@
 
     pretrain_gpt.py … --metrics-jsonl RUN/helix/metrics.jsonl | side_by_side.py follow RUN helix 1f1b
     side_by_side.py summary RUN 1f1b helix
+    side_by_side.py typical RUN helix
 
 In a terminal there is a live line while an iteration runs; a log gets plain lines.
 """
@@ -18,20 +19,24 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from helixpipe.report.run import read_run
+
 # Both schedules add up the same numbers in another order, in fp32.
 TOLERANCE = 1e-5
 
 
 def main() -> None:
-    """Run one of the two commands."""
+    """Run one of the three commands."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("command", choices=["follow", "summary"])
+    parser.add_argument("command", choices=["follow", "summary", "typical"])
     parser.add_argument("run", type=Path, help="folder with one folder per schedule")
     parser.add_argument("schedules", nargs="+", help="follow: the one that runs, and one to compare with")
     args = parser.parse_args()
     console = Console(highlight=False)
     if args.command == "follow":
         follow(console, args.run, *args.schedules)
+    elif args.command == "typical":
+        typical(args.run, args.schedules)
     else:
         summary(console, args.run, args.schedules)
 
@@ -85,6 +90,13 @@ def summary(console: Console, run: Path, schedules: list[str]) -> None:
     console.print(
         f"{schedules[-1]} trains {speeds[-1] / speeds[0]:.2f} times as fast as {schedules[0]} here."
     )
+
+
+def typical(run: Path, schedules: list[str]) -> None:
+    """The timeline of the iteration of median time of each: what else a machine does hits single ones."""
+    for schedule in schedules:
+        found = read_run(run / schedule)
+        print(found.timelines[found.sample()])
 
 
 if __name__ == "__main__":

@@ -49,8 +49,10 @@ def figure_section(heading: str, figure: Figure) -> str:
     )
 
 
-def table_section(heading: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A section of HTML with a table in it."""
+def table_section(
+    heading: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, is_closed: bool = False
+) -> str:
+    """A section of HTML with a table in it, closed until somebody opens it if it is one that few look for."""
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
     lines = []
     for first, *others in rows:
@@ -58,7 +60,7 @@ def table_section(heading: str, columns: Sequence[str], rows: Iterable[Sequence[
         lines.append(f'<tr><th scope="row">{escape(first)}</th>{cells}</tr>')
     body = "\n".join(lines)
     table = f"<table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"
-    return (
-        f'<section class="card" aria-label="{escape(heading)}">\n<h2>{escape(heading)}</h2>\n'
-        f'<div class="scroller" tabindex="0">\n{table}</div></section>'
-    )
+    title, table = f"<h2>{escape(heading)}</h2>", f'<div class="scroller" tabindex="0">\n{table}</div>'
+    if is_closed:
+        return f'<details class="card">\n<summary>{title}</summary>\n{table}</details>'
+    return f'<section class="card" aria-label="{escape(heading)}">\n{title}\n{table}</section>'

@@ -77,10 +77,9 @@ def _ranks(run: Run, ratios: Sequence[float]) -> str:
     ]  # fmt: skip
     count = min(len(run.timelines), _TIMELINES)
     heading = f"Pipeline ranks: time for their operations over the median's, in the last {count} timelines"
-    return table_section(heading, ("rank", "time over median", ""), rows)
+    return table_section(heading, ("rank", "time over median", "found"), rows)
 
 
 def _arguments(run: Run) -> str:
-    return table_section(
-        "Arguments", ("option", "value"), [(name, str(v)) for name, v in sorted(run.arguments.items())]
-    )
+    rows = [(name, str(value)) for name, value in sorted(run.arguments.items())]
+    return table_section(f"{len(rows)} arguments", ("option", "value"), rows, is_closed=True)

@@ -31,6 +31,7 @@ def say(*arguments, job=""):
     return subprocess.run(
         [sys.executable, SCRIPT, *arguments],
         input=job,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
@@ -58,6 +59,16 @@ def test_the_summary_tells_the_ratio(tmp_path):
     assert "fewer than two iterations" in say("summary", tmp_path, "1f1b", "short").stderr
 
 
+def test_a_typical_iteration_is_the_one_of_median_time(tmp_path):
+    trace = tmp_path / "helix" / "trace"
+    trace.mkdir(parents=True)
+    rows = [{"iteration": number, "elapsed_ms": ms} for number, ms in enumerate((900, 100, 110, 300), 1)]
+    (trace.parent / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for number in (1, 2, 3, 4):
+        (trace / f"iteration_{number:07d}.json").touch()
+    assert say("typical", tmp_path, "helix").stdout == f"{trace / 'iteration_0000004.json'}\n"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_whole_of_it(tmp_path):
@@ -74,3 +85,4 @@ def test_the_whole_of_it(tmp_path):
     assert finished.stdout.count("agree to") == 3
     assert (tmp_path / "schedules.png").exists()
     assert (tmp_path / "schedules.html").exists()
+    assert (tmp_path / "helix" / "report.html").exists()

@@ -55,6 +55,7 @@ def test_a_page_is_written(folder, capsys):
     for text in ("loss", "norm of the gradient", "tokens per second", "largest memory of each rank (GiB)"):
         assert f"<!-- {text} -->" in page  # how matplotlib labels its glyphs
     assert '<th scope="row">data_path</th><td>&lt;data&gt;</td>' in page
+    assert "<summary><h2>2 arguments</h2></summary>" in page
     assert '<th scope="row">1</th><td>1.000</td><td></td>' in page
     assert main(["report", str(folder), "--output", str(folder / "again.html")]) == 0
     assert (folder / "again.html").read_text() == page
