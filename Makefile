@@ -98,7 +98,7 @@ pictures: $(READY)
 
 # The site of the documentation, into site/; a page that links nowhere is an error.
 docs: $(READY)
-	$(PY) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 $(READY): setup.py pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)

@@ -135,7 +135,12 @@ def test_every_contact_point_is_where_it_was():
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
     worker = ROOT / "tests/support/contact_points_worker.py"
     done = subprocess.run(
-        [sys.executable, str(worker)], env=environment, capture_output=True, text=True, timeout=200, check=True
+        [sys.executable, str(worker)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=True,
     )
     assert json.loads(done.stdout) == {}
 

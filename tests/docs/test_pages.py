@@ -46,12 +46,32 @@ def every_command():
     ]
 
 
+def links_of(page):
+    """What a page's links and pictures lead to in the checkout."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith(("http://", "https://", "#")):
+            yield target
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_lead_somewhere(page):
-    text = page.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if not target.startswith(("http://", "https://", "#")):
-            assert (page.parent / target.partition("#")[0]).exists(), f"{page.name} links to {target}"
+    for target in links_of(page):
+        assert (page.parent / target.partition("#")[0]).exists(), f"{page.name} links to {target}"
+
+
+def test_commands_and_links_are_found(capsys):
+    commands = sum(len(list(commands_of(page))) for page in PAGES)
+    links = sum(len(list(links_of(page))) for page in PAGES)
+    with capsys.disabled():
+        print(f" {commands} commands and {links} links on {len(PAGES)} pages are checked ", end="")
+    assert min(commands, links) > len(PAGES)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_pages_are_short(page):
+    """A page has one idea; the README fits on two screens."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= (120 if page.stem == "README" else 199)
 
 
 @pytest.mark.parametrize(("page", "words"), every_command())
