@@ -15,6 +15,7 @@ from helixpipe.commands import (
     planning,
     prediction,
     preflight,
+    preparation,
     run_report,
     training,
 )
@@ -23,7 +24,7 @@ from helixpipe.commands.terminal import run_printing
 from helixpipe.reliability.exit_codes import BAD_USAGE, JobError
 
 # What the base install leaves out.
-_OF_TRAINING = ("torch", "megatron", "tokenizers", "psutil")
+_OF_TRAINING = ("torch", "megatron", "tokenizers", "psutil", "tqdm")
 _OF_HUGGING_FACE = ("safetensors",)
 
 
@@ -81,6 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
         lengths,
         batch_planning,
         preflight,
+        preparation,
         training,
         conversion,
     ):

@@ -36,7 +36,7 @@ from helixpipe.reliability.exit_codes import DataError
 LOSS_MODE = 0
 PROMPT_MODE = 1
 
-PREPARE_AGAIN = "prepare the dataset again with tools/prepare_data.py"
+PREPARE_AGAIN = "prepare the dataset again with helixpipe prepare"
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
@@ -181,7 +181,7 @@ def _check_modes(index: Index) -> None:
             first = start + int(np.argmax(wrong))
             raise DataError(
                 f"{index.path}: is a multimodal index (sequence {first} has mode {index.modes[first]}): give "
-                "a text dataset, made with tools/prepare_data.py"
+                "a text dataset, made with helixpipe prepare"
             )
 
 

@@ -97,7 +97,7 @@ def end_of_document_id(tokenizer: Tokenizer) -> int:
     if token_id is None:
         raise DataError(
             f"has no {END_OF_DOCUMENT} token: add it as a special token, or use a tokenizer "
-            "trained by tools/prepare_data.py"
+            "trained by helixpipe prepare"
         )
     return token_id
 
@@ -197,7 +197,7 @@ def _require_files(prefix: str, paths: Sequence[str]) -> None:
             "data of Megatron's own tools have none: name their tokenizer with --tokenizer-type and its files"
         )
     elif len(missing) == len(paths):
-        remedy = "check the prefix, or make the dataset with tools/prepare_data.py"
+        remedy = "check the prefix, or make the dataset with helixpipe prepare"
     else:
         remedy = f"copy it next to the others, or {PREPARE_AGAIN}"
     raise DataError(f"{missing[0]}: no such file: {remedy}")

@@ -17,6 +17,7 @@ from scripts import load_script
 
 from helixpipe.__main__ import build_parser as planning_parser
 from helixpipe.__main__ import main as helixpipe
+from helixpipe.commands import prepare_program
 from helixpipe.megatron_lm.options import take_options
 from megatron.pretrain.settings.parser import build_parser
 
@@ -113,6 +114,8 @@ def check_command(words):
 def check_planning(words):
     if words[:1] == ["train"]:
         check_training(planning_parser().parse_known_args(words)[1])
+    elif words[:1] == ["prepare"]:
+        prepare_program.build_parser().parse_args(words[1:])
     else:
         planning_parser().parse_args(words)
 

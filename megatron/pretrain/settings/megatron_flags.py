@@ -388,7 +388,7 @@ REFUSED: dict[str, str] = {
     "what is logged is in --metrics-jsonl; use that": """
         config-logger-dir log-progress logging-level timing-log-level
     """,
-    "data are read by their prefix; use tools/prepare_data.py and --data-path": """
+    "data are read by their prefix; use helixpipe prepare and --data-path": """
         allow-ambiguous-pad-tokens chat-template data-args-path dataloader-inter-document-masking
         dataloader-type disable-pad-vocab-size disable-tokenizer-sentencepiece-ignore-extra-whitespaces
         no-pad-vocab-size

@@ -235,7 +235,7 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--data-path",
         metavar="PREFIX",
-        help="as tools/prepare_data.py wrote it, or Megatron's own tool; then with --tokenizer-type",
+        help="as helixpipe prepare wrote it, or Megatron's own tool; then with --tokenizer-type",
     )
     add(
         "--mock-data",
