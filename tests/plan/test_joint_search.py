@@ -284,6 +284,18 @@ def test_the_command(capsys):
     assert "weights, gradients, optimizer states" in output
 
 
+def test_kernels_and_precision_are_searched_with(capsys):
+    """An older attention kernel takes longer, fp8 products less; fp8 is planned and not said to run."""
+    words = "advise --model gpt-1.3b --hardware h100 --gpus 2 --global-batch-size 2 --seq-length 8192"
+    fastest = {}
+    for more in ("", "--attention-backend flash-attn-2", "--fp8"):
+        assert main([*words.split(), *more.split()]) == 0
+        output = capsys.readouterr().out
+        fastest[more] = float(re.search(r"^1 .* ([\d.]+) ms ", output, re.MULTILINE)[1])
+        assert ("None of these can be executed" in output) == (more == "--fp8")
+    assert fastest["--fp8"] < fastest[""] < fastest["--attention-backend flash-attn-2"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

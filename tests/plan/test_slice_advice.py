@@ -2,6 +2,8 @@
 
 from functools import cache
 
+import pytest
+
 from helixpipe.plan.advise import advise, make_job, slice_verdict
 from helixpipe.plan.cost_model import HARDWARE, MODELS, Workload
 from helixpipe.plan.simulation.memory import peak_bytes
@@ -64,3 +66,24 @@ def test_sequences_that_cannot_be_cut_are_rejected():
     reasons = [r.reason for r in advice.rejections if r.candidate.schedule == SLICED]
     assert len(reasons) == 2
     assert all("cannot be cut into 16 slices of a multiple of 128" in reason for reason in reasons)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "machine", "seq_length", "m"),
+    [
+        ("llama-70b", "h20", 131072, 16),
+        ("llama-70b", "h20", 131072, 1),
+        ("llama-7b", "h100", 524288, 1),
+        ("llama-7b", "h100", 1048576, 1),
+    ],
+)
+def test_long_sequences_have_a_helix_plan_that_runs(model, machine, seq_length, m):
+    """On 64 GPUs, with the whole logits, and with its messages."""
+    workload = Workload(model=MODELS[model], seq_length=seq_length, tensor_parallel=8)
+    job = make_job(HARDWARE[machine], workload, num_ranks=8, num_microbatches=m)
+    advice = advise(job, lambda candidate: candidate.schedule in ("helix", SLICED))
+    best = advice.best
+    assert best is not None
+    assert best.candidate.schedule in ("helix", SLICED)
+    assert best.peak_bytes + best.message_bytes <= job.memory_limit_bytes
