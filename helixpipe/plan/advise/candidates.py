@@ -201,8 +201,9 @@ def candidates(job: Job) -> Iterator[list[Candidate]]:
                 continue  # Slices are as long as wanted already.
             if job.workload.context_parallel > 1 and entry.slices_sequences:
                 continue  # Slices that are shared once more are not planned.
-            if job.num_ranks == 1 and not (entry.execution is Execution.MEGATRON and not entry.options):
-                continue  # One rank has one order.
+            is_plain = entry.execution is Execution.MEGATRON and set(entry.options) <= {"stage_layers"}
+            if job.num_ranks == 1 and not is_plain:
+                continue  # One rank has one order, and one stage.
             for options in _options(schedule, job):
                 yield [
                     Candidate(
