@@ -75,7 +75,7 @@ def main() -> int:
         samples: dict[str, list[Sample]] = {contender.name: [] for contender in contenders}
         for round_number in range(options.warmup + options.iterations):
             for contender in contenders:
-                sample = _iteration(contender, round_number)
+                sample = run_iteration(contender, round_number)
                 if round_number >= options.warmup:
                     samples[contender.name].append(sample)
         predicted = _predictions(options, contenders) if options.predict else {}
@@ -117,6 +117,14 @@ def build_parser() -> ScriptParser:
 
 def _options() -> argparse.Namespace:
     options = build_parser().parse_args()
+    find_ranks(options)
+    if options.num_microbatches is None:
+        options.num_microbatches = 2 * options.pipeline_ranks
+    return options
+
+
+def find_ranks(options: argparse.Namespace) -> None:
+    """Note in ``options`` how many ranks torchrun has started, and how many of them are pipeline ranks."""
     options.ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if options.ranks % options.tensor_model_parallel_size:
         raise ValueError(
@@ -124,9 +132,6 @@ def _options() -> argparse.Namespace:
             f"{options.ranks} ranks; start a multiple of it with torchrun --nproc-per-node"
         )
     options.pipeline_ranks = options.ranks // options.tensor_model_parallel_size
-    if options.num_microbatches is None:
-        options.num_microbatches = 2 * options.pipeline_ranks
-    return options
 
 
 def _contenders(options: argparse.Namespace) -> list[Contender]:
@@ -134,17 +139,29 @@ def _contenders(options: argparse.Namespace) -> list[Contender]:
     for name in options.schedules:
         if "virtual_stages" in find_schedule(name).options and options.pipeline_ranks == 1:
             raise ValueError(f"{name} needs two or more pipeline ranks; leave it out of --schedules")
-        settings = _training_arguments(options, name)
-        if not dist.is_initialized():
-            initialize(settings)
-        # Megatron keeps the number of virtual stages in a global; each contender sets its own.
-        parallel_state.set_virtual_pipeline_model_parallel_world_size(settings.schedule.virtual_stages)
-        schedule = make_forward_backward(settings.schedule.execution, settings.schedule.plan, default_clock())
-        contenders.append(Contender(name, settings, schedule, build_training_state(settings)))
+        contenders.append(make_contender(options, name))
     return contenders
 
 
-def _training_arguments(options: argparse.Namespace, schedule: str) -> JobSettings:
+def make_contender(options: argparse.Namespace, schedule: str, label: str = "", extra: str = "") -> Contender:
+    """A schedule with a model, built as the training program builds it; collective.
+
+    Args:
+        options: sizes, see :func:`build_parser`, and ``pipeline_ranks``.
+        schedule: its name.
+        label: what to call it; its name if empty.
+        extra: more options of the training program.
+    """
+    settings = _training_arguments(options, schedule, extra)
+    if not dist.is_initialized():
+        initialize(settings)
+    # Megatron keeps the number of virtual stages in a global; each contender sets its own.
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(settings.schedule.virtual_stages)
+    made = make_forward_backward(settings.schedule.execution, settings.schedule.plan, default_clock())
+    return Contender(label or schedule, settings, made, build_training_state(settings))
+
+
+def _training_arguments(options: argparse.Namespace, schedule: str, extra: str) -> JobSettings:
     line = f"""--pipeline-schedule {schedule} --pipeline-model-parallel-size {options.pipeline_ranks}
         --tensor-model-parallel-size {options.tensor_model_parallel_size}
         --num-layers {options.num_layers} --hidden-size {options.hidden_size}
@@ -156,12 +173,13 @@ def _training_arguments(options: argparse.Namespace, schedule: str) -> JobSettin
     if "num_fold" in entry.options:
         # Nothing is recomputed under any schedule.
         line += f" --num-fold {options.num_fold} --no-recompute-without-attention"
-    if "num_slices" in entry.options:
+    if "num_slices" in entry.options and "--num-slices" not in extra:
         line += f" --num-slices {options.num_slices}"
     if "virtual_stages" in entry.options:
         line += " --num-layers-per-virtual-pipeline-stage 1"
     if options.bf16:
         line += " --bf16"
+    line += f" {extra}"
     dataset = DatasetInfo("random", options.vocab_size, 0, 1, options.seq_length + 1, options.seq_length + 1)
     return parse_arguments(line.split(), dataset)
 
@@ -204,7 +222,8 @@ def _random_batches(settings: JobSettings, seed: int) -> Iterator[dict[str, torc
         }
 
 
-def _iteration(contender: Contender, round_number: int) -> Sample:
+def run_iteration(contender: Contender, round_number: int) -> Sample:
+    """One training step; a round has the same tokens for all. Collective."""
     _, settings, schedule, state = contender
     parallel_state.set_virtual_pipeline_model_parallel_world_size(settings.schedule.virtual_stages)
     rank = parallel_state.get_pipeline_model_parallel_rank()

@@ -121,6 +121,7 @@ class SegmentedGPTModel(LanguageModule):
         self.pre_process = 0 in owned_segments
         self.post_process = self.num_segments - 1 in owned_segments
         self.vocab_size = vocab_size
+        self.max_sequence_length, self.position_embedding_type = max_sequence_length, position_embedding_type
         self.share_embeddings_and_output_weights = share_embeddings_and_output_weights
         self.saving = saving
         self.contexts = contexts
@@ -417,7 +418,7 @@ class SegmentedGPTModel(LanguageModule):
             rotary = self._local_rotary
         if rotary is None:
             return query, key, value
-        if isinstance(layout, Documents):
+        if isinstance(layout, Documents) or (layout is not None and len(layout.spans) > 1):
             return (*rotate_at(query, key, layout.positions, rotary, self.config, group), value)
         if layout is None:
             # Of the whole sequence: Megatron picks the rows of this rank.

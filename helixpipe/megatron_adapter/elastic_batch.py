@@ -9,11 +9,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from helixpipe.elastic import Chunk, ElasticPlan, Piece, Recipe
-from helixpipe.elastic.chunk_schedule import ready_plan
+from helixpipe.elastic import Chunk, ElasticPlan, Piece
+from helixpipe.elastic.elastic_plan import plan_of
 from helixpipe.elastic.recipe import BatchRecipe
 from helixpipe.layers.elastic.layout import padded_length
 from helixpipe.plan import Plan
+from helixpipe.plan.build import complete
 
 ChunkTensors = dict[str, Tensor]
 
@@ -30,7 +31,7 @@ class ElasticBatch:
             loss on all.
 
     Raises:
-        ValueError: sequences or masks that are not those of the plan, or a plan that is not executed.
+        ValueError: sequences or masks that are not those of the plan.
     """
 
     def __init__(
@@ -39,13 +40,7 @@ class ElasticBatch:
         sequences: Sequence[Tensor],
         loss_masks: Sequence[Tensor] | None = None,
     ) -> None:
-        recipe = plan.recipe if isinstance(plan, ElasticPlan) else plan
-        if not isinstance(recipe, Recipe):
-            raise ValueError(
-                "a plan of elastic-helix is simulated and drawn, but nothing executes it yet; plan the batch "
-                "with --schedule elastic"
-            )
-        self.recipe = recipe
+        self.recipe = plan.recipe if isinstance(plan, ElasticPlan) else plan
         self.sequences = tuple(sequences)
         self.loss_masks = None if loss_masks is None else tuple(loss_masks)
         self._plan = plan.plan if isinstance(plan, ElasticPlan) else None
@@ -84,7 +79,7 @@ class ElasticBatch:
 
     def plan(self, num_layers: int) -> Plan:
         """The lowered plan for a model of ``num_layers`` layers."""
-        return ready_plan(self.recipe, num_layers) if self._plan is None else self._plan
+        return complete(plan_of(self.recipe, num_layers)) if self._plan is None else self._plan
 
     def assemble(self, multiple: int, device: torch.device) -> list[ChunkTensors]:
         """``tokens``, ``labels``, ``loss_mask`` and ``position_ids`` of every chunk, [1, T] each.

@@ -11,11 +11,16 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import get_model_config
 
 from helixpipe.elastic.chunk_schedule import SCHEDULE
+from helixpipe.elastic.recipe import Recipe
+from helixpipe.elastic.round_recipe import RoundRecipe
+from helixpipe.layers.elastic.model import ElasticGPTModel
+from helixpipe.layers.segmented_gpt import SegmentedGPTModel
 from helixpipe.megatron_adapter.elastic_batch import ElasticBatch
 from helixpipe.megatron_adapter.forward_step import IterationInput
 from helixpipe.megatron_adapter.pipeline_group import agree
 from helixpipe.megatron_adapter.planned_iteration import PlannedIterations
 from helixpipe.megatron_adapter.segments.chunks import ElasticSegments
+from helixpipe.megatron_adapter.segments.rounds import RoundSegments
 from helixpipe.megatron_adapter.segments.stages import check_supported
 from helixpipe.plan import Plan
 from helixpipe.refusals import refuse
@@ -30,8 +35,9 @@ class ElasticForwardBackward:
     iterator over the one chunk that it shall compute, whose batch holds ``tokens``, ``labels``,
     ``loss_mask`` and ``position_ids``, [1, T] each; on stages that are neither first nor last it gets None.
     The loss is normalised per token over the global batch. The list of what loss functions report, one entry
-    per chunk, is returned on the last pipeline rank and is empty on the others. Data-parallel replicas may
-    have different numbers of chunks.
+    per chunk, is returned on the last pipeline rank and is empty on the others; under elastic helix every
+    rank returns those of the chunks whose losses are there, in the order of :meth:`Plan.reported_by` for a
+    plan without slices. Data-parallel replicas may have different numbers of chunks.
 
     Args:
         clock: times the trace; chosen by the device if None.
@@ -89,7 +95,7 @@ class ElasticForwardBackward:
             collect_non_loss_data,
             differentiate=not forward_only,
         )
-        segments = ElasticSegments(chunk, batch, plan, dtype)
+        segments = _segments(chunk, batch, plan, dtype)
         segments.begin(iteration)
         agree(
             {"plan and tokens": batch.fingerprint[:16], "dtype": str(dtype), "forward only": forward_only},
@@ -99,6 +105,29 @@ class ElasticForwardBackward:
         return self._iterations.run(
             executor, segments, [chunk], forward_only=forward_only, force_all_reduce=force_all_reduce
         )
+
+
+def _segments(
+    chunk: torch.nn.Module, batch: ElasticBatch, plan: Plan, dtype: torch.dtype
+) -> ElasticSegments | RoundSegments:
+    """The computation of a batch by the model of this rank, which is built for one schedule.
+
+    Raises:
+        ValueError: the batch is planned for another one.
+    """
+    model: Any = chunk
+    while not isinstance(model, (ElasticGPTModel, SegmentedGPTModel)) and hasattr(model, "module"):
+        model = model.module
+    if isinstance(batch.recipe, RoundRecipe) and isinstance(model, SegmentedGPTModel):
+        rank = parallel_state.get_pipeline_model_parallel_rank()
+        return RoundSegments(chunk, model, batch, plan, rank, dtype)
+    if isinstance(batch.recipe, Recipe) and isinstance(model, ElasticGPTModel):
+        return ElasticSegments(chunk, batch, plan, dtype)
+    needed = "cut at its attention" if isinstance(batch.recipe, RoundRecipe) else "of whole layers"
+    raise ValueError(
+        f"the batch is planned for {plan.schedule}, which needs a model {needed}, not a "
+        f"{type(model).__name__}; plan it for the schedule that the model was built for"
+    )
 
 
 # Megatron's arguments that a batch's plan replaces.

@@ -53,6 +53,8 @@ def reference_of(case, **options):
         num_slices=1,
         checkpointed=0,
         pipelines=1,
+        rounds=None,
+        recompute="none",
     )
     return expected_of(same, **options)
 
@@ -149,9 +151,15 @@ def parallel_cases(**layout):
         yield replace(base, case=replace(base.case, overlap=True, distributed_optimizer=False, tied=False))
 
 
+def round_cases(pp):
+    """Elastic helix, whose own tests are in test_round_gradients, in the processes that run here anyway."""
+    yield elastic(pp, rounds=2, fold=1, style="llama", dtype=torch.float64)
+    yield elastic(pp, rounds=1, lengths=(160, 90, 5), recompute="without-attention")
+
+
 LAYOUTS = {
     "pp2": list(ranks_cases(2)),
-    "pp4": list(ranks_cases(4)),
+    "pp4": [*ranks_cases(4), *round_cases(4)],
     "tp2": list(parallel_cases(pp=1, tp=2)),
     "pp2-dp2": list(parallel_cases(pp=2, dp=2)),
     "pp2-tp2": list(parallel_cases(pp=2, tp=2)),

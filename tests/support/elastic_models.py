@@ -28,12 +28,19 @@ from pretend import pretend_rank
 
 from helixpipe.elastic import Recipe, ideal_costs
 from helixpipe.elastic.chunk_schedule import order_chunks, sequence_groups
+from helixpipe.elastic.recipe import BatchRecipe
+from helixpipe.elastic.round_recipe import RoundRecipe
+from helixpipe.elastic.search.rounds import make_rounds
 from helixpipe.elastic.search.sequence_processor import equal_time_mesh, make_chunks
+from helixpipe.layers.elastic.context import ContextStore
 from helixpipe.layers.elastic.model import build_elastic_gpt
 from helixpipe.layers.initialization import canonical_parameters, deferred_initialization
+from helixpipe.layers.segmented_gpt import SegmentedGPTModel
 from helixpipe.layers.spec import LOCAL
 from helixpipe.megatron_adapter.elastic_batch import ElasticBatch
 from helixpipe.megatron_adapter.elastic_forward_backward import ElasticForwardBackward
+from helixpipe.plan import Kind, Plan
+from helixpipe.plan.cost_model import Recompute
 from helixpipe.runtime.trace import HostClock
 
 COSTS = ideal_costs(balanced_length=256.0)
@@ -52,6 +59,9 @@ class ElasticCase:
         num_slices: K.
         checkpointed: layers per stage and chunk that are recomputed; None: different everywhere.
         pipelines: how many run back to back.
+        rounds: of elastic helix, instead of pipelines; None for 1F1B.
+        fold: chunks of a slot of a round.
+        recompute: level under elastic helix.
     """
 
     case: Case
@@ -59,9 +69,14 @@ class ElasticCase:
     num_slices: int = 4
     checkpointed: int | None = 0
     pipelines: int = 1
+    rounds: int | None = None
+    fold: int = 2
+    recompute: str = "none"
 
     def __str__(self) -> str:
         words = [f"K{self.num_slices}", f"ckpt{self.checkpointed}", f"max{max(self.lengths)}"]
+        if self.rounds is not None:
+            words[:2] = [f"rounds{self.rounds}", f"fold{self.fold}", self.recompute]
         words += [f"pipelines{self.pipelines}"] * (self.pipelines > 1)
         return "-".join([str(self.case), *words])
 
@@ -78,9 +93,11 @@ def elastic(pp: int, **values: Any) -> ElasticCase:
     return ElasticCase(Case(pp=pp, **values), **own)
 
 
-def recipe_of(case: ElasticCase, replica: int = 0) -> Recipe:
+def recipe_of(case: ElasticCase, replica: int = 0) -> Recipe | RoundRecipe:
     """The chunks of a batch, with as many checkpointed layers as the case asks for."""
     lengths = case.lengths_of(replica)
+    if case.rounds is not None:
+        return make_rounds(lengths, COSTS, case.case.pp, case.rounds, case.fold, case.recompute)
     mesh = equal_time_mesh(max(lengths), case.num_slices, COSTS)
     chunks = order_chunks(make_chunks(lengths, mesh, COSTS, max(lengths)), COSTS)
     stage_layers = case.case.num_layers // case.case.pp
@@ -111,6 +128,22 @@ def documents(case: ElasticCase, replica: int = 0, seed: int = 5) -> list[torch.
 def build_elastic(case: ElasticCase) -> list[torch.nn.Module]:
     """This rank's stage, wrapped for training."""
     config = make_config(case.case)
+    if case.rounds is not None:
+        saving = replace(case.case.saving, recompute=Recompute(case.recompute))
+        rank, p = parallel_state.get_pipeline_model_parallel_rank(), case.case.pp
+        owned = [2 * layer for layer in range(case.case.num_layers) if layer % p == rank]
+        owned += [2 * case.case.num_layers] * (rank == 0)
+        with deferred_initialization(config):
+            segmented = SegmentedGPTModel(
+                config,
+                LOCAL,
+                owned,
+                lends_head=True,
+                saving=saving,
+                contexts=ContextStore(),
+                **_model_arguments(case.case),
+            )
+        return _wrap(case.case, config, [segmented])
     with deferred_initialization(config):
         model = build_elastic_gpt(
             config,
@@ -162,10 +195,14 @@ def train_once(
     )
 
 
-def losses_by_sequence(recipe: Recipe, reports: list[Any]) -> list[torch.Tensor]:
-    """Every token's loss, sequence by sequence, from one report per chunk."""
+def losses_by_sequence(
+    recipe: BatchRecipe, reports: list[Any], chunks: Sequence[int] | None = None
+) -> list[torch.Tensor]:
+    """Every token's loss, sequence by sequence, from a report for each of ``chunks``, or of all in order."""
     losses: dict[int, list[torch.Tensor]] = {}
-    for chunk, report in zip(recipe.chunks, reports, strict=True):
+    by_chunk = dict(zip(range(len(recipe.chunks)) if chunks is None else chunks, reports, strict=True))
+    for i, chunk in enumerate(recipe.chunks):
+        report = by_chunk[i]
         parts = report["tokens"][: chunk.tokens].split(list(chunk.lengths))
         for piece, part in zip(chunk.pieces, parts, strict=True):
             losses.setdefault(piece.sequence, []).append(part)
@@ -184,18 +221,34 @@ def run_case(
     batch = ElasticBatch(recipe, documents(case, replica))
     batch = batch if change is None else change(batch)
     reports = train_once(case, chunks, schedule, batch)
+    assert schedule.plan is not None
+    numbers = None
+    if case.rounds is not None:
+        numbers, reports = _everywhere(schedule.plan, reports)
     gradients = gather_shards(chunks, gather_gradients(chunks))
     rank = parallel_state.get_pipeline_model_parallel_rank()
     is_first = torch.distributed.get_rank() == 0
-    assert schedule.plan is not None
     # Arrays, because tensors would be shared with ranks that are about to end.
     return {
         "case": str(case),
         "replica": replica,
-        "losses": [loss.numpy() for loss in losses_by_sequence(recipe, reports)] if reports else None,
+        "losses": [loss.numpy() for loss in losses_by_sequence(recipe, reports, numbers)]
+        if reports
+        else None,
         "gradients": {name: gradient.numpy() for name, gradient in gradients.items()} if is_first else None,
         "trace_is_plan": tuple(schedule.trace.operations) == schedule.plan.orders[rank],
     }
+
+
+def _everywhere(plan: Plan, reports: list[Any]) -> tuple[list[int], list[Any]]:
+    """Chunks whose losses are on any rank, and what was reported of each."""
+    rank, last = parallel_state.get_pipeline_model_parallel_rank(), plan.num_segments - 1
+    own = [op.micro_batch for op in plan.orders[rank] if op.segment == last and op.kind is Kind.F]
+    everyone: list[Any] = [None] * plan.num_ranks
+    group = parallel_state.get_pipeline_model_parallel_group()
+    torch.distributed.all_gather_object(everyone, list(zip(own, reports, strict=True)), group=group)
+    found = [entry for entries in everyone for entry in entries]
+    return [number for number, _ in found], [report for _, report in found]
 
 
 def gather_shards(

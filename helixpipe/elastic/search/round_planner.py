@@ -18,12 +18,12 @@ from helixpipe.plan.simulation.memory import peak_bytes
 from helixpipe.plan.simulation.simulate import simulate
 from helixpipe.plan.validate import validate
 
-# Numbers of rounds that are tried: more keep less, at the price of shorter chunks.
-ROUND_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-# Chunks of a slot: one exposes messages, more than three only shorten chunks.
-FOLDS = (2, 3)
+# Numbers of rounds that are tried: more keep less, and their chunks are more alike, but shorter.
+ROUND_COUNTS = (1, 2, 4, 8, 16, 32, 64)
+# Chunks of a slot: one exposes messages, many only shorten chunks.
+FOLDS = (2, 3, 4)
 # So many further numbers of rounds are tried after one that fits and recomputes nothing.
-_FURTHER = 1
+_FURTHER = 2
 _GIB = 2**30
 
 

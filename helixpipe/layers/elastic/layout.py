@@ -19,7 +19,7 @@ class ChunkLayout:
     """Where the pieces of a chunk are, handed through Megatron's layers as their packed-sequence parameters.
 
     Attributes:
-        pieces: as in the chunk; the first may be a slice.
+        pieces: as in the chunk; the first may be a slice that goes on, the last one that is gone on with.
         spans: first and last token (exclusive) of each piece and of the padding, within the chunk.
         positions: [1, T] of every token in its own sequence.
         rotary: makes angles from positions; None for models with learned positions.
@@ -32,6 +32,11 @@ class ChunkLayout:
 
     # Megatron's attention leaves tensors in this format as they are: [T, 1, heads, d].
     qkv_format = "sbhd"
+
+    @property
+    def last_span(self) -> tuple[int, int]:
+        """First and last token (exclusive) of the last piece; padding may follow."""
+        return self.spans[len(self.pieces) - 1]
 
     @cached_property
     def sequences(self) -> Spans:

@@ -108,15 +108,15 @@ class _SliceAttention(torch.autograd.Function):
         keeps_graph: bool,
     ) -> Tensor:
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in compact(query, key, value))
-        piece = layout.pieces[0]
+        first, last = layout.pieces[0], layout.pieces[-1]
         ran = _Forward(backend, scale)
-        output, log_sum_exp = ran.run(query, key, value, layout, contexts.earlier(layer, piece))
+        output, log_sum_exp = ran.run(query, key, value, layout, contexts.earlier(layer, first))
         output, log_sum_exp = merge_sink(output, log_sum_exp, sink)
-        if piece.is_continued:
-            own = slice(*layout.spans[0])
+        if last.is_continued:
+            own = slice(*layout.last_span)
             pair = key[:, :, own], value[:, :, own]
             # Without a graph nothing else keeps the rest of what they may be views of.
-            contexts.keep(layer, piece, *(pair if keeps_graph else map(alone, pair)))
+            contexts.keep(layer, last, *(pair if keeps_graph else map(alone, pair)))
         ctx.save_for_backward(query, key, value, output, log_sum_exp, sink)
         ctx.ran, ctx.layer, ctx.layout, ctx.contexts = ran, layer, layout, contexts
         return output.permute(2, 0, 1, 3)
@@ -125,15 +125,15 @@ class _SliceAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ran, layer, layout, contexts = ctx.ran, ctx.layer, ctx.layout, ctx.contexts
         *saved, sink = ctx.saved_tensors
-        piece = layout.pieces[0]
+        first, last = layout.pieces[0], layout.pieces[-1]
         grad = grad.permute(1, 2, 0, 3)
         grad_query, grad_key, grad_value = _own_gradients(ran, layout, grad, saved)
-        if piece.start:
-            context = contexts.earlier(layer, piece)
+        if first.start:
+            context = contexts.earlier(layer, first)
             _add_context_gradients(ran, layout, grad, saved, context, grad_query)
-        if piece.is_continued:
-            kept = contexts.take(layer, piece)
-            own = slice(*layout.spans[0])
+        if last.is_continued:
+            kept = contexts.take(layer, last)
+            own = slice(*layout.last_span)
             for grad_own, total in zip((grad_key, grad_value), kept.sums(), strict=True):
                 grad_own[:, :, own] += total
         whole = (tensor.permute(2, 0, 1, 3) for tensor in (grad_query, grad_key, grad_value))

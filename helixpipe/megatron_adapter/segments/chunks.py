@@ -9,8 +9,10 @@ import torch
 from megatron.core.pipeline_parallel.schedules import forward_step
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
+from helixpipe.elastic.recipe import Recipe
 from helixpipe.layers.elastic.layout import ChunkLayout, padded_length, spans_of
 from helixpipe.layers.elastic.model import ChunkRun, ElasticGPTModel
+from helixpipe.layers.segmented_gpt import SegmentedGPTModel
 from helixpipe.megatron_adapter.elastic_batch import ElasticBatch
 from helixpipe.megatron_adapter.forward_step import IterationInput, IterationResult
 from helixpipe.plan import Plan
@@ -50,6 +52,7 @@ class ElasticSegments:
         self.weight_gradients = DeferredWeightGradients()  # stays empty: elastic plans have no W
         self._model = model
         self._stage: ElasticGPTModel = get_attr_wrapped_model(model, "contexts", return_model_obj=True)
+        assert isinstance(batch.recipe, Recipe)
         self._recipe = batch.recipe
         self._last = plan.num_segments - 1
         self._input: IterationInput | None = None
@@ -89,7 +92,7 @@ class ElasticSegments:
         )
         self._stage.run = ChunkRun(layout, self._recipe.checkpointed[segment][micro_batch])
         output, num_tokens = forward_step(
-            _with_token_counts(self._input.forward_step_func),
+            with_token_counts(self._input.forward_step_func),
             iter([tensors]) if is_last or segment == 0 else None,
             self._model,
             self._input.num_microbatches,
@@ -114,7 +117,7 @@ class ElasticSegments:
         self._stage.contexts.assert_empty()
 
 
-def _with_token_counts(forward_step_func: Callable[..., Any]) -> Callable[..., Any]:
+def with_token_counts(forward_step_func: Callable[..., Any]) -> Callable[..., Any]:
     """The forward step with a check of its loss: means over chunks of different sizes would be wrong."""
 
     def step(data_iterator: Any, model: Any) -> Any:
@@ -148,12 +151,18 @@ def check_plan(plan: Plan, batch: ElasticBatch, stage: ElasticGPTModel) -> None:
             f"the batch was planned for {planned} layers over {plan.num_ranks} equal stages; this stage has "
             f"{len(stage.decoder.layers)} of {config.num_layers}"
         )
+    assert isinstance(batch.recipe, Recipe)
     most = max(max(row) for row in batch.recipe.checkpointed)
     if most > len(stage.decoder.layers):
         raise ValueError(f"the plan checkpoints {most} layers of a stage of {len(stage.decoder.layers)}")
+    check_positions(batch, stage)
+
+
+def check_positions(batch: ElasticBatch, model: ElasticGPTModel | SegmentedGPTModel) -> None:
+    """``ValueError`` if a sequence is longer than learned positions reach."""
     longest = max(len(sequence) - 1 for sequence in batch.sequences)
-    if stage.position_embedding_type == "learned_absolute" and longest > stage.max_sequence_length:
+    if model.position_embedding_type == "learned_absolute" and longest > model.max_sequence_length:
         raise ValueError(
-            f"a sequence has {longest} tokens, the model {stage.max_sequence_length} learned positions; "
+            f"a sequence has {longest} tokens, the model {model.max_sequence_length} learned positions; "
             "truncate sequences or raise --max-position-embeddings"
         )

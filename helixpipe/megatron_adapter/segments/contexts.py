@@ -28,7 +28,8 @@ class SliceContexts:
     Args:
         plan: of slices, whose layers are cut at their attention.
         rank: this pipeline rank.
-        pieces: the slice of each micro batch.
+        pieces: the slice of each micro batch, of a chunk the piece that may be gone on with, its last.
+        starts: at which token of its micro batch each piece begins.
         store: where attention looks for earlier slices.
         key_shape: of the keys of so many tokens.
         dtype: of keys and values.
@@ -39,17 +40,23 @@ class SliceContexts:
         plan: Plan,
         rank: int,
         pieces: Sequence[Piece],
+        starts: Sequence[int],
         store: ContextStore,
         key_shape: Callable[[int], torch.Size],
         dtype: torch.dtype,
     ) -> None:
         self._plan = plan
         self._pieces = pieces
+        self._parts = [
+            slice(start, start + piece.length) for start, piece in zip(starts, pieces, strict=True)
+        ]
         self._store = store
         self._key_shape = key_shape
         self._dtype = dtype
         self._per_layer = segments_per_layer(plan)
-        self._group_of = {i: group for group in plan.slices for i in group}
+        # By the micro batches that are gone on with, and by those that go on; one may be both, in two groups.
+        self._gone_on_with = {i: group for group in plan.slices for i in group[:-1]}
+        self._going_on = {i: group for group in plan.slices for i in group[1:]}
         # The same in every iteration, so made once.
         self._attended: dict[tuple[int, int], Piece] = {}
         self._returned: dict[tuple[int, int], list[Tensors]] = defaultdict(list)
@@ -74,8 +81,13 @@ class SliceContexts:
         """A slice as attention on its rank sees it: nothing follows the last slice that attends there."""
         found = self._attended.get((segment, micro_batch))
         if found is None:
-            last = self._attending_here(segment, micro_batch)[-1]
-            found = replace(self._pieces[micro_batch], sequence_length=last.start + last.length)
+            found = self._pieces[micro_batch]
+            group = self._gone_on_with.get(micro_batch)
+            if group is not None:
+                last = self._attending_here(segment, micro_batch, group)[-1]
+                if last != group[-1]:
+                    end = self._pieces[last].start + self._pieces[last].length
+                    found = replace(found, sequence_length=end)
             self._attended[segment, micro_batch] = found
         return found
 
@@ -85,20 +97,26 @@ class SliceContexts:
         Returns:
             The same, in tensors of their own if they are kept because they are read from here.
         """
+        part = self._parts[micro_batch]
         times = self._times_lent[segment + 1, micro_batch]
         if times:
-            self._own[segment + 1, micro_batch] = times, key.detach(), value.detach()
+            self._own[segment + 1, micro_batch] = times, key.detach()[part], value.detach()[part]
         if (segment + 1, micro_batch) not in self._kept_here:
             return key, value
         key, value = alone(key), alone(value)
-        pair = (tensor.detach().permute(1, 2, 0, 3) for tensor in (key, value))
+        pair = (alone(tensor.detach()[part]).permute(1, 2, 0, 3) for tensor in (key, value))
         self._store.keep(self._layer(segment + 1), self._pieces[micro_batch], *pair)
         return key, value
 
     def forget_own(self, segment: int, micro_batch: int) -> None:
-        """Let go of the slices that attend here, when the last of them has run in an evaluation."""
-        for piece in self._attending_here(segment, micro_batch):
-            self._store.remove(self._layer(segment), piece)
+        """Let go of a sequence's slices that attend here, where this was the last, in an evaluation."""
+        group = self._going_on.get(micro_batch)
+        if group is None:
+            return
+        here = self._attending_here(segment, micro_batch, group)
+        if here[-1] == micro_batch:
+            for i in here[:-1]:
+                self._store.remove(self._layer(segment), self._pieces[i])
 
     def layout(self, context: Context) -> MessageLayout:
         """See :class:`helixpipe.runtime.context_lending.ContextLending`."""
@@ -164,13 +182,13 @@ class SliceContexts:
         if not added:
             return gradients
         keys, values = zip(*added, strict=True)
-        return query, _sum(key, keys), _sum(value, values), residual
+        part = self._parts[micro_batch]
+        return query, _sum(key, part, keys), _sum(value, part, values), residual
 
-    def _attending_here(self, segment: int, micro_batch: int) -> list[Piece]:
-        """The slices of a sequence that attend on the rank where ``micro_batch`` does."""
+    def _attending_here(self, segment: int, micro_batch: int, group: Sequence[int]) -> list[int]:
+        """Those of a sequence's micro batches that attend on the rank where ``micro_batch`` does."""
         rank = self._plan.rank_of(segment, micro_batch)
-        group = self._group_of[micro_batch]
-        return [self._pieces[i] for i in group if self._plan.rank_of(segment, i) == rank]
+        return [i for i in group if self._plan.rank_of(segment, i) == rank]
 
     def _layer(self, segment: int) -> int:
         """The number of the layer that attends in ``segment``, from 1, as modules know it."""
@@ -196,9 +214,9 @@ def _pairs(context: Context, tensors: Tensors) -> Iterable[tuple[int, Tensors]]:
     return zip(context.lent, zip(tensors[::2], tensors[1::2], strict=True), strict=True)
 
 
-def _sum(gradient: Tensor, added: Sequence[Tensor]) -> Tensor:
-    """In fp32 or better, rounded once."""
+def _sum(gradient: Tensor, part: slice, added: Sequence[Tensor]) -> Tensor:
+    """The gradient with those of some of its tokens added, in fp32 or better, rounded once."""
     total = gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
-    for part in added:
-        total += part
+    for other in added:
+        total[part] += other
     return total.to(gradient.dtype)

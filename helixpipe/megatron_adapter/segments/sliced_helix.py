@@ -10,13 +10,11 @@ from torch import Tensor
 
 from helixpipe.elastic.chunks import Piece
 from helixpipe.layers.elastic.layout import ChunkLayout
-from helixpipe.layers.elastic.slice_attention import compact
 from helixpipe.layers.segmented_gpt import SegmentedGPTModel
 from helixpipe.megatron_adapter.forward_step import IterationInput
-from helixpipe.megatron_adapter.segments.contexts import SliceContexts
 from helixpipe.megatron_adapter.segments.contract import IterationSize
-from helixpipe.megatron_adapter.segments.helix import GPTSegments
 from helixpipe.megatron_adapter.segments.sequence_losses import SequenceLosses
+from helixpipe.megatron_adapter.segments.shared_slices import SharedSliceSegments
 from helixpipe.megatron_adapter.segments.slices import part_of, pieces_of
 from helixpipe.plan import Kind, Plan
 from helixpipe.plan.slice_ends import ends_for
@@ -25,7 +23,7 @@ from helixpipe.runtime.message import MessageLayout
 from helixpipe.runtime.weight_gradients import DeferredWeightGradients
 
 
-class SlicedGPTSegments(GPTSegments):
+class SlicedGPTSegments(SharedSliceSegments):
     """The computation behind a plan whose micro batches are slices: a segmented model fed by a forward step.
 
     A forward step is called once for each sequence, with whole tensors, on every rank that has to do with its
@@ -67,13 +65,8 @@ class SlicedGPTSegments(GPTSegments):
             has_loans=bool(plan.loans),
             losses_here={self._pieces[i].sequence for i in plan.losses_of(rank)},
         )
-        assert segmented.contexts is not None, "the model was built for slices"
-        key_shape = partial(segmented.key_shape, micro_batch_size=size.micro_batch_size)
-        self._lent = SliceContexts(plan, rank, self._pieces, segmented.contexts, key_shape, dtype)
-        self.contexts = self._lent
+        self.share(plan, rank, self._pieces, [0] * len(self._pieces))
         self._losses = SequenceLosses(plan, rank, segmented, (size.micro_batch_size, size.seq_length))
-        self._plan = plan
-        self._rank = rank
         # The operation with which a rank has done with a sequence's tensors.
         self._last_uses = {
             self._pieces[op.micro_batch].sequence: (op.segment, op.micro_batch)
@@ -87,7 +80,6 @@ class SlicedGPTSegments(GPTSegments):
         """Take over an iteration's input."""
         super().begin(iteration)
         self._losses.begin(iteration)
-        self._lent.clear()
 
     def layout(self, edge: int, micro_batch: int) -> MessageLayout:
         """See :class:`helixpipe.runtime.executor.Segments`."""
@@ -123,26 +115,8 @@ class SlicedGPTSegments(GPTSegments):
         super().finish()
         self._losses.finish(self.result)
 
-    def _attends(self, segment: int) -> bool:
-        """Attention is the last segment of a layer."""
-        return (segment + 1) % self.segmented.segments_per_layer == 0
-
-    def _attend(self, segment: int, micro_batch: int, inputs: Tensors, borrowed: Tensors | None) -> Tensors:
-        assert self._input is not None
-        piece = self._lent.attended(segment, micro_batch)
-        layout = self._layout_of[piece]
-        outputs = self.segmented.forward_segment(segment, inputs, borrowed=borrowed, layout=layout)
-        if not self._input.differentiate and not piece.is_continued:
-            self._lent.forget_own(segment, micro_batch)
-        return outputs
-
-    def _with_keys_kept(self, segment: int, micro_batch: int, outputs: Tensors) -> Tensors:
-        """What a segment before attention returns, in tensors that hold no more than themselves."""
-        query, key, value, residual = outputs
-        if self._plan.rank_of(segment + 1, micro_batch) == self._rank:
-            query, key, value = compact(query, key, value)
-        key, value = self._lent.made(segment, micro_batch, key, value)
-        return query, key, value, residual
+    def _attention_layout(self, segment: int, micro_batch: int) -> ChunkLayout:
+        return self._layout_of[self._lent.attended(segment, micro_batch)]
 
     def _call(self, segment: int, micro_batch: int) -> Any:
         """The forward step's call for the sequence of a slice."""
