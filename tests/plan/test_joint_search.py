@@ -74,6 +74,32 @@ def test_the_best_are_those_of_an_exhaustive_search(pruned, exhaustive):
     assert len(exhaustive.findings) > len(pruned.shown) == joint.SHOWN
 
 
+WIDER = (
+    pytest.param(2, 4, 20.0, "gpt-1.3b", 16384, id="every option on 2 GPUs"),
+    pytest.param(4, 8, 30.0, "llama-7b", 8192, marks=pytest.mark.slow, id="every option on 4 GPUs"),
+    pytest.param(8, 8, 9.0, "gpt-1.3b", 32768, marks=pytest.mark.slow, id="every option on 8 GPUs"),
+)
+
+
+@pytest.mark.parametrize(("num_gpus", "batch", "limit_gib", "model", "seq_length"), WIDER)
+def test_bounds_lose_nothing_that_is_shown(num_gpus, batch, limit_gib, model, seq_length):
+    shape = replace(MODELS[model], num_layers=4)
+    pruned, whole = (
+        search(
+            MACHINE,
+            Workload(model=shape, seq_length=seq_length),
+            num_gpus=num_gpus,
+            global_batch=batch,
+            memory_limit_gib=limit_gib,
+            exhaustive=exhaustive,
+        )
+        for exhaustive in (False, True)
+    )
+    assert [key(f) for f in pruned.shown] == [key(f) for f in whole.shown]
+    assert [key(f) for f in pruned.best_of_families] == [key(f) for f in whole.best_of_families]
+    assert pruned.num_simulated < whole.num_simulated
+
+
 def test_a_bound_that_is_too_high_loses_the_best(monkeypatch, exhaustive):
     """So the test above would notice one."""
     true = Outlook.least_ms
