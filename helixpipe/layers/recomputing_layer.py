@@ -18,7 +18,7 @@ from helixpipe.layers.documents import Documents
 from helixpipe.layers.experts import check_saving, recomputing, sliced, unsupported_experts
 from helixpipe.layers.products import without_products
 from helixpipe.layers.recompute import Tensors, recompute
-from helixpipe.layers.rotary import rotate
+from helixpipe.layers.rotary import is_rotated, rotate
 from helixpipe.layers.slices import SlicedFunction, in_slices, mark_sliced
 from helixpipe.plan.cost_model import Recompute
 from helixpipe.plan.cost_model.levels import LEVELS
@@ -80,7 +80,6 @@ def check_supported(config: TransformerConfig, level: Recompute) -> None:
         "multi-latent attention": config.multi_latent_attention,
         "output-gated attention": config.attention_output_gate,
         "fused QKV rotary positions": config.fused_single_qkv_rope,
-        "layers without rotary positions": bool(config.no_rope_freq),
         "fp8 or fp4": bool(config.fp8 or config.fp4),
         "CPU offloading": config.cpu_offloading or config.fine_grained_activation_offloading,
         "CUDA graphs": config.cuda_graph_impl != "none",
@@ -141,7 +140,7 @@ class SavingTransformerLayer(TransformerLayer):
         attention = self.self_attention
 
         def rotated(query: Tensor, key: Tensor, value: Tensor) -> Tensors:
-            if angles is not None:
+            if angles is not None and is_rotated(self.config, self.layer_number):
                 group = attention.pg_collection.cp
                 query, key = (rotate(tensor, angles, self.config, group) for tensor in (query, key))
             return query, key, value

@@ -58,6 +58,16 @@ def build_rotary(
     )
 
 
+def is_rotated(config: TransformerConfig, layer_number: int) -> bool:
+    """Whether queries and keys of a layer have rotary positions, if the model has any.
+
+    Args:
+        config: with Megatron's ``no_rope_freq``.
+        layer_number: in the whole model, from 1.
+    """
+    return not (config.no_rope_freq and config.no_rope_freq[layer_number - 1])
+
+
 def angles_of(rotary: RotaryEmbedding, length: int) -> Tensor:
     """The angles of the first ``length`` positions, [s, 1, 1, rotated part of d]; Megatron keeps them."""
     angles = rotary(length)

@@ -152,7 +152,6 @@ def check_supported(
         "fp8 or fp4": bool(config.fp8 or config.fp4),
         "output-gated attention": config.attention_output_gate,
         "fused QKV rotary positions": config.fused_single_qkv_rope,
-        "layers without rotary positions": bool(config.no_rope_freq),
         "fp32 residual connections": config.fp32_residual_connection,
         "CPU offloading": config.cpu_offloading,
         "CUDA graphs": config.cuda_graph_impl != "none",

@@ -43,7 +43,7 @@ from helixpipe.layers.recomputing_layer import (
     attend_to,
     query_key_value,
 )
-from helixpipe.layers.rotary import angles_of, build_rotary, rotate
+from helixpipe.layers.rotary import angles_of, build_rotary, is_rotated, rotate
 from helixpipe.layers.segmented_decoder import (
     SegmentedDecoder,
     build_head,
@@ -416,7 +416,7 @@ class SegmentedGPTModel(LanguageModule):
         rotary, group = self.rotary_pos_emb, self.pg_collection.cp
         if self._local_rotary is not None and window_of(self.config, number + 1):
             rotary = self._local_rotary
-        if rotary is None:
+        if rotary is None or not is_rotated(self.config, number + 1):
             return query, key, value
         if isinstance(layout, Documents) or (layout is not None and len(layout.spans) > 1):
             return (*rotate_at(query, key, layout.positions, rotary, self.config, group), value)

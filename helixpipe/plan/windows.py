@@ -26,7 +26,7 @@ def parse_window(text: str) -> tuple[int, int]:
 
 
 def parse_skip_frequency(text: str) -> SkipFrequency:
-    """``6`` or ``[1,1,0]`` of ``--window-attn-skip-freq``.
+    """``6`` or ``[1,1,0]`` of ``--window-attn-skip-freq`` and ``--no-rope-freq``.
 
     Raises:
         ValueError: anything else.
@@ -35,7 +35,7 @@ def parse_skip_frequency(text: str) -> SkipFrequency:
         return int(text)
     if not _PATTERN.fullmatch(text):
         raise ValueError(
-            f"{text[:40]!r} says not which layers have windows; give a period of 2 or more, like 6, or 1 or "
+            f"{text[:40]!r} says not which layers; give a period of 2 or more, like 6, or 1 or "
             "0 for each layer, like [1,1,0]"
         )
     return tuple(int(digit) for digit in re.findall("[01]", text))

@@ -134,7 +134,8 @@ def _of_model(model: ModelSettings) -> dict[str, Any]:
         "add_qkv_bias": model.add_qkv_bias,
         "qk_layernorm": model.qk_layernorm,
         "window_size": model.window_size,
-        "window_attn_skip_freq": _skip_frequency(model),
+        "window_attn_skip_freq": _listed(model.window_attn_skip_freq),
+        "no_rope_freq": _listed(model.no_rope_freq),
         "hidden_dropout": model.hidden_dropout,
         "attention_dropout": model.attention_dropout,
         "init_method_std": model.init_method_std,
@@ -190,9 +191,8 @@ def _activation(model: ModelSettings) -> Callable[[torch.Tensor], torch.Tensor]:
     return gelu_tanh if model.openai_gelu or model.geglu else torch.nn.functional.gelu
 
 
-def _skip_frequency(model: ModelSettings) -> int | list[int] | None:
+def _listed(frequency: int | tuple[int, ...] | None) -> int | list[int] | None:
     """In the form in which Megatron's modules look for it."""
-    frequency = model.window_attn_skip_freq
     return list(frequency) if isinstance(frequency, tuple) else frequency
 
 

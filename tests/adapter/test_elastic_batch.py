@@ -278,7 +278,6 @@ def test_recomputation_without_attention_is_refused():
         ({"context_parallel_size": 2}, "context parallelism"),
         ({"num_moe_experts": 2, "moe_layer_freq": 2}, "of experts|experts in some"),
         ({"multi_latent_attention": True}, "multi-latent"),
-        ({"no_rope_freq": [1, 0, 0, 0]}, "without rotary"),
     ],
     ids=lambda value: str(value),
 )

@@ -1,4 +1,4 @@
-"""Learned attention sinks and clamped gates, as gpt-oss has them, against Megatron's own schedules."""
+"""Learned sinks, clamped gates, layers without rotary positions, against Megatron's own schedules."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ def cases_of(layout):
         replace(base, attention_range="qkv", dtype=torch.float64),
         replace(block, without_attention=True, head_placement="spread"),
         replace(block, overlap=True, rounds=2),
-        replace(base, schedule="zb-h1"),
+        replace(base, schedule="zb-h1", without_attention=True),
         replace(base, schedule="seq1f1b", num_slices=3, fold=1),
     ]
     if layout.tp > 1:

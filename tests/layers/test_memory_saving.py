@@ -372,7 +372,6 @@ def test_what_a_layer_cannot_honour_is_refused():
         ({"multi_latent_attention": True}, "multi-latent attention"),
         ({"attention_output_gate": True}, "output-gated attention"),
         ({"fused_single_qkv_rope": True}, "fused QKV rotary"),
-        ({"no_rope_freq": [1, 0, 0, 0]}, "without rotary positions"),
         ({"fp8": "hybrid"}, "fp8"),
         ({"fp4": "e2m1"}, "fp4"),
         ({"cpu_offloading": True}, "CPU offloading"),

@@ -80,7 +80,10 @@ def described(**changes):
         ({"attention_bias": True}, "attention_bias true is not supported"),
         ({"mlp_bias": True}, "mlp_bias true is not supported"),
         ({"new_feature": 3}, "new_feature 3 is not understood for llama"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, 'rope_type "dynamic" is not supported'),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "rope_type 'dynamic' is not supported: it",
+        ),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "also": 1}}, "also"),
         ({"rope_theta": 10000.5}, "rope_theta 10000.5 is not supported"),
         ({"intermediate_size": None}, "has no intermediate_size"),

@@ -15,6 +15,7 @@ from helixpipe.layers.elastic.context import ContextStore
 from helixpipe.layers.elastic.layout import ChunkLayout
 from helixpipe.layers.elastic.positions import rotate_at
 from helixpipe.layers.elastic.slice_attention import slice_attention
+from helixpipe.layers.rotary import is_rotated
 
 
 class SliceCoreAttention(FlashCoreAttention):
@@ -56,7 +57,7 @@ class SliceCoreAttention(FlashCoreAttention):
         layout = packed_seq_params
         assert layout is not None
         assert attention_bias is None
-        if layout.rotary is not None:
+        if layout.rotary is not None and is_rotated(self.config, self.layer_number):
             query, key = rotate_at(
                 query, key, layout.positions, layout.rotary, self.config, self._context_parallel_group
             )

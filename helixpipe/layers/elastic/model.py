@@ -142,7 +142,6 @@ def check_supported(
         "multi-latent attention": config.multi_latent_attention,
         "multi-token prediction": bool(config.mtp_num_layers),
         "fused QKV rotary positions": config.fused_single_qkv_rope,
-        "layers without rotary positions": bool(config.no_rope_freq),
         "two bases of rotary positions": variants_of(config).rotary_base_local is not None,
         "CUDA graphs": config.cuda_graph_impl != "none",
         f"{position_embedding_type} positions": position_embedding_type not in POSITIONS,

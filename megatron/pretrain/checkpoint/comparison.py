@@ -66,7 +66,7 @@ MODEL = frozenset((
     "num_experts", "moe_ffn_hidden_size", "moe_router_topk", "moe_router_load_balancing_type",
     "moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor",
     "moe_router_num_groups", "moe_router_group_topk",
-    "softmax_type", "quick_geglu", "glu_linear_offset", "activation_func_clamp_value",
+    "softmax_type", "no_rope_freq", "quick_geglu", "glu_linear_offset", "activation_func_clamp_value",
 ))  # fmt: skip
 
 # What the form of weights and of optimizer states depends on: no option makes one fit the other.

@@ -61,6 +61,11 @@ def _scaling(config: ModelConfig, kind: str, rope: dict[str, Any]) -> Arguments:
         return {"use_rope_scaling": True, "rope_scaling_factor": float(rope.pop("factor"))}
     if kind == "yarn":
         return _yarn(config, rope)
+    if kind == "dynamic":
+        raise ValueError(
+            "rope_type 'dynamic' is not supported: it turns one position differently for each length; use "
+            "'default' with the rope_theta of one length"
+        )
     config.refuse("rope_type", kind)
     return {}
 

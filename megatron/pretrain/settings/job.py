@@ -45,6 +45,7 @@ class ModelSettings:
     position_embedding_type: str
     rotary_base: int
     rotary_percent: float
+    no_rope_freq: int | tuple[int, ...] | None
     rotary_seq_len_interpolation_factor: float | None
     use_rope_scaling: bool
     rope_scaling_factor: float

@@ -26,7 +26,8 @@ SUPPORTED = frozenset(
     make-vocab-size-divisible-by manual-gc manual-gc-interval max-position-embeddings
     memory-snapshot-path merge-file micro-batch-size min-loss-scale min-lr mock-data
     no-gradient-accumulation-fusion no-load-optim no-log-loss-scale-to-tensorboard no-manual-gc-eval
-    norm-epsilon normalization num-attention-heads num-layers num-layers-per-virtual-pipeline-stage
+    no-rope-freq norm-epsilon normalization num-attention-heads num-layers
+    num-layers-per-virtual-pipeline-stage
     num-query-groups num-workers openai-gelu optimizer overlap-grad-reduce overlap-param-gather
     padded-vocab-size pipeline-model-parallel-size position-embedding-type pretrained-checkpoint profile
     profile-ranks profile-step-end profile-step-start qk-layernorm quick-geglu recompute-granularity
@@ -319,7 +320,7 @@ REFUSED: dict[str, str] = {
         decoder-seq-length disable-bf16-reduced-precision-matmul embedding-init-method-std
         encoder-seq-length flash-attention-version fp32-residual-connection fused-residual-rmsnorm
         init-method-xavier-uniform no-initialization no-position-embedding
-        no-rope-freq no-yarn-correction-range-round-to-int onnx-safe
+        no-yarn-correction-range-round-to-int onnx-safe
         relative-attention-max-distance relative-attention-num-buckets rope-type rotary-interleaved
         squared-relu tensor-parallel-num-weight-shards use-fused-weighted-squared-relu
         use-te-activation-func yarn-correction-range-round-to-int

@@ -7,9 +7,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from helixpipe.commands.parser import flag_of
+from helixpipe.commands.parser import argument, flag_of
 from helixpipe.commands.ranges import Real, Whole
 from helixpipe.layers.rotary import POSITIONS
+from helixpipe.plan.windows import parse_skip_frequency
 
 # Megatron's defaults
 ROTARY_BASE = 10000
@@ -21,6 +22,13 @@ def add_position_arguments(add: Callable[..., Any]) -> None:
     add("--position-embedding-type", choices=POSITIONS, default="learned_absolute")
     add("--rotary-base", type=Whole(least=2), default=ROTARY_BASE)
     add("--rotary-base-local", type=Whole(least=2), help="of layers with windows (default: --rotary-base)")
+    add(
+        "--no-rope-freq",
+        type=argument(parse_skip_frequency),
+        metavar="N",
+        help="every Nth layer has no rotary positions; or 1 for none or 0 for each layer, like [0,0,1] "
+        "(default: all layers have them)",
+    )
     add("--rotary-percent", type=Real(above=0.0, most=1.0), default=1.0)
     add("--rotary-seq-len-interpolation-factor", type=Real(least=1.0))
     add("--rotary-scaling-factor", type=Real(least=1.0), help="of yarn: how much longer sequences may be")
@@ -46,6 +54,7 @@ def check_positions(args: argparse.Namespace) -> None:
     if args.rope_scaling_factor != ROPE_SCALING_FACTOR and not args.use_rope_scaling:
         raise ValueError("--rope-scaling-factor needs --use-rope-scaling; add it, or leave the factor out")
     _check_yarn(args)
+    _check_layers_without(args)
     if args.position_embedding_type not in ("rope", "yarn"):
         for flag, is_given in (
             ("--rotary-percent", args.rotary_percent != 1.0),
@@ -53,6 +62,7 @@ def check_positions(args: argparse.Namespace) -> None:
             ("--rotary-seq-len-interpolation-factor", args.rotary_seq_len_interpolation_factor is not None),
             ("--use-rope-scaling", args.use_rope_scaling),
             ("--rotary-base-local", args.rotary_base_local is not None),
+            ("--no-rope-freq", args.no_rope_freq is not None),
         ):
             if is_given:
                 raise ValueError(f"{flag} needs --position-embedding-type rope; add it, or leave {flag} out")
@@ -66,6 +76,20 @@ def check_positions(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--rotary-percent {args.rotary_percent:g} of --kv-channels {args.kv_channels} leaves {channels} "
             f"channels to rotate, which must be an even number above 0; use {share:g}"
+        )
+
+
+def _check_layers_without(args: argparse.Namespace) -> None:
+    """``--no-rope-freq`` names layers of this model."""
+    found = args.no_rope_freq
+    if isinstance(found, int) and args.num_layers % found:
+        raise ValueError(
+            f"--no-rope-freq {found} must divide --num-layers {args.num_layers}; give 1 or 0 for each layer"
+        )
+    if isinstance(found, tuple) and len(found) != args.num_layers:
+        raise ValueError(
+            f"--no-rope-freq has {len(found)} layers, and --num-layers is {args.num_layers}; give one number "
+            "for each"
         )
 
 
