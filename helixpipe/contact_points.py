@@ -109,6 +109,11 @@ CALLED = (
          "dropout_p", "is_causal", "rng_state", "unused"),
     ),
     ContactPoint(
+        "megatron.core.datasets.blended_megatron_dataset_builder", "_get_size_per_split_per_dataset",
+        "how many samples a blend asks of each dataset", _CORE,
+        ("normalized_weights", "target_size_per_split", "surplus"),
+    ),
+    ContactPoint(
         "megatron.core.models.common.embeddings.yarn_rotary_pos_embedding",
         "_yarn_get_concentration_factor_from_config",
         "what YaRN multiplies queries and keys by", _CORE, ("config",),

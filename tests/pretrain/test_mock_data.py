@@ -91,7 +91,7 @@ def test_another_vocabulary_makes_other_data(outcomes):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (f"{MOCK} --data-path somewhere", "^--mock-data and --data-path somewhere are two sources"),
+        (f"{MOCK} --data-path somewhere", "^--data-path and --mock-data are two sources"),
         (SIZES, "^there is no data; give --data-path PREFIX, or --mock-data$"),
         (f"{SIZES} --mock-data", "^--mock-data needs a vocabulary; add --tokenizer-type"),
     ],

@@ -7,14 +7,17 @@ it.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from helixpipe.commands.parser import flag_of
 from helixpipe.data.corpus_record import known_corpus
 from helixpipe.reliability.exit_codes import DataError
+from megatron.pretrain.data.blend import samples_of_parts
 from megatron.pretrain.data.mock import mock_content
-from megatron.pretrain.settings.job import DataSettings, JobSettings
+from megatron.pretrain.settings.job import DataSettings, JobSettings, TrainingSettings, cache_folder
 from megatron.pretrain.settings.parser import build_parser
 
 # The same losses within rounding, or none at all.
@@ -40,7 +43,8 @@ CHANGES_NOTHING = frozenset((
     "wandb_entity", "wandb_save_dir", "record_memory_history", "memory_snapshot_path",
     "manual_gc_interval", "manual_gc_eval", "empty_unused_memory_level",
     # Where files are; what is in the data is compared by itself.
-    "data_path", "mock_data", "tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "vocab_size",
+    "data_path", "data_args_path", "mock_data", "tokenizer_type", "tokenizer_model", "vocab_file",
+    "merge_file", "vocab_size",
     "tiktoken_pattern", "tiktoken_num_special_tokens", "data_cache_path", "log_interval",
     "metrics_jsonl", "trace_dir", "failure_dir", "save",
     "save_interval", "keep_checkpoints", "set_aside_checkpoints", "async_save", "on_save_failure",
@@ -111,14 +115,20 @@ def settings_of(settings: JobSettings) -> dict[str, Any]:
         # All micro batches weigh the same.
         del found["micro_batch_size"]
     found["samples"] = "packed" if settings.schedule.execution.joins_documents else "documents"
-    found["data"] = _content(settings.data)[:16]
+    found["data"] = _content(settings.data, settings.training)[:16]
     return found
 
 
-def _content(data: DataSettings) -> str:
+def _content(data: DataSettings, training: TrainingSettings) -> str:
     if data.mock_data:
         return mock_content(data.dataset)
-    return known_corpus(data.dataset, data.cache_folder).content
+    folders = [cache_folder(corpus.prefix, data.data_cache_path) for corpus in data.corpora]
+    contents = [known_corpus(*found).content for found in zip(data.corpora, folders, strict=True)]
+    if not data.is_blend:
+        return contents[0]
+    # The order of a blend is one of all samples of the job.
+    blend = [contents, data.weights, samples_of_parts(training)[0]]
+    return hashlib.sha256(json.dumps(blend).encode()).hexdigest()
 
 
 def changeable() -> list[str]:

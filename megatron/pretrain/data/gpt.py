@@ -6,7 +6,6 @@ import os
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +21,10 @@ from helixpipe.data.corpus_record import known_corpus
 from helixpipe.data.prefix import DatasetInfo
 from helixpipe.data.samples import ShuffledOrder
 from helixpipe.layers.documents import documents_of
+from megatron.pretrain.data.blend import build_blends, samples_of_parts
 from megatron.pretrain.data.index_cache import build_datasets, documents_of_part
 from megatron.pretrain.data.mock import build_mock_datasets, mock_content
-from megatron.pretrain.settings.job import DataSettings, JobSettings, TrainingSettings
+from megatron.pretrain.settings.job import DataSettings, JobSettings, TrainingSettings, cache_folder
 
 Batch = dict[str, torch.Tensor]
 
@@ -87,25 +87,35 @@ def build_iterators(
     return train_batches, _batches(settings, valid, evaluated, reads)
 
 
-def _datasets(settings: JobSettings, *, reads_data: bool) -> Sequence[GPTDataset | None]:
+def _datasets(settings: JobSettings, *, reads_data: bool) -> Sequence[Any]:
     """The training, validation and test part; collective, with None for every part on ranks without data."""
     config = dataset_config(settings.data, settings.training)
-    if not settings.data.mock_data:
+    data = settings.data
+    if data.mock_data:
+        return build_mock_datasets(config, _ONE_EPOCH) if reads_data else [None] * len(_ONE_EPOCH)
+    if not data.is_blend:
         return build_datasets(config, _ONE_EPOCH, reads_data=reads_data)
-    return build_mock_datasets(config, _ONE_EPOCH) if reads_data else [None] * len(_ONE_EPOCH)
+    configs = [dataset_config(data, settings.training, corpus) for corpus in data.corpora]
+    return build_blends(configs, data.weights, samples_of_parts(settings.training), reads_data=reads_data)
 
 
-def dataset_config(data: DataSettings, training: TrainingSettings) -> GPTDatasetConfig:
-    """What Megatron's datasets are built from; without files, Megatron splits its documents evenly."""
+def dataset_config(
+    data: DataSettings, training: TrainingSettings, corpus: DatasetInfo | None = None
+) -> GPTDatasetConfig:
+    """What Megatron's datasets are built from; without files, Megatron splits its documents evenly.
+
+    Args:
+        data, training: of the job.
+        corpus: of its datasets; the only one if None.
+    """
+    corpus = corpus or data.dataset
     config = GPTDatasetConfig(
         random_seed=training.seed,
         sequence_length=training.seq_length,
-        blend=None if data.mock_data else ([data.data_path], None),
+        blend=None if data.mock_data else ([corpus.prefix], None),
         split=None if data.mock_data else data.split,
-        path_to_cache=None
-        if data.data_path is None
-        else str(cache_folder(data.data_path, data.data_cache_path)),
-        tokenizer=PrefixTokenizer(data.dataset, _index_hash(data)),
+        path_to_cache=None if data.mock_data else str(cache_folder(corpus.prefix, data.data_cache_path)),
+        tokenizer=PrefixTokenizer(corpus, _index_hash(data, corpus)),
         # Done for a whole micro batch in DocumentBatches: Megatron's takes a step for every document.
         reset_position_ids=False,
         reset_attention_mask=False,
@@ -118,15 +128,10 @@ def dataset_config(data: DataSettings, training: TrainingSettings) -> GPTDataset
     return config
 
 
-def cache_folder(data_path: str, data_cache_path: Path | None) -> Path:
-    """Where the indices of the dataset are kept."""
-    return data_cache_path or Path(data_path).parent / "cache"
-
-
-def _index_hash(data: DataSettings) -> str:
+def _index_hash(data: DataSettings, corpus: DatasetInfo) -> str:
     if data.mock_data:
-        return mock_content(data.dataset)
-    return known_corpus(data.dataset, data.cache_folder).index_hash
+        return mock_content(corpus)
+    return known_corpus(corpus, cache_folder(corpus.prefix, data.data_cache_path)).index_hash
 
 
 def check_split(split: str, info: DatasetInfo, *, with_validation: bool) -> None:

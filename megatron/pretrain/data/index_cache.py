@@ -85,14 +85,14 @@ class CachedGPTDataset(GPTDataset):
 
 
 def build_datasets(
-    config: GPTDatasetConfig, num_samples: Sequence[int], *, reads_data: bool
+    config: GPTDatasetConfig, num_samples: Sequence[int | None], *, reads_data: bool
 ) -> list[CachedGPTDataset | None]:
     """The training, validation and test part of a dataset; collective over all ranks.
 
     Args:
         config: with one prefix in ``blend``, a ``split_matrix`` with None for parts that are not used, and
             the folder of the cache in ``path_to_cache``.
-        num_samples: at least so many of each part.
+        num_samples: at least so many of each part; None for one epoch.
         reads_data: False on ranks that get None for every part.
 
     Raises:

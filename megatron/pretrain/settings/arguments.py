@@ -24,14 +24,15 @@ from helixpipe.plan.execution import Execution
 from helixpipe.plan.schedules import Schedule
 from megatron.pretrain.checkpoint.comparison import changeable
 from megatron.pretrain.checkpoint.files import is_same_folder
-from megatron.pretrain.data.gpt import cache_folder, check_split
+from megatron.pretrain.data.gpt import check_split
 from megatron.pretrain.data.mock import describe_mock
 from megatron.pretrain.settings.context_parallel import check_shared_sequences
+from megatron.pretrain.settings.data_sources import Blend, choose_blend, summary_of
 from megatron.pretrain.settings.elastic_job import derive_elastic
 from megatron.pretrain.settings.ending import ending_of
 from megatron.pretrain.settings.experts import check_experts_under
 from megatron.pretrain.settings.housekeeping import housekeeping_of
-from megatron.pretrain.settings.job import JobSettings, topics_of
+from megatron.pretrain.settings.job import JobSettings, cache_folder, topics_of
 from megatron.pretrain.settings.learning_rate import derive_length, learning_rate_of
 from megatron.pretrain.settings.megatron_command_line import note_of, other_defaults, translate
 from megatron.pretrain.settings.parser import build_parser
@@ -84,10 +85,10 @@ def parse_arguments(
     derive_model(args)
     precision = precision_of(args)
     args.params_dtype = precision.dtype
-    learning_rate, housekeeping = learning_rate_of(args), housekeeping_of(args)
-    watching = watching_of(args)
+    learning_rate, housekeeping, watching = learning_rate_of(args), housekeeping_of(args), watching_of(args)
     _check_training(args)
     args.dataset = dataset
+    choose_blend(args)
     args.tokenizer = _tokenizer(args)
     schedule = _choose_schedule(args)
     args.dataset = args.dataset or _inspect_data(args, schedule.execution)
@@ -167,7 +168,6 @@ def _check_sinks(args: argparse.Namespace, entry: Schedule) -> None:
 
 
 def _check_training(args: argparse.Namespace) -> None:
-    _check_data_source(args)
     for name in ("save_interval", "keep_checkpoints"):
         if getattr(args, name) is not None and args.save is None:
             raise ValueError(f"{flag_of(name)} {getattr(args, name)} needs --save DIR")
@@ -230,6 +230,11 @@ def _check_attention(args: argparse.Namespace, entry: Schedule) -> None:
 
 def _check_schedule(args: argparse.Namespace, entry: Schedule, *, is_chosen: bool) -> None:
     _check_attention(args, entry)
+    if entry.execution is Execution.CHUNKS and args.blend is not None and args.blend.is_mixed:
+        raise ValueError(
+            f"--pipeline-schedule {args.pipeline_schedule} blends no datasets; give --data-path one prefix "
+            "and no weight"
+        )
     check_shared_sequences(args, entry.execution, is_chosen=is_chosen)
     check_experts_under(args, entry.execution)
     if args.log_throughput and entry.execution is Execution.CHUNKS:
@@ -282,15 +287,6 @@ def _ends_at_documents(args: argparse.Namespace, execution: Execution) -> bool:
     return bool(args.reset_attention_mask and execution.joins_documents)
 
 
-def _check_data_source(args: argparse.Namespace) -> None:
-    if args.mock_data and args.data_path is not None:
-        raise ValueError(
-            f"--mock-data and --data-path {args.data_path} are two sources of data; leave one out"
-        )
-    if not args.mock_data and args.data_path is None:
-        raise ValueError("there is no data; give --data-path PREFIX, or --mock-data")
-
-
 def _tokenizer(args: argparse.Namespace) -> TokenizerSettings | None:
     if args.tokenizer_type is None and args.vocab_size is not None:
         raise ValueError(
@@ -302,23 +298,30 @@ def _tokenizer(args: argparse.Namespace) -> TokenizerSettings | None:
 def _inspect_data(args: argparse.Namespace, execution: Execution) -> DatasetInfo:
     if args.mock_data:
         return describe_mock(args.tokenizer, execution)
-    info = describe_prefix(args.data_path, args.tokenizer)
+    blend: Blend = args.blend
+    args.corpora = tuple(_inspect_corpus(args, execution, prefix) for prefix in blend.prefixes)
+    return summary_of(args.corpora)
+
+
+def _inspect_corpus(args: argparse.Namespace, execution: Execution, prefix: str) -> DatasetInfo:
+    info = describe_prefix(prefix, args.tokenizer)
+    folder = cache_folder(prefix, args.data_cache_path)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         # The first rank of each node looks at all of the data, once: the others find its record.
-        checked_corpus(info, cache_folder(args.data_path, args.data_cache_path))
+        checked_corpus(info, folder)
     if execution.joins_documents and info.has_prompts:
         raise ValueError(
-            f"{args.data_path} has prompts, on which there must be no loss, but --pipeline-schedule "
+            f"{prefix} has prompts, on which there must be no loss, but --pipeline-schedule "
             f"{args.pipeline_schedule} joins documents and would learn them; use elastic, or prepare the "
             "data without --prompt-key"
         )
     if execution.joins_documents and info.num_tokens <= args.seq_length:
         raise ValueError(
-            f"{args.data_path} holds {info.num_tokens} tokens, not even one sequence of --seq-length "
+            f"{prefix} holds {info.num_tokens} tokens, not even one sequence of --seq-length "
             f"{args.seq_length}; prepare more text or use at most {info.num_tokens - 1}"
         )
     if execution.joins_documents:
-        _check_cache_folder(cache_folder(args.data_path, args.data_cache_path))
+        _check_cache_folder(folder)
     check_split(args.split, info, with_validation=args.eval_iters > 0)
     return info
 

@@ -188,17 +188,24 @@ class OptimizerSettings:
     sgd_momentum: float
 
 
+def cache_folder(prefix: str, data_cache_path: Path | None) -> Path:
+    """Where the indices of the dataset of that prefix are kept."""
+    return data_cache_path or Path(prefix).parent / "cache"
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
     """Where samples come from.
 
     Attributes:
-        data_path: of the files; None with ``mock_data``, which has none.
+        corpora: the datasets of ``--data-path``; empty with ``mock_data``, which has no files.
+        weights: the share of samples from each; None for all samples of each.
         ends_at_documents: attention has to find the documents in joined sequences.
-        dataset: what the headers of its files say.
+        dataset: what the headers of their files say, of all together.
     """
 
-    data_path: str | None
+    corpora: tuple[DatasetInfo, ...]
+    weights: tuple[float, ...] | None
     mock_data: bool
     split: str
     data_cache_path: Path | None
@@ -210,10 +217,9 @@ class DataSettings:
     dataset: DatasetInfo
 
     @property
-    def cache_folder(self) -> Path:
-        """Where the indices of the dataset are kept."""
-        assert self.data_path is not None, "documents that are made up have no cache"
-        return self.data_cache_path or Path(self.data_path).parent / "cache"
+    def is_blend(self) -> bool:
+        """Whether samples of several datasets are mixed."""
+        return len(self.corpora) > 1 or self.weights is not None
 
 
 @dataclass(frozen=True, kw_only=True)

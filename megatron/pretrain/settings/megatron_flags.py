@@ -12,27 +12,31 @@ SUPPORTED = frozenset(
     accumulate-allreduce-grads-in-fp32 activation-func-clamp-value adam-beta1 adam-beta2 adam-eps
     add-qkv-bias apply-layernorm-1p async-save attention-backend attention-dropout bf16
     calculate-per-token-loss clip-grad context-parallel-size cross-entropy-fusion-impl
-    cross-entropy-loss-fusion data-cache-path data-path decoder-first-pipeline-num-layers
+    cross-entropy-loss-fusion data-args-path data-cache-path data-path decoder-first-pipeline-num-layers
     decoder-last-pipeline-num-layers decoupled-lr decoupled-min-lr deterministic-mode
     disable-bias-linear disable-log-loss-scale-to-tensorboard disable-manual-gc-eval
     distributed-timeout-minutes empty-unused-memory-level end-weight-decay eod-mask-loss eval-interval
-    eval-iters exit-duration-in-mins exit-interval ffn-hidden-size finetune fp16 global-batch-size
-    glu-linear-offset grad-reduce-in-bf16 group-query-attention hidden-dropout hidden-size hysteresis
-    init-method-std initial-loss-scale kv-channels load log-interval log-memory-to-tensorboard
-    log-num-zeros-in-grad log-params-norm log-throughput log-timers-to-tensorboard
-    log-validation-ppl-to-tensorboard log-world-size-to-tensorboard loss-scale loss-scale-window lr
-    lr-decay-iters lr-decay-samples lr-decay-style lr-warmup-fraction lr-warmup-init lr-warmup-iters
-    lr-warmup-samples lr-wsd-decay-iters lr-wsd-decay-samples lr-wsd-decay-style
-    make-vocab-size-divisible-by manual-gc manual-gc-interval max-position-embeddings
-    memory-snapshot-path merge-file micro-batch-size min-loss-scale min-lr mock-data
+    eval-iters exit-duration-in-mins exit-interval expert-model-parallel-size
+    expert-tensor-parallel-size ffn-hidden-size finetune fp16 global-batch-size glu-linear-offset
+    grad-reduce-in-bf16 group-query-attention hidden-dropout hidden-size hysteresis init-method-std
+    initial-loss-scale kv-channels load log-interval log-memory-to-tensorboard log-num-zeros-in-grad
+    log-params-norm log-throughput log-timers-to-tensorboard log-validation-ppl-to-tensorboard
+    log-world-size-to-tensorboard loss-scale loss-scale-window lr lr-decay-iters lr-decay-samples
+    lr-decay-style lr-warmup-fraction lr-warmup-init lr-warmup-iters lr-warmup-samples
+    lr-wsd-decay-iters lr-wsd-decay-samples lr-wsd-decay-style make-vocab-size-divisible-by manual-gc
+    manual-gc-interval max-position-embeddings memory-snapshot-path merge-file micro-batch-size
+    min-loss-scale min-lr mock-data moe-aux-loss-coeff moe-expert-capacity-factor moe-ffn-hidden-size
+    moe-grouped-gemm moe-router-dtype moe-router-group-topk moe-router-load-balancing-type
+    moe-router-num-groups moe-router-pre-softmax moe-router-score-function moe-router-topk
+    moe-router-topk-scaling-factor moe-token-dispatcher-type moe-token-drop-policy moe-z-loss-coeff
     no-gradient-accumulation-fusion no-load-optim no-log-loss-scale-to-tensorboard no-manual-gc-eval
-    no-rope-freq norm-epsilon normalization num-attention-heads num-layers
-    num-layers-per-virtual-pipeline-stage
-    num-query-groups num-workers openai-gelu optimizer overlap-grad-reduce overlap-param-gather
-    padded-vocab-size pipeline-model-parallel-size position-embedding-type pretrained-checkpoint profile
-    profile-ranks profile-step-end profile-step-start qk-layernorm quick-geglu recompute-granularity
-    recompute-method recompute-modules recompute-num-layers record-memory-history reset-attention-mask
-    reset-position-ids rope-scaling-factor rotary-base rotary-percent rotary-scaling-factor
+    no-rope-freq norm-epsilon normalization num-attention-heads num-experts num-layers
+    num-layers-per-virtual-pipeline-stage num-query-groups num-workers openai-gelu optimizer
+    overlap-grad-reduce overlap-param-gather padded-vocab-size pipeline-model-parallel-size
+    position-embedding-type pretrained-checkpoint profile profile-ranks profile-step-end
+    profile-step-start qk-layernorm quick-geglu recompute-granularity recompute-method recompute-modules
+    recompute-num-layers record-memory-history reset-attention-mask reset-position-ids
+    rope-scaling-factor rotary-base rotary-percent rotary-scaling-factor
     rotary-seq-len-interpolation-factor save save-interval seed seq-length sequence-parallel
     sgd-momentum softmax-type split start-weight-decay swiglu tensor-model-parallel-size tensorboard-dir
     tensorboard-log-interval tensorboard-queue-size tiktoken-num-special-tokens tiktoken-pattern
@@ -40,11 +44,7 @@ SUPPORTED = frozenset(
     untie-embeddings-and-output-weights use-distributed-optimizer use-rope-scaling vocab-file vocab-size
     wandb-entity wandb-exp-name wandb-project wandb-save-dir weight-decay weight-decay-incr-style
     window-attn-skip-freq window-size yarn-beta-fast yarn-beta-slow
-    yarn-original-max-position-embeddings expert-model-parallel-size expert-tensor-parallel-size
-    moe-aux-loss-coeff moe-expert-capacity-factor moe-ffn-hidden-size moe-grouped-gemm moe-router-dtype
-    moe-router-group-topk moe-router-load-balancing-type moe-router-num-groups moe-router-pre-softmax
-    moe-router-score-function moe-router-topk moe-router-topk-scaling-factor moe-token-dispatcher-type
-    moe-token-drop-policy moe-z-loss-coeff num-experts
+    yarn-original-max-position-embeddings
     """.split()
 )
 
@@ -390,7 +390,7 @@ REFUSED: dict[str, str] = {
         config-logger-dir log-progress logging-level timing-log-level
     """,
     "data are read by their prefix; use helixpipe prepare and --data-path": """
-        allow-ambiguous-pad-tokens chat-template data-args-path dataloader-inter-document-masking
+        allow-ambiguous-pad-tokens chat-template dataloader-inter-document-masking
         dataloader-type disable-pad-vocab-size disable-tokenizer-sentencepiece-ignore-extra-whitespaces
         no-pad-vocab-size
         no-tokenizer-sentencepiece-ignore-extra-whitespaces null-tokenizer-eod-id null-tokenizer-pad-id

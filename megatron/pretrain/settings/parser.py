@@ -234,9 +234,12 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add(
         "--data-path",
+        nargs="+",
         metavar="PREFIX",
-        help="as helixpipe prepare wrote it, or Megatron's own tool; then with --tokenizer-type",
+        help="as helixpipe prepare wrote it, or Megatron's own tool; then with --tokenizer-type. Several "
+        "are blended: all samples of each, or by weights, each before its prefix",
     )
+    add("--data-args-path", type=Path, metavar="FILE", help="a text file with the words of --data-path")
     add(
         "--mock-data",
         action="store_true",
