@@ -40,8 +40,8 @@ SAID_BY_OTHERS = {
     "lr_wsd_decay_iters", "lr_wsd_decay_samples", "lr_warmup_fraction", "lr_warmup_iters",
     "lr_warmup_samples", "lr_warmup_init", "start_weight_decay", "end_weight_decay",
     "weight_decay_incr_style",
-    # model.num_query_groups, model.padded_vocab_size, data.corpora, data.weights, data.dataset
-    "data_path", "data_args_path",
+    # model.num_query_groups, model.padded_vocab_size, data.corpora, data.weights, data.parts, data.dataset
+    "data_path", "data_args_path", "train_data_path", "valid_data_path", "per_split_data_args_path",
     "group_query_attention", "make_vocab_size_divisible_by", "tokenizer_type", "tokenizer_model",
     "vocab_file", "merge_file", "tiktoken_pattern", "tiktoken_num_special_tokens", "vocab_size",
 }  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -12,6 +14,7 @@ from training_worker import Fault, run_cases
 
 from helixpipe.data.prepare.corpus import PreparationOptions, prepare_dataset
 from megatron.pretrain.checkpoint.comparison import settings_of
+from megatron.pretrain.data import gpt
 from megatron.pretrain.data.blend import build_blends, samples_of_parts
 from megatron.pretrain.data.gpt import dataset_config
 from megatron.pretrain.settings.arguments import parse_arguments
@@ -67,14 +70,70 @@ def test_samples_are_megatrons_one_by_one(prefixes, weights, monkeypatch):
     assert found[2] is expected[2] is None
     seen = set()
     for mine, theirs in zip(found[:2], expected[:2], strict=True):
-        assert len(mine) == len(theirs) > 10
-        for number in range(len(theirs)):
-            sample, megatrons_sample = mine[number], theirs[number]
-            assert all(torch.equal(sample[name], megatrons_sample[name]) for name in VALUES)
-            seen.add(int(theirs.dataset_index[number]))
+        compare(mine, theirs)
+        seen.update(theirs.dataset_index.tolist())
     assert seen == set(range(len(settings.data.corpora)))
     if weights is not None:
         assert len(found[0]) >= 80
+
+
+def compare(found, expected):
+    assert len(found) == len(expected) > 10
+    for number in range(len(expected)):
+        sample, megatrons_sample = found[number], expected[number]
+        assert all(torch.equal(sample[name], megatrons_sample[name]) for name in VALUES)
+
+
+@pytest.mark.parametrize(
+    ("train", "valid"),
+    [((0,), (1,)), ((0, 1), (2,)), ((0.3, 0, 0.7, 2), (1.0, 1)), ((0, 1, 2), (2, 1, 0))],
+    ids=str,
+)
+@pytest.mark.parametrize("by_file", [False, True])
+def test_parts_with_data_of_their_own_are_megatrons(prefixes, train, valid, by_file, tmp_path, monkeypatch):
+    def words_of(numbers):
+        is_weighted = len(numbers) % 2 == 0 and isinstance(numbers[0], float)
+        return [str(n) if is_weighted and not i % 2 else prefixes[n] for i, n in enumerate(numbers)]
+
+    words = [words_of(train), words_of(valid)]
+    if by_file:
+        parts = {"train": words[0], "valid": words[1], "test": None}
+        (tmp_path / "parts.json").write_text(json.dumps(parts))
+        line = f"--per-split-data-args-path {tmp_path}/parts.json"
+    else:
+        line = f"--train-data-path {' '.join(words[0])} --valid-data-path {' '.join(words[1])}"
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    sizes = SIZES.replace("--split 80,20,0", "")
+    settings = parse_arguments(f"{sizes} --train-iters 20 {line}".split())
+    found = gpt._datasets(settings, reads_data=True)
+    config = dataset_config(settings.data, settings.training)
+    config.path_to_cache = config.blend = config.split = config.split_matrix = None
+    config.blend_per_split = [get_blend_from_list(part) for part in words] + [None]
+    expected = BlendedMegatronDatasetBuilder(GPTDataset, [80, 20, 4], lambda: True, config).build()
+    for mine, theirs in zip(found[:2], expected[:2], strict=True):
+        compare(mine, theirs)
+    assert found[2] is None
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--train-data-path {0}", "--eval-iters 1 needs data for validation; add --valid-data-path"),
+        ("--valid-data-path {0}", "names no data to train on"),
+        ("--train-data-path {0} --data-path {1}", "--data-path and --train-data-path are two sources"),
+        ("--train-data-path {0} --valid-data-path {1} --split 80,20,0", "--split 80,20,0 divides datasets"),
+        ("--train-data-path 0 {0} --valid-data-path {1}", "--train-data-path: the weight 0"),
+        ("--per-split-data-args-path {2}/wrong.json", "'training' is not understood; give the words"),
+        ("--per-split-data-args-path {2}/none.json", "cannot be read"),
+    ],
+)
+def test_parts_that_are_no_data_are_refused(prefixes, line, message, tmp_path, monkeypatch):
+    (tmp_path / "wrong.json").write_text('{"training": ["a"]}')
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    sizes = SIZES.replace("--split 80,20,0", "")
+    line = line.format(prefixes[0], prefixes[1], tmp_path)
+    with pytest.raises(ValueError, match=message):
+        parse_arguments(f"{sizes} --train-iters 20 {line}".split())
 
 
 def test_a_file_holds_the_words(prefixes, tmp_path, monkeypatch):
@@ -133,6 +192,11 @@ def test_checkpoints_tell_blends_apart(prefixes, monkeypatch):
         data("1", first, "2", second, line="--global-batch-size 8"),
     ]  # fmt: skip
     assert len({whole, *others}) == 6
+    sizes = SIZES.replace("--split 80,20,0", "")
+    parts = parse_arguments(
+        f"{sizes} --train-iters 20 --train-data-path {first} --valid-data-path {second}".split()
+    )
+    assert settings_of(parts)["data"] not in {whole, *others}
 
 
 @pytest.fixture(scope="module")

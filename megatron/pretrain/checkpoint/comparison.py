@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from helixpipe.commands.parser import flag_of
 from helixpipe.data.corpus_record import known_corpus
+from helixpipe.data.prefix import DatasetInfo
 from helixpipe.reliability.exit_codes import DataError
 from megatron.pretrain.data.blend import samples_of_parts
 from megatron.pretrain.data.mock import mock_content
@@ -43,7 +44,8 @@ CHANGES_NOTHING = frozenset((
     "wandb_entity", "wandb_save_dir", "record_memory_history", "memory_snapshot_path",
     "manual_gc_interval", "manual_gc_eval", "empty_unused_memory_level",
     # Where files are; what is in the data is compared by itself.
-    "data_path", "data_args_path", "mock_data", "tokenizer_type", "tokenizer_model", "vocab_file",
+    "data_path", "data_args_path", "train_data_path", "valid_data_path", "per_split_data_args_path",
+    "mock_data", "tokenizer_type", "tokenizer_model", "vocab_file",
     "merge_file", "vocab_size",
     "tiktoken_pattern", "tiktoken_num_special_tokens", "data_cache_path", "log_interval",
     "metrics_jsonl", "trace_dir", "failure_dir", "save",
@@ -122,13 +124,15 @@ def settings_of(settings: JobSettings) -> dict[str, Any]:
 def _content(data: DataSettings, training: TrainingSettings) -> str:
     if data.mock_data:
         return mock_content(data.dataset)
-    folders = [cache_folder(corpus.prefix, data.data_cache_path) for corpus in data.corpora]
-    contents = [known_corpus(*found).content for found in zip(data.corpora, folders, strict=True)]
+
+    def content(corpus: DatasetInfo) -> str:
+        return known_corpus(corpus, cache_folder(corpus.prefix, data.data_cache_path)).content
+
     if not data.is_blend:
-        return contents[0]
+        return content(data.dataset)
+    blends = [(*map(content, source.infos), source.weights) for source in data.sources]
     # The order of a blend is one of all samples of the job.
-    blend = [contents, data.weights, samples_of_parts(training)[0]]
-    return hashlib.sha256(json.dumps(blend).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([blends, samples_of_parts(training)[0]]).encode()).hexdigest()
 
 
 def changeable() -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import _get_size_per_split_per_dataset
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
-from megatron.core.datasets.utils import normalize
+from megatron.core.datasets.utils import Split, normalize
 
 from megatron.pretrain.data.index_cache import CachedGPTDataset, build_datasets
 from megatron.pretrain.settings.data_sources import Weights
@@ -77,6 +77,26 @@ def build_blends(
             lengths = [len(dataset) for dataset in datasets if dataset is not None]
             parts.append(_blend(datasets, lengths, min(asked, sum(lengths))))
     return parts
+
+
+def build_part(
+    configs: Sequence[GPTDatasetConfig], weights: Weights, part: Split, size: int, *, reads_data: bool
+) -> Any:
+    """One part from all documents of datasets of its own; collective over all ranks.
+
+    Args:
+        configs: of each dataset, as :func:`build_datasets` takes them but for what they are split into.
+        weights: of each; None for all of its samples once.
+        part: which.
+        size: samples of it, over the job.
+        reads_data: False on ranks that get None.
+    """
+    sizes = [size if other is part else 0 for other in Split]
+    for config in configs:
+        config.split_matrix = [(0.0, 1.0) if other is part else None for other in Split]
+    if len(configs) == 1:
+        return build_datasets(configs[0], sizes, reads_data=reads_data)[part.value]
+    return build_blends(configs, weights, sizes, reads_data=reads_data)[part.value]
 
 
 def _blend(datasets: Sequence[Any], weights: Sequence[float], size: int) -> SampleBlend:

@@ -15,13 +15,14 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
     parse_and_normalize_split,
 )
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.utils import Split
 from torch.utils.data import DataLoader
 
 from helixpipe.data.corpus_record import known_corpus
 from helixpipe.data.prefix import DatasetInfo
 from helixpipe.data.samples import ShuffledOrder
 from helixpipe.layers.documents import documents_of
-from megatron.pretrain.data.blend import build_blends, samples_of_parts
+from megatron.pretrain.data.blend import build_blends, build_part, samples_of_parts
 from megatron.pretrain.data.index_cache import build_datasets, documents_of_part
 from megatron.pretrain.data.mock import build_mock_datasets, mock_content
 from megatron.pretrain.settings.job import DataSettings, JobSettings, TrainingSettings, cache_folder
@@ -95,8 +96,18 @@ def _datasets(settings: JobSettings, *, reads_data: bool) -> Sequence[Any]:
         return build_mock_datasets(config, _ONE_EPOCH) if reads_data else [None] * len(_ONE_EPOCH)
     if not data.is_blend:
         return build_datasets(config, _ONE_EPOCH, reads_data=reads_data)
-    configs = [dataset_config(data, settings.training, corpus) for corpus in data.corpora]
-    return build_blends(configs, data.weights, samples_of_parts(settings.training), reads_data=reads_data)
+    training, sizes = settings.training, samples_of_parts(settings.training)
+    if not data.parts:
+        configs = [dataset_config(data, training, corpus) for corpus in data.corpora]
+        return build_blends(configs, data.weights, sizes, reads_data=reads_data)
+    built = [None] * len(Split)
+    for part, source in zip(Split, data.parts if training.eval_iters else data.parts[:1], strict=False):
+        assert source is not None, "every part that is used has data"
+        configs = [dataset_config(data, training, corpus) for corpus in source.infos]
+        built[part.value] = build_part(
+            configs, source.weights, part, sizes[part.value], reads_data=reads_data
+        )
+    return built
 
 
 def dataset_config(

@@ -14,7 +14,8 @@ from megatron.pretrain.settings.job import JobSettings
 
 # Of one rank or one host, or without effect on the numbers.
 _MAY_DIFFER = frozenset((
-    "data_path", "data_args_path", "data_cache_path", "num_workers", "metrics_jsonl", "trace_dir",
+    "data_path", "data_args_path", "train_data_path", "valid_data_path",
+    "per_split_data_args_path", "data_cache_path", "num_workers", "metrics_jsonl", "trace_dir",
     "save", "load",
     "failure_dir", "log_interval", "hardware", "plan", "hang_timeout_s", "elastic_costs",
     "tokenizer_model", "vocab_file", "merge_file",
@@ -57,8 +58,10 @@ def fingerprint(settings: JobSettings) -> dict[str, str]:
         f"data set, {k}": v for k, v in dataclasses.asdict(settings.data.dataset).items() if k != "prefix"
     }
     if settings.data.is_blend:
-        sizes = [(corpus.num_documents, corpus.num_tokens) for corpus in settings.data.corpora]
-        found["data set, blend"] = (settings.data.weights, sizes)
+        found["data set, blend"] = [
+            (source.weights, [(info.num_documents, info.num_tokens) for info in source.infos])
+            for source in settings.data.sources
+        ]
     if settings.schedule.plan is not None:
         found["plan"] = settings.schedule.plan.fingerprint[:16]
     found |= versions()

@@ -27,7 +27,7 @@ from megatron.pretrain.checkpoint.files import is_same_folder
 from megatron.pretrain.data.gpt import check_split
 from megatron.pretrain.data.mock import describe_mock
 from megatron.pretrain.settings.context_parallel import check_shared_sequences
-from megatron.pretrain.settings.data_sources import Blend, choose_blend, summary_of
+from megatron.pretrain.settings.data_sources import Blend, Corpora, choose_blend, summary_of
 from megatron.pretrain.settings.elastic_job import derive_elastic
 from megatron.pretrain.settings.ending import ending_of
 from megatron.pretrain.settings.experts import check_experts_under
@@ -230,7 +230,8 @@ def _check_attention(args: argparse.Namespace, entry: Schedule) -> None:
 
 def _check_schedule(args: argparse.Namespace, entry: Schedule, *, is_chosen: bool) -> None:
     _check_attention(args, entry)
-    if entry.execution is Execution.CHUNKS and args.blend is not None and args.blend.is_mixed:
+    is_mixed = args.part_blends is not None or (args.blend is not None and args.blend.is_mixed)
+    if entry.execution is Execution.CHUNKS and is_mixed:
         raise ValueError(
             f"--pipeline-schedule {args.pipeline_schedule} blends no datasets; give --data-path one prefix "
             "and no weight"
@@ -298,12 +299,25 @@ def _tokenizer(args: argparse.Namespace) -> TokenizerSettings | None:
 def _inspect_data(args: argparse.Namespace, execution: Execution) -> DatasetInfo:
     if args.mock_data:
         return describe_mock(args.tokenizer, execution)
-    blend: Blend = args.blend
-    args.corpora = tuple(_inspect_corpus(args, execution, prefix) for prefix in blend.prefixes)
+    if args.part_blends is None:
+        args.corpora = _inspect_blend(args, execution, args.blend, args.split)
+        return summary_of(args.corpora)
+    args.parts = tuple(
+        blend and Corpora(_inspect_blend(args, execution, blend, "100,0,0"), blend.weights)
+        for blend in args.part_blends
+    )
+    found = [info for part in args.parts if part is not None for info in part.infos]
+    args.corpora = tuple({info.prefix: info for info in found}.values())
     return summary_of(args.corpora)
 
 
-def _inspect_corpus(args: argparse.Namespace, execution: Execution, prefix: str) -> DatasetInfo:
+def _inspect_blend(
+    args: argparse.Namespace, execution: Execution, blend: Blend, split: str
+) -> tuple[DatasetInfo, ...]:
+    return tuple(_inspect_corpus(args, execution, prefix, split) for prefix in blend.prefixes)
+
+
+def _inspect_corpus(args: argparse.Namespace, execution: Execution, prefix: str, split: str) -> DatasetInfo:
     info = describe_prefix(prefix, args.tokenizer)
     folder = cache_folder(prefix, args.data_cache_path)
     if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -322,7 +336,7 @@ def _inspect_corpus(args: argparse.Namespace, execution: Execution, prefix: str)
         )
     if execution.joins_documents:
         _check_cache_folder(folder)
-    check_split(args.split, info, with_validation=args.eval_iters > 0)
+    check_split(split, info, with_validation=args.eval_iters > 0 and args.part_blends is None)
     return info
 
 

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helixpipe.data.prefix import DatasetInfo
+from helixpipe.json_input import parse_object
 
 Weights = tuple[float, ...] | None
+
+DEFAULT_SPLIT = "969,30,1"
 
 
 @dataclass(frozen=True)
@@ -31,29 +34,47 @@ class Blend:
         return len(self.prefixes) > 1 or self.weights is not None
 
 
+@dataclass(frozen=True)
+class Corpora:
+    """The datasets of a blend, as their headers describe them."""
+
+    infos: tuple[DatasetInfo, ...]
+    weights: Weights
+
+
 def choose_blend(args: argparse.Namespace) -> None:
-    """Set ``blend``, None for made-up documents, its ``weights``, and ``corpora`` where they are given.
+    """Set what data the job has, of its options, and what is known of them where ``dataset`` is given.
 
     Args:
-        args: parsed; ``dataset`` stands in for the files, if it is there.
+        args: parsed. Gets ``blend``, which ``--split`` divides, or ``part_blends`` for training and
+            validation; both are None for made-up documents. Gets ``corpora``, ``weights`` and ``parts`` as
+            :class:`~megatron.pretrain.settings.job.DataSettings` has them; empty until files are looked at.
 
     Raises:
-        ValueError: as :func:`_blend_of`.
+        ValueError: no source of data, several, or words that are no blend.
     """
-    args.blend = _blend_of(args)
+    args.blend, args.part_blends = None, None
+    source = _source_of(args)
+    if source == "--data-path":
+        args.blend = parse_blend(source, args.data_path)
+    elif source == "--data-args-path":
+        args.blend = parse_blend(f"{source} {args.data_args_path}", _words_of(args.data_args_path))
+    elif source != "--mock-data":
+        args.part_blends = _part_blends(args, source)
+    stand_in = () if args.dataset is None or args.mock_data else (args.dataset,)
     args.weights = None if args.blend is None else args.blend.weights
-    args.corpora = () if args.dataset is None or args.mock_data else (args.dataset,)
+    args.corpora, args.parts = stand_in, ()
+    if stand_in and args.part_blends is not None:
+        args.parts = tuple(blend and Corpora(stand_in, None) for blend in args.part_blends)
 
 
-def _blend_of(args: argparse.Namespace) -> Blend | None:
-    """What ``--data-path``, ``--data-args-path`` and ``--mock-data`` ask for; None for made-up documents.
-
-    Raises:
-        ValueError: none of them, several of them, or words that are no blend.
-    """
+def _source_of(args: argparse.Namespace) -> str:
+    """The option that names the data; ``--train-data-path`` for any of its kind."""
     given = {
         "--data-path": args.data_path is not None,
         "--data-args-path": args.data_args_path is not None,
+        "--train-data-path": args.train_data_path is not None or args.valid_data_path is not None,
+        "--per-split-data-args-path": args.per_split_data_args_path is not None,
         "--mock-data": args.mock_data,
     }
     names = [name for name, is_given in given.items() if is_given]
@@ -61,11 +82,44 @@ def _blend_of(args: argparse.Namespace) -> Blend | None:
         raise ValueError(f"{' and '.join(names)} are two sources of data; leave one out")
     if not names:
         raise ValueError("there is no data; give --data-path PREFIX, or --mock-data")
-    if args.mock_data:
-        return None
-    if args.data_args_path is None:
-        return parse_blend("--data-path", args.data_path)
-    return parse_blend(f"--data-args-path {args.data_args_path}", _words_of(args.data_args_path))
+    return names[0]
+
+
+def _part_blends(args: argparse.Namespace, source: str) -> tuple[Blend | None, Blend | None]:
+    """Of training and validation, each from datasets of its own."""
+    if source == "--train-data-path":
+        words = {"train": args.train_data_path, "valid": args.valid_data_path}
+        named = {"train": "--train-data-path", "valid": "--valid-data-path"}
+    else:
+        words = _parts_in(args.per_split_data_args_path)
+        named = {part: f"{source} {args.per_split_data_args_path}: {part}" for part in words}
+    if args.split != DEFAULT_SPLIT:
+        raise ValueError(f"--split {args.split} divides datasets, and {source} names those of each part")
+    if not words.get("train"):
+        raise ValueError(f"{source} names no data to train on; add them")
+    if args.eval_iters and not words.get("valid"):
+        raise ValueError(f"--eval-iters {args.eval_iters} needs data for validation; add --valid-data-path")
+    train, valid = (
+        parse_blend(named[part], words[part]) if words.get(part) else None for part in ("train", "valid")
+    )
+    return train, valid
+
+
+def _parts_in(path: Path) -> dict[str, list[str]]:
+    """The words of each part in a file of JSON; nothing is tested here, so ``test`` is not looked at."""
+    try:
+        found = parse_object(path.read_bytes(), str(path))
+    except OSError as error:
+        raise ValueError(f"--per-split-data-args-path {path} cannot be read ({error.strerror})") from None
+    known = ("train", "valid", "test")
+    for part, words in found.items():
+        is_list = words is None or (isinstance(words, list) and all(isinstance(word, str) for word in words))
+        if part not in known or not is_list:
+            raise ValueError(
+                f"--per-split-data-args-path {path}: {part!r:.40} is not understood; give the words of "
+                f"--data-path as lists of texts under {', '.join(known)}"
+            )
+    return found
 
 
 def parse_blend(source: str, words: Sequence[str]) -> Blend:

@@ -17,6 +17,7 @@ from helixpipe.data.prefix import DatasetInfo
 from helixpipe.elastic import ElasticJob
 from helixpipe.layers.recomputing_layer import MemorySaving
 from helixpipe.plan.cost_model import Workload
+from megatron.pretrain.settings.data_sources import Corpora, Weights
 from megatron.pretrain.settings.ending import Ending
 from megatron.pretrain.settings.housekeeping import HousekeepingSettings
 from megatron.pretrain.settings.learning_rate import LearningRate
@@ -200,12 +201,14 @@ class DataSettings:
     Attributes:
         corpora: the datasets of ``--data-path``; empty with ``mock_data``, which has no files.
         weights: the share of samples from each; None for all samples of each.
+        parts: those of training and of validation, if they are not divided by ``split``; else empty.
         ends_at_documents: attention has to find the documents in joined sequences.
         dataset: what the headers of their files say, of all together.
     """
 
     corpora: tuple[DatasetInfo, ...]
-    weights: tuple[float, ...] | None
+    weights: Weights
+    parts: tuple[Corpora | None, ...]
     mock_data: bool
     split: str
     data_cache_path: Path | None
@@ -218,8 +221,13 @@ class DataSettings:
 
     @property
     def is_blend(self) -> bool:
-        """Whether samples of several datasets are mixed."""
-        return len(self.corpora) > 1 or self.weights is not None
+        """Whether samples are those of Megatron's builder for the whole job, mixed or of parts."""
+        return len(self.corpora) > 1 or self.weights is not None or bool(self.parts)
+
+    @property
+    def sources(self) -> tuple[Corpora, ...]:
+        """What is divided into parts, or the datasets of each part."""
+        return tuple(filter(None, self.parts)) or (Corpora(self.corpora, self.weights),)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,18 +32,18 @@ SUPPORTED = frozenset(
     no-gradient-accumulation-fusion no-load-optim no-log-loss-scale-to-tensorboard no-manual-gc-eval
     no-rope-freq norm-epsilon normalization num-attention-heads num-experts num-layers
     num-layers-per-virtual-pipeline-stage num-query-groups num-workers openai-gelu optimizer
-    overlap-grad-reduce overlap-param-gather padded-vocab-size pipeline-model-parallel-size
-    position-embedding-type pretrained-checkpoint profile profile-ranks profile-step-end
-    profile-step-start qk-layernorm quick-geglu recompute-granularity recompute-method recompute-modules
-    recompute-num-layers record-memory-history reset-attention-mask reset-position-ids
+    overlap-grad-reduce overlap-param-gather padded-vocab-size per-split-data-args-path
+    pipeline-model-parallel-size position-embedding-type pretrained-checkpoint profile profile-ranks
+    profile-step-end profile-step-start qk-layernorm quick-geglu recompute-granularity recompute-method
+    recompute-modules recompute-num-layers record-memory-history reset-attention-mask reset-position-ids
     rope-scaling-factor rotary-base rotary-percent rotary-scaling-factor
     rotary-seq-len-interpolation-factor save save-interval seed seq-length sequence-parallel
     sgd-momentum softmax-type split start-weight-decay swiglu tensor-model-parallel-size tensorboard-dir
     tensorboard-log-interval tensorboard-queue-size tiktoken-num-special-tokens tiktoken-pattern
-    tokenizer-model tokenizer-type train-iters train-samples transformer-impl
-    untie-embeddings-and-output-weights use-distributed-optimizer use-rope-scaling vocab-file vocab-size
-    wandb-entity wandb-exp-name wandb-project wandb-save-dir weight-decay weight-decay-incr-style
-    window-attn-skip-freq window-size yarn-beta-fast yarn-beta-slow
+    tokenizer-model tokenizer-type train-data-path train-iters train-samples transformer-impl
+    untie-embeddings-and-output-weights use-distributed-optimizer use-rope-scaling valid-data-path
+    vocab-file vocab-size wandb-entity wandb-exp-name wandb-project wandb-save-dir weight-decay
+    weight-decay-incr-style window-attn-skip-freq window-size yarn-beta-fast yarn-beta-slow
     yarn-original-max-position-embeddings
     """.split()
 )
@@ -136,6 +136,9 @@ NEEDLESS: dict[str, str] = {
         replication-factor= mask-prob= short-seq-prob= sample-rate=1.0,1 adlr-autoresume-interval=
         moe-layer-freq=1 mtp-loss-scaling-factor= qk-clip-alpha= qk-clip-threshold= mup-width-mult=1,1.0
         mup-embedding-mult=1,1.0 mup-output-mult=1,1.0 mup-attn-scale-power= cpu-offloading-num-layers=0
+    """,
+    "nothing is tested once training is over": """
+        test-data-path=+
     """,
     "nothing here depends on it": """
         no-data-sharding disable-msc bert-no-binary-head
@@ -394,11 +397,11 @@ REFUSED: dict[str, str] = {
         dataloader-type disable-pad-vocab-size disable-tokenizer-sentencepiece-ignore-extra-whitespaces
         no-pad-vocab-size
         no-tokenizer-sentencepiece-ignore-extra-whitespaces null-tokenizer-eod-id null-tokenizer-pad-id
-        object-storage-cache-path per-dataset-sequences-path per-split-data-args-path sample-rate sft
-        sft-tokenizer-prompt-format test-data-path tiktoken-special-tokens
+        object-storage-cache-path per-dataset-sequences-path sample-rate sft
+        sft-tokenizer-prompt-format tiktoken-special-tokens
         tokenizer-hf-include-special-tokens tokenizer-hf-no-include-special-tokens
         tokenizer-hf-no-use-fast tokenizer-hf-use-fast tokenizer-metadata tokenizer-sentencepiece-legacy
-        tokenizer-special-tokens train-data-path trust-remote-code valid-data-path vocab-extra-ids
+        tokenizer-special-tokens trust-remote-code vocab-extra-ids
     """,
     "it is for tests of Megatron; remove it": """
         enable-experimental enable-msc test-mode

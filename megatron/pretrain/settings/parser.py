@@ -12,6 +12,7 @@ from helixpipe.commands.tokenizer_arguments import VOCABULARY, add_tokenizer_arg
 from helixpipe.layers.attention.choice import AUTO as AUTO_BACKEND
 from helixpipe.layers.attention.choice import BACKENDS, FAMILIES, UNFUSED
 from helixpipe.plan.schedules.request import ATTENTION_RANGES, HEAD_PLACEMENTS, ROUND_ORDERS
+from megatron.pretrain.settings.data_sources import DEFAULT_SPLIT
 from megatron.pretrain.settings.elastic_job import add_elastic_arguments
 from megatron.pretrain.settings.ending import add_ending_arguments
 from megatron.pretrain.settings.experts import add_expert_arguments
@@ -240,6 +241,14 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "are blended: all samples of each, or by weights, each before its prefix",
     )
     add("--data-args-path", type=Path, metavar="FILE", help="a text file with the words of --data-path")
+    add("--train-data-path", nargs="+", metavar="PREFIX", help="as --data-path, for training alone")
+    add("--valid-data-path", nargs="+", metavar="PREFIX", help="as --data-path, for validation alone")
+    add(
+        "--per-split-data-args-path",
+        type=Path,
+        metavar="FILE",
+        help="JSON with the words of --data-path in lists, under train and valid",
+    )
     add(
         "--mock-data",
         action="store_true",
@@ -253,7 +262,7 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of a --tokenizer-type that has none in its files: for NullTokenizer without the end token",
     )
-    add("--split", type=_split, default="969,30,1", help="documents for training, validation, test")
+    add("--split", type=_split, default=DEFAULT_SPLIT, help="documents for training, validation, test")
     add("--data-cache-path", type=Path, help="default: the folder cache beside the data")
     add("--num-workers", type=Whole(least=0, most=1024), default=0, help="processes that read ahead")
     add("--eod-mask-loss", action="store_true", help="no loss at ends of documents")
