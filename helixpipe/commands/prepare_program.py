@@ -31,7 +31,7 @@ from helixpipe.data.text_tokenizers import END_OF_DOCUMENT, TokenizerSettings
 
 _TEXT_KEY = "text"
 _RESPONSE_KEY = "response"
-_KINDS = {Format.TEXT: "text", Format.JSONL: "JSON lines"}
+_KINDS = {Format.TEXT: "text", Format.JSONL: "JSON lines", Format.PARQUET: "Parquet"}
 
 
 class _Stopped(BaseException):
@@ -226,8 +226,8 @@ def _print_warnings(summary: PreparationSummary, program: str) -> None:
             f"the first is {summary.undecodable_files[0]}",
             file=sys.stderr,
         )
-    if len(summary.formats) > 1:
-        lines = summary.formats[Format.JSONL]
+    lines = summary.formats.get(Format.JSONL, 0)
+    if lines and Format.TEXT in summary.formats:
         print(
             f"{program}: warning: {lines} of {summary.input_files} files are JSON lines, of which each line "
             "is a document; of the others each file is one: give --format if they should be read alike",

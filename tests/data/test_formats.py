@@ -119,7 +119,7 @@ BINARY = {
     "control": (b"\x01\x02a" * 100, "is a binary file"),
     "zip": (archive("zip"), "is a zip archive"),
     "tar": (archive("tar"), "is a tar archive"),
-    "parquet": (b"PAR1" + TEXT * 9, "is Parquet: convert it to JSON lines"),
+    "arrow": (b"ARROW1" + TEXT * 9, "is Arrow: convert it to Parquet"),
     "zstandard": (b"\x28\xb5\x2f\xfd" + TEXT, "is Zstandard data: decompress it first"),
     "twice": (gzip.compress(bz2.compress(TEXT)), "is compressed twice"),
     "tar.gz": (gzip.compress(archive("tar")), "is a tar archive"),

@@ -1,4 +1,4 @@
-"""What an input file holds, found by looking into it: text or JSON lines, plain or compressed.
+"""What an input file holds, found by looking into it: Parquet, or text or JSON lines, plain or compressed.
 
 A file's name decides nothing, except that one called .json, .jsonl or .ndjson must hold JSON lines.
 """
@@ -23,6 +23,7 @@ class Format(str, Enum):
 
     TEXT = "text"  # the file is one document
     JSONL = "jsonl"  # every line is a JSON object with one document
+    PARQUET = "parquet"  # every row is one
 
 
 class Inspected(NamedTuple):
@@ -40,14 +41,15 @@ MOST_DAMAGE = 0.3
 _HEAD_BYTES = 1 << 16
 _COMPRESSIONS: dict[bytes, str] = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz"}
 _OPEN: dict[str, Callable[..., Any]] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
+_PARQUET = b"PAR1"
 _BINARY = {
     b"\x28\xb5\x2f\xfd": "Zstandard data: decompress it first",
     b"\x04\x22\x4d\x18": "LZ4 data: decompress it first",
     b"7z\xbc\xaf\x27\x1c": "a 7z archive: unpack it first",
     b"PK\x03\x04": "a zip archive, or a file made of one: unpack or convert it first",
     b"Rar!\x1a\x07": "a RAR archive: unpack it first",
-    b"PAR1": "Parquet: convert it to JSON lines",
-    b"ARROW1": "Arrow: convert it to JSON lines",
+    _PARQUET: "Parquet: leave --format out",
+    b"ARROW1": "Arrow: convert it to Parquet",
     b"\x89HDF\r\n": "HDF5: convert it to JSON lines",
     b"SQLite format 3\x00": "an SQLite database: convert it to JSON lines",
     b"%PDF-": "PDF: convert it to text",
@@ -68,11 +70,16 @@ def inspect_file(path: str, wanted: Format | None = None) -> Inspected:
         wanted: the format to read it as; None to find it.
 
     Raises:
-        ValueError: it is neither text nor JSON lines, or its compression is damaged.
+        ValueError: it is neither Parquet nor text nor JSON lines, or its compression is damaged.
         OSError: it cannot be read.
     """
     with open(path, "rb") as plain:
         head = plain.read(_HEAD_BYTES)
+    is_parquet = head.startswith(_PARQUET)
+    if is_parquet and wanted in (None, Format.PARQUET):
+        return Inspected(Format.PARQUET, "")
+    if wanted is Format.PARQUET:
+        raise ValueError(f"{path}: is no Parquet: leave --format out, or leave it out with --exclude")
     compression = next((name for magic, name in _COMPRESSIONS.items() if head.startswith(magic)), "")
     if compression:
         with open_source(path, compression) as (stream, _):

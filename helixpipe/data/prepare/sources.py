@@ -1,4 +1,4 @@
-"""What a corpus is made from: files and folders of text and JSON lines, read piece by piece."""
+"""What a corpus is made from: files and folders of text, JSON lines and Parquet, read piece by piece."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from helixpipe.data.prepare.formats import (
     open_source,
     refuse_damaged,
 )
+from helixpipe.data.prepare.parquet import read_rows
 from helixpipe.data.prepare.pieces import Piece, cut
 from helixpipe.json_input import parse_json
 
@@ -102,10 +103,10 @@ def require_jsonl(sources: Sequence[Source]) -> None:
         ValueError: There is one.
     """
     for source in sources:
-        if source.format is not Format.JSONL:
+        if source.format is Format.TEXT:
             raise ValueError(
-                f"{source.path}: a text file has no prompts: give JSON lines with --prompt-key, or a "
-                "--pattern that takes them alone"
+                f"{source.path}: a text file has no prompts: give JSON lines or Parquet with --prompt-key, "
+                "or a --pattern that takes them alone"
             )
 
 
@@ -121,7 +122,7 @@ def read_pieces(sources: Iterable[Source], reading: Reading, undecodable: set[st
         ValueError: A file cannot be read or is mostly no text, or a line has no text under a key.
     """
     for source in sources:
-        read = _read_json_lines if source.format is Format.JSONL else _read_text
+        read = _READ[source.format]
         try:
             yield from read(source, reading, undecodable)
         except OSError as error:
@@ -186,18 +187,7 @@ def _decoded(stream: IO[bytes], path: str, undecodable: set[str]) -> Iterator[st
 
 
 def _read_json_lines(source: Source, reading: Reading, undecodable: set[str]) -> Iterator[Piece]:
-    path, prompt_key = source.path, reading.prompt_key
-
-    def text_of(value: dict[str, Any], key: str, option: str) -> str:
-        text = _json_text(value, place, key, option)
-        if text.isascii():
-            return text
-        # JSON can escape half of a surrogate pair, which no encoder takes.
-        whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        if whole != text:
-            undecodable.add(path)
-        return whole
-
+    path = source.path
     with open_source(path, source.compression) as (stream, position):
         reported = 0
         for number, line in enumerate(iter(lambda: stream.readline(LONGEST_LINE + 1), b""), start=1):
@@ -207,11 +197,43 @@ def _read_json_lines(source: Source, reading: Reading, undecodable: set[str]) ->
             if line.isspace():
                 continue
             value = _json_object(line, place, reading.json_key)
-            prompt = "" if prompt_key is None else text_of(value, prompt_key, "--prompt-key")
-            option = "--json-key" if prompt_key is None else "--response-key"
-            text = text_of(value, reading.json_key, option)
+            prompt, text = _texts(value, place, reading, path, undecodable)
             read, reported = position() - reported, position()
             yield from _pieces(prompt, text, reading.limit, read)
+
+
+def _read_parquet(source: Source, reading: Reading, undecodable: set[str]) -> Iterator[Piece]:
+    keys = [key for key in (reading.prompt_key, reading.json_key) if key is not None]
+    read, reported = 0.0, 0
+    for number, (row, share) in enumerate(read_rows(source.path, keys), start=1):
+        prompt, text = _texts(row, f"{source.path}: row {number}", reading, source.path, undecodable)
+        read += share * source.size
+        yield from _pieces(prompt, text, reading.limit, int(read) - reported)
+        reported = int(read)
+
+
+# By format, what reads a file piece by piece.
+_READ = {Format.TEXT: _read_text, Format.JSONL: _read_json_lines, Format.PARQUET: _read_parquet}
+
+
+def _texts(
+    value: dict[str, Any], place: str, reading: Reading, path: str, undecodable: set[str]
+) -> tuple[str, str]:
+    """Prompt and text of an object; the prompt is empty where there is none."""
+
+    def text_of(key: str, option: str) -> str:
+        text = _json_text(value, place, key, option)
+        if text.isascii():
+            return text
+        # JSON can escape half of a surrogate pair, which no encoder takes.
+        whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        if whole != text:
+            undecodable.add(path)
+        return whole
+
+    prompt_key = reading.prompt_key
+    prompt = "" if prompt_key is None else text_of(prompt_key, "--prompt-key")
+    return prompt, text_of(reading.json_key, "--json-key" if prompt_key is None else "--response-key")
 
 
 def _pieces(prompt: str, text: str, limit: int | None, input_bytes: int) -> Iterator[Piece]:
