@@ -71,7 +71,7 @@ def _add_elastic(elastic: argparse.ArgumentParser) -> None:
         "--schedule",
         choices=ELASTIC_SCHEDULES,
         default=ELASTIC_SCHEDULES[0],
-        help="1F1B over chunks, which training runs (default), helix over them, or the faster of both",
+        help="1F1B over chunks (default), helix over them, or the faster of both",
     )
     add("--num-slices", type=Whole(), help="of the longest sequence (default: the fastest found)")
     add(
@@ -109,9 +109,10 @@ def _elastic(args: argparse.Namespace) -> None:
         token_capacity=args.token_capacity,
         gap=args.mip_gap,
         time_limit_s=args.time_limit,
+        schedule=args.schedule,
     )
     counts = None if args.num_slices is None else (args.num_slices,)
-    choice = choose_plan(lengths, job, schedule=args.schedule, slice_counts=counts)
+    choice = choose_plan(lengths, job, slice_counts=counts)
     plan = choice.plan
     args.output.write_text(plan.to_json(), encoding="utf-8")
     if args.plan_costs:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from helixpipe.elastic import round_schedule
 from helixpipe.elastic.chunk_schedule import costs_of_recipe, elastic_plan, order_chunks
 from helixpipe.elastic.chunks import Chunk
 from helixpipe.elastic.job import ElasticJob, check_lengths
-from helixpipe.elastic.recipe import Recipe
+from helixpipe.elastic.recipe import BatchRecipe, Recipe
 from helixpipe.elastic.search.planner import SLICE_COUNTS, by_size, chunk_batch
+from helixpipe.elastic.search.round_planner import most_rounds
+from helixpipe.elastic.search.rounds import make_rounds
 from helixpipe.elastic.search.sequence_processor import equal_time_mesh
 from helixpipe.plan.simulation.simulate import simulate
 
 
 def plan_evaluation(
     lengths: Sequence[int], job: ElasticJob, *, slice_counts: Sequence[int] = SLICE_COUNTS
-) -> Recipe:
+) -> BatchRecipe:
     """The recipe whose forward passes are predicted to end first; milliseconds, and the same on every rank.
 
-    One pipeline without checkpointing. Chunks are no larger than training may have them, and of activations
+    One pipeline without checkpointing; of elastic helix, as many rounds as the longest sequence leaves room
+    for. Chunks are no larger than training may have them, and of activations
     only the keys and values of slices outlive their chunk, so what fits in training fits here.
 
     Args:
@@ -30,6 +34,11 @@ def plan_evaluation(
         ValueError: lengths that are none, or chunks that hold more tokens than memory allows.
     """
     lengths = check_lengths(lengths)
+    if job.schedule == round_schedule.SCHEDULE:
+        # Of activations only keys and values outlive their operation.
+        return make_rounds(
+            lengths, job.costs, job.num_stages, most_rounds(lengths), 2, job.recompute or "none"
+        )
     chunkings, reasons = chunk_batch(
         lengths, job, lambda longest, count: equal_time_mesh(longest, count, job.costs), slice_counts
     )

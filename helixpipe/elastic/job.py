@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from helixpipe.elastic.chunk_schedule import SCHEDULE
 from helixpipe.elastic.costs.chunk_costs import ChunkCosts
 from helixpipe.plan.schedules.request import require_multiple
 
@@ -21,6 +22,9 @@ class ElasticJob:
         token_capacity: tokens that a chunk may hold; None for what memory allows.
         gap: share by which the checkpointing solver may miss the least delay.
         time_limit_s: of that solver for one batch, after which the best that it has found is taken.
+        schedule: that batches are trained by, ``elastic`` or ``elastic-helix``, or ``auto`` where they are
+            only planned.
+        recompute: elastic helix: the level of the model, where it is built; None for the planner's choice.
     """
 
     costs: ChunkCosts
@@ -31,6 +35,8 @@ class ElasticJob:
     token_capacity: int | None = None
     gap: float = 0.02
     time_limit_s: float = 6.0
+    schedule: str = SCHEDULE
+    recompute: str | None = None
 
     def __post_init__(self) -> None:
         for name, value in (

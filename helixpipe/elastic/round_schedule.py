@@ -46,6 +46,15 @@ def _rounds(recipe: RoundRecipe, num_layers: int) -> SlicedRounds:
     )
 
 
+def owned_segments(num_layers: int, num_ranks: int, rank: int) -> list[int]:
+    """The segments between attentions whose weights are on ``rank``, whatever batches hold."""
+    none = RoundRecipe((), ((0,) * num_ranks,), "none")
+    rounds = _rounds(none, num_layers)
+    return [
+        segment for segment in range(0, rounds.last + 1, rounds.per_layer) if rounds.owner_of(segment) == rank
+    ]
+
+
 def costs_of_rounds(recipe: RoundRecipe, num_layers: int, costs: ChunkCosts) -> Costs:
     """What the operations and messages of a recipe's plan cost, recomputation included.
 

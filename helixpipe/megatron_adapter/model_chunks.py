@@ -8,6 +8,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
 
+from helixpipe.elastic.round_schedule import ATTENTION_RANGE, owned_segments
 from helixpipe.layers.elastic.context import ContextStore
 from helixpipe.layers.elastic.model import build_elastic_gpt
 from helixpipe.layers.gpt import build_gpt
@@ -38,10 +39,14 @@ def build_model_chunks(
         saving: what to do to keep less for the backward pass.
         arguments: the rest of GPTModel's.
     """
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    if execution is Execution.ROUNDS:
+        owned = owned_segments(config.num_layers, config.pipeline_model_parallel_size, rank)
+        arguments |= {"contexts": ContextStore(), "attention_range": ATTENTION_RANGE, "lends_head": True}
+        return [SegmentedGPTModel(config, implementation, owned, saving=saving, **arguments)]
     if plan is None or execution is Execution.SLICES:
         arguments["recomputes_by_plan"] = plan is None
         return [build_elastic_gpt(config, implementation, saving, **_ends(), **arguments)]
-    rank = parallel_state.get_pipeline_model_parallel_rank()
     owned = [segment for segment in range(plan.num_segments) if plan.owner_of(segment) == rank]
     if execution.cuts_layers:
         if execution.has_slices:

@@ -107,7 +107,7 @@ def make_forward_backward(
         progress: told of every operation as it begins.
     """
     if plan is None:
-        assert execution is Execution.CHUNKS
+        assert execution.plans_batches
         return ElasticForwardBackward(clock=clock, progress=progress)
     return _FROM_PLAN[execution](plan, clock=clock, progress=progress)
 

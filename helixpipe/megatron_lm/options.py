@@ -18,7 +18,7 @@ _OF_PLANS = (
     "num_fold", "attention_range", "head_placement", "round_order", "split_weight_gradients",
     "resend_context", "num_slices",
 )  # fmt: skip
-_OUTSIDE = (None, Execution.CHUNKS)
+_OUTSIDE = (None, Execution.CHUNKS, Execution.ROUNDS)
 _OF_WATCHING = ("hang_timeout_s", "failure_dir")
 _OF_MODELS = ("recompute_levels", "mlp_chunk_size", "loss_chunk_size")
 

@@ -14,11 +14,17 @@ class Execution(Enum):
     SLICES = "whole layers over slices of sequences, by the plan"
     SLICED_SEGMENTS = "layers cut at their attention, over slices of sequences, by the plan"
     CHUNKS = "whole layers over chunks of documents, by a plan for every batch"
+    ROUNDS = "layers cut at their attention, over chunks of documents, by a plan for every batch"
+
+    @property
+    def plans_batches(self) -> bool:
+        """True if every batch has a plan of its own, made by the lengths of its sequences."""
+        return self in (Execution.CHUNKS, Execution.ROUNDS)
 
     @property
     def joins_documents(self) -> bool:
         """True if samples are cut from joined documents, all equally long."""
-        return self is not Execution.CHUNKS
+        return not self.plans_batches
 
     @property
     def recomputes_whole_layers(self) -> bool:
@@ -36,7 +42,7 @@ class Execution(Enum):
     @property
     def cuts_layers(self) -> bool:
         """True if a layer's attention is a segment of its own."""
-        return self in (Execution.SEGMENTS, Execution.SLICED_SEGMENTS)
+        return self in (Execution.SEGMENTS, Execution.SLICED_SEGMENTS, Execution.ROUNDS)
 
     @property
     def has_slices(self) -> bool:
@@ -46,4 +52,4 @@ class Execution(Enum):
     @property
     def cuts_sequences(self) -> bool:
         """True if attention runs over parts of sequences, which attend to the parts before them."""
-        return self.has_slices or self is Execution.CHUNKS
+        return self.has_slices or self.plans_batches

@@ -7,8 +7,8 @@ from itertools import groupby
 from typing import NamedTuple
 
 from helixpipe.data.samples import ShuffledOrder
-from helixpipe.elastic import plan_batch
 from helixpipe.elastic.replicas import share_out
+from helixpipe.elastic.search.choice import choose_plan
 from helixpipe.plan.advise.job import memory_limit
 from helixpipe.plan.cost_model import Hardware, Recompute, costs_of_plan
 from helixpipe.plan.plan import Plan
@@ -87,11 +87,11 @@ def _first_batch(settings: JobSettings) -> Iterator[str]:
     lengths = dataset.lengths[samples].tolist()
     first, *_ = share_out(lengths, job.costs, settings.parallel.data_parallel_size)
     own = [lengths[number] for number in first]
-    found = plan_batch(own, job)
+    found = choose_plan(own, job).plan
     recipe, prediction = found.recipe, found.prediction
     yield (
         f"plan: {name}, of the first batch: {len(own)} sequences, {sum(own)} tokens, the longest {max(own)}, "
-        f"in {len(recipe.chunks)} chunks; chunks of pipelines that follow one another: "
+        f"in {len(recipe.chunks)} chunks; chunks of pipelines or rounds that follow one another: "
         f"{', '.join(map(str, recipe.sizes))}; valid"
     )
     yield (

@@ -10,10 +10,11 @@ from helixpipe.plan.schedules import SCHEDULES
 MAY_NAME = {
     "helixpipe/plan/formulas.py": set(SCHEDULES),
     "helixpipe/elastic/chunk_schedule.py": {"elastic"},  # its own plans
+    "helixpipe/elastic/round_schedule.py": {"elastic-helix"},
     "helixpipe/megatron_adapter/forward_backward.py": {"helix"},  # HelixForwardBackward, for other programs
     "megatron/pretrain/settings/schedule.py": {"1f1b", "interleaved"},  # the defaults
     # A command, a group of options and a row of a table.
-    "helixpipe/commands/batch_planning.py": {"elastic"},
+    "helixpipe/commands/batch_planning.py": {"elastic", "elastic-helix"},
     "megatron/pretrain/settings/elastic_job.py": {"elastic"},
     "helixpipe/report/batch_plan.py": {"elastic"},
 }

@@ -127,6 +127,37 @@ def test_a_checkpoint_of_other_data_is_refused(two_stages, corpus, arguments):
     assert all("\n" not in refusal for refusal in (longest, seed, split, batch))
 
 
+def helix_arguments(arguments):
+    """The same job by rounds of helix; the costs know one level, and need room for it."""
+    words = [word if word != "elastic" else "elastic-helix" for word in arguments]
+    words[words.index(0.005)] = 0.05
+    return [*words, "--recompute-levels", "none", "--pipeline-model-parallel-size", 2]
+
+
+@pytest.mark.slow
+def test_elastic_helix_gives_the_same_losses(two_stages, launch, arguments, tmp_path):
+    """With plans of its own, evaluations and a checkpoint, from which elastic 1F1B goes on."""
+    finished = launch(
+        2, *helix_arguments(arguments), *SPLIT, *EVALUATED, "--metrics-jsonl", tmp_path / "metrics.jsonl",
+        "--trace-dir", tmp_path / "trace", "--save", tmp_path / "saved",
+    )  # fmt: skip
+    assert finished.code == 0, finished.errors
+    rows = metrics_of(tmp_path / "metrics.jsonl")
+    assert [row["schedule"] for row in rows] == ["elastic-helix"] * 4
+    assert losses_of(tmp_path) == pytest.approx(losses_of(two_stages[1]), rel=1e-5)
+    assert validation_losses(finished) == pytest.approx(validation_losses(two_stages[0]), rel=1e-5)
+    plan = Plan.from_json((tmp_path / "trace" / "plan_0000004.json").read_text(encoding="utf-8"))
+    assert plan.schedule == "elastic-helix"
+    assert plan.slices
+    assert all(row["predicted_ms"] > 0 and row["num_pipelines"] >= 1 for row in rows)
+    further = launch(
+        2, *arguments, *SPLIT, "--load", tmp_path / "saved", "--allow-changed", "pipeline-schedule",
+        "--pipeline-model-parallel-size", 2, "--train-iters", 5,
+    )  # fmt: skip
+    assert further.code == 0, further.errors
+    assert "going on from iteration 4" in further.output
+
+
 @pytest.mark.slow
 def test_one_rank_gives_the_same_losses(two_stages, launch_alone, arguments, tmp_path):
     finished = launch_alone(*arguments, *SPLIT, *EVALUATED, "--metrics-jsonl", tmp_path / "metrics.jsonl")

@@ -83,7 +83,7 @@ def test_answers_hold_every_failure(monkeypatch):
     def fail(*arguments, **options):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("helixpipe.elastic.service.planner_process.plan_batch", fail)
+    monkeypatch.setattr("helixpipe.elastic.service.planner_process.choose_plan", fail)
     assert answer(request).error == "ZeroDivisionError: a bug"
 
 

@@ -19,8 +19,8 @@ def job(limit_bytes=2**50, **changes):
     return ElasticJob(**{"costs": COSTS, **sizes, **changes})
 
 
-def choose(lengths, the_job, **arguments):
-    return choose_plan(lengths, the_job, slice_counts=COUNTS, **arguments)
+def choose(lengths, the_job, schedule="auto"):
+    return choose_plan(lengths, replace(the_job, schedule=schedule), slice_counts=COUNTS)
 
 
 def test_the_faster_of_both_is_taken():

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helixpipe.elastic import ElasticJob, ElasticPlan, ideal_costs, predict_chunk_costs
+from helixpipe.elastic import ElasticJob, ElasticPlan, ideal_costs, plan_evaluation, predict_chunk_costs
 from helixpipe.elastic.chunks import ChunkKind
 from helixpipe.elastic.round_recipe import RoundRecipe
-from helixpipe.elastic.round_schedule import costs_of_rounds, round_plan
+from helixpipe.elastic.round_schedule import costs_of_rounds, owned_segments, round_plan
 from helixpipe.elastic.sample import skewed_lengths
+from helixpipe.elastic.search.quick_plan import plan_quickly
 from helixpipe.elastic.search.round_planner import plan_rounds
 from helixpipe.elastic.search.rounds import fill_rounds, make_rounds
 from helixpipe.plan import PlanError, ScheduleRequest, validate
@@ -234,6 +235,28 @@ def test_more_rounds_and_then_recomputation_make_it_fit():
         plan_rounds(lengths, job(0.02 * peak, costs=costs))
     with pytest.raises(ValueError, match="raise the token capacity"):
         plan_rounds(lengths, job(costs=costs, token_capacity=100))
+
+
+def test_a_built_model_has_one_level_which_plans_take():
+    """Also the quick plan, and that of an evaluation."""
+    the_job = job(costs=three_levels(), schedule="elastic-helix", recompute="products")
+    for plan in (plan_rounds(MIXED, the_job), plan_quickly(MIXED, the_job)):
+        assert (plan.plan.schedule, plan.recipe.recompute) == ("elastic-helix", "products")
+        assert plan.prediction.recompute > 0
+    recipe = plan_evaluation(MIXED, the_job)
+    assert isinstance(recipe, RoundRecipe)
+    assert recipe.recompute == "products"
+    recipe.check(MIXED)
+    with pytest.raises(ValueError, match="no level of recomputation 'products'"):
+        plan_rounds(MIXED, job(recompute="products"))
+
+
+def test_weights_are_where_plans_of_any_batch_have_them():
+    for p, layers in ((1, 2), (3, 4), (4, 4)):
+        plan = round_plan(rounds(MIXED, p), layers)
+        for rank in range(p):
+            owned = [s for s in range(0, plan.num_segments, 2) if plan.owner_of(s) == rank]
+            assert owned_segments(layers, p, rank) == owned
 
 
 def test_costs_without_a_cut_are_refused_by_name():

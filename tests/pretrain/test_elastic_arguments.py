@@ -18,6 +18,7 @@ LINE = (
     "--global-batch-size 8 --train-iters 10 --lr 1e-3 --data-path unused --pipeline-model-parallel-size 2"
 )
 ELASTIC = f"{LINE} --pipeline-schedule elastic --memory-limit-gib 2"
+HELIX = f"{LINE} --pipeline-schedule elastic-helix --memory-limit-gib 2 --elastic-costs {{costs}}"
 DATASET = DatasetInfo("unused", 300, 0, 100, 10_000, 500)
 
 
@@ -59,8 +60,11 @@ def test_sequence_parallelism_pads_chunks(parse, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (f"{LINE} --elastic-costs {{costs}}", "--elastic-costs is for --pipeline-schedule elastic; leave it"),
-        (f"{LINE} --max-seq-length 8", "--max-seq-length is for --pipeline-schedule elastic; leave it out"),
+        (
+            f"{LINE} --elastic-costs {{costs}}",
+            "--elastic-costs is for --pipeline-schedule elastic and elastic-helix",
+        ),
+        (f"{LINE} --max-seq-length 8", "--max-seq-length is for --pipeline-schedule elastic and elastic-"),
         (ELASTIC, "elastic needs --elastic-costs FILE, as python -m helixpipe elastic-costs writes it"),
         (f"{ELASTIC} --max-seq-length 0", "--max-seq-length: must be at least 1"),
         (
@@ -71,6 +75,13 @@ def test_sequence_parallelism_pads_chunks(parse, tmp_path):
             f"{ELASTIC} --elastic-costs {{costs}} --tensor-model-parallel-size 2",
             "are for tensor-parallel size 1, the job has 2; make them anew",
         ),
+        (f"{HELIX} --num-fold 2", "cannot honour --num-fold: .*; leave it out"),
+        (f"{HELIX} --recompute-levels products", "know no level of recomputation 'products'; known: none"),
+        (
+            f"{HELIX} --recompute-levels none:2,products:2",
+            "elastic-helix has one level for all layers; give one",
+        ),
+        (f"{HELIX} --recompute-granularity selective", "recomputes by --recompute-without-attention"),
         (f"{ELASTIC} --elastic-costs {{costs}} --num-layers 5", "number of layers .* multiple"),
         (f"{ELASTIC} --micro-batch-size 2", "cannot honour --micro-batch-size: .*; give 1"),
         (f"{ELASTIC} --num-fold 2", "cannot honour --num-fold: .*; leave it out"),
@@ -87,3 +98,17 @@ def test_what_does_not_fit_is_refused(parse, words, message):
     with pytest.raises(ValueError, match=message) as caught:
         parse(words)
     assert "\n" not in str(caught.value)
+
+
+def test_elastic_helix_is_planned_at_the_models_level(parse, tmp_path):
+    settings = parse(f"{HELIX} --recompute-levels none")
+    assert (settings.elastic_job.schedule, settings.elastic_job.recompute) == ("elastic-helix", "none")
+    assert not settings.memory.memory_saving.recomputes
+    assert settings.schedule.plan is None
+    made = make_forward_backward(settings.schedule.execution, None, NullClock())
+    assert isinstance(made, ElasticForwardBackward)
+    assert parse(f"{ELASTIC} --elastic-costs {{costs}}").elastic_job.schedule == "elastic"
+    old = tmp_path / "old.json"
+    old.write_text(costs_to_json(replace(ideal_costs(), cut=None)), encoding="utf-8")
+    with pytest.raises(ValueError, match="do not say how a layer's costs fall to attention and the rest"):
+        parse(f"{HELIX.replace('{costs}', str(old))} --recompute-levels none")

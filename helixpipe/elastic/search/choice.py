@@ -52,28 +52,26 @@ def choose_plan(
     lengths: Sequence[int],
     job: ElasticJob,
     *,
-    schedule: str = AUTO,
     slice_counts: Sequence[int] | None = None,
 ) -> Choice:
-    """Plan a batch by each schedule, or by the one that is asked for, and take the fastest plan that fits.
+    """Plan a batch by the schedule of the job, or by each, and take the fastest plan that fits.
 
     Args:
         lengths: tokens of every sequence.
-        job: what it is planned for.
-        schedule: one of ``SCHEDULES``, or ``AUTO`` for the fastest.
+        job: what it is planned for; its schedule is one of ``SCHEDULES``, or ``AUTO`` for the fastest.
         slice_counts: see :func:`.planner.plan_batch`; None for the usual ones, and up to 64 with ``AUTO``.
             Elastic helix has as many slices as its slots ask for.
 
     Raises:
         ValueError: nothing that is asked for fits; the message says what lacks.
     """
-    counts = slice_counts or (SLICE_COUNTS if schedule == AUTO else planner.SLICE_COUNTS)
+    counts = slice_counts or (SLICE_COUNTS if job.schedule == AUTO else planner.SLICE_COUNTS)
     planners: dict[str, Callable[[], ElasticPlan]] = {
         chunk_schedule.SCHEDULE: lambda: planner.plan_batch(lengths, job, slice_counts=counts),
         round_schedule.SCHEDULE: lambda: plan_rounds(lengths, job),
     }
-    if schedule != AUTO:
-        return Choice(planners[schedule](), {})
+    if job.schedule != AUTO:
+        return Choice(planners[job.schedule](), {})
     plans: dict[str, ElasticPlan] = {}
     reasons: dict[str, str] = {}
     for name, plan in planners.items():

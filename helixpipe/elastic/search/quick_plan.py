@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from helixpipe.elastic import round_schedule
 from helixpipe.elastic.chunk_schedule import order_chunks
 from helixpipe.elastic.chunks import Chunk
 from helixpipe.elastic.elastic_plan import ElasticPlan
@@ -13,6 +14,7 @@ from helixpipe.elastic.search.memory_rows import PipelineMemory
 from helixpipe.elastic.search.message_room import fit_messages
 from helixpipe.elastic.search.planner import SLICE_COUNTS, checkpoint_pipelines, group_for
 from helixpipe.elastic.search.recomputation import Checkpointing, uniform_checkpointing
+from helixpipe.elastic.search.round_planner import plan_rounds
 from helixpipe.elastic.search.sequence_processor import equal_time_mesh, make_chunks
 
 
@@ -24,7 +26,8 @@ def num_slices_of(recipe: BatchRecipe) -> int:
 def plan_quickly(lengths: Sequence[int], job: ElasticJob, num_slices: int = 1) -> ElasticPlan:
     """A plan that fits, without a search for the best: nothing is solved, and one K is tried if it fits.
 
-    Every chunk and stage of a pipeline checkpoints the same number of layers, the least that fits.
+    Every chunk and stage of a pipeline checkpoints the same number of layers, the least that fits. Elastic
+    helix gets as many rounds as the longest sequence leaves room for.
 
     Args:
         lengths: tokens of every sequence.
@@ -35,6 +38,8 @@ def plan_quickly(lengths: Sequence[int], job: ElasticJob, num_slices: int = 1) -
         ValueError: nothing fits.
     """
     lengths = check_lengths(lengths)
+    if job.schedule == round_schedule.SCHEDULE:
+        return plan_rounds(lengths, job, round_counts=(), folds=(2,))
     longest = max(lengths)
     reasons: list[str] = []
     for count in dict.fromkeys(min(count, longest) for count in (num_slices, *SLICE_COUNTS)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from helixpipe.elastic.elastic_plan import ElasticPlan, predict
@@ -52,12 +52,20 @@ class _Shortage(ValueError):
         )
 
 
-def plan_rounds(lengths: Sequence[int], job: ElasticJob) -> ElasticPlan:
+def plan_rounds(
+    lengths: Sequence[int],
+    job: ElasticJob,
+    *,
+    round_counts: Sequence[int] = ROUND_COUNTS,
+    folds: Sequence[int] = FOLDS,
+) -> ElasticPlan:
     """The fastest plan of elastic helix found for a batch; the same each time.
 
     Args:
         lengths: tokens of every sequence.
         job: what it is planned for.
+        round_counts: numbers of rounds to try, beside the most that the longest sequence leaves room for.
+        folds: chunks of a slot to try.
 
     Raises:
         ValueError: lengths that are none, costs that do not tell a layer's parts, or nothing fits; the
@@ -65,8 +73,11 @@ def plan_rounds(lengths: Sequence[int], job: ElasticJob) -> ElasticPlan:
     """
     lengths = check_lengths(lengths)
     levels = [level.recompute for level in cut_of(job.costs).levels]
+    if job.recompute is not None:
+        levels = [cut_of(job.costs).level(job.recompute).recompute]
     shortages: list[_Shortage] = []
-    candidates = list(_candidates(lengths, job, levels, shortages))
+    recipes = _recipes(lengths, job, round_counts, folds, levels[0])
+    candidates = list(_candidates(recipes, job, levels, shortages))
     heapq.heapify(candidates)
     while candidates:
         found = heapq.heappop(candidates)
@@ -90,22 +101,35 @@ def plan_rounds(lengths: Sequence[int], job: ElasticJob) -> ElasticPlan:
     )
 
 
+def most_rounds(lengths: Sequence[int]) -> int:
+    """Beyond, a round of one sequence is the longest, and the others get shorter for nothing."""
+    return max(1, sum(lengths) // max(lengths))
+
+
+def _recipes(
+    lengths: Sequence[int], job: ElasticJob, round_counts: Sequence[int], folds: Sequence[int], level: str
+) -> Iterator[list[RoundRecipe]]:
+    """Rounds to choose from, those of a number together."""
+    most = most_rounds(lengths)
+    for count in [*(count for count in round_counts if count < most), most]:
+        made = (make_rounds(lengths, job.costs, job.num_stages, count, fold, level) for fold in folds)
+        capacity = job.token_capacity
+        yield [recipe for recipe in made if not capacity or max(c.tokens for c in recipe.chunks) <= capacity]
+
+
 def _candidates(
-    lengths: Sequence[int], job: ElasticJob, levels: Sequence[str], shortages: list[_Shortage]
+    recipes: Iterable[Sequence[RoundRecipe]],
+    job: ElasticJob,
+    levels: Sequence[str],
+    shortages: list[_Shortage],
 ) -> Iterator[_Candidate]:
     """Rounds with the least recomputation that fits without messages."""
-    further = _FURTHER
-    # Beyond, a round of one sequence is the longest, and the others get shorter for nothing.
-    most = max(1, sum(lengths) // max(lengths))
-    number = 0
-    for count in [count for count in ROUND_COUNTS if count < most] + [most]:
+    further, number = _FURTHER, 0
+    for of_count in recipes:
         if further < 0:
             return
         is_easy = False
-        for fold in FOLDS:
-            recipe = make_rounds(lengths, job.costs, job.num_stages, count, fold, levels[0])
-            if job.token_capacity and max(chunk.tokens for chunk in recipe.chunks) > job.token_capacity:
-                continue
+        for recipe in of_count:
             found = _least_recomputed(recipe, levels, job, shortages)
             if found is not None:
                 number += 1

@@ -18,7 +18,7 @@ from queue import SimpleQueue
 
 from helixpipe.elastic.elastic_plan import ElasticPlan
 from helixpipe.elastic.job import ElasticJob
-from helixpipe.elastic.search.planner import plan_batch
+from helixpipe.elastic.search.choice import choose_plan
 
 # How much it gives way to training where no core is idle.
 _NICENESS = 10
@@ -27,7 +27,7 @@ _WATCH_INTERVAL_S = 1.0
 
 @dataclass(frozen=True)
 class Request:
-    """What :func:`helixpipe.elastic.search.planner.plan_batch` shall plan."""
+    """What :func:`helixpipe.elastic.search.choice.choose_plan` shall plan."""
 
     lengths: tuple[int, ...]
     job: ElasticJob
@@ -48,7 +48,7 @@ def answer(request: Request) -> Answer:
     started = time.perf_counter()
     plan, error = None, ""
     try:
-        plan = plan_batch(request.lengths, request.job, slice_counts=request.slice_counts)
+        plan = choose_plan(request.lengths, request.job, slice_counts=request.slice_counts).plan
     except ValueError as found:
         error = str(found)
     except Exception as found:  # whatever it is, training goes on with another plan

@@ -59,7 +59,7 @@ class Schedule:
     @property
     def plans_ahead(self) -> bool:
         """True if one plan serves every iteration, False if each batch has its own."""
-        return self.execution is not Execution.CHUNKS
+        return self.execution is None or not self.execution.plans_batches
 
 
 SCHEDULES: dict[str, Schedule] = {
@@ -96,6 +96,7 @@ SCHEDULES: dict[str, Schedule] = {
         repeats_sequences=True,
     ),
     "elastic": Schedule(per_batch.plan, Execution.CHUNKS),
+    "elastic-helix": Schedule(per_batch.plan, Execution.ROUNDS, recomputes_by_default=True),
 }
 
 

@@ -10,5 +10,5 @@ from helixpipe.plan.schedules.request import ScheduleRequest
 def plan(request: ScheduleRequest) -> NoReturn:
     """Raise ``ValueError``: sizes alone do not make a plan."""
     raise ValueError(
-        "elastic plans every batch by the lengths of its sequences; use python -m helixpipe elastic"
+        "elastic schedules plan every batch by the lengths of its sequences; use python -m helixpipe elastic"
     )

@@ -238,7 +238,7 @@ def _check_schedule(args: argparse.Namespace, entry: Schedule, *, is_chosen: boo
         )
     check_shared_sequences(args, entry.execution, is_chosen=is_chosen)
     check_experts_under(args, entry.execution)
-    if args.log_throughput and entry.execution is Execution.CHUNKS:
+    if args.log_throughput and not entry.plans_ahead:
         raise ValueError("--log-throughput counts sequences of one length; leave it out with elastic batches")
     if args.attention_range == AUTO and "attention_range" not in entry.options:
         raise ValueError(f"--attention-range does not apply to {args.pipeline_schedule}; remove it")

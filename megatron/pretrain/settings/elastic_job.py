@@ -8,9 +8,10 @@ from pathlib import Path
 
 from helixpipe.commands.parser import flag_of
 from helixpipe.commands.ranges import Whole
-from helixpipe.elastic import ElasticJob, costs_from_json
+from helixpipe.elastic import ChunkCosts, ElasticJob, costs_from_json
 from helixpipe.plan.schedules import SCHEDULES
 from helixpipe.refusals import refuse
+from megatron.pretrain.settings.recomputation import job_levels
 
 _ONLY_ELASTIC = ("elastic_costs", "max_seq_length")
 
@@ -40,13 +41,13 @@ def derive_elastic(args: argparse.Namespace) -> None:
     args.elastic_job = None
     if SCHEDULES[args.pipeline_schedule].plans_ahead:
         given = {flag_of(name): getattr(args, name) is not None for name in _ONLY_ELASTIC}
-        refuse(given, "{} is for --pipeline-schedule elastic; leave it out")
+        refuse(given, "{} is for --pipeline-schedule elastic and elastic-helix; leave it out")
         return
     _refuse(args)
     if args.elastic_costs is None or args.memory_limit_gib is None:
         raise ValueError(
-            "--pipeline-schedule elastic needs --elastic-costs FILE, as python -m helixpipe elastic-costs "
-            "writes it, and --memory-limit-gib N, of one GPU"
+            f"--pipeline-schedule {args.pipeline_schedule} needs --elastic-costs FILE, as python -m "
+            "helixpipe elastic-costs writes it, and --memory-limit-gib N, of one GPU"
         )
     if args.max_seq_length is None:
         args.max_seq_length = args.seq_length
@@ -75,7 +76,28 @@ def _job(args: argparse.Namespace) -> ElasticJob:
         num_stages=args.pipeline_model_parallel_size,
         num_layers=args.num_layers,
         memory_limit_bytes=int(args.memory_limit_gib * 2**30),
+        schedule=args.pipeline_schedule,
+        recompute=_level(args, costs),
     )
+
+
+def _level(args: argparse.Namespace, costs: ChunkCosts) -> str | None:
+    """The level of a model that is cut at its attention; None where plans decide."""
+    execution = SCHEDULES[args.pipeline_schedule].execution
+    if execution is None or not execution.cuts_layers:
+        return None
+    level = job_levels(args)
+    if isinstance(level, tuple):
+        raise ValueError(
+            f"--recompute-levels {args.recompute_levels}: {args.pipeline_schedule} has one level for all "
+            "layers; give one"
+        )
+    if costs.cut is None:
+        raise ValueError(
+            f"--elastic-costs {args.elastic_costs} do not say how a layer's costs fall to attention and the "
+            "rest; make them anew with elastic-costs or elastic-profile"
+        )
+    return costs.cut.level(level.value).recompute
 
 
 def _refuse(args: argparse.Namespace) -> None:
@@ -83,6 +105,8 @@ def _refuse(args: argparse.Namespace) -> None:
         "the elastic schedule cannot honour {}: batches are whole documents, and plans decide how they are "
         "cut, packed and recomputed"
     )
+    execution = SCHEDULES[args.pipeline_schedule].execution
+    cuts_layers = execution is not None and execution.cuts_layers
     refuse({"--micro-batch-size": args.micro_batch_size != 1}, f"{sentence}; give 1")
     unused = {
         "--num-fold": args.num_fold is not None,
@@ -93,8 +117,8 @@ def _refuse(args: argparse.Namespace) -> None:
         "--split-weight-gradients": args.split_weight_gradients is not None,
         "--resend-context": args.resend_context is not None,
         "--recompute-granularity": args.recompute_granularity is not None,
-        "--recompute-without-attention": bool(args.recompute_without_attention),
-        "--recompute-levels": args.recompute_levels is not None,
+        "--recompute-without-attention": bool(args.recompute_without_attention) and not cuts_layers,
+        "--recompute-levels": args.recompute_levels is not None and not cuts_layers,
         "--num-workers": args.num_workers != 0,
         "--data-cache-path": args.data_cache_path is not None,
         "--eod-mask-loss": args.eod_mask_loss,
