@@ -59,6 +59,11 @@ def _add_schedule_options(plan: argparse.ArgumentParser) -> None:
     )
     plan.add_argument("--virtual-stages", type=Whole(), help="interleaved: chunks per rank (default 2)")
     plan.add_argument(
+        "--microbatch-group",
+        type=Whole(),
+        help="interleaved: micro batches through a chunk before the next one's turn (default: as ranks)",
+    )
+    plan.add_argument(
         "--stage-layers",
         type=argument(parse_stage_layers),
         metavar="N,…",
@@ -147,6 +152,7 @@ def _plan(args: argparse.Namespace) -> None:
         layer_kinds=_layer_kinds(args.layer_kinds, args.num_layers),
         resend_context=args.resend_context,
         stage_layers=args.stage_layers,
+        microbatch_group=args.microbatch_group,
     )
     plan = build_plan(args.schedule, request, compute_only=args.compute_only)
     args.output.write_text(plan.to_json(), encoding="utf-8")

@@ -22,6 +22,7 @@ OPTION_FLAGS = {
     "layer_kinds": "--layer-kinds",
     "resend_context": "--resend-context",
     "stage_layers": "--stage-layers",
+    "microbatch_group": "--microbatch-group",
 }
 
 

@@ -56,7 +56,7 @@ def build_config(settings: JobSettings) -> TransformerConfig:
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
-        **_uneven_stages(settings),
+        **_of_plan(settings),
         virtual_pipeline_model_parallel_size=settings.schedule.virtual_stages,
         # As Megatron sets them. Batched messages between two ranks that are both next and previous to each
         # other would arrive swapped, without an error.
@@ -101,12 +101,14 @@ def build_config(settings: JobSettings) -> TransformerConfig:
     return config
 
 
-def _uneven_stages(settings: JobSettings) -> dict[str, int | None]:
-    """Layers of the first and the last stage, where the plan has stages and they differ."""
+def _of_plan(settings: JobSettings) -> dict[str, Any]:
+    """What Megatron's modules and functions must know of the plan: how stages and virtual stages differ."""
     plan, parallel = settings.schedule.plan, settings.parallel
-    if plan is None or STAGE_LAYERS not in plan.parameters:
-        return {}
-    return {
+    parameters = {} if plan is None else plan.parameters
+    group = {"microbatch_group_size_per_vp_stage": parameters.get("microbatch_group")}
+    if STAGE_LAYERS not in parameters:
+        return group
+    return group | {
         "num_layers_in_first_pipeline_stage": parallel.decoder_first_pipeline_num_layers,
         "num_layers_in_last_pipeline_stage": parallel.decoder_last_pipeline_num_layers,
     }

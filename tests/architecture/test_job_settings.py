@@ -21,6 +21,7 @@ SAID_BY_OTHERS = {
     "pipeline_schedule", "plan", "hardware", "num_fold", "num_slices", "attention_range",
     "head_placement", "resend_context", "round_order", "split_weight_gradients",
     "num_layers_per_virtual_pipeline_stage",
+    "microbatch_group_size_per_virtual_pipeline_stage",
     # memory.memory_saving
     "recompute_without_attention", "recompute_levels", "mlp_chunk_size", "loss_chunk_size",
     # profiling, ending, housekeeping

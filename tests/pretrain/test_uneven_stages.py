@@ -12,6 +12,9 @@ from megatron.pretrain.settings.arguments import parse_arguments
 FIRST, LAST = "--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers"
 
 
+GROUP = "--global-batch-size 5 --microbatch-group-size-per-virtual-pipeline-stage 5"
+
+
 class Layers(Fault):
     """Tells how many layers this rank has."""
 
@@ -32,6 +35,8 @@ def runs(tmp_path_factory):
         "even": "--pipeline-schedule 1f1b",
         "first": f"--pipeline-schedule 1f1b {FIRST} 1 --exit-interval 2 --save {folder}/saved",
         "resumed": f"--pipeline-schedule helix {LAST} 1 --load {folder}/saved",
+        "five": f"--pipeline-schedule 1f1b {GROUP}",
+        "group": f"--pipeline-schedule interleaved --num-layers-per-virtual-pipeline-stage 1 {GROUP}",
         "split": f"--pipeline-schedule zb-h1 {FIRST} 3 {LAST} 1",
     }
     ranks = run_on_ranks(2, run_cases, [(line, Layers()) for line in cases.values()], 1, 2, common)
@@ -47,6 +52,14 @@ def test_uneven_stages_learn_what_even_ones_learn(runs):
     # The same operations on the same numbers; a tied head is reduced in another order.
     assert losses(first["first"]) == pytest.approx(expected[:2], rel=1e-6)
     assert losses(first["split"]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_micro_batches_in_groups_of_another_size_learn_the_same(runs):
+    first, _ = runs
+    expected = losses(first["five"])
+    assert len(expected) == 3
+    assert losses(first["group"]) == pytest.approx(expected, rel=1e-6)
+    assert any("per-virtual-pipeline-stage (there are no virtual" in line for line in first["five"]["lines"])
 
 
 def test_a_job_goes_on_with_layers_in_no_stages(runs):

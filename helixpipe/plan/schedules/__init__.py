@@ -65,7 +65,9 @@ class Schedule:
 SCHEDULES: dict[str, Schedule] = {
     "gpipe": Schedule(gpipe.plan, Execution.STAGES, frozenset({"stage_layers"})),
     "1f1b": Schedule(one_f_one_b.plan, Execution.MEGATRON, frozenset({"stage_layers"})),
-    "interleaved": Schedule(interleaved.plan, Execution.MEGATRON, frozenset({"virtual_stages"})),
+    "interleaved": Schedule(
+        interleaved.plan, Execution.MEGATRON, frozenset({"virtual_stages", "microbatch_group"})
+    ),
     "zb-h1": Schedule(zb_h1.plan, Execution.STAGES, frozenset({"stage_layers"})),
     "zb-v": Schedule(zb_v.plan, Execution.STAGES, needs_untied_weights=True),
     "v-half": Schedule(v_half.plan, Execution.STAGES, needs_untied_weights=True),

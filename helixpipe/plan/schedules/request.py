@@ -52,6 +52,7 @@ class ScheduleRequest:
         costs: helix, interlocked: what to fit the order to.
         resend_context: sliced-helix: keys and values of earlier slices are dropped after the forward pass and
             lent again for the backward pass.
+        microbatch_group: interleaved: micro batches that go through a model chunk before the next one's turn.
         stage_layers: 1f1b, gpipe, zb-h1: layers of each stage, where they differ.
         layer_kinds: helix: a name for each layer where layers differ in cost, which segments then carry.
     """
@@ -70,6 +71,7 @@ class ScheduleRequest:
     layer_kinds: tuple[str, ...] | None = None
     resend_context: bool | None = None
     stage_layers: tuple[int, ...] | None = None
+    microbatch_group: int | None = None
 
     def __post_init__(self) -> None:
         named = {
@@ -78,6 +80,7 @@ class ScheduleRequest:
             "number of micro batches": self.num_microbatches,
             "fold": 1 if self.num_fold is None else self.num_fold,
             "number of virtual stages": 1 if self.virtual_stages is None else self.virtual_stages,
+            "size of a group of micro batches": 1 if self.microbatch_group is None else self.microbatch_group,
             "number of slices": 1 if self.num_slices is None else self.num_slices,
         }
         for name, value in named.items():

@@ -53,7 +53,7 @@ from megatron.pretrain.settings.schedule import (
 from megatron.pretrain.settings.schedule_choice import choose_schedule, known_costs, workload_of
 from megatron.pretrain.settings.sizes import derive_layout, derive_model
 from megatron.pretrain.settings.slices import cut_sequences
-from megatron.pretrain.settings.uneven_stages import needless_ends
+from megatron.pretrain.settings.stages import needless_of_stages
 from megatron.pretrain.settings.watching import watching_of
 
 
@@ -113,7 +113,7 @@ def parse_arguments(
         watching=watching,
         profiling=profiling,
         workload=workload_of(args),
-        needless_flags=note_of((*needless, *(needless_ends(args) if schedule.execution.cuts_layers else ()))),
+        needless_flags=note_of((*needless, *needless_of_stages(args))),
         other_defaults=other_defaults(translated.words, args),
         options=MappingProxyType(options),
     )

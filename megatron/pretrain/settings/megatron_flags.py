@@ -25,25 +25,26 @@ SUPPORTED = frozenset(
     lr-decay-style lr-warmup-fraction lr-warmup-init lr-warmup-iters lr-warmup-samples
     lr-wsd-decay-iters lr-wsd-decay-samples lr-wsd-decay-style make-vocab-size-divisible-by manual-gc
     manual-gc-interval max-position-embeddings memory-snapshot-path merge-file micro-batch-size
-    min-loss-scale min-lr mock-data moe-aux-loss-coeff moe-expert-capacity-factor moe-ffn-hidden-size
-    moe-grouped-gemm moe-router-dtype moe-router-group-topk moe-router-load-balancing-type
-    moe-router-num-groups moe-router-pre-softmax moe-router-score-function moe-router-topk
-    moe-router-topk-scaling-factor moe-token-dispatcher-type moe-token-drop-policy moe-z-loss-coeff
-    no-gradient-accumulation-fusion no-load-optim no-log-loss-scale-to-tensorboard no-manual-gc-eval
-    no-rope-freq norm-epsilon normalization num-attention-heads num-experts num-layers
-    num-layers-per-virtual-pipeline-stage num-query-groups num-workers openai-gelu optimizer
-    overlap-grad-reduce overlap-param-gather padded-vocab-size per-split-data-args-path
-    pipeline-model-parallel-size position-embedding-type pretrained-checkpoint profile profile-ranks
-    profile-step-end profile-step-start qk-layernorm quick-geglu recompute-granularity recompute-method
-    recompute-modules recompute-num-layers record-memory-history reset-attention-mask reset-position-ids
-    rope-scaling-factor rotary-base rotary-percent rotary-scaling-factor
-    rotary-seq-len-interpolation-factor save save-interval seed seq-length sequence-parallel
-    sgd-momentum softmax-type split start-weight-decay swiglu tensor-model-parallel-size tensorboard-dir
-    tensorboard-log-interval tensorboard-queue-size tiktoken-num-special-tokens tiktoken-pattern
-    tokenizer-model tokenizer-type train-data-path train-iters train-samples transformer-impl
-    untie-embeddings-and-output-weights use-distributed-optimizer use-rope-scaling valid-data-path
-    vocab-file vocab-size wandb-entity wandb-exp-name wandb-project wandb-save-dir weight-decay
-    weight-decay-incr-style window-attn-skip-freq window-size yarn-beta-fast yarn-beta-slow
+    microbatch-group-size-per-virtual-pipeline-stage min-loss-scale min-lr mock-data moe-aux-loss-coeff
+    moe-expert-capacity-factor moe-ffn-hidden-size moe-grouped-gemm moe-router-dtype
+    moe-router-group-topk moe-router-load-balancing-type moe-router-num-groups moe-router-pre-softmax
+    moe-router-score-function moe-router-topk moe-router-topk-scaling-factor moe-token-dispatcher-type
+    moe-token-drop-policy moe-z-loss-coeff no-gradient-accumulation-fusion no-load-optim
+    no-log-loss-scale-to-tensorboard no-manual-gc-eval no-rope-freq norm-epsilon normalization
+    num-attention-heads num-experts num-layers num-layers-per-virtual-pipeline-stage num-query-groups
+    num-workers openai-gelu optimizer overlap-grad-reduce overlap-param-gather padded-vocab-size
+    per-split-data-args-path pipeline-model-parallel-size position-embedding-type pretrained-checkpoint
+    profile profile-ranks profile-step-end profile-step-start qk-layernorm quick-geglu
+    recompute-granularity recompute-method recompute-modules recompute-num-layers record-memory-history
+    reset-attention-mask reset-position-ids rope-scaling-factor rotary-base rotary-percent
+    rotary-scaling-factor rotary-seq-len-interpolation-factor save save-interval seed seq-length
+    sequence-parallel sgd-momentum softmax-type split start-weight-decay swiglu
+    tensor-model-parallel-size tensorboard-dir tensorboard-log-interval tensorboard-queue-size
+    tiktoken-num-special-tokens tiktoken-pattern tokenizer-model tokenizer-type train-data-path
+    train-iters train-samples transformer-impl untie-embeddings-and-output-weights
+    use-distributed-optimizer use-rope-scaling valid-data-path vocab-file vocab-size wandb-entity
+    wandb-exp-name wandb-project wandb-save-dir weight-decay weight-decay-incr-style
+    window-attn-skip-freq window-size yarn-beta-fast yarn-beta-slow
     yarn-original-max-position-embeddings
     """.split()
 )
@@ -103,7 +104,6 @@ NEEDLESS: dict[str, str] = {
         dataloader-defer-npy-index-mmap no-use-layer-wise-param-layout init-model-with-meta-device
         use-transformer-engine-op-fuser mid-level-dataset-surplus= lazy-mpu-init
         no-mmap-bin-files disable-gloo-process-groups num-distributed-optimizer-instances=
-        microbatch-group-size-per-virtual-pipeline-stage=
     """,
     "the backend follows from the machine: NCCL on GPUs, gloo on CPUs": """
         distributed-backend=nccl,gloo pipeline-model-parallel-comm-backend=nccl

@@ -24,6 +24,7 @@ from megatron.pretrain.settings.precision import add_precision_arguments
 from megatron.pretrain.settings.profiling import add_profiling_arguments
 from megatron.pretrain.settings.recomputation import add_memory_arguments
 from megatron.pretrain.settings.schedule import AUTO, DEFAULT_SCHEDULE, executable_schedules
+from megatron.pretrain.settings.stages import add_stage_arguments
 from megatron.pretrain.settings.watching import add_watching_arguments
 
 
@@ -31,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser alone."""
     parser = Parser(prog="pretrain_gpt.py", description="Pre-train a GPT under a pipeline schedule.")
     _add_schedule_arguments(parser)
+    add_stage_arguments(parser)
     _add_parallel_arguments(parser)
     _add_model_arguments(parser)
     add_expert_arguments(parser)
@@ -73,7 +75,6 @@ def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
         help="of one GPU: elastic and auto stay below it, the others warn close to it (default: all that the "
         "GPU has; auto: the hardware's less 4 GiB)",
     )
-    add("--num-layers-per-virtual-pipeline-stage", type=LAYERS, help="interleaved: layers per model chunk")
     add("--num-fold", type=Whole(), help="helix, sliced-helix: micro batches or slices per slot (default 2)")
     add("--num-slices", type=Whole(), help="seq1f1b: slices per sequence, of equal time (default 4)")
     add(
@@ -121,14 +122,6 @@ def _add_parallel_arguments(parser: argparse.ArgumentParser) -> None:
         help="ranks that share every sequence; for 1f1b, interleaved, helix and other schedules that do not "
         "cut sequences",
     )
-    add(
-        "--decoder-first-pipeline-num-layers",
-        type=LAYERS,
-        metavar="N",
-        help="1f1b, gpipe, zb-h1: layers of the first stage (default: as many as the others; helix has no "
-        "stages of layers)",
-    )
-    add("--decoder-last-pipeline-num-layers", type=LAYERS, metavar="N", help="the same of the last stage")
     add("--sequence-parallel", action="store_true")
     add("--use-distributed-optimizer", action="store_true")
     add("--overlap-grad-reduce", action="store_true")

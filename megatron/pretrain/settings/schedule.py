@@ -17,7 +17,7 @@ from helixpipe.plan.schedules.request import KnownCosts
 from helixpipe.plan.stage_layers import STAGE_LAYERS, parse_stage_layers
 from megatron.pretrain.settings.recomputation import asked_levels
 from megatron.pretrain.settings.sizes import nearest
-from megatron.pretrain.settings.uneven_stages import stage_layers_of
+from megatron.pretrain.settings.stages import stage_layers_of
 
 AUTO = "auto"
 DEFAULT_SCHEDULE = "1f1b"
@@ -27,6 +27,7 @@ DEFAULT_WITH_VIRTUAL_STAGES = "interleaved"
 _SAID_BY_PLAN = (
     "pipeline_schedule", "num_fold", "num_slices", "attention_range", "head_placement",
     "round_order", "split_weight_gradients", "resend_context", "num_layers_per_virtual_pipeline_stage",
+    "microbatch_group_size_per_virtual_pipeline_stage",
 )  # fmt: skip
 
 
@@ -161,6 +162,10 @@ def plan_request(
         num_microbatches=args.num_microbatches,
         layer_kinds=kinds,
         stage_layers=_stage_layers(args, entry),
+        # As in Megatron, it means nothing without virtual stages.
+        microbatch_group=args.microbatch_group_size_per_virtual_pipeline_stage
+        if "microbatch_group" in entry.options
+        else None,
         num_fold=args.num_fold,
         num_slices=args.num_slices,
         virtual_stages=_virtual_stages(args, entry),

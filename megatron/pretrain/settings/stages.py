@@ -1,13 +1,36 @@
-"""Stages with different numbers of layers, as Megatron's options say them."""
+"""Options of stages: how many there are on a rank, and how many layers each has."""
 
 from __future__ import annotations
 
 import argparse
 
 from helixpipe.commands.parser import flag_of
+from helixpipe.commands.ranges import LAYERS, Whole
+from helixpipe.plan.schedules import SCHEDULES
 from megatron.pretrain.settings.sizes import nearest
 
 _ENDS = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
+
+
+def add_stage_arguments(parser: argparse.ArgumentParser) -> None:
+    """The group of arguments."""
+    add = parser.add_argument_group("stages").add_argument
+    add("--num-layers-per-virtual-pipeline-stage", type=LAYERS, help="interleaved: layers per model chunk")
+    add(
+        "--microbatch-group-size-per-virtual-pipeline-stage",
+        type=Whole(),
+        metavar="N",
+        help="interleaved: micro batches through a model chunk before the next one's turn (default: as many "
+        "as pipeline ranks)",
+    )
+    add(
+        "--decoder-first-pipeline-num-layers",
+        type=LAYERS,
+        metavar="N",
+        help="1f1b, gpipe, zb-h1: layers of the first stage (default: as many as the others; helix has no "
+        "stages of layers)",
+    )
+    add("--decoder-last-pipeline-num-layers", type=LAYERS, metavar="N", help="the same of the last stage")
 
 
 def stage_layers_of(args: argparse.Namespace) -> tuple[int, ...] | None:
@@ -40,6 +63,12 @@ def stage_layers_of(args: argparse.Namespace) -> tuple[int, ...] | None:
     return tuple(counts)
 
 
-def needless_ends(args: argparse.Namespace) -> tuple[str, ...]:
-    """The options that were given, for people, where layers are in no stages."""
-    return tuple(f"{flag_of(name)} (layers are in no stages)" for name in _ENDS if getattr(args, name))
+def needless_of_stages(args: argparse.Namespace) -> tuple[str, ...]:
+    """Options of stages that the job's schedule does not have, for people."""
+    entry, group = SCHEDULES[args.pipeline_schedule], "microbatch_group_size_per_virtual_pipeline_stage"
+    found = []
+    if entry.execution is not None and entry.execution.cuts_layers:
+        found += [f"{flag_of(name)} (layers are in no stages)" for name in _ENDS if getattr(args, name)]
+    if getattr(args, group) and "microbatch_group" not in entry.options:
+        found.append(f"{flag_of(group)} (there are no virtual stages)")
+    return tuple(found)
