@@ -30,13 +30,9 @@ def cases_of(layout):
     return cases
 
 
-def test_losses_and_gradients_equal_megatrons():
-    check(cases_of(Case(pp=2))[:2], *LIMITS)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "layout", [Case(pp=2), Case(pp=4), Case(pp=2, tp=2), Case(pp=2, dp=2)], ids=layout_name
 )
-def test_further_cases_equal_megatrons(layout):
+def test_losses_and_gradients_equal_megatrons(layout):
     check(cases_of(layout), *LIMITS)

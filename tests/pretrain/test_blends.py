@@ -220,12 +220,14 @@ def losses(outcome):
     return {line.split("/")[0].split()[-1]: float(line.split("lm loss:")[1].split()[0]) for line in lines}
 
 
+@pytest.mark.slow
 def test_a_job_over_a_blend_goes_on(outcomes):
     whole = losses(outcomes["whole"])
     assert len(whole) == 4
     assert losses(outcomes["first"]) | losses(outcomes["second"]) == pytest.approx(whole, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["other", "longer"])
 def test_another_blend_is_refused(outcomes, name):
     assert "the data of hash" in str(outcomes[name])
