@@ -45,7 +45,8 @@ class SlicedToySegments:
         self.weight_gradients = DeferredWeightGradients()
         self.store = ContextStore()
         shape = partial(_shape, heads=GROUPS)
-        self.contexts = SliceContexts(plan, rank, self.pieces, self.store, shape, dtype)
+        starts = [0] * len(self.pieces)
+        self.contexts = SliceContexts(plan, rank, self.pieces, starts, self.store, shape, dtype)
         self.weights = make_weights(int(plan.parameters["num_layers"]), dtype)
         self.losses: dict[int, float] = {}
 
