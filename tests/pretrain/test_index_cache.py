@@ -8,6 +8,7 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 from index_cache_worker import dataset_config, indices, indices_on_a_node
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset
@@ -149,3 +150,11 @@ def test_the_command_line_names_a_cache_that_cannot_be_made(original, monkeypatc
         ValueError, match=r"index cache cannot be written to /proc/nowhere \(.*--data-cache-path"
     ):
         parse_arguments(line.split())
+
+
+def test_tokens_may_be_read_from_the_file(original, tmp_path):
+    """The same samples, without a map of the file: its reader is Megatron's other one."""
+    configs = [dataset_config(original, tmp_path, more=more) for more in ("", "--no-mmap-bin-files")]
+    parts = [build_datasets(config, SAMPLES, reads_data=True)[0] for config in configs]
+    assert [type(part.dataset.bin_reader).__name__ for part in parts] == ["_MMapBinReader", "_FileBinReader"]
+    assert all(torch.equal(parts[0][i]["tokens"], parts[1][i]["tokens"]) for i in range(len(parts[0])))

@@ -13,10 +13,10 @@ from helixpipe.data.prefix import describe_prefix
 from megatron.pretrain.data import gpt, index_cache
 
 
-def dataset_config(prefix, cache=None, seq_length=16):
+def dataset_config(prefix, cache=None, seq_length=16, more=""):
     """What training asks Megatron for, of a tenth of the documents for validation."""
     words = f"--seq-length {seq_length} --data-path {prefix} --split 90,10,0 --seed 3 --eval-iters 1"
-    words += " --global-batch-size 24"  # for any number of ranks
+    words += f" --global-batch-size 24 {more}"  # for any number of ranks
     settings = job_settings(words, describe_prefix(prefix))
     data = replace(settings.data, data_cache_path=None if cache is None else Path(cache))
     return gpt.dataset_config(data, settings.training)

@@ -46,7 +46,7 @@ CHANGES_NOTHING = frozenset((
     "manual_gc_interval", "manual_gc_eval", "empty_unused_memory_level",
     # Where files are; what is in the data is compared by itself.
     "data_path", "data_args_path", "train_data_path", "valid_data_path", "per_split_data_args_path",
-    "mock_data", "tokenizer_type", "tokenizer_model", "vocab_file",
+    "mock_data", "mmap_bin_files", "tokenizer_type", "tokenizer_model", "vocab_file",
     "merge_file", "vocab_size",
     "tiktoken_pattern", "tiktoken_num_special_tokens", "data_cache_path", "log_interval",
     "metrics_jsonl", "trace_dir", "failure_dir", "save",

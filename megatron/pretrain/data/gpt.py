@@ -131,6 +131,7 @@ def dataset_config(
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=data.eod_mask_loss,
+        mmap_bin_files=data.mmap_bin_files,
         create_attention_mask=False,
     )
     # Only what is used is built: from a split without documents Megatron draws samples for ever.

@@ -122,5 +122,6 @@ def _refuse(args: argparse.Namespace) -> None:
         "--num-workers": args.num_workers != 0,
         "--data-cache-path": args.data_cache_path is not None,
         "--eod-mask-loss": args.eod_mask_loss,
+        "--no-mmap-bin-files": not args.mmap_bin_files,
     }
     refuse(unused, f"{sentence}; leave it out")

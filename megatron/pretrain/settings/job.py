@@ -214,6 +214,7 @@ class DataSettings:
     data_cache_path: Path | None
     num_workers: int
     eod_mask_loss: bool
+    mmap_bin_files: bool
     reset_position_ids: bool
     reset_attention_mask: bool
     ends_at_documents: bool

@@ -30,15 +30,15 @@ SUPPORTED = frozenset(
     moe-router-group-topk moe-router-load-balancing-type moe-router-num-groups moe-router-pre-softmax
     moe-router-score-function moe-router-topk moe-router-topk-scaling-factor moe-token-dispatcher-type
     moe-token-drop-policy moe-z-loss-coeff no-gradient-accumulation-fusion no-load-optim
-    no-log-loss-scale-to-tensorboard no-manual-gc-eval no-rope-freq norm-epsilon normalization
-    num-attention-heads num-experts num-layers num-layers-per-virtual-pipeline-stage num-query-groups
-    num-workers openai-gelu optimizer overlap-grad-reduce overlap-param-gather padded-vocab-size
-    per-split-data-args-path pipeline-model-parallel-size position-embedding-type pretrained-checkpoint
-    profile profile-ranks profile-step-end profile-step-start qk-layernorm quick-geglu
-    recompute-granularity recompute-method recompute-modules recompute-num-layers record-memory-history
-    reset-attention-mask reset-position-ids rope-scaling-factor rotary-base rotary-percent
-    rotary-scaling-factor rotary-seq-len-interpolation-factor save save-interval seed seq-length
-    sequence-parallel sgd-momentum softmax-type split start-weight-decay swiglu
+    no-log-loss-scale-to-tensorboard no-manual-gc-eval no-mmap-bin-files no-rope-freq norm-epsilon
+    normalization num-attention-heads num-experts num-layers num-layers-per-virtual-pipeline-stage
+    num-query-groups num-workers openai-gelu optimizer overlap-grad-reduce overlap-param-gather
+    padded-vocab-size per-split-data-args-path pipeline-model-parallel-size position-embedding-type
+    pretrained-checkpoint profile profile-ranks profile-step-end profile-step-start qk-layernorm
+    quick-geglu recompute-granularity recompute-method recompute-modules recompute-num-layers
+    record-memory-history reset-attention-mask reset-position-ids rope-scaling-factor rotary-base
+    rotary-percent rotary-scaling-factor rotary-seq-len-interpolation-factor save save-interval seed
+    seq-length sequence-parallel sgd-momentum softmax-type split start-weight-decay swiglu
     tensor-model-parallel-size tensorboard-dir tensorboard-log-interval tensorboard-queue-size
     tiktoken-num-special-tokens tiktoken-pattern tokenizer-model tokenizer-type train-data-path
     train-iters train-samples transformer-impl untie-embeddings-and-output-weights
@@ -103,7 +103,7 @@ NEEDLESS: dict[str, str] = {
         use-sharp sharp-enabled-group= te-rng-tracker dataloader-fast-cache-load
         dataloader-defer-npy-index-mmap no-use-layer-wise-param-layout init-model-with-meta-device
         use-transformer-engine-op-fuser mid-level-dataset-surplus= lazy-mpu-init
-        no-mmap-bin-files disable-gloo-process-groups num-distributed-optimizer-instances=
+        disable-gloo-process-groups num-distributed-optimizer-instances=
     """,
     "the backend follows from the machine: NCCL on GPUs, gloo on CPUs": """
         distributed-backend=nccl,gloo pipeline-model-parallel-comm-backend=nccl

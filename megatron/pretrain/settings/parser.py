@@ -258,6 +258,12 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--split", type=_split, default=DEFAULT_SPLIT, help="documents for training, validation, test")
     add("--data-cache-path", type=Path, help="default: the folder cache beside the data")
     add("--num-workers", type=Whole(least=0, most=1024), default=0, help="processes that read ahead")
+    add(
+        "--no-mmap-bin-files",
+        action="store_false",
+        dest="mmap_bin_files",
+        help="read tokens from the file instead of mapping it into memory, for file systems that map slowly",
+    )
     add("--eod-mask-loss", action="store_true", help="no loss at ends of documents")
     add(
         "--reset-position-ids",
