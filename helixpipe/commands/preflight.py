@@ -90,6 +90,7 @@ def _preflight(args: argparse.Namespace) -> None:
         leave_exit_code(code)
         if os.environ.get("LOCAL_RANK", "0") == "0":  # the ranks of a node know the same
             raise
+        _wait_for_the_line()
         raise SystemExit(code) from None
     if os.environ["RANK"] == "0":
         from helixpipe.preflight.table import print_outcome
@@ -100,7 +101,17 @@ def _preflight(args: argparse.Namespace) -> None:
         # At once: a thread that waits for a peer would hold the interpreter up.
         sys.stdout.flush()
         sys.stderr.flush()
+        _wait_for_the_line()
         os._exit(outcome.code)
+
+
+def _wait_for_the_line() -> None:
+    """Let the rank that says what is wrong say it: torchrun ends all as soon as one has exited."""
+    from megatron.pretrain.health.exit_barrier import ExitBarrier
+
+    barrier = ExitBarrier()
+    barrier.checked()
+    barrier.wait()
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
+from jobs import ROOT, run
 
 from helixpipe.__main__ import main
 from helixpipe.commands import preflight
@@ -84,3 +86,32 @@ def _parse(words):
     from helixpipe.__main__ import build_parser
 
     return build_parser().parse_args(words)
+
+
+LATE = """
+import os, sys, time
+
+class Late:
+    def find_spec(self, name, path=None, target=None):
+        if name == "helixpipe.preflight.table" and os.environ.get("RANK") == "0":
+            time.sleep(1)
+
+sys.meta_path.insert(0, Late())
+"""
+
+
+@pytest.mark.slow
+def test_the_others_wait_for_the_rank_that_says_what_is_wrong(tmp_path):
+    """torchrun ends every rank as soon as one has exited."""
+    plan = tmp_path / "plan.json"
+    sizes = "--num-layers 4 --pipeline-model-parallel-size 4 --num-microbatches 4".split()
+    assert main(["plan", "--schedule", "gpipe", *sizes, "--output", str(plan)]) == 0
+    (tmp_path / "sitecustomize.py").write_text(LATE)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    finished = run(
+        [sys.executable, *torchrun, "-m", "helixpipe", "preflight", "--plan", str(plan)],
+        timeout_s=120,
+        PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}",
+    )
+    assert finished.code
+    assert "is for 4 ranks, of which 2 is no multiple" in finished.output + finished.errors
