@@ -13,6 +13,7 @@ from ranks import run_on_ranks
 from training_worker import Fault, run_cases
 
 from helixpipe.data.prepare.corpus import PreparationOptions, prepare_dataset
+from helixpipe.plan.schedules import SCHEDULES
 from megatron.pretrain.checkpoint.comparison import settings_of
 from megatron.pretrain.data import gpt
 from megatron.pretrain.data.blend import build_blends, samples_of_parts
@@ -173,10 +174,23 @@ def test_words_are_read_as_megatron_reads_them():
         assert (list(found.prefixes), found.weights and list(found.weights)) == (prefixes, weights)
 
 
-def test_one_dataset_for_schedules_of_documents(prefixes, monkeypatch):
-    elastic = "--pipeline-schedule elastic --max-seq-length 40"
-    with pytest.raises(ValueError, match="elastic blends no datasets; give"):
-        parse(monkeypatch, prefixes, elastic)
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        name
+        for name, entry in SCHEDULES.items()
+        if entry.execution is not None and not entry.execution.joins_documents
+    ],
+)
+def test_one_dataset_for_schedules_of_documents(prefixes, schedule, monkeypatch):
+    elastic = f"--pipeline-schedule {schedule} --max-seq-length 40"
+    for words in (prefixes, ["1", prefixes[0]]):
+        with pytest.raises(ValueError, match=f"{schedule} blends no datasets; give"):
+            parse(monkeypatch, words, elastic)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    parts = f"{SIZES} {elastic} --train-iters 5 --train-data-path a --valid-data-path b"
+    with pytest.raises(ValueError, match=f"{schedule} blends no datasets; give"):
+        parse_arguments(parts.replace("--split 80,20,0", "").split())
 
 
 def test_checkpoints_tell_blends_apart(prefixes, monkeypatch):

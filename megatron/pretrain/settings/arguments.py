@@ -231,7 +231,7 @@ def _check_attention(args: argparse.Namespace, entry: Schedule) -> None:
 def _check_schedule(args: argparse.Namespace, entry: Schedule, *, is_chosen: bool) -> None:
     _check_attention(args, entry)
     is_mixed = args.part_blends is not None or (args.blend is not None and args.blend.is_mixed)
-    if entry.execution is Execution.CHUNKS and is_mixed:
+    if entry.execution is not None and not entry.execution.joins_documents and is_mixed:
         raise ValueError(
             f"--pipeline-schedule {args.pipeline_schedule} blends no datasets; give --data-path one prefix "
             "and no weight"
