@@ -33,6 +33,22 @@ def prepare_routers() -> None:
         replace(_ROUTER, count.__name__, inspect.unwrap(count))
 
 
+def keep_apart(model: torch.nn.Module) -> None:
+    """Give experts gradient buffers and an optimizer of their own also where no ranks share them out.
+
+    Megatron does so where some do. A checkpoint then has the same form either way.
+    """
+    for module in model.modules():
+        if isinstance(module, MoELayer):
+            for parameter in module.experts.parameters():
+                parameter.allreduce = False
+
+
+def is_of_expert(parameter: torch.nn.Parameter) -> bool:
+    """Whether it is one of those that ranks may share out, whose gradients a group of their own reduces."""
+    return not getattr(parameter, "allreduce", True)
+
+
 def coupling_of_tokens(config: TransformerConfig) -> str | None:
     """What makes the routing, or the loss, of a token depend on the others of its micro batch; None: nothing.
 

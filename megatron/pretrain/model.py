@@ -20,6 +20,7 @@ from megatron.core.transformer.module import Float16Module
 from helixpipe.kernels.choice import gelu_tanh, quick_gelu
 from helixpipe.kernels.extension import load as load_kernels
 from helixpipe.layers.attention.choice import Choice, choose, problem_of
+from helixpipe.layers.experts import keep_apart
 from helixpipe.layers.fusions import can_fuse_rope, fuse_weight_gradients, has_apex_accumulation
 from helixpipe.layers.initialization import deferred_initialization, initialize_weights
 from helixpipe.layers.spec import (
@@ -290,6 +291,7 @@ def _wrap(
 ) -> torch.nn.Module:
     parallel = settings.parallel
     initialize_weights(model, config, settings.training.seed)
+    keep_apart(model)
     model = model.cuda()
     if settings.precision.dtype is not torch.float32:
         model = Float16Module(config, model)

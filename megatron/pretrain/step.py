@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
+from helixpipe.layers.experts import is_of_expert
 from helixpipe.megatron_adapter.schedule import device
 from megatron.pretrain.metrics import StepResult
 from megatron.pretrain.model import TrainingState
@@ -31,7 +34,7 @@ def take_step(settings: JobSettings, state: TrainingState) -> StepResult:
 
 
 @torch.no_grad()
-def params_norm(chunks: Iterable[torch.nn.Module]) -> float:
+def params_norm(chunks: Sequence[torch.nn.Module]) -> float:
     """L2 norm of all weights of the model, each counted once; collective.
 
     Of 16-bit weights the optimizer's fp32 copy counts, as in Megatron-LM's ``calc_params_l2_norm``.
@@ -39,21 +42,46 @@ def params_norm(chunks: Iterable[torch.nn.Module]) -> float:
     Args:
         chunks: of this rank.
     """
-    whole, sharded = [], []
-    for chunk in chunks:
-        for parameter in chunk.parameters():
-            if not (param_is_not_tensor_parallel_duplicate(parameter) and param_is_not_shared(parameter)):
-                continue
-            copy = getattr(parameter, "main_param", None)
-            if getattr(parameter, "main_param_sharded", False):
-                # The part that this rank of them steps, if any.
-                sharded += [] if copy is None else [copy]
-            else:
-                whole.append(parameter if copy is None else copy)
-    squares = torch.stack([_sum_of_squares(whole), _sum_of_squares(sharded)])
-    dist.all_reduce(squares[1:], group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-    dist.all_reduce(squares, group=parallel_state.get_model_parallel_group())
-    return float(squares.sum().sqrt())
+    shared, experts = _Weights([], []), _Weights([], [])
+    for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
+        if not (param_is_not_tensor_parallel_duplicate(parameter) and param_is_not_shared(parameter)):
+            continue
+        whole, sharded = experts if is_of_expert(parameter) else shared
+        copy = getattr(parameter, "main_param", None)
+        if getattr(parameter, "main_param_sharded", False):
+            # The part that this rank of them steps, if any.
+            sharded += [] if copy is None else [copy]
+        else:
+            whole.append(parameter if copy is None else copy)
+    total = shared.sum_of_squares(
+        parallel_state.get_data_parallel_group(with_context_parallel=True),
+        parallel_state.get_model_parallel_group(),
+    )
+    if get_model_config(chunks[0]).num_moe_experts is not None:
+        total += experts.sum_of_squares(
+            parallel_state.get_expert_data_parallel_group(),
+            parallel_state.get_expert_tensor_model_pipeline_parallel_group(),
+        )
+    return float(total.sqrt())
+
+
+class _Weights(NamedTuple):
+    """Weights of which every data-parallel rank has all, and those of which it has a part."""
+
+    whole: list[Tensor]
+    sharded: list[Tensor]
+
+    def sum_of_squares(self, replicas: dist.ProcessGroup, model: dist.ProcessGroup) -> Tensor:
+        """Over the ranks that have the model together; collective.
+
+        Args:
+            replicas: the ranks that have the other parts.
+            model: the ranks that have the other weights.
+        """
+        squares = torch.stack([_sum_of_squares(self.whole), _sum_of_squares(self.sharded)])
+        dist.all_reduce(squares[1:], group=replicas)
+        dist.all_reduce(squares, group=model)
+        return squares.sum()
 
 
 def _sum_of_squares(tensors: list[Tensor]) -> Tensor:

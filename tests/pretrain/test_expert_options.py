@@ -60,10 +60,34 @@ def test_options_that_do_not_go_together_are_refused(options, message):
         job_settings(options)
 
 
-def test_tensor_parallel_ranks_share_the_tokens_of_experts(monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            "--tensor-model-parallel-size 2",
+            "--num-experts with --tensor-model-parallel-size needs --sequence",
+        ),
+        ("--num-experts 9 --expert-model-parallel-size 2", "9 cannot be shared out evenly over .* 2"),
+        ("--expert-model-parallel-size 4", "4 x --expert-tensor-parallel-size 1 must divide the 2 ranks"),
+        (
+            "--moe-ffn-hidden-size 63 --expert-tensor-parallel-size 2",
+            "63 must be a multiple of --expert-tensor",
+        ),
+        (
+            "--expert-model-parallel-size 2 --pipeline-schedule elastic",
+            "does not go with elastic, under which every data-parallel rank has chunks of its own; use 1",
+        ),
+    ],
+)
+def test_ranks_that_cannot_share_experts_are_refused(monkeypatch, options, message):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="--num-experts with --tensor-model-parallel-size needs --sequence"):
-        job_settings(f"{EXPERTS} --tensor-model-parallel-size 2")
+    with pytest.raises(ValueError, match=message):
+        job_settings(f"{EXPERTS} {options}")
+
+
+def test_experts_are_planned_as_they_are_shared_out(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert job_settings(f"{EXPERTS} --expert-model-parallel-size 2").workload.expert_parallel == 2
 
 
 def test_what_is_left_out_is_as_in_megatron():

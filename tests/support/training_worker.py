@@ -20,6 +20,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 import pretrain_gpt
 from helixpipe.data.prepare.corpus import PreparationOptions, prepare_dataset
+from helixpipe.layers.experts import is_of_expert
 from helixpipe.megatron_adapter import cpu_backend
 from helixpipe.reliability.exit_codes import exit_code_of
 from helixpipe.reliability.record import NoProgress
@@ -331,10 +332,11 @@ def _named_states(state: Any) -> Iterator[tuple[tuple[str, str, int], torch.Tens
 
     Several ranks may have the same part.
     """
-    (optimizer,) = state.optimizer.chained_optimizers
-    is_sharded = isinstance(optimizer, DistributedOptimizer)
+    shared, *others = state.optimizer.chained_optimizers
+    is_sharded = isinstance(shared, DistributedOptimizer)
     for chunk in state.model:
         for name, parameter in canonical_names(chunk):
+            optimizer = others[0] if others and is_of_expert(parameter) else shared
             yield (name, "weight", 0), parameter.detach().clone().flatten()
             if not is_sharded:
                 found, first = optimizer.optimizer.state[parameter], 0
@@ -359,11 +361,22 @@ def small_model(folder: Path) -> str:
 
 
 def run_cases(
-    cases: list[tuple[str, Fault]], tensor: int, pipeline: int, common: str, context: int = 1
+    cases: list[tuple[str, Fault]],
+    tensor: int,
+    pipeline: int,
+    common: str,
+    context: int = 1,
+    expert: int = 1,
 ) -> list[dict[str, Any]]:
     """Run ``pretrain_gpt.py common + options`` with each fault; what each run came to on this rank."""
     cpu_backend.install()
-    parallel_state.initialize_model_parallel(tensor, pipeline, context_parallel_size=context)
+    parallel_state.initialize_model_parallel(
+        tensor,
+        pipeline,
+        context_parallel_size=context,
+        expert_model_parallel_size=expert,
+        expert_tensor_parallel_size=tensor,
+    )
     return [_run(f"{common} {options}".split(), fault) for options, fault in cases]
 
 

@@ -289,9 +289,8 @@ def _restore(
     folder: Path, common: Mapping[str, Any], settings: Mapping[str, Any], state: TrainingState
 ) -> None:
     """Overwrite weights, optimizer states and the position of the learning rate."""
-    torch_adam = _distributed_torch_adam(state.optimizer)
-    if torch_adam is not None:
-        _start_steps(torch_adam)
+    for optimizer in _distributed_torch_adams(state.optimizer).values():
+        _start_steps(optimizer)
     wanted = sharded_state(state, Progress(), settings, is_loading=True)
     check_tensors(folder, wanted)
     loaded = _read(wanted, folder)
@@ -299,10 +298,7 @@ def _restore(
         chunk.load_state_dict(loaded[name], strict=False)
     _choose_rates(loaded, state)
     chosen = [{**group} for group in state.optimizer.param_groups]
-    if torch_adam is not None:
-        _load_with_steps(torch_adam, loaded["optimizer"])
-    else:
-        state.optimizer.load_state_dict(loaded["optimizer"])
+    _load_optimizer(state.optimizer, loaded["optimizer"])
     for group, options in zip(state.optimizer.param_groups, chosen, strict=True):
         # Rates, betas and the like are this job's, as far as comparing the settings has let them differ.
         group.update({name: value for name, value in options.items() if name not in ("params", "step")})
@@ -416,22 +412,36 @@ def _named_models(state: TrainingState) -> list[tuple[str, Any]]:
 
 
 def content_metadata() -> dict[str, Any]:
-    """The form of the optimizer's state in a checkpoint, and the group that shares it."""
+    """The form of the optimizer's state in a checkpoint, and the group that shares it.
+
+    States are named by their parameters alone, and not by which optimizer they are of.
+    """
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    return {**CONTENT, "dp_cp_group": group}
+    return {**CONTENT, "dp_cp_group": group, "chained_optim_avoid_prefix": True}
 
 
-def _distributed_torch_adam(optimizer: Any) -> DistributedOptimizer | None:
-    """The distributed optimizer if it shards torch's Adam, whose step counts Megatron cannot load.
+def _distributed_torch_adams(optimizer: Any) -> dict[int, DistributedOptimizer]:
+    """Distributed optimizers that shard torch's Adam, whose step counts Megatron cannot load, by number.
 
     Apex and Transformer Engine bring an Adam that keeps one count for all parameters.
     """
-    (only,) = getattr(optimizer, "chained_optimizers", [optimizer])
-    if isinstance(only, DistributedOptimizer) and isinstance(
-        only.optimizer, (torch.optim.Adam, torch.optim.AdamW)
-    ):
-        return only
-    return None
+    return {
+        number: part
+        for number, part in enumerate(getattr(optimizer, "chained_optimizers", [optimizer]))
+        if isinstance(part, DistributedOptimizer)
+        and isinstance(part.optimizer, (torch.optim.Adam, torch.optim.AdamW))
+    }
+
+
+def _load_optimizer(optimizer: Any, loaded: dict[Any, Any]) -> None:
+    """Load the states of an optimizer, or of those of shared weights and of experts."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    torch_adams = _distributed_torch_adams(optimizer)
+    if not torch_adams:
+        optimizer.load_state_dict(loaded)
+        return
+    for number in range(len(parts)):
+        _load_with_steps(torch_adams[number], loaded if len(parts) == 1 else loaded[number])
 
 
 def _start_steps(optimizer: DistributedOptimizer) -> None:

@@ -70,9 +70,9 @@ MODEL = frozenset((
     "rotary_scaling_factor", "yarn_original_max_position_embeddings", "yarn_beta_fast", "yarn_beta_slow",
     "geglu", "apply_layernorm_1p", "sandwich_norm", "scale_embedding", "softmax_scale",
     "rotary_base_local", "attn_logit_softcapping", "final_logit_softcapping",
-    "num_experts", "moe_ffn_hidden_size", "moe_router_topk", "moe_router_load_balancing_type",
-    "moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor",
-    "moe_router_num_groups", "moe_router_group_topk",
+    "num_experts", "moe_ffn_hidden_size", "moe_router_topk", "moe_router_score_function",
+    "moe_router_pre_softmax", "moe_router_topk_scaling_factor", "moe_router_num_groups",
+    "moe_router_group_topk",
     "softmax_type", "no_rope_freq", "quick_geglu", "glu_linear_offset", "activation_func_clamp_value",
 ))  # fmt: skip
 

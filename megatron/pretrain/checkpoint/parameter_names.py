@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from helixpipe.layers.initialization import canonical_parameters
 from megatron.pretrain.model import unwrap
 
 _LAYER = re.compile(r"^(.*?\blayers\.\d+)(?=\.|$)")
@@ -15,9 +16,7 @@ _LAYER = re.compile(r"^(.*?\blayers\.\d+)(?=\.|$)")
 
 def canonical_names(chunk: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     """Names and parameters of a wrapped model chunk."""
-    model = unwrap(chunk)
-    for name, parameter in model.named_parameters():
-        yield _in_whole_model(model, name), parameter
+    yield from canonical_parameters(unwrap(chunk))
 
 
 def canonical_modules(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from helixpipe.layers.experts import is_of_expert
 from helixpipe.megatron_adapter.schedule import device
 from helixpipe.reliability.exit_codes import NumericsError
 from megatron.pretrain.checkpoint.parameter_names import canonical_names
@@ -28,14 +30,14 @@ def check_replicas(chunks: list[torch.nn.Module], iteration: int, *, with_gradie
     Raises:
         NumericsError: on every rank; names the first tensor and the ranks that differ from most others.
     """
-    names, sums = _checksums(chunks, with_gradients)
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    ranks = dist.get_process_group_ranks(group)
-    everyone = [torch.empty_like(sums) for _ in ranks]
-    dist.all_gather(everyone, sums, group=group)
-    table = torch.stack(everyone).cpu()  # [data-parallel ranks, tensors]
-    differing = (table != table[0]).any(dim=0).nonzero().flatten().tolist()
-    found = _describe(names[differing[0]], ranks, table[:, differing[0]].tolist()) if differing else ""
+    named = [pair for chunk in chunks for pair in canonical_names(chunk)]
+    shared = [(name, parameter) for name, parameter in named if not is_of_expert(parameter)]
+    experts = [(name, parameter) for name, parameter in named if is_of_expert(parameter)]
+    everyone = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    found = _difference(shared, with_gradients, everyone)
+    if experts:
+        # Of the others only some have the same ones.
+        found = _difference(experts, with_gradients, parallel_state.get_expert_data_parallel_group()) or found
     is_wrong = torch.tensor(bool(found), dtype=torch.int, device=device())
     dist.all_reduce(is_wrong, op=dist.ReduceOp.MAX)
     if is_wrong:
@@ -46,16 +48,26 @@ def check_replicas(chunks: list[torch.nn.Module], iteration: int, *, with_gradie
         )
 
 
-def _checksums(chunks: list[torch.nn.Module], with_gradients: bool) -> tuple[list[str], torch.Tensor]:
+def _difference(named: Sequence[tuple[str, Any]], with_gradients: bool, group: dist.ProcessGroup) -> str:
+    """What differs first between the ranks of a group, in words; empty if nothing does; collective."""
+    names, sums = _checksums(named, with_gradients)
+    ranks = dist.get_process_group_ranks(group)
+    everyone = [torch.empty_like(sums) for _ in ranks]
+    dist.all_gather(everyone, sums, group=group)
+    table = torch.stack(everyone).cpu()  # [data-parallel ranks, tensors]
+    differing = (table != table[0]).any(dim=0).nonzero().flatten().tolist()
+    return _describe(names[differing[0]], ranks, table[:, differing[0]].tolist()) if differing else ""
+
+
+def _checksums(named: Sequence[tuple[str, Any]], with_gradients: bool) -> tuple[list[str], torch.Tensor]:
     """Names of tensors, and the sum of each one's bit patterns as integers, [tensors]."""
     names, sums = [], []
-    for chunk in chunks:
-        for name, parameter in canonical_names(chunk):
-            names.append(f"the weight {name}")
-            sums.append(bit_sum(parameter))
-            if with_gradients:
-                names.append(f"the gradient of {name}")
-                sums.append(bit_sum(parameter.main_grad))
+    for name, parameter in named:
+        names.append(f"the weight {name}")
+        sums.append(bit_sum(parameter))
+        if with_gradients:
+            names.append(f"the gradient of {name}")
+            sums.append(bit_sum(parameter.main_grad))
     return names, torch.stack(sums)
 
 

@@ -30,7 +30,7 @@ from megatron.pretrain.settings.context_parallel import check_shared_sequences
 from megatron.pretrain.settings.data_sources import Blend, Corpora, choose_blend, summary_of
 from megatron.pretrain.settings.elastic_job import derive_elastic
 from megatron.pretrain.settings.ending import ending_of
-from megatron.pretrain.settings.experts import check_experts_under
+from megatron.pretrain.settings.experts import check_expert_ranks, check_experts_under
 from megatron.pretrain.settings.housekeeping import housekeeping_of
 from megatron.pretrain.settings.job import JobSettings, cache_folder, topics_of
 from megatron.pretrain.settings.learning_rate import derive_length, learning_rate_of
@@ -83,6 +83,7 @@ def parse_arguments(
     derive_length(args)
     needless = (*translated.needless, *derive_layout(args))
     derive_model(args)
+    check_expert_ranks(args)
     precision = precision_of(args)
     args.params_dtype = precision.dtype
     learning_rate, housekeeping, watching = learning_rate_of(args), housekeeping_of(args), watching_of(args)

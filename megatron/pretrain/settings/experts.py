@@ -79,9 +79,34 @@ def derive_experts(args: argparse.Namespace) -> None:
         return
     if args.moe_ffn_hidden_size is None:
         args.moe_ffn_hidden_size = args.ffn_hidden_size
-    _check_layout(args)
     _check_router(args)
     _check_layer(args)
+
+
+def check_expert_ranks(args: argparse.Namespace) -> None:
+    """``ValueError`` for experts that the ranks cannot share out; the layout must be known."""
+    if args.num_experts is None:
+        return
+    experts, ep, etp = args.num_experts, args.expert_model_parallel_size, args.expert_tensor_parallel_size
+    tp, width = args.tensor_model_parallel_size, args.moe_ffn_hidden_size
+    if experts % ep:
+        raise ValueError(
+            f"--num-experts {experts} cannot be shared out evenly over --expert-model-parallel-size {ep}; "
+            "use a divisor"
+        )
+    ranks = tp * args.data_parallel_size
+    if ranks % (ep * etp):
+        raise ValueError(
+            f"--expert-model-parallel-size {ep} x --expert-tensor-parallel-size {etp} must divide the "
+            f"{ranks} ranks of a stage (tensor-parallel {tp} x data-parallel {args.data_parallel_size}); "
+            "use other sizes, or more ranks"
+        )
+    if width % etp:
+        raise ValueError(
+            f"--moe-ffn-hidden-size {width} must be a multiple of --expert-tensor-parallel-size {etp}"
+        )
+    if tp > 1 and not args.sequence_parallel:
+        raise ValueError("--num-experts with --tensor-model-parallel-size needs --sequence-parallel; add it")
 
 
 def _refuse_without_experts(args: argparse.Namespace) -> None:
@@ -120,31 +145,6 @@ def check_experts_under(args: argparse.Namespace, execution: Execution | None) -
             f"--expert-model-parallel-size does not go with {args.pipeline_schedule}, under which every "
             "data-parallel rank has chunks of its own; use 1"
         )
-
-
-def _check_layout(args: argparse.Namespace) -> None:
-    experts, ep, etp = args.num_experts, args.expert_model_parallel_size, args.expert_tensor_parallel_size
-    if ep > 1:
-        raise ValueError(f"--expert-model-parallel-size {ep} is not supported yet; use 1")
-    tp, width = args.tensor_model_parallel_size, args.moe_ffn_hidden_size
-    if experts % ep:
-        raise ValueError(
-            f"--num-experts {experts} cannot be shared out evenly over --expert-model-parallel-size {ep}; "
-            "use a divisor"
-        )
-    ranks = tp * args.data_parallel_size
-    if ranks % (ep * etp):
-        raise ValueError(
-            f"--expert-model-parallel-size {ep} x --expert-tensor-parallel-size {etp} must divide the "
-            f"{ranks} ranks of a stage (tensor-parallel {tp} x data-parallel {args.data_parallel_size}); "
-            "use other sizes, or more ranks"
-        )
-    if width % etp:
-        raise ValueError(
-            f"--moe-ffn-hidden-size {width} must be a multiple of --expert-tensor-parallel-size {etp}"
-        )
-    if tp > 1 and not args.sequence_parallel:
-        raise ValueError("--num-experts with --tensor-model-parallel-size needs --sequence-parallel; add it")
 
 
 def _check_router(args: argparse.Namespace) -> None:
