@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,6 +81,15 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "qwen-3": {"model_type": "qwen3", **_SIZES, "head_dim": 16},
     "mistral": {"model_type": "mistral", **_SIZES, "sliding_window": 7},
+    "mixtral": {"model_type": "mixtral", **_SIZES, "num_local_experts": 4},
+    "qwen-3-moe": {
+        "model_type": "qwen3_moe", **_SIZES, "head_dim": 16, "num_experts": 6, "num_experts_per_tok": 3,
+        "moe_intermediate_size": 40, "norm_topk_prob": True,
+    },
+    "qwen-3-moe-plain": {
+        "model_type": "qwen3_moe", **_SIZES, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8,
+        "moe_intermediate_size": 24, "norm_topk_prob": False,
+    },
     # Without a token of padding, for which transformers' embeddings have no gradient.
     "gemma": {"model_type": "gemma", **_SIZES, "head_dim": 16, "pad_token_id": None},
     "gemma-2": {
@@ -198,6 +208,8 @@ def losses_and_gradients(case: Case, options: list[str]) -> tuple[list[Any], dic
 
 def expected_of(hf: Any, model: Model, case: Case) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The losses of transformers' model, and its gradients under our names."""
+    from transformers.core_model_loading import revert_weight_conversion
+
     losses = []
     hf.zero_grad()
     for tokens, labels, mask, _ in batches(case):
@@ -206,14 +218,17 @@ def expected_of(hf: Any, model: Model, case: Case) -> tuple[list[float], dict[st
         loss = (each * mask).sum() / mask.sum()
         (loss / case.num_microbatches).backward()
         losses.append(float(loss.detach()))
-    given = {name: parameter.grad for name, parameter in hf.named_parameters()}
+    # Experts are apart in files.
+    given = revert_weight_conversion(hf, {name: parameter.grad for name, parameter in hf.named_parameters()})
     gradients = {}
     for rule in model.rules:
-        for layer in range(model.arguments["num_layers"] if rule.is_of_layers else 1):
+        for place in product(*map(range, rule.sizes(model.arguments["num_layers"]))):
+            layer, expert = (*place, 0, 0)[:2]
             name = rule.ours.replace("decoder.layers.", f"decoder.layers.{layer}.")
+            name = name.replace("mlp.experts.experts.", f"mlp.experts.local_experts.{expert}.")
             name = name.replace("self_attention.linear_qkv.layer_norm_", "input_layernorm.")
             name = name.replace("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
-            gradients[name] = rule.join(tuple(given[theirs] for theirs in rule.names(layer)))
+            gradients[name] = rule.join(tuple(given[theirs] for theirs in rule.names(*place)))
     return losses, gradients
 
 

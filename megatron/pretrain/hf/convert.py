@@ -6,6 +6,7 @@ import shlex
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -133,16 +134,19 @@ def _options(model: Model) -> dict[str, Any]:
     return vars(args)
 
 
-def _layers(model: Model, rule: Rule) -> list[int | None]:
-    """The layers of which a rule makes one tensor each; None for a tensor of the whole model."""
-    return [*range(model.arguments["num_layers"])] if rule.is_of_layers else [None]
+def _sizes(model: Model, rule: Rule) -> tuple[int, ...]:
+    """Of how many layers, and experts in each, a rule makes one tensor each; empty for one of the model."""
+    return rule.sizes(model.arguments["num_layers"])
+
+
+def _places(model: Model, rule: Rule) -> Iterator[tuple[int, ...]]:
+    """Their numbers; one empty tuple for a tensor of the model."""
+    return product(*map(range, _sizes(model, rule)))
 
 
 def _check_names(source: Path, model: Model, folder: TensorFolder) -> None:
     """All tensors of the rules, and no others, are in the files."""
-    wanted = {
-        name for rule in model.rules for layer in _layers(model, rule) for name in rule.names(layer or 0)
-    }
+    wanted = {name for rule in model.rules for place in _places(model, rule) for name in rule.names(*place)}
     missing = sorted(wanted - folder.names)
     if missing:
         raise ValueError(
@@ -163,9 +167,8 @@ def _parts(
 ) -> Iterator[Part]:
     """What the checkpoint will hold; sums of what was made are added up as it is made."""
     for rule in model.rules:
-        layers = _layers(model, rule)
-        for layer in layers:
-            names = rule.names(layer or 0)
+        for place in _places(model, rule):
+            names = rule.names(*place)
             form = rule.join(tuple(folder.describe(name) for name in names))
 
             def produce(rule: Rule = rule, names: tuple[str, ...] = names) -> Tensor:
@@ -174,8 +177,7 @@ def _parts(
                 sums[rule.ours] += int(bit_sum(tensor))
                 return tensor
 
-            place = None if layer is None else (layer, len(layers))
-            yield Part(rule.ours, place, form.shape, dtype or form.dtype, produce)
+            yield Part(rule.ours, place, _sizes(model, rule), form.shape, dtype or form.dtype, produce)
 
 
 def _export_tensors(
@@ -189,25 +191,24 @@ def _export_tensors(
     """Write all tensors, each found to have the sum that it had when it was saved."""
     writer = TensorWriter(target, shard_bytes)
     for rule in model.rules:
-        _check_form(reader, rule, len(_layers(model, rule)))
+        _check_form(reader, rule, _sizes(model, rule))
         found = 0
-        for layer in _layers(model, rule):
-            tensor = reader.read(rule.ours, layer)
+        for place in _places(model, rule):
+            tensor = reader.read(rule.ours, place)
             found += int(bit_sum(tensor))
             tensor = tensor if dtype is None else tensor.to(dtype)
-            for name, part in zip(rule.names(layer or 0), rule.split(tensor), strict=True):
+            for name, part in zip(rule.names(*place), rule.split(tensor), strict=True):
                 writer.add(name, part)
         if found % 2**64 != sums.get(rule.ours):
             raise ValueError(f"{rule.ours} has another sum than when it was saved: use another checkpoint")
     writer.finish()
 
 
-def _check_form(reader: CheckpointReader, rule: Rule, num_layers: int) -> None:
+def _check_form(reader: CheckpointReader, rule: Rule, sizes: tuple[int, ...]) -> None:
     saved = reader.describe(rule.ours)
-    if saved is None or (rule.is_of_layers and saved.size[0] != num_layers):
-        raise ValueError(
-            f"the checkpoint holds no {rule.ours} of {num_layers} layers; use another --reference"
-        )
+    if saved is None or tuple(saved.size[: len(sizes)]) != sizes:
+        shown = "".join(f" of {size} {of}" for size, of in zip(sizes, ("layers", "experts"), strict=False))
+        raise ValueError(f"the checkpoint holds no {rule.ours}{shown}; use another --reference")
 
 
 def _copy_rest(source: Path, target: Path) -> None:

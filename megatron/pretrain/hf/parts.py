@@ -33,17 +33,19 @@ from megatron.pretrain.checkpoint.safe_pickle import read_table, tensors_in
 
 
 class Part(NamedTuple):
-    """One layer of a tensor that is stacked over layers, or a whole tensor.
+    """A tensor of one layer, or of one expert in it, out of one that is stacked over them; or a whole tensor.
 
     Attributes:
         name: of the tensor in the checkpoint.
-        layer: whose part it is, and of how many; None for a whole tensor.
+        place: numbers of the layer and the expert whose part it is; empty for a whole tensor.
+        sizes: of how many.
         shape, dtype: of the part.
         produce: makes it.
     """
 
     name: str
-    layer: tuple[int, int] | None
+    place: tuple[int, ...]
+    sizes: tuple[int, ...]
     shape: torch.Size
     dtype: torch.dtype
     produce: Callable[[], Tensor]
@@ -51,18 +53,18 @@ class Part(NamedTuple):
     @property
     def chunk(self) -> ChunkStorageMetadata:
         """Its place in the tensor."""
-        return _chunk(self.layer, self.shape)
+        return _chunk(self.place, self.shape)
 
     @property
     def whole_shape(self) -> torch.Size:
         """Of the tensor."""
-        return self.shape if self.layer is None else torch.Size((self.layer[1], *self.shape))
+        return torch.Size((*self.sizes, *self.shape))
 
 
-def _chunk(layer: tuple[int, int] | None, shape: Sequence[int]) -> ChunkStorageMetadata:
-    if layer is None:
-        return ChunkStorageMetadata(torch.Size([0] * len(shape)), torch.Size(shape))
-    return ChunkStorageMetadata(torch.Size((layer[0], *[0] * len(shape))), torch.Size((1, *shape)))
+def _chunk(place: Sequence[int], shape: Sequence[int]) -> ChunkStorageMetadata:
+    """Where a part lies, and how large it is, in dimensions of layers and experts and its own."""
+    offsets, sizes = (*place, *(0 for _ in shape)), (*(1 for _ in place), *shape)
+    return ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
 
 
 def write_parts(folder: Path, parts: Sequence[Part]) -> None:
@@ -126,14 +128,13 @@ class CheckpointReader:
         """Size and type of a tensor; None if there is none of this name."""
         return self._tensors.get(name)
 
-    def read(self, name: str, layer: int | None) -> Tensor:
-        """One layer of a tensor that is stacked over layers, or a whole tensor."""
+    def read(self, name: str, place: tuple[int, ...]) -> Tensor:
+        """A layer's tensor, or an expert's, out of one that is stacked over them; or a whole tensor."""
         saved = self._tensors[name]
-        shape = saved.size if layer is None else saved.size[1:]
-        place = None if layer is None else (layer, saved.size[0])
-        into = torch.empty(shape, dtype=saved.properties.dtype)
-        items = create_read_items_for_chunk_list(name, saved, [_chunk(place, shape)])
-        planner = _IntoTensor(into if layer is None else into[None])
+        into = torch.empty(saved.size[len(place) :], dtype=saved.properties.dtype)
+        chunk = _chunk(place, into.shape)
+        items = create_read_items_for_chunk_list(name, saved, [chunk])
+        planner = _IntoTensor(into.view(chunk.sizes))
         self._reader.read_data(LoadPlan(items), planner).wait()
         if planner.missing:
             raise ValueError(f"{self._folder} holds {name} in part only; use another checkpoint")

@@ -7,7 +7,7 @@ queries, then its key and its value; the gate of a gated MLP before the other ha
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,25 +22,37 @@ class Rule:
     """How one tensor of ours is made of one or more of theirs.
 
     Attributes:
-        ours: name in a checkpoint of ours; those of layers are stacked over all layers under one name.
-        theirs: names on Hugging Face, with ``{}`` for the layer's number.
-        join: theirs to ours, of one layer. It takes tensors on the ``meta`` device, too.
+        ours: name in a checkpoint of ours, where those of layers, and of experts in them, are stacked.
+        theirs: names on Hugging Face, with ``{}`` for the layer's number, and for the expert's after it.
+        join: theirs to ours, of one layer or expert. It takes tensors on the ``meta`` device, too.
         split: ours to theirs.
+        num_experts: of a layer, each of which has such a tensor; None for one of the layer.
     """
 
     ours: str
     theirs: tuple[str, ...]
     join: Callable[[Tensors], Tensor]
     split: Callable[[Tensor], Tensors]
+    num_experts: int | None = None
 
     @property
     def is_of_layers(self) -> bool:
         """One tensor for each layer, or one for the model."""
         return self.ours.startswith(LAYERS)
 
-    def names(self, layer: int) -> tuple[str, ...]:
-        """Theirs, of one layer."""
-        return tuple(name.format(layer) for name in self.theirs)
+    def sizes(self, num_layers: int) -> tuple[int, ...]:
+        """How many there are: of layers, and of experts in each; empty for a tensor of the model."""
+        if not self.is_of_layers:
+            return ()
+        return (num_layers,) if self.num_experts is None else (num_layers, self.num_experts)
+
+    def names(self, *numbers: int) -> tuple[str, ...]:
+        """Theirs, of one layer, and one expert in it."""
+        return tuple(name.format(*numbers) for name in self.theirs)
+
+    def of_experts(self, num_experts: int) -> Rule:
+        """The same rule for every expert of a layer."""
+        return replace(self, num_experts=num_experts)
 
 
 def same(ours: str, theirs: str) -> Rule:

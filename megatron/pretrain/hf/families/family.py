@@ -88,6 +88,35 @@ def mlp_rules() -> tuple[Rule, ...]:
     )
 
 
+def expert_arguments(count: int, width: int, topk: int) -> dict[str, Any]:
+    """The options of a mixture of experts whose scores are a softmax over those that are chosen.
+
+    Args:
+        count: of experts.
+        width: of one.
+        topk: experts of a token.
+    """
+    return {"num_experts": count, "moe_ffn_hidden_size": width, "moe_router_topk": topk}
+
+
+def expert_rules(arguments: dict[str, Any], block: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
+    """A mixture of gated MLPs and its router.
+
+    Args:
+        arguments: with those of experts.
+        block: their name of the mixture, in a layer.
+        gate, up, down: their names of an expert's matrices.
+    """
+    theirs, ours = f"model.layers.{{}}.{block}.", f"{LAYERS}mlp.experts.experts."
+    first, second, third = (f"{theirs}experts.{{}}.{name}.weight" for name in (gate, up, down))
+    count = arguments["num_experts"]
+    return (
+        same(f"{LAYERS}mlp.router.weight", f"{theirs}gate.weight"),
+        stacked(f"{ours}linear_fc1.weight", first, second).of_experts(count),
+        same(f"{ours}linear_fc2.weight", third).of_experts(count),
+    )
+
+
 def window_arguments(window: int, layer_types: list[str]) -> dict[str, Any]:
     """The options for windows of so many tokens, in the layers of that type.
 
@@ -107,12 +136,13 @@ def window_arguments(window: int, layer_types: list[str]) -> dict[str, Any]:
     return arguments
 
 
-def norm_rules() -> tuple[Rule, ...]:
-    """The norms before attention and MLP, and the one before the head."""
+def norm_rules(*, before_experts: bool = False) -> tuple[Rule, ...]:
+    """The norms before attention and MLP, or mixture of experts, and the one before the head."""
     theirs = "model.layers.{}."
+    second = "pre_mlp_layernorm.weight" if before_experts else "mlp.linear_fc1.layer_norm_weight"
     return (
         same(f"{LAYERS}self_attention.linear_qkv.layer_norm_weight", f"{theirs}input_layernorm.weight"),
-        same(f"{LAYERS}mlp.linear_fc1.layer_norm_weight", f"{theirs}post_attention_layernorm.weight"),
+        same(f"{LAYERS}{second}", f"{theirs}post_attention_layernorm.weight"),
         same("decoder.final_layernorm.weight", "model.norm.weight"),
     )
 

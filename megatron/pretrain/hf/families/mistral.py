@@ -1,4 +1,4 @@
-"""Mistral, whose first release has sliding windows."""
+"""Mistral, whose first release has sliding windows, and Mixtral, a mixture of experts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from megatron.pretrain.hf.families.family import (
     attention_rules,
     decoder,
     decoder_arguments,
+    expert_arguments,
+    expert_rules,
     mlp_rules,
     norm_rules,
     window_arguments,
@@ -26,4 +28,21 @@ def describe(config: ModelConfig, padded_rows: int | None) -> Model:
     if window:
         arguments |= window_arguments(window, ["sliding_attention"] * arguments["num_layers"])
     rules = (*attention_rules(arguments), *mlp_rules(), *norm_rules())
+    return decoder(config, padded_rows, arguments, rules)
+
+
+def describe_mixtral(config: ModelConfig, padded_rows: int | None) -> Model:
+    """See :data:`~megatron.pretrain.hf.families.family.Describe`."""
+    arguments = decoder_arguments(config) | rotary_arguments(config) | {"swiglu": True}
+    config.require("hidden_act", "silu")
+    config.require("router_jitter_noise", 0.0)
+    config.ignore("router_aux_loss_coef")  # of training: --moe-aux-loss-coeff
+    window = config.take("sliding_window", 0)
+    if window:
+        arguments |= window_arguments(window, ["sliding_attention"] * arguments["num_layers"])
+    arguments |= expert_arguments(
+        config.take("num_local_experts"), arguments["ffn_hidden_size"], config.take("num_experts_per_tok")
+    )
+    experts = expert_rules(arguments, "block_sparse_moe", "w1", "w3", "w2")
+    rules = (*attention_rules(arguments), *experts, *norm_rules(before_experts=True))
     return decoder(config, padded_rows, arguments, rules)

@@ -1,4 +1,4 @@
-"""Qwen 2.5, with biases in QKV, and Qwen 3, with norms of queries and keys."""
+"""Qwen 2.5, with biases in QKV, and Qwen 3, dense or not, with norms of queries and keys."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from megatron.pretrain.hf.families.family import (
     attention_rules,
     decoder,
     decoder_arguments,
+    expert_arguments,
+    expert_rules,
     mlp_rules,
     norm_rules,
     query_key_norms,
@@ -31,6 +33,28 @@ def describe_qwen3(config: ModelConfig, padded_rows: int | None) -> Model:
     config.take("head_dim")  # that it has a default of its own
     config.require("attention_bias", False)
     rules = (*attention_rules(arguments), *query_key_norms(), *mlp_rules(), *norm_rules())
+    return decoder(config, padded_rows, arguments, rules)
+
+
+def describe_qwen3_moe(config: ModelConfig, padded_rows: int | None) -> Model:
+    """See :data:`~megatron.pretrain.hf.families.family.Describe`."""
+    arguments = _arguments(config) | {"qk_layernorm": True}
+    config.take("head_dim")  # that it has a default of its own
+    config.require("attention_bias", False)
+    config.require("decoder_sparse_step", 1)
+    config.require("mlp_only_layers", [])
+    config.ignore("router_aux_loss_coef")  # of training: --moe-aux-loss-coeff
+    # transformers 5 writes the other name than the published files have.
+    name = "num_experts" if config.has("num_experts") else "num_local_experts"
+    arguments |= expert_arguments(
+        config.take(name), config.take("moe_intermediate_size"), config.take("num_experts_per_tok")
+    )
+    if not config.take("norm_topk_prob", False):
+        arguments["moe_router_pre_softmax"] = True
+    experts = expert_rules(arguments, "mlp", "gate_proj", "up_proj", "down_proj")
+    rules = (
+        *attention_rules(arguments), *query_key_norms(), *experts, *norm_rules(before_experts=True)
+    )  # fmt: skip
     return decoder(config, padded_rows, arguments, rules)
 
 
