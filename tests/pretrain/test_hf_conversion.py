@@ -36,6 +36,12 @@ GEMMA_2 = {
     "sliding_window": 9,
 }  # fmt: skip
 
+MIXTRAL = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+QWEN_3_MOE = {
+    "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8,
+    "head_dim": 4, "norm_topk_prob": True,
+}  # fmt: skip
+
 DATASET = DatasetInfo(
     prefix="unused", vocab_size=50, eod=0, num_documents=100, num_tokens=10_000, longest_document=500
 )
@@ -87,6 +93,11 @@ def described(**changes):
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "also": 1}}, "also"),
         ({"rope_theta": 10000.5}, "rope_theta 10000.5 is not supported"),
         ({"intermediate_size": None}, "has no intermediate_size"),
+        ({**MIXTRAL, "router_jitter_noise": 0.1}, "router_jitter_noise 0.1 is not supported for mixtral"),
+        ({**MIXTRAL, "num_local_experts": None}, "has no num_local_experts"),
+        ({**QWEN_3_MOE, "mlp_only_layers": [0]}, r"mlp_only_layers \[0\] is not supported for qwen3_moe"),
+        ({**QWEN_3_MOE, "decoder_sparse_step": 2}, "decoder_sparse_step 2 is not supported"),
+        ({**QWEN_3_MOE, "num_experts": None}, "has no num_experts"),
         (
             {
                 "model_type": "qwen2",
@@ -135,9 +146,18 @@ def test_a_checkpoint_holds_megatrons_layout(tmp_path):
     q, k, v = (theirs[f"model.layers.1.self_attn.{part}_proj.weight"] for part in "qkv")
     # Two groups, each of two queries, a key and a value of four channels.
     expected = torch.cat([q[:8], k[:4], v[:4], q[8:], k[4:], v[4:]])
-    assert torch.equal(reader.read(name, 1), expected)
+    assert torch.equal(reader.read(name, (1,)), expected)
     gate, up = (theirs[f"model.layers.2.mlp.{part}_proj.weight"] for part in ("gate", "up"))
-    assert torch.equal(reader.read("decoder.layers.mlp.linear_fc1.weight", 2), torch.cat([gate, up]))
+    assert torch.equal(reader.read("decoder.layers.mlp.linear_fc1.weight", (2,)), torch.cat([gate, up]))
+
+
+@pytest.mark.parametrize("name", ["num_experts", "num_local_experts"])
+def test_experts_have_either_of_two_names(name):
+    fields = {key: value for key, value in QWEN_3_MOE.items() if key != "num_experts"} | {name: 4}
+    arguments = described(**fields).arguments
+    assert (arguments["num_experts"], arguments["moe_ffn_hidden_size"]) == (4, 8)
+    assert "moe_router_pre_softmax" not in arguments
+    assert described(**fields | {"norm_topk_prob": False}).arguments["moe_router_pre_softmax"]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +193,7 @@ def test_rows_of_zeros_are_added_and_left_out_again(tmp_path):
     theirs = write_model(tmp_path / "hf")
     words = import_model(tmp_path / "hf", tmp_path / "ours", padded_rows=64)
     assert words[words.index("--padded-vocab-size") + 1] == "64"
-    table = CheckpointReader(tracked(tmp_path / "ours")).read("output_layer.weight", None)
+    table = CheckpointReader(tracked(tmp_path / "ours")).read("output_layer.weight", ())
     assert table.shape == (64, 16)
     assert not table[50:].any()
     export_model(tmp_path / "ours", tmp_path / "back")
@@ -300,13 +320,18 @@ def test_weights_are_compared_with_the_model_of_the_job(changes, message, tmp_pa
 
 def test_every_option_of_the_model_is_compared():
     """An option that is added to the model, and that its outputs depend on, must be in the list."""
-    (group,) = (group for group in build_parser()._action_groups if group.title == "model")
-    names = {action.dest for action in group._group_actions} - CHANGES_NOTHING
+    groups = [g for g in build_parser()._action_groups if g.title in ("model", "mixture of experts")]
+    assert len(groups) == 2
+    names = {action.dest for group in groups for action in group._group_actions} - CHANGES_NOTHING
     of_training = {
         "seq_length",
         "max_position_embeddings",
         "attention_dropout",
         "hidden_dropout",
         "init_method_std",
+        "moe_router_load_balancing_type",
+        "moe_aux_loss_coeff",
+        "moe_z_loss_coeff",
+        "moe_router_dtype",
     }
     assert names - of_training == MODEL

@@ -72,7 +72,7 @@ MODEL = frozenset((
     "rotary_base_local", "attn_logit_softcapping", "final_logit_softcapping",
     "num_experts", "moe_ffn_hidden_size", "moe_router_topk", "moe_router_score_function",
     "moe_router_pre_softmax", "moe_router_topk_scaling_factor", "moe_router_num_groups",
-    "moe_router_group_topk",
+    "moe_router_group_topk", "moe_expert_capacity_factor", "moe_token_drop_policy",
     "softmax_type", "no_rope_freq", "quick_geglu", "glu_linear_offset", "activation_func_clamp_value",
 ))  # fmt: skip
 
