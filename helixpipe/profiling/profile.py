@@ -135,9 +135,9 @@ def prepare(workload: Workload, world_size: int) -> None:
         ValueError: a world size that is no multiple of the tensor-parallel size.
     """
     t = workload.tensor_parallel
-    if workload.model.only_planned:
+    if workload.model.beside_dense:
         raise ValueError(
-            f"{workload.model.name} has {', '.join(workload.model.only_planned)}, which no layer here "
+            f"{workload.model.name} has {', '.join(workload.model.beside_dense)}, which no layer here "
             "computes to be measured; plan with rates of a machine instead"
         )
     if world_size % t:

@@ -1,9 +1,13 @@
 """Options for mixtures of experts: what goes together, what is filled in, and what Megatron's layer gets."""
 
 import pytest
-from job_settings import job_settings
+from job_settings import DATASET, job_settings
 
+from helixpipe.plan.cost_model.hugging_face import from_hugging_face
+from megatron.pretrain.hf.config import ModelConfig
+from megatron.pretrain.hf.families import command_line, describe_model
 from megatron.pretrain.model import build_config
+from megatron.pretrain.settings.arguments import parse_arguments
 
 EXPERTS = "--num-experts 8 --disable-bias-linear"
 
@@ -129,3 +133,50 @@ def test_megatrons_layer_gets_what_is_asked_for():
         "moe_hybridep_num_sms": 16,
         "moe_flex_dispatcher_backend": "deepep",
     }
+
+
+CONFIG = {
+    "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 32,
+    "rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 10000, "tie_word_embeddings": False,
+    "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model_type": "mixtral", "num_local_experts": 8, "sliding_window": None},
+        {"model_type": "qwen3_moe", "num_experts": 16, "moe_intermediate_size": 24, "norm_topk_prob": True},
+        {"model_type": "qwen3_moe", "num_local_experts": 16, "moe_intermediate_size": 24},
+    ],
+)
+def test_what_is_planned_is_what_is_trained(fields):
+    """The planner reads config.json, training the options that an import prints: a token's experts count."""
+    config = {**CONFIG, **fields}
+    planned = from_hugging_face("config.json", config)
+    words = command_line(describe_model(ModelConfig(config, "config.json")))
+    training = (
+        "--seq-length 32 --micro-batch-size 1 --global-batch-size 8 --train-iters 1 --lr 1 --data-path no"
+    )
+    trained = parse_arguments([*words, *training.split()], DATASET).workload.model
+    assert trained.experts == planned.experts
+    assert trained.experts.active == 2
+    assert trained.forward_flops(32) == planned.forward_flops(32)
+    assert [trained.expert_parameters(i) for i in range(4)] == [
+        planned.expert_parameters(i) for i in range(4)
+    ]
+    # Of all experts' products, those of two.
+    width, count = trained.experts.ffn_hidden_size, trained.experts.count
+    assert trained.expert_parameters(0) == count * 3 * 64 * width
+    assert trained.mlp_width == 2 * width
+
+
+def test_auto_chooses_no_schedule_that_parts_what_a_loss_is_about(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    job = (
+        f"{EXPERTS} --pipeline-schedule auto --hardware h20 --pipeline-model-parallel-size 4 --swiglu "
+        "--global-batch-size 1 --seq-length 131072 --bf16 --untie-embeddings-and-output-weights"
+    )
+    assert job_settings(job).schedule.execution.cuts_sequences
+    assert not job_settings(f"{job} --moe-aux-loss-coeff 0.1").schedule.execution.cuts_sequences

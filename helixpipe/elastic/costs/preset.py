@@ -65,9 +65,9 @@ def profiled_chunk_costs(pieces: Pieces, num_stages: int) -> ChunkCosts:
 def _costs(pieces: Pieces, num_stages: int, passes: Sequence[PassTime], source: str) -> ChunkCosts:
     """Costs with the bytes of the pieces' model."""
     workload = pieces.workload
-    if workload.model.only_planned:
+    if workload.model.beside_dense:
         raise ValueError(
-            f"{workload.model.name} has {', '.join(workload.model.only_planned)}, of which chunks know no "
+            f"{workload.model.name} has {', '.join(workload.model.beside_dense)}, of which chunks know no "
             "costs; use another schedule"
         )
     model, t, tokens = workload.model, workload.tensor_parallel, workload.tokens

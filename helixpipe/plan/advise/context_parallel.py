@@ -65,10 +65,10 @@ def predict_context_parallel(
         ValueError: heads that cannot be divided, for all-to-all.
     """
     model, workload = pieces.workload.model, pieces.workload
-    if model.only_planned:
+    if model.beside_dense:
         raise ValueError(
             "context parallelism of all GPUs is predicted for dense layers that attend to all tokens before, "
-            f"not for {', '.join(model.only_planned)}"
+            f"not for {', '.join(model.beside_dense)}"
         )
     shared = share_sequence(pieces, exchange, size, network)
     links = _Links(pieces, network, size)

@@ -87,8 +87,8 @@ FAMILIES: Mapping[str, _Family] = {
     ),
     "qwen3_moe": _Family(
         "Qwen3MoeForCausalLM",
-        (*_EXPERTS, "num_experts", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step",
-         "mlp_only_layers"),
+        (*_EXPERTS, "num_experts", "num_local_experts", "moe_intermediate_size", "norm_topk_prob",
+         "decoder_sparse_step", "mlp_only_layers"),
         ("num_key_value_heads", "head_dim", "num_experts_per_tok", "moe_intermediate_size"),
         has_head_norms=True,
         qkv_bias="attention_bias",
@@ -280,7 +280,10 @@ def _experts(source: str, given: Mapping[str, Any], num_layers: int, family: _Fa
         raise ValueError(
             f"model {source}: first_k_dense_replace must be from 0 to {num_layers}, found {dense!r:.40}"
         )
-    count, active = size(family.experts), size("num_experts_per_tok")
+    # transformers 5 writes num_local_experts for every family.
+    count, active = size(family.experts, "num_local_experts"), size("num_experts_per_tok")
+    if given.get("num_local_experts", count) != count:
+        raise ValueError(f"model {source}: {family.experts} and num_local_experts differ; leave one")
     if active > count:
         raise ValueError(f"model {source}: num_experts_per_tok {active} of {count} experts")
     if given.get("experts_per_token", active) != active:

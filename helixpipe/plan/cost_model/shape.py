@@ -235,12 +235,20 @@ class ModelShape:
     @property
     def only_planned(self) -> tuple[str, ...]:
         """What the model has that plans know, and layers of training do not."""
+        experts = self.experts
         has = {
             "windows": any(self.windows),
-            "experts": self.experts is not None,
+            "shared experts": experts is not None and experts.shared_ffn_hidden_size > 0,
+            "dense layers before experts": experts is not None and experts.dense_layers > 0,
             "latent attention": self.latent is not None,
         }
         return tuple(name for name, is_there in has.items() if is_there)
+
+    @property
+    def beside_dense(self) -> tuple[str, ...]:
+        """What the model has beside dense layers that attend to all tokens before."""
+        experts = ("experts",) if self.experts is not None else ()
+        return (*experts, *(name for name in self.only_planned if "experts" not in name))
 
     @property
     def layer_kinds(self) -> tuple[str, ...]:

@@ -119,16 +119,21 @@ def _refuse_without_experts(args: argparse.Namespace) -> None:
     )
 
 
-def check_experts_under(args: argparse.Namespace, execution: Execution | None) -> None:
-    """``ValueError`` for experts that do not go with a schedule that cuts sequences, or slices of them."""
-    if args.num_experts is None or execution is None:
-        return
-    couplings = {
+def couplings_of_tokens(args: argparse.Namespace) -> dict[str, bool]:
+    """Options that are about all tokens of a micro batch: whether each is given."""
+    return {
         "--moe-aux-loss-coeff": args.moe_aux_loss_coeff > 0,
         "--moe-z-loss-coeff": args.moe_z_loss_coeff is not None,
         "--moe-expert-capacity-factor": args.moe_expert_capacity_factor is not None,
         "--moe-router-load-balancing-type sinkhorn": args.moe_router_load_balancing_type == "sinkhorn",
     }
+
+
+def check_experts_under(args: argparse.Namespace, execution: Execution | None) -> None:
+    """``ValueError`` for experts that do not go with a schedule that cuts sequences, or slices of them."""
+    if args.num_experts is None or execution is None:
+        return
+    couplings = couplings_of_tokens(args)
     if execution.cuts_sequences:
         refuse(
             couplings,

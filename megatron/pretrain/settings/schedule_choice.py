@@ -21,6 +21,7 @@ from helixpipe.plan.cost_model.model import model_from_arguments
 from helixpipe.plan.plan import Plan
 from helixpipe.plan.schedules import SCHEDULES
 from helixpipe.plan.schedules.request import KnownCosts
+from megatron.pretrain.settings.experts import couplings_of_tokens
 from megatron.pretrain.settings.recomputation import BY_GRANULARITY, asked_levels, job_levels
 from megatron.pretrain.settings.schedule import AUTO
 
@@ -186,6 +187,7 @@ def _is_allowed(args: argparse.Namespace, candidate: Candidate) -> bool:
         given["virtual_stages"] = args.num_layers // stages
     return (
         not candidate.why_not_runnable
+        and not (_cuts_sequences(candidate) and any(couplings_of_tokens(args).values()))
         and _recomputes_as_asked(args, candidate)
         and candidate.micro_batch_size == args.micro_batch_size
         and args.head_placement in (None, _head_placement(candidate))
@@ -195,6 +197,11 @@ def _is_allowed(args: argparse.Namespace, candidate: Candidate) -> bool:
         and all(candidate.options.get(name) == value for name, value in given.items() if value is not None)
         and (args.pipeline_model_parallel_size > 1 or not SCHEDULES[candidate.schedule].options)
     )
+
+
+def _cuts_sequences(candidate: Candidate) -> bool:
+    execution = SCHEDULES[candidate.schedule].execution
+    return execution is not None and execution.cuts_sequences
 
 
 def _head_placement(candidate: Candidate) -> str | None:
