@@ -73,6 +73,8 @@ def unsupported_experts(config: TransformerConfig) -> dict[str, bool]:
         # Megatron adds them in place to what a function of its own returns, which torch forbids.
         "biases of experts (add --disable-bias-linear)": config.num_moe_experts is not None
         and config.add_bias_linear,
+        "experts with context parallelism": config.num_moe_experts is not None
+        and config.context_parallel_size > 1,
         "experts in some layers only": config.num_moe_experts is not None and config.moe_layer_freq != 1,
         "load balancing over a whole batch, which depends on the order of micro batches": "global_aux_loss"
         in types,

@@ -88,6 +88,7 @@ def test_a_dense_model_couples_no_tokens():
     ("values", "named"),
     [
         ({"add_bias_linear": True}, "biases of experts"),
+        ({"context_parallel_size": 2}, "experts with context parallelism"),
         ({"moe_layer_freq": [1, 0]}, "experts in some layers only"),
         (
             {"moe_router_load_balancing_type": ["aux_loss", "global_aux_loss"]},

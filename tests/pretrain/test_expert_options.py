@@ -77,6 +77,7 @@ def test_options_that_do_not_go_together_are_refused(options, message):
             "--moe-ffn-hidden-size 63 --expert-tensor-parallel-size 2",
             "63 must be a multiple of --expert-tensor",
         ),
+        ("--context-parallel-size 2", "--num-experts does not go with --context-parallel-size yet"),
         (
             "--expert-model-parallel-size 2 --pipeline-schedule elastic",
             "does not go with elastic, under which every data-parallel rank has chunks of its own; use 1",

@@ -24,7 +24,7 @@ def common(tmp_path_factory):
 def run(common, ranks, pipeline, expert, options, fault=None):
     """What each rank has seen of one job."""
     words = f"--expert-model-parallel-size {expert} {options}"
-    outcomes = run_on_ranks(ranks, run_cases, [(words, fault or Fault())], 1, pipeline, common, expert)
+    outcomes = run_on_ranks(ranks, run_cases, [(words, fault or Fault())], 1, pipeline, common, 1, expert)
     return [outcome for (outcome,) in outcomes]
 
 

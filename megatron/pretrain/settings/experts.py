@@ -87,6 +87,8 @@ def check_expert_ranks(args: argparse.Namespace) -> None:
     """``ValueError`` for experts that the ranks cannot share out; the layout must be known."""
     if args.num_experts is None:
         return
+    if args.context_parallel_size > 1:
+        raise ValueError("--num-experts does not go with --context-parallel-size yet; leave one out")
     experts, ep, etp = args.num_experts, args.expert_model_parallel_size, args.expert_tensor_parallel_size
     tp, width = args.tensor_model_parallel_size, args.moe_ffn_hidden_size
     if experts % ep:
