@@ -80,6 +80,8 @@ class StepResult(NamedTuple):
         params_norm: of the weights after the step; None if it was not computed.
         loss_scale: that the losses were multiplied with; None where they are not.
         is_skipped: whether gradients overflowed, and the weights have stayed.
+        load_balancing_loss, router_z_loss: what routers of experts add to the loss, without its weight; None
+            where they add none.
     """
 
     grad_norm: float | None
@@ -87,6 +89,8 @@ class StepResult(NamedTuple):
     params_norm: float | None = None
     loss_scale: float | None = None
     is_skipped: bool = False
+    load_balancing_loss: float | None = None
+    router_z_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,8 @@ class IterationMetrics:
     params_norm: float | None = None
     loss_scale: float | None = None
     is_skipped: bool = False
+    load_balancing_loss: float | None = None
+    router_z_loss: float | None = None
     tflops_per_gpu: float | None = None
     mfu: float | None = None
     planning: Planning | None = None
@@ -351,6 +357,10 @@ def iteration_line(metrics: IterationMetrics, settings: JobSettings) -> str:
         f"lm loss: {metrics.lm_loss:.6E}",
         f"grad norm: {norm}",
     ]
+    if metrics.load_balancing_loss is not None:
+        parts.append(f"load balancing loss: {metrics.load_balancing_loss:.6E}")
+    if metrics.router_z_loss is not None:
+        parts.append(f"router z loss: {metrics.router_z_loss:.6E}")
     if metrics.num_zeros_in_grad is not None:
         parts.append(f"num zeros: {metrics.num_zeros_in_grad}")
     if metrics.params_norm is not None:

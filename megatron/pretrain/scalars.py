@@ -127,6 +127,8 @@ def values_of(metrics: IterationMetrics, settings: JobSettings) -> dict[str, flo
         "grad-norm": metrics.grad_norm,
         "num-zeros": metrics.num_zeros_in_grad,
         "params-norm": metrics.params_norm,
+        "load_balancing_loss": metrics.load_balancing_loss,
+        "z_loss": metrics.router_z_loss,
     }
     if watching.has_loss_scale:
         found["loss-scale"] = 1.0 if metrics.loss_scale is None else metrics.loss_scale

@@ -17,6 +17,7 @@ from helixpipe.layers.experts import is_of_expert
 from helixpipe.megatron_adapter.schedule import device
 from megatron.pretrain.metrics import StepResult
 from megatron.pretrain.model import TrainingState
+from megatron.pretrain.router_losses import take_router_losses
 from megatron.pretrain.settings.job import JobSettings
 
 
@@ -24,12 +25,15 @@ def take_step(settings: JobSettings, state: TrainingState) -> StepResult:
     """Let the optimizer change the weights, unless scaled gradients have overflowed; collective."""
     scale = float(state.optimizer.get_loss_scale()) if settings.precision.is_scaled else None
     has_stepped, grad_norm, num_zeros = state.optimizer.step()
+    router_losses = take_router_losses(settings)
     return StepResult(
         grad_norm=grad_norm,
         num_zeros_in_grad=None if num_zeros is None else int(num_zeros),
         params_norm=params_norm(state.model) if settings.output.log_params_norm else None,
         loss_scale=scale,
         is_skipped=not has_stepped,
+        load_balancing_loss=router_losses.load_balancing,
+        router_z_loss=router_losses.z,
     )
 
 

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from megatron.core.models.gpt import GPTModel
-from models import Case, make_config
+from megatron.core.pipeline_parallel.schedules import forward_step_calc_loss
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from models import Case, forget_router_losses, make_config
 
 from helixpipe.megatron_adapter.forward_step import (
     IterationInput,
@@ -335,3 +337,26 @@ def test_an_iteration_begins_with_nothing_of_the_last():
     assert run(segments, 0).item() == 55
     assert len(segments.result.loss_data) == 1
     assert len(first.loss_data) == 1
+
+
+@pytest.mark.parametrize("per_token_loss", [False, True])
+@pytest.mark.parametrize("loss_scale", [None, 512.0])
+def test_losses_of_routers_weigh_as_under_megatrons_functions(per_token_loss, loss_scale):
+    """On ranks that compute no loss: Megatron sets the weight on every stage, with every forward step."""
+    config = make_config(Case(pp=1, experts=4, style="llama", per_token_loss=per_token_loss))
+    config.grad_scale_func = None if loss_scale is None else (lambda loss: loss * loss_scale)
+    forget_router_losses()
+    forward_step_calc_loss(None, torch.ones(1), None, config, None, False, 4, [], 1, False)
+    expected = MoEAuxLossAutoScaler.main_loss_backward_scale
+    assert float(expected) == (loss_scale or 1.0) / (1 if per_token_loss else 4)
+    forget_router_losses()
+    iteration = IterationInput(None, [None], 4, collect_non_loss_data=False, differentiate=True)
+    iteration.scale_router_losses(config, torch.device("cpu"))
+    assert torch.equal(MoEAuxLossAutoScaler.main_loss_backward_scale, expected)
+
+
+def test_a_dense_model_has_no_losses_of_routers():
+    forget_router_losses()
+    iteration = IterationInput(None, [None], 4, collect_non_loss_data=False, differentiate=True)
+    iteration.scale_router_losses(make_config(Case(pp=1)), torch.device("cpu"))
+    assert MoEAuxLossAutoScaler.main_loss_backward_scale is None

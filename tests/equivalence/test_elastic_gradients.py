@@ -127,6 +127,16 @@ def test_loss_and_mlp_in_chunks(style):
     check(case, run_here(case))
 
 
+@pytest.mark.parametrize("mlp_chunk", [None, pytest.param(7, marks=pytest.mark.slow)])
+def test_experts(mlp_chunk):
+    """A token is routed as in its whole sequence, where no loss is about all of them."""
+    router = (("moe_aux_loss_coeff", 0.0),)
+    case = elastic(
+        1, style="llama", experts=4, router=router, checkpointed=None, num_slices=4, mlp_chunk=mlp_chunk
+    )
+    check(case, run_here(case))
+
+
 def ranks_cases(pp):
     for style, dtype in STYLES.items():
         case = elastic(pp, style=style, dtype=dtype)

@@ -33,9 +33,10 @@ def whole_sequences(layout: Case) -> list[Case]:
     """Helix, stages and whatever they do to keep less: the losses that balance experts are there."""
     fp64 = replace(layout, dtype=torch.float64)
     return [
-        replace(layout, attention_range="qkv", head_placement="spread", without_attention=True),
+        # One rank computes all losses of tokens; the others have routers, too.
+        replace(layout, attention_range="qkv", without_attention=True),
         replace(layout, schedule="zb-h1", without_attention=True, overlap=True),
-        layout,
+        replace(layout, head_placement="spread"),
         replace(layout, per_token_loss=True, micro_batch_size=2, router=BY_SEQUENCE),
         replace(fp64, attention_range="block", levels="products", rounds=2),
         replace(layout, split="all", overlap=True, router=BY_ASSIGNMENT),

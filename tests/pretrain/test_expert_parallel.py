@@ -11,7 +11,7 @@ from training_worker import Fault, Snapshot, run_cases, small_model
 
 EXPERTS = (
     "--num-experts 4 --moe-ffn-hidden-size 24 --disable-bias-linear --swiglu --moe-aux-loss-coeff 0.1 "
-    "--moe-token-dispatcher-type alltoall --log-params-norm"
+    "--moe-z-loss-coeff 0.001 --moe-token-dispatcher-type alltoall --log-params-norm"
 )
 HELIX = "--pipeline-schedule helix --num-fold 1 --pipeline-model-parallel-size 2"
 
@@ -61,7 +61,8 @@ def test_experts_come_back_on_other_ranks(common, tmp_path, optimizer):
 
 def numbers(path):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [row[name] for row in rows for name in ("lm_loss", "grad_norm", "params_norm")]
+    names = ("lm_loss", "grad_norm", "params_norm", "load_balancing_loss", "router_z_loss")
+    return [row[name] for row in rows for name in names]
 
 
 @pytest.mark.slow
@@ -79,6 +80,6 @@ def test_losses_and_norms_are_those_of_ranks_with_all_experts(common, tmp_path, 
         outcomes = run(common, ranks, pipeline, expert, words)
         assert {outcome["code"] for outcome in outcomes} == {0}, outcomes
         found[name] = numbers(metrics)
-    assert len(found["all"]) == 9
+    assert len(found["all"]) == 15
     assert found["shared"] == pytest.approx(found["all"], rel=1e-5)
     assert found["helix"] == pytest.approx(found["all"], rel=1e-5)
