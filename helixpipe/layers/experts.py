@@ -106,7 +106,7 @@ def check_saving(
     if type(mlp.experts) is not SequentialMLP:
         raise ValueError(
             "experts that recompute, or run in slices, must run one by one; leave --moe-grouped-gemm out, or "
-            "--mlp-chunk-size and --recompute-levels"
+            "use --recompute-levels none and no --mlp-chunk-size"
         )
     if mlp_chunk_size is not None:
         linears = list(_linears(mlp))

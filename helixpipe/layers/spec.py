@@ -126,9 +126,13 @@ def _megatrons_spec(config: TransformerConfig, implementation: Implementation) -
             moe_grouped_gemm=config.moe_grouped_gemm,
             qk_layernorm=config.qk_layernorm,
         )
+    if config.moe_grouped_gemm:
+        raise ValueError(
+            "--moe-grouped-gemm needs Transformer Engine's layers, and Megatron's own are used here; leave "
+            "it out, or use --transformer-impl transformer_engine"
+        )
     spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts,
-        moe_grouped_gemm=config.moe_grouped_gemm,
         qk_layernorm=config.qk_layernorm,
         normalization=config.normalization,
     )

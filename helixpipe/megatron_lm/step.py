@@ -118,10 +118,16 @@ class Step:
                 "process_non_loss_data_func out"
             )
         chunks = model if isinstance(model, list) else [model]
+        config = get_model_config(chunks[0])
+        if config.num_moe_experts is not None:
+            raise ValueError(
+                f"the {self.forward_backward.name} schedule does not support experts in this program; leave "
+                "--num-experts out, or train with HelixPipe's pretrain_gpt.py"
+            )
         if self.is_in_chunks:
             data_iterator = iterators_of(data_iterator, chunks)
         seen = self._watch.step(forward_only=forward_only) if self._watch is not None else nullcontext()
-        with seen, _timed(get_model_config(chunks[0])):
+        with seen, _timed(config):
             report = self.forward_backward(
                 forward_step_func=self._seeing_its_ends(forward_step_func),
                 data_iterator=data_iterator,

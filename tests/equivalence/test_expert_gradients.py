@@ -26,6 +26,7 @@ SIGMOID = (
     ("moe_router_topk_scaling_factor", 2.0),
 )
 SHORT = Case(pp=2, experts=4, style="llama")
+SHARED = Case(pp=2, tp=2, sequence_parallel=True, experts=4, style="llama")
 PAIRS = Case(pp=2, dp=2, ep=2, experts=4, style="llama")
 
 
@@ -89,7 +90,7 @@ def test_experts_learn_what_they_do_under_megatron():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [Case(pp=1, experts=4, style="llama"), SHORT, PAIRS], ids=str)
+@pytest.mark.parametrize("layout", [Case(pp=1, experts=4, style="llama"), SHORT, SHARED, PAIRS], ids=str)
 def test_experts_learn_so_under_every_schedule(layout):
     check(whole_sequences(layout))
     check(parts_of_sequences(layout))

@@ -109,6 +109,11 @@ def test_what_no_schedule_supports_has_a_name(values, named):
     assert found.startswith(named)
 
 
+def test_experts_in_one_product_need_the_engine():
+    with pretend_rank(CASE), pytest.raises(ValueError, match="--moe-grouped-gemm needs Transformer Engine"):
+        gpt_stage(CASE, moe_grouped_gemm=True)
+
+
 def test_experts_in_one_product_are_not_computed_again():
     with pretend_rank(CASE):
         layer = gpt_stage(CASE).decoder.layers[0]

@@ -4,8 +4,10 @@ import subprocess
 import sys
 
 import pytest
+from models import Case, make_config
 
 from helixpipe.megatron_lm import switch
+from helixpipe.megatron_lm.known_options import check_config
 from helixpipe.megatron_lm.options import take_options
 
 
@@ -111,3 +113,8 @@ def test_errors_of_the_script_keep_their_traceback(tmp_path):
     finished = helix(tmp_path, "train.py")
     assert "Traceback" in finished.stderr
     assert finished.returncode == 1
+
+
+def test_experts_are_not_known_inside_another_program():
+    with pytest.raises(ValueError, match="--pipeline-schedule helix does not know num_moe_experts=4"):
+        check_config(make_config(Case(pp=1, experts=4, style="llama")), "helix")
