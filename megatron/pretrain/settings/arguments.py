@@ -83,7 +83,6 @@ def parse_arguments(
     derive_length(args)
     needless = (*translated.needless, *derive_layout(args))
     derive_model(args)
-    check_expert_ranks(args)
     precision = precision_of(args)
     args.params_dtype = precision.dtype
     learning_rate, housekeeping, watching = learning_rate_of(args), housekeeping_of(args), watching_of(args)
@@ -169,6 +168,7 @@ def _check_sinks(args: argparse.Namespace, entry: Schedule) -> None:
 
 
 def _check_training(args: argparse.Namespace) -> None:
+    check_expert_ranks(args)
     for name in ("save_interval", "keep_checkpoints"):
         if getattr(args, name) is not None and args.save is None:
             raise ValueError(f"{flag_of(name)} {getattr(args, name)} needs --save DIR")
