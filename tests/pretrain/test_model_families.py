@@ -80,3 +80,19 @@ def test_a_checkpoint_is_loaded_under_any_layout_and_schedule(name, case, schedu
 @pytest.mark.parametrize("name", ["gemma-2-full", "llama-yarn"])
 def test_slices_of_sequences_have_caps_and_yarn(name, schedule, options, imported):
     assert losses_error(imported(name), Case(pp=2), schedule, *options) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "schedule", "options"),
+    [
+        (Case(pp=2, dp=2, ep=2), "helix", ("--expert-model-parallel-size", "2")),
+        (Case(pp=2, tp=2), "helix", ("--sequence-parallel", "--attention-range", "block")),
+        (Case(pp=2), "zb-v", ("--moe-token-dispatcher-type", "alltoall")),
+        (Case(pp=2), "sliced-helix", ("--mlp-chunk-size", "5")),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["mixtral", "qwen-3-moe"])
+def test_experts_are_loaded_wherever_they_are(name, case, schedule, options, imported):
+    assert losses_error(imported(name), case, schedule, *options) <= 1e-5

@@ -167,7 +167,7 @@ def train_options(words: list[str], checkpoint: Path, case: Case, schedule: str,
     """The command line of one iteration over the case's batches."""
     training = (
         f"--seq-length {case.seq_length} --micro-batch-size {case.micro_batch_size} "
-        f"--global-batch-size {case.num_microbatches} --train-iters 1 --lr 1e-3 --data-path none "
+        f"--global-batch-size {case.num_microbatches * case.dp} --train-iters 1 --lr 1e-3 --data-path none "
         f"--pipeline-model-parallel-size {case.pp} --tensor-model-parallel-size {case.tp} "
         f"--pretrained-checkpoint {checkpoint} --transformer-impl local --pipeline-schedule {schedule}"
     ).split()
