@@ -117,14 +117,14 @@ class IterationInput:
         # Megatron's scaling, and some loss functions, give a vector of one element.
         return loss.reshape(())
 
-    def scale_router_losses(self, config: TransformerConfig, device: torch.device) -> None:
+    def scale_router_losses(self, config: TransformerConfig, model: torch.nn.Module) -> None:
         """Weigh what routers add to the loss like the loss itself, as Megatron does with every forward step.
 
         Routers differentiate it in their own layer's backward pass, on ranks that compute no loss.
         """
         if config.num_moe_experts is None:
             return
-        scale = torch.ones(1, device=device)
+        scale = torch.ones(1, device=next(model.parameters()).device)
         if config.grad_scale_func is not None:
             scale = config.grad_scale_func(scale)
         # A sum over tokens is divided later by their number, a mean over micro batches here by theirs.

@@ -351,12 +351,12 @@ def test_losses_of_routers_weigh_as_under_megatrons_functions(per_token_loss, lo
     assert float(expected) == (loss_scale or 1.0) / (1 if per_token_loss else 4)
     forget_router_losses()
     iteration = IterationInput(None, [None], 4, collect_non_loss_data=False, differentiate=True)
-    iteration.scale_router_losses(config, torch.device("cpu"))
+    iteration.scale_router_losses(config, torch.nn.Linear(1, 1))
     assert torch.equal(MoEAuxLossAutoScaler.main_loss_backward_scale, expected)
 
 
 def test_a_dense_model_has_no_losses_of_routers():
     forget_router_losses()
     iteration = IterationInput(None, [None], 4, collect_non_loss_data=False, differentiate=True)
-    iteration.scale_router_losses(make_config(Case(pp=1)), torch.device("cpu"))
+    iteration.scale_router_losses(make_config(Case(pp=1)), torch.nn.Linear(1, 1))
     assert MoEAuxLossAutoScaler.main_loss_backward_scale is None

@@ -82,7 +82,7 @@ class GPTSegments:
         self._num_read = 0
         self.result = IterationResult()
         if iteration.differentiate:
-            iteration.scale_router_losses(self.config, next(self.segmented.parameters()).device)
+            iteration.scale_router_losses(self.config, self.segmented)
 
     def chunk_of(self, segment: int) -> int:
         """The position of the model chunk that holds a segment's weights: there is one."""
