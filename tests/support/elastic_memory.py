@@ -50,6 +50,34 @@ def measure(case: ElasticCase) -> Measured:
     return watch(chunks, lambda: train_once(case, chunks, ElasticForwardBackward(clock=HostClock()), batch))
 
 
+def store_levels(case: ElasticCase) -> list[tuple[str, int]]:
+    """Bytes in the store of keys and values as each operation of an iteration begins to compute."""
+    initialize(case.case)
+    chunks = build_elastic(case)
+    batch = ElasticBatch(recipe_of(case), documents(case))
+    store = chunks[0].module.contexts
+    levels: list[tuple[str, int]] = []
+    runs = {kind: kind.__call__ for kind in (Forward, Backward)}
+
+    def noting(kind: Any) -> Any:
+        def run(step: Any) -> None:
+            held = sum(tensor.numel() * tensor.element_size() for tensor in store.tensors())
+            levels.append((str(step.operation), held))
+            runs[kind](step)
+
+        return run
+
+    for kind in runs:
+        kind.__call__ = noting(kind)
+    try:
+        train_once(case, chunks, ElasticForwardBackward(clock=HostClock()), batch)
+    finally:
+        for kind, run in runs.items():
+            kind.__call__ = run
+    store.assert_empty()
+    return levels
+
+
 def measure_slices(case: Case) -> Measured:
     """The same of a schedule that slices every sequence."""
     torch.set_num_threads(1)
