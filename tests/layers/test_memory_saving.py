@@ -94,7 +94,7 @@ def test_bfloat16_is_as_exact_as_without(build, style):
                 assert error <= 2 * reference[name], (saving, name)
 
 
-@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("sequence_parallel", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_tensor_parallel_ranks(sequence_parallel):
     cases = [
         Case(pp=1, tp=2, style=style, seq_length=126, sequence_parallel=sequence_parallel, num_layers=2)
