@@ -130,7 +130,7 @@ def test_a_checkpoint_of_other_data_is_refused(two_stages, corpus, arguments):
 def helix_arguments(arguments):
     """The same job by rounds of helix; the costs know one level, and need room for it."""
     words = [word if word != "elastic" else "elastic-helix" for word in arguments]
-    words[words.index(0.005)] = 0.05
+    words[words.index("--memory-limit-gib") + 1] = 0.05
     return [*words, "--recompute-levels", "none", "--pipeline-model-parallel-size", 2]
 
 
@@ -148,7 +148,6 @@ def test_elastic_helix_gives_the_same_losses(two_stages, launch, arguments, tmp_
     assert validation_losses(finished) == pytest.approx(validation_losses(two_stages[0]), rel=1e-5)
     plan = Plan.from_json((tmp_path / "trace" / "plan_0000004.json").read_text(encoding="utf-8"))
     assert plan.schedule == "elastic-helix"
-    assert plan.slices
     assert all(row["predicted_ms"] > 0 and row["num_pipelines"] >= 1 for row in rows)
     further = launch(
         2, *arguments, *SPLIT, "--load", tmp_path / "saved", "--allow-changed", "pipeline-schedule",
