@@ -147,7 +147,7 @@ def check_experts_under(args: argparse.Namespace, execution: Execution | None) -
             couplings,
             "{} is about all tokens of a micro batch, and --mlp-chunk-size runs them in parts; leave one out",
         )
-    if execution is Execution.CHUNKS and args.expert_model_parallel_size > 1:
+    if not execution.joins_documents and args.expert_model_parallel_size > 1:
         raise ValueError(
             f"--expert-model-parallel-size does not go with {args.pipeline_schedule}, under which every "
             "data-parallel rank has chunks of its own; use 1"
