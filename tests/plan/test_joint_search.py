@@ -10,7 +10,7 @@ import pytest
 
 from helixpipe.__main__ import main
 from helixpipe.plan.advise import bounds, joint
-from helixpipe.plan.advise.advice import Option, evaluate
+from helixpipe.plan.advise.advice import LIGHTER, Option, evaluate, mixed
 from helixpipe.plan.advise.bounds import Outlook, least_bytes, least_ms, least_ms_in_memory
 from helixpipe.plan.advise.candidates import candidates
 from helixpipe.plan.advise.context_parallel import Exchange
@@ -72,6 +72,15 @@ def test_the_best_are_those_of_an_exhaustive_search(pruned, exhaustive):
     assert key(pruned.best_that_runs) == key(exhaustive.best_that_runs)
     assert pruned.num_simulated < 0.8 * exhaustive.num_simulated
     assert len(exhaustive.findings) > len(pruned.shown) == joint.SHOWN
+
+
+def test_memory_that_is_left_is_filled_wherever_that_may_be_shown(exhaustive):
+    """Not only in what would be shown without: some layers compute less again."""
+    filled = [finding for finding in exhaustive.findings if finding.option.candidate.lighter]
+    assert len(filled) > 5
+    for finding in exhaustive.findings[joint.SHOWN :]:
+        mixture = mixed(finding.job, finding.option.candidate)
+        assert mixture is None or mixture.iteration_ms >= finding.iteration_ms * (1 - 1e-9)
 
 
 WIDER = (
@@ -143,6 +152,40 @@ def test_bounds_hold_for_every_candidate(layout):
                 in_memory = least_ms_in_memory(pieces, layout.pipeline, m, limit)
                 assert in_memory * rounding <= outcome.iteration_ms
     assert seen > 20
+
+
+@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[3]], ids=lambda layout: layout.label)
+def test_bounds_hold_where_memory_that_is_left_is_filled(layout):
+    """And they are no lower than they need be: no more than the heavier recomputation's alone."""
+    shape = replace(SMALL, num_layers=8)
+    job = layout_job(MACHINE, workload(model=shape, whole_logits=False), layout, 8, 8.0)
+    seen = 0
+    for candidate in (c for group in candidates(job) for c in group if with_few_options(layout, c)):
+        if candidate.micro_batch_size > 1 or not isinstance(evaluate(job, candidate), Option):
+            continue
+        mixture = mixed(job, candidate)
+        if mixture is not None:
+            seen += 1
+            outlook, level = Outlook(job, candidate), candidate.recompute
+            bound_ms = outlook.least_mixed_ms(level, LIGHTER[level], job.memory_limit_bytes)
+            assert bound_ms * (1 - 1e-9) <= mixture.iteration_ms
+            assert outlook.least_ms(LIGHTER[level]) <= bound_ms <= outlook.least_ms(level) * (1 + 1e-9)
+    assert seen > 5
+
+
+@pytest.mark.parametrize(
+    ("limit_gib", "level"), [(10.0, Recompute.WITHOUT_ATTENTION), (12.0, Recompute.PRODUCTS)]
+)
+def test_layers_that_compute_less_again_lower_the_bound(limit_gib, level):
+    """Without a pipeline nothing else delays: the heavier recomputation alone takes longer."""
+    shape = replace(SMALL, num_layers=8)
+    job = layout_job(MACHINE, workload(model=shape, whole_logits=False), Layout(data=4), 8, limit_gib)
+    candidate = next(c for group in candidates(job) for c in group if c.recompute is level)
+    found_ms = mixed(job, candidate).iteration_ms
+    outlook = Outlook(job, candidate)
+    bound_ms = outlook.least_mixed_ms(level, LIGHTER[level], job.memory_limit_bytes)
+    assert bound_ms <= found_ms < outlook.least_ms(level)
+    assert found_ms < 1.04 * bound_ms
 
 
 def test_the_bound_of_stages_is_their_time_where_nothing_else_delays_them():

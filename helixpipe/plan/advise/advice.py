@@ -198,6 +198,11 @@ def evaluate(job: Job, candidate: Candidate) -> Option | Rejection:
     return _pipeline(job, candidate)
 
 
+def mixed(job: Job, candidate: Candidate) -> Option | None:
+    """A candidate that fits with as many layers as memory allows computing less again; None if none can."""
+    return _mixture(job, candidate, fits_order=False)
+
+
 def improve(
     job: Job, option: Option, accept: Callable[[Candidate], bool], *, fits_order: bool
 ) -> Option | None:
@@ -222,7 +227,7 @@ def _fitted(job: Job, option: Option) -> Option:
 def _mixture(job: Job, candidate: Candidate, *, fits_order: bool) -> Option | None:
     """As many layers with the next lighter recomputation as memory allows; None if there is none such."""
     lighter = LIGHTER.get(candidate.recompute)
-    if lighter is None:
+    if lighter is None or candidate.lighter is not None:
         return None
     num_layers = job.workload.model.num_layers
     peaks = [_peak(job, replace(candidate, recompute=level)) for level in (candidate.recompute, lighter)]

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from helixpipe.plan.advise.candidates import Candidate
 from helixpipe.plan.advise.job import Job
@@ -145,21 +146,40 @@ class Outlook:
 
     def least_ms(self, recompute: Recompute) -> float:
         """What an iteration takes at least."""
-        work, costs = self._work, self._costs
-        segments = segment_costs(self._pieces, work.plan, recompute)
-        classes = work.plan.computations.classes
-        durations = np.array(
-            [segments[name].duration_ms(kind, splits_backward=splits) for kind, name, splits in classes]
-        )
-        counts = work.plan.computations.counts
-        is_waited_for = np.array([kind is not Kind.W for kind, _, _ in classes])
+        work = self._work
+        durations, counts = self._durations_ms(recompute), work.plan.computations.counts
+        is_waited_for = np.array([kind is not Kind.W for kind, _, _ in work.plan.computations.classes])
         busy_ms = counts @ durations * self._times
         waited_for_ms = counts @ (durations * is_waited_for) * self._times
         lead_ms, tail_ms = (before @ durations for before in work.before)
         pipeline_ms = float((lead_ms + np.maximum(busy_ms, waited_for_ms + tail_ms)).max())
-        pipeline_ms = max(pipeline_ms, self._link_ms)
-        finish_ms = min(rank.gradient_reduction_ms for rank in costs.ranks)
-        return pipeline_ms + finish_ms + max(rank.optimizer_ms for rank in costs.ranks)
+        return max(pipeline_ms, self._link_ms) + self._finish_ms
+
+    def least_mixed_ms(self, heavier: Recompute, lighter: Recompute, limit_bytes: int) -> float:
+        """What an iteration takes at least if as many layers as memory allows compute less again.
+
+        Memory grows at least as fast as in a plan of few micro batches. Whatever layers these are, the mean
+        rank has their share of the work.
+        """
+        least_bytes = self.least_bytes(heavier)
+        growth = self.least_bytes(lighter) - least_bytes
+        share = min(1.0, (limit_bytes - least_bytes) / growth) if growth > 0 else 1.0
+        counts = self._work.plan.computations.counts
+        means = [float((counts @ self._durations_ms(level)).mean()) for level in (heavier, lighter)]
+        mixed_ms = (means[0] - share * (means[0] - means[1])) * self._times
+        return max(self.least_ms(lighter), mixed_ms + self._finish_ms)
+
+    def _durations_ms(self, recompute: Recompute) -> npt.NDArray[np.float64]:
+        segments = segment_costs(self._pieces, self._work.plan, recompute)
+        classes = self._work.plan.computations.classes
+        return np.array(
+            [segments[name].duration_ms(kind, splits_backward=splits) for kind, name, splits in classes]
+        )
+
+    @property
+    def _finish_ms(self) -> float:
+        ranks = self._costs.ranks
+        return min(rank.gradient_reduction_ms for rank in ranks) + max(rank.optimizer_ms for rank in ranks)
 
     def _busiest_link_ms(self) -> float:
         """How long the link with most to carry is busy."""

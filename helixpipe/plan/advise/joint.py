@@ -13,7 +13,7 @@ from functools import partial
 from itertools import count
 from typing import NamedTuple
 
-from helixpipe.plan.advise.advice import Option, evaluate, improve
+from helixpipe.plan.advise.advice import LIGHTER, Option, evaluate, improve, mixed
 from helixpipe.plan.advise.bounds import Outlook, least_bytes, least_ms, least_ms_in_memory
 from helixpipe.plan.advise.candidates import Candidate, candidates, micro_batch_factors
 from helixpipe.plan.advise.job import GIB, Job
@@ -230,7 +230,7 @@ class _Search:
             if not item.group:
                 self._open(item)
             elif self.exhaustive or self._is_of_interest(bound_ms, item.layout, item.group[0]):
-                self._look_at(item)
+                self._look_at(item, bound_ms)
             else:
                 self.left.append(entry)
 
@@ -293,19 +293,39 @@ class _Search:
         of_family = (f.iteration_ms for f in self.best.values() if f.family == family)
         return bound_ms < max(shown[-1], min(of_family, default=float("inf")))
 
-    def _look_at(self, item: _Item) -> None:
+    def _look_at(self, item: _Item, bound_ms: float) -> None:
         if item.outlook is None:
             self._look_ahead(item)
             return
         candidate = item.group[0]
         outcome = evaluate(item.job, candidate)
         if isinstance(outcome, Option):
-            without_plan = replace(outcome, plan=None, costs=None)
-            self.simulated.append(Finding(item.layout, item.job, without_plan))
-            self._keep(Finding(item.layout, item.job, outcome))
+            self._simulated(item, outcome)
+            self._fill(item, bound_ms)
         # Another recomputation may be executed where this one cannot; otherwise it only computes more.
         if not (isinstance(outcome, Option) and candidate.why_not_runnable != "recompute"):
             self._push_first_that_may_fit(item._replace(group=item.group[1:]))
+
+    @staticmethod
+    def _least_ms(outlook: Outlook, candidate: Candidate, job: Job) -> float:
+        """What a candidate takes at least, some layers with the next lighter recomputation."""
+        lighter = LIGHTER.get(candidate.recompute)
+        if lighter is None:
+            return outlook.least_ms(candidate.recompute)
+        return outlook.least_mixed_ms(candidate.recompute, lighter, job.memory_limit_bytes)
+
+    def _fill(self, item: _Item, bound_ms: float) -> None:
+        """Let some layers of a candidate that fits compute less again, if that may be of interest."""
+        candidate = item.group[0]
+        if self.exhaustive or self._is_of_interest(bound_ms, item.layout, candidate):
+            mixture = mixed(item.job, candidate)
+            if mixture is not None and self.accept(item.layout, mixture.candidate):
+                self._simulated(item, mixture)
+
+    def _simulated(self, item: _Item, option: Option) -> None:
+        without_plan = replace(option, plan=None, costs=None)
+        self.simulated.append(Finding(item.layout, item.job, without_plan))
+        self._keep(Finding(item.layout, item.job, option))
 
     def _keep(self, finding: Finding) -> None:
         key = finding.layout, finding.option.candidate.schedule
@@ -328,8 +348,10 @@ class _Search:
         assert item.outlook is not None
         for number, candidate in enumerate(item.group):
             if item.outlook.least_bytes(candidate.recompute) <= item.job.memory_limit_bytes:
-                least_ms = item.outlook.least_ms(candidate.recompute)
-                self._push(least_ms, item._replace(group=item.group[number:]))
+                self._push(
+                    self._least_ms(item.outlook, candidate, item.job),
+                    item._replace(group=item.group[number:]),
+                )
                 return
 
     def advice(self) -> JointAdvice:
