@@ -201,9 +201,8 @@ def candidates(job: Job) -> Iterator[list[Candidate]]:
                 continue  # Slices are as long as wanted already.
             if job.workload.context_parallel > 1 and entry.slices_sequences:
                 continue  # Slices that are shared once more are not planned.
-            is_plain = entry.execution is Execution.MEGATRON and set(entry.options) <= {"stage_layers"}
-            if job.num_ranks == 1 and not is_plain:
-                continue  # One rank has one order, and one stage.
+            if job.num_ranks == 1 and not is_for_one_rank(schedule):
+                continue
             for options in _options(schedule, job):
                 yield [
                     Candidate(
@@ -220,6 +219,12 @@ def candidates(job: Job) -> Iterator[list[Candidate]]:
                     )
                     for recompute in Recompute
                 ]
+
+
+def is_for_one_rank(schedule: str) -> bool:
+    """Whether a job without a pipeline runs under it: one rank has one order, and one stage."""
+    entry = SCHEDULES[schedule]
+    return entry.execution is Execution.MEGATRON and set(entry.options) <= {"stage_layers"}
 
 
 def _options(schedule: str, job: Job) -> Iterator[Mapping[str, int | str]]:

@@ -6,7 +6,7 @@ import argparse
 
 import torch
 
-from helixpipe.plan.advise import Candidate, advise, make_job, read_machine
+from helixpipe.plan.advise import Candidate, advise, is_for_one_rank, make_job, read_machine
 from helixpipe.plan.build import complete
 from helixpipe.plan.cost_model import (
     HARDWARE,
@@ -195,7 +195,7 @@ def _is_allowed(args: argparse.Namespace, candidate: Candidate) -> bool:
         and args.split_weight_gradients in (None, candidate.options.get("split_weight_gradients"))
         and args.resend_context in (None, candidate.options.get("resend_context"))
         and all(candidate.options.get(name) == value for name, value in given.items() if value is not None)
-        and (args.pipeline_model_parallel_size > 1 or not SCHEDULES[candidate.schedule].options)
+        and (args.pipeline_model_parallel_size > 1 or is_for_one_rank(candidate.schedule))
     )
 
 
