@@ -21,11 +21,14 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distribu
 logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 import torch  # noqa: E402
-from megatron.core import parallel_state  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 # Hides broken packages, which must come before any import of megatron.core.
 import helixpipe.layers  # noqa: E402, F401
+
+# isort: split
+from megatron.core import parallel_state  # noqa: E402
+
 from helixpipe.layers.attention.context_parallel import own_pieces  # noqa: E402
 from helixpipe.layers.documents import Documents  # noqa: E402
 from helixpipe.reliability.exit_codes import INTERRUPTED, exit_code_of, leave_exit_code  # noqa: E402

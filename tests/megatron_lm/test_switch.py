@@ -71,7 +71,7 @@ def test_switched_off_everything_is_megatrons_again(losses):
         ("layers that differ", "one ModuleSpec for all"),
         ("uneven stages", "leave --num-layers-in-first-pipeline-stage out"),
         ("context parallel", "does not support context parallelism"),
-        ("experts", "does not support experts in this program"),
+        ("experts in chunks", "does not support experts in this program"),
         ("virtual stages", "makes two model chunks on each rank by itself"),
     ],
 )

@@ -231,7 +231,7 @@ def _refusals_of_two_chunks() -> dict[str, str]:
         "layers that differ": _message(lambda: build_stage(CASE, vp_stage=0, spec=block)),
         "uneven stages": _message(lambda: build_stage(CASE, vp_stage=0, **{uneven: 1})),
         "context parallel": _message(lambda: build_stage(CASE, vp_stage=0, context_parallel_size=2)),
-        "experts": _message(lambda: build_stage(CASE, vp_stage=0, num_moe_experts=4)),
+        "experts in chunks": _message(lambda: build_stage(CASE, vp_stage=0, num_moe_experts=4)),
         "chunks of one": _message(lambda: get_forward_backward_func(2, 1)),
     }
     parallel_state.set_virtual_pipeline_model_parallel_world_size(2)
