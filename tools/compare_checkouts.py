@@ -107,7 +107,9 @@ def compare_plans(before: Any, after: Any) -> str:
     """In words, for plans as their files say them; None where Megatron's functions decided the order."""
     if before == after:
         return SAME_PLAN
-    if before is None or after is None or _computing(before) != _computing(after):
+    if before is None or after is None:
+        return "a plan's file from one of them only"
+    if _computing(before) != _computing(after):
         return "another order"
     return "the same order, with receives posted elsewhere"
 
