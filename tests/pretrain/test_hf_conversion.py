@@ -1,5 +1,6 @@
 """Conversion of models on Hugging Face: what is refused, what is in memory, tables of other sizes."""
 
+import argparse
 import gc
 import json
 import weakref
@@ -247,6 +248,19 @@ def test_a_configuration_of_another_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="trained with --rotary-base 10000 and not the 500000 of"):
         export_model(tmp_path / "ours", tmp_path / "back", reference=other)
     assert not (tmp_path / "back").exists()
+
+
+def test_a_checkpoint_of_training_is_exported_with_megatrons_arguments_in_it(tmp_path):
+    """Training writes them for Megatron-LM; plain loading refuses their class."""
+    write_model(tmp_path / "hf")
+    import_model(tmp_path / "hf", tmp_path / "ours")
+    common_file = tracked(tmp_path / "ours") / "common.pt"
+    common = torch.load(common_file)
+    torch.save({**common, "args": argparse.Namespace(num_layers=3)}, common_file)
+    export_model(tmp_path / "ours", tmp_path / "back")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "back"))
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 def test_flipped_bits_are_noticed_by_an_export(tmp_path):

@@ -14,6 +14,7 @@ import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
 
+from megatron.pretrain.checkpoint.common_state import read_common
 from megatron.pretrain.checkpoint.comparison import differing_model_settings, model_settings
 from megatron.pretrain.checkpoint.files import digest, tracked, usable
 from megatron.pretrain.checkpoint.publishing import publish, start_saving
@@ -113,7 +114,7 @@ def export_model(
     unsafe = find_unsafe_content(checkpoint)
     if unsafe:
         raise ValueError(unsafe)
-    common = torch.load(checkpoint / "common.pt", map_location="cpu", weights_only=True)
+    common = read_common(checkpoint)
     model = describe_model(read_config(reference), common["settings"]["padded_vocab_size"])
     differing = differing_model_settings(common["settings"], _options(model))
     if differing:
