@@ -15,7 +15,7 @@ CORES  := build/cores
 # Each test of several processes would compile every module anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test test-all test-cores test-pythons lint kernels benchmark layer-benchmark elastic elastic-benchmark overlap rounds anchors tables pictures docs clean
+.PHONY: quickstart test test-all test-cores test-pythons lint kernels benchmark layer-benchmark elastic elastic-benchmark context-extension overlap rounds anchors tables pictures docs clean
 
 # Two minutes on 2 cores: a corpus, 1F1B and helix on the same batches, a picture of what both ran.
 quickstart: $(READY)
@@ -73,6 +73,10 @@ rounds: $(READY)
 # A training job on the standard library's files as they are, each batch planned while the one before trains. Three minutes on 2 cores.
 elastic: $(READY)
 	PYTHON=$(abspath $(PY)) bash examples/elastic.sh
+
+# A model on Hugging Face from 256 to 1024 tokens: YaRN, training under helix, loss by position before and after. Four minutes on 2 cores.
+context-extension: $(READY)
+	PYTHON=$(abspath $(PY)) bash examples/context_extension.sh
 
 # Elastic pipelines against packing, on the same files. Under ten minutes on 2 cores.
 elastic-benchmark: $(READY) runs/elastic/stdlib.idx
