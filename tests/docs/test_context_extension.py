@@ -70,7 +70,8 @@ def test_windows_lie_within_files_and_spread_over_the_text(helper, folder):
     found = helper.windows(folder / "plain", folder / "text", 17, 3)
     start = torch.tensor([1, 18, 3])
     assert torch.equal(found, (start[:, None] + torch.arange(17)) % (WORDS - 1) + 1)
-    assert torch.equal(helper.windows(folder / "plain", folder / "text", 17, 2), found[:2])
+    # Eight windows of 8: the first, and the fifth, with which the second file begins.
+    assert helper.windows(folder / "plain", folder / "text", 8, 2)[:, 0].tolist() == [2, 3]
     with pytest.raises(ValueError, match="has 3 windows of 17 tokens; ask for no more"):
         helper.windows(folder / "plain", folder / "text", 17, 4)
 
@@ -86,14 +87,19 @@ def test_the_copy_is_imported_with_yarn_and_only_plain_positions_are_stretched(h
     assert not (folder / "again").exists()
 
 
-def test_a_configuration_of_transformers_4_is_stretched_in_its_own_form(helper, folder):
+@pytest.mark.parametrize("older", [False, True], ids=["rope_parameters", "rope_scaling"])
+def test_a_configuration_keeps_its_form_and_its_base(older, helper, folder):
+    """The second form is that of transformers 4."""
     path = folder / "plain" / "config.json"
     config = json.loads(path.read_text())
-    config |= {"rope_theta": config.pop("rope_parameters")["rope_theta"], "rope_scaling": None}
+    config["rope_parameters"]["rope_theta"] = 5000.0
+    if older:
+        config |= {"rope_theta": config.pop("rope_parameters")["rope_theta"], "rope_scaling": None}
     path.write_text(json.dumps(config))
-    helper.stretch(folder / "plain", 2.0, folder / "older")
-    older, newer = (describe_model(read_config(folder / name)).arguments for name in ("older", "yarn"))
-    assert older == newer
+    helper.stretch(folder / "plain", 2.0, folder / "copy")
+    assert json.loads((folder / "copy" / "config.json").read_text()).keys() == config.keys()
+    found, default = (describe_model(read_config(folder / name)).arguments for name in ("copy", "yarn"))
+    assert found == default | {"rotary_base": 5000}
 
 
 def test_losses_are_drawn_and_told_and_a_text_goes_on(helper, folder, capsys):
