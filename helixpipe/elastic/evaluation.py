@@ -22,8 +22,8 @@ def plan_evaluation(
     """The recipe whose forward passes are predicted to end first; milliseconds, and the same on every rank.
 
     One pipeline without checkpointing; of elastic helix, as many rounds as the longest sequence leaves room
-    for. Chunks are no larger than training may have them, and of activations
-    only the keys and values of slices outlive their chunk, so what fits in training fits here.
+    for. Of elastic 1F1B, chunks are no larger than training may have them. Of activations only the keys
+    and values of slices outlive their chunk, so what fits in training fits here.
 
     Args:
         lengths: tokens of every sequence.

@@ -14,7 +14,7 @@ from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, autograd
 
-# The kinds of positions that a segmented model has.
+# The kinds of positions that models of our schedules have.
 POSITIONS = ("learned_absolute", "rope", "yarn", "none")
 # Of YaRN: arguments of Megatron's class by the attributes of a configuration that its GPTModel reads.
 _OF_YARN = {
@@ -81,7 +81,7 @@ class _Rotate(autograd.Function):
 
     Megatron's unfused function leaves the sines and cosines of all positions, [s, d] each, with every query
     and every key. For h = 4096, d = 128 and tp 8 with sequence parallelism these four are as large as the
-    residual. The angles are Megatron's cached ones, which exist once.
+    residual. The angles are Megatron's cached ones, or those of joined documents: one tensor for all layers.
     """
 
     @staticmethod
@@ -109,7 +109,7 @@ def rotate(tensor: Tensor, angles: Tensor, config: TransformerConfig, group: dis
 
     Args:
         tensor: [s, b, heads, d].
-        angles: [s, 1, 1, rotated part of d], the same tensor for every layer and micro batch.
+        angles: [s, 1, 1, rotated part of d], the same tensor for every layer.
         config: tells how channels are paired.
         group: of context parallelism.
 

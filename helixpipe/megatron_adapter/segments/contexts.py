@@ -57,7 +57,7 @@ class SliceContexts:
         # By the micro batches that are gone on with, and by those that go on; one may be both, in two groups.
         self._gone_on_with = {i: group for group in plan.slices for i in group[:-1]}
         self._going_on = {i: group for group in plan.slices for i in group[1:]}
-        # The same in every iteration, so made once.
+        # The same in every iteration over the plan, so made once.
         self._attended: dict[tuple[int, int], Piece] = {}
         self._returned: dict[tuple[int, int], list[Tensors]] = defaultdict(list)
         # Keys and values of slices that attend here, too, and how often they are still to be lent.

@@ -331,11 +331,11 @@ REFUSED: dict[str, str] = {
     "tensor-parallel messages are not overlapped; remove it": """
         tp-comm-overlap tp-comm-overlap-cfg tp-comm-overlap-rs-dgrad
     """,
-    "layers are spread evenly over pipeline ranks; remove it": """
+    "layers are counted, not weighed; use --decoder-first-pipeline-num-layers and its like": """
         account-for-embedding-in-pipeline-split account-for-loss-in-pipeline-split
         pipeline-model-parallel-layout
     """,
-    "the order of interleaved stages is that of groups of pipeline ranks; remove it": """
+    "stages are given by their layers; use --num-layers-per-virtual-pipeline-stage": """
         num-virtual-stages-per-pipeline-rank
     """,
     "the batch size is fixed; use --global-batch-size": """
