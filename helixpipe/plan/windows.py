@@ -41,6 +41,17 @@ def parse_skip_frequency(text: str) -> SkipFrequency:
     return tuple(int(digit) for digit in re.findall("[01]", text))
 
 
+def kinds_of_windows(windows: Sequence[int]) -> list[str]:
+    """A name for each layer by what it sees, ``full`` or ``window`` and its tokens; none if all see alike."""
+    names = [f"window{window}" if window else "full" for window in windows]
+    return names if len(set(names)) > 1 else []
+
+
+def join_kinds(*told: Sequence[str]) -> tuple[str, ...]:
+    """One name for each layer from several, of which some may be empty."""
+    return tuple("-".join(filter(None, names)) for names in zip(*told, strict=True))
+
+
 def windows_of_layers(
     window: Sequence[int] | None, skip_frequency: SkipFrequency | None, num_layers: int
 ) -> tuple[int, ...]:

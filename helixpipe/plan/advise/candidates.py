@@ -13,6 +13,7 @@ from helixpipe.plan.cost_model.levels import LEVELS, spell_levels
 from helixpipe.plan.execution import Execution
 from helixpipe.plan.schedules import SCHEDULES, ScheduleRequest, planned_ahead
 from helixpipe.plan.schedules.request import ATTENTION_RANGES, KnownCosts
+from helixpipe.plan.windows import join_kinds
 
 MICRO_BATCH_FACTORS = (1, 2, 4)
 
@@ -54,7 +55,7 @@ class Candidate:
         """
         model = job.workload.model
         levels = [level.value if self.lighter else "" for level in self.levels(model.num_layers)]
-        kinds = tuple("-".join(filter(None, both)) for both in zip(model.layer_kinds, levels, strict=True))
+        kinds = join_kinds(model.layer_kinds, levels)
         takes_kinds = any(kinds) and "layer_kinds" in SCHEDULES[self.schedule].options
         return ScheduleRequest(
             num_layers=model.num_layers,

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from helixpipe.plan.windows import join_kinds, kinds_of_windows
+
 
 @dataclass(frozen=True, kw_only=True)
 class Experts:
@@ -234,7 +236,7 @@ class ModelShape:
 
     @property
     def only_planned(self) -> tuple[str, ...]:
-        """What the model has that plans know, and layers of training do not."""
+        """What the model has that plans know, and that no schedule is chosen for in training."""
         experts = self.experts
         has = {
             "windows": any(self.windows),
@@ -247,18 +249,21 @@ class ModelShape:
     @property
     def beside_dense(self) -> tuple[str, ...]:
         """What the model has beside dense layers that attend to all tokens before."""
-        experts = ("experts",) if self.experts is not None else ()
-        return (*experts, *(name for name in self.only_planned if "experts" not in name))
+        has = {
+            "experts": self.experts is not None,
+            "windows": any(self.windows),
+            "latent attention": self.latent is not None,
+        }
+        return tuple(name for name, is_there in has.items() if is_there)
 
     @property
     def layer_kinds(self) -> tuple[str, ...]:
         """What a layer has of its own, ``full`` attention, ``window`` and its tokens, a ``dense`` MLP or
         ``experts``, for every layer; empty names where all layers are alike.
         """
-        windows = [f"window{window}" if window else "full" for window in self.windows]
         mlps = ["experts" if self.has_experts(layer) else "dense" for layer in range(self.num_layers)]
-        told = [names for names in (windows, mlps) if len(set(names)) > 1]
-        return tuple("-".join(names) for names in zip(*told, strict=True)) or ("",) * self.num_layers
+        told = kinds_of_windows(self.windows), mlps if len(set(mlps)) > 1 else []
+        return join_kinds(*filter(None, told)) or ("",) * self.num_layers
 
 
 def _llama(

@@ -15,6 +15,7 @@ from helixpipe.plan.fit import check_executable, check_fits, check_stages_fit, s
 from helixpipe.plan.schedules import SCHEDULES, Schedule
 from helixpipe.plan.schedules.request import KnownCosts
 from helixpipe.plan.stage_layers import STAGE_LAYERS, parse_stage_layers
+from helixpipe.plan.windows import join_kinds, kinds_of_windows, windows_of_layers
 from megatron.pretrain.settings.recomputation import asked_levels
 from megatron.pretrain.settings.sizes import nearest
 from megatron.pretrain.settings.stages import stage_layers_of
@@ -151,16 +152,11 @@ def plan_request(
     Raises:
         ValueError: virtual stages that do not fit, or another schedule's.
     """
-    levels = asked_levels(args)
-    # Layers that keep more than others take other times, and need other names in the plan.
-    kinds = None
-    if isinstance(levels, tuple) and "layer_kinds" in entry.options:
-        kinds = tuple(level.value for level in levels)
     return ScheduleRequest(
         num_layers=args.num_layers,
         num_ranks=args.pipeline_model_parallel_size,
         num_microbatches=args.num_microbatches,
-        layer_kinds=kinds,
+        layer_kinds=_layer_kinds(args) if "layer_kinds" in entry.options else None,
         stage_layers=_stage_layers(args, entry),
         # As in Megatron, it means nothing without virtual stages.
         microbatch_group=args.microbatch_group_size_per_virtual_pipeline_stage
@@ -182,6 +178,14 @@ def plan_ahead(args: argparse.Namespace, entry: Schedule, costs: KnownCosts | No
     """The plan that the options ask for, its order fitted to costs; None where each batch has its own."""
     request = plan_request(args, entry, costs)
     return build_plan(args.pipeline_schedule, request) if entry.plans_ahead else None
+
+
+def _layer_kinds(args: argparse.Namespace) -> tuple[str, ...] | None:
+    """Layers that see, or keep, more than others take other times, and need other names in the plan."""
+    windows = windows_of_layers(args.window_size, args.window_attn_skip_freq, args.num_layers)
+    levels = asked_levels(args)
+    told = kinds_of_windows(windows), [level.value for level in levels] if isinstance(levels, tuple) else []
+    return join_kinds(*filter(None, told)) or None
 
 
 def _stage_layers(args: argparse.Namespace, entry: Schedule) -> tuple[int, ...] | None:
