@@ -82,6 +82,7 @@ def test_options_that_do_not_go_together_are_refused(options, message):
             "--expert-model-parallel-size 2 --pipeline-schedule elastic",
             "does not go with elastic, under which every data-parallel rank has chunks of its own; use 1",
         ),
+        ("--pipeline-schedule elastic-helix", "^--num-experts does not go with elastic-helix; leave it out"),
         (
             "--expert-model-parallel-size 2 --pipeline-schedule elastic-helix",
             "does not go with elastic-helix, under which every data-parallel rank has chunks of its own",

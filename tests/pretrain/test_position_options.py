@@ -3,6 +3,7 @@
 import pytest
 
 from helixpipe.data.prefix import DatasetInfo
+from helixpipe.plan import ScheduleRequest, build_plan
 from megatron.pretrain.settings.arguments import parse_arguments
 
 DATASET = DatasetInfo(
@@ -78,6 +79,29 @@ def test_learned_sinks_need_lent_weights(options, message, monkeypatch):
     with pytest.raises(ValueError, match=message):
         parse(f"{line} {options}")
     assert parse(f"{line} --attention-range block").model.softmax_type == "learnable"
+
+
+@pytest.mark.parametrize(("attention_range", "goes"), [("core", False), ("block", True)])
+def test_learned_sinks_go_by_the_range_of_a_plan(attention_range, goes, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    request = ScheduleRequest(num_layers=4, num_ranks=2, num_microbatches=8, attention_range=attention_range)
+    (tmp_path / "plan.json").write_text(build_plan("helix", request).to_json())
+    line = f"--softmax-type learnable --pipeline-model-parallel-size 2 --plan {tmp_path / 'plan.json'}"
+    if goes:
+        assert parse(line).model.softmax_type == "learnable"
+    else:
+        with pytest.raises(ValueError, match="--attention-range core does not; use qkv or block"):
+            parse(line)
+
+
+def test_layers_with_windows_have_names_and_costs_of_their_own(monkeypatch):
+    """Or an order could not be fitted to the costs of a machine."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = "--pipeline-model-parallel-size 2 --pipeline-schedule helix --window-size 7,0"
+    fitted = "--round-order interlocked --hardware h20"
+    plan = parse(f"{line} --window-attn-skip-freq 2 {fitted}").schedule.plan
+    assert {"attention.window8", "attention.full"} < set(plan.segment_names)
+    assert "attention" in parse(f"{line} {fitted}").schedule.plan.segment_names
 
 
 @pytest.mark.parametrize("option", ["--glu-linear-offset 1", "--activation-func-clamp-value 7"])

@@ -18,10 +18,12 @@ from helixpipe.data.prefix import DatasetInfo, describe_prefix
 from helixpipe.data.text_tokenizers import TokenizerSettings
 from helixpipe.layers.attention.choice import UNFUSED
 from helixpipe.layers.spec import Implementation, check_implementation
+from helixpipe.plan import Plan
 from helixpipe.plan.build import find_schedule
 from helixpipe.plan.cost_model import Recompute
 from helixpipe.plan.execution import Execution
 from helixpipe.plan.schedules import Schedule
+from helixpipe.plan.schedules.helix import DEFAULT_ATTENTION_RANGE
 from megatron.pretrain.checkpoint.comparison import changeable
 from megatron.pretrain.checkpoint.files import is_same_folder
 from megatron.pretrain.data.gpt import check_split
@@ -146,7 +148,7 @@ def _choose_schedule(args: argparse.Namespace) -> ScheduleSettings:
         else:
             plan = plan_ahead(args, entry, costs)
     if args.softmax_type == "learnable" and "attention_range" in entry.options:
-        _check_sinks(args, entry)
+        _check_sinks(args, entry, plan)
     plan = plan or plan_ahead(args, entry)
     if plan is not None and plan.slices:
         args.dataset = args.dataset or _inspect_data(args, Execution.SLICES)
@@ -155,15 +157,17 @@ def _choose_schedule(args: argparse.Namespace) -> ScheduleSettings:
     return settings_for(args, plan, reason)
 
 
-def _check_sinks(args: argparse.Namespace, entry: Schedule) -> None:
-    if args.attention_range not in ("qkv", "block"):
-        raise ValueError(
-            f"--softmax-type learnable lends sinks with QKV, which --attention-range {args.attention_range} "
-            "does not; use qkv or block"
-        )
+def _check_sinks(args: argparse.Namespace, entry: Schedule, plan: Plan | None) -> None:
     if entry.execution is not None and entry.execution.has_slices:
         raise ValueError(
             f"--softmax-type learnable does not go with {args.pipeline_schedule}; use helix or seq1f1b"
+        )
+    of_plan = None if plan is None else plan.parameters.get("attention_range")
+    found = args.attention_range or of_plan or DEFAULT_ATTENTION_RANGE
+    if found not in ("qkv", "block"):
+        raise ValueError(
+            f"--softmax-type learnable lends sinks with QKV, which --attention-range {found} does not; use "
+            "qkv or block"
         )
 
 

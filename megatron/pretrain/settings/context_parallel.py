@@ -30,7 +30,6 @@ def check_shared_sequences(args: argparse.Namespace, execution: Execution | None
         "--window-size": args.window_size is not None,
         "--attn-logit-softcapping": args.attn_logit_softcapping is not None,
         f"--softmax-type {args.softmax_type}": args.softmax_type != "vanilla",
-        "--num-experts": args.num_experts is not None,
         "--reset-attention-mask": args.reset_attention_mask,
         "--eod-mask-loss without --calculate-per-token-loss": (
             args.eod_mask_loss and not args.calculate_per_token_loss

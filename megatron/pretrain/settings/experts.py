@@ -152,6 +152,10 @@ def check_experts_under(args: argparse.Namespace, execution: Execution | None) -
             f"--expert-model-parallel-size does not go with {args.pipeline_schedule}, under which every "
             "data-parallel rank has chunks of its own; use 1"
         )
+    if execution is Execution.ROUNDS:
+        raise ValueError(
+            f"--num-experts does not go with {args.pipeline_schedule}; leave it out, or use elastic"
+        )
 
 
 def _check_router(args: argparse.Namespace) -> None:
