@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Iterator
 
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe import moe_utils
@@ -18,7 +17,7 @@ from torch import Tensor
 from helixpipe.contact_points import replace
 from helixpipe.layers.products import without_products
 from helixpipe.layers.recompute import Tensors, recompute
-from helixpipe.layers.slices import SlicedFunction, mark_sliced
+from helixpipe.layers.slices import SlicedFunction, slice_mlp
 from helixpipe.plan.cost_model import Recompute
 
 _ROUTER = "megatron.core.transformer.moe.router:TopKRouter"
@@ -109,10 +108,7 @@ def check_saving(
             "use --recompute-levels none and no --mlp-chunk-size"
         )
     if mlp_chunk_size is not None:
-        linears = list(_linears(mlp))
-        if {type(linear) for linear in linears} != {ColumnParallelLinear, RowParallelLinear}:
-            raise ValueError("a chunked MLP needs Megatron's own linear layers; use --transformer-impl local")
-        mark_sliced(linears)
+        slice_mlp(list(_linears(mlp)))
 
 
 def sliced(norm: torch.nn.Module, mlp: MoELayer, size: int) -> SlicedFunction:
@@ -179,5 +175,6 @@ def _run_expert(expert: MLP, level: Recompute, tokens: Tensor, scales: Tensor) -
 
 
 def _linears(mlp: MoELayer) -> Iterator[torch.nn.Module]:
-    for expert in mlp.experts.local_experts:
+    shared = () if mlp.shared_experts is None else (mlp.shared_experts,)
+    for expert in (*mlp.experts.local_experts, *shared):
         yield from (expert.linear_fc1, expert.linear_fc2)

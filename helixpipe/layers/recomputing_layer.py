@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
@@ -19,7 +19,7 @@ from helixpipe.layers.experts import check_saving, recomputing, sliced, unsuppor
 from helixpipe.layers.products import without_products
 from helixpipe.layers.recompute import Tensors, recompute
 from helixpipe.layers.rotary import is_rotated, rotate
-from helixpipe.layers.slices import SlicedFunction, in_slices, mark_sliced
+from helixpipe.layers.slices import SlicedFunction, in_slices, slice_mlp
 from helixpipe.plan.cost_model import Recompute
 from helixpipe.plan.cost_model.levels import LEVELS
 from helixpipe.refusals import refuse
@@ -114,12 +114,7 @@ class SavingTransformerLayer(TransformerLayer):
         if self.is_moe_layer:
             check_saving(self.mlp, self.config, level, mlp_chunk_size)
         elif mlp_chunk_size is not None and hasattr(self.mlp, "linear_fc1"):
-            linears = (self.mlp.linear_fc1, self.mlp.linear_fc2)
-            if type(linears[0]) is not ColumnParallelLinear or type(linears[1]) is not RowParallelLinear:
-                raise ValueError(
-                    "a chunked MLP needs Megatron's own linear layers; use --transformer-impl local"
-                )
-            mark_sliced(linears)
+            slice_mlp((self.mlp.linear_fc1, self.mlp.linear_fc2))
 
     def query_key_value(self, hidden: Tensor) -> Tensors:
         """norm1 and QKV; [s, b, h] -> query [s, b, heads, d], key and value [s, b, groups, d]."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -134,6 +135,17 @@ class _GradientSum:
         self.parameter.grad_added_to_main_grad = True
         # Zeros: the hook of a weight that is embedding and head adds them all the same.
         return torch.zeros_like(self.parameter)
+
+
+def slice_mlp(linears: Sequence[Any]) -> None:
+    """Mark the linear layers of an MLP that runs in slices.
+
+    Raises:
+        ValueError: they are not Megatron's own.
+    """
+    if not {type(linear) for linear in linears} <= {ColumnParallelLinear, RowParallelLinear}:
+        raise ValueError("a chunked MLP needs Megatron's own linear layers; use --transformer-impl local")
+    mark_sliced(linears)
 
 
 def mark_sliced(linears: Sequence[Any]) -> None:

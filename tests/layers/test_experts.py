@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 from kept import Kept
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 from models import Case
@@ -14,6 +15,7 @@ from pretend import pretend_rank
 from stages import configured, gpt_stage
 
 from helixpipe.layers.experts import check_parts, check_saving, coupling_of_tokens, unsupported_experts
+from helixpipe.layers.slices import is_sliced
 from helixpipe.plan.cost_model import Recompute
 
 CASE = Case(pp=1, experts=4, style="llama", num_layers=1, seq_length=64)
@@ -121,3 +123,14 @@ def test_experts_in_one_product_are_not_computed_again():
         check_saving(layer.mlp, layer.config, Recompute.NONE, None)
         with pytest.raises(ValueError, match="must run one by one; leave --moe-grouped-gemm out"):
             check_saving(layer.mlp, layer.config, Recompute.PRODUCTS, None)
+
+
+def test_all_linear_layers_of_experts_that_run_in_slices_are_marked():
+    """Or Megatron adds their weights' gradients once more by itself."""
+    with pretend_rank(CASE):
+        values = {"moe_shared_expert_intermediate_size": 48, "moe_aux_loss_coeff": 0.0}
+        mlp = gpt_stage(CASE, **values).decoder.layers[0].mlp
+        check_saving(mlp, mlp.config, Recompute.NONE, 16)
+        linears = [m for m in mlp.modules() if isinstance(m, (ColumnParallelLinear, RowParallelLinear))]
+        assert len(linears) == 2 * (CASE.experts + 1)
+        assert all(map(is_sliced, linears))

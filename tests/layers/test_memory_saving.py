@@ -402,7 +402,7 @@ def test_foreign_linear_layers_cannot_run_in_slices(monkeypatch):
     class ForeignLinear(torch.nn.Linear):
         """As in Transformer Engine."""
 
-    monkeypatch.setattr("helixpipe.layers.recomputing_layer.RowParallelLinear", ForeignLinear)
+    monkeypatch.setattr("helixpipe.layers.slices.RowParallelLinear", ForeignLinear)
     case = Case(pp=1, mlp_chunk=4)
     with pretend_rank(case), pytest.raises(ValueError, match="use --transformer-impl local"):
         gpt_stage(case)
