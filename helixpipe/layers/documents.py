@@ -12,7 +12,7 @@ from torch import Tensor
 from helixpipe.layers.attention.interface import Spans
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Documents:
     """The documents of a micro batch, handed through Megatron's layers as their packed-sequence parameters.
 

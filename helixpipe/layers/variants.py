@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -113,12 +114,17 @@ def apply_variants(model: GPTModel) -> None:
     if local is None:
         return
 
+    of_documents: WeakKeyDictionary[Documents, Tensor] = WeakKeyDictionary()
+
     def use_local_angles(
         layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         documents = kwargs.get("packed_seq_params")
         if isinstance(documents, Documents):
-            angles = angles_at(local, documents.positions)
+            # Of a micro batch, kept for the backward pass by all layers alike.
+            if documents not in of_documents:
+                of_documents[documents] = angles_at(local, documents.positions)
+            angles = of_documents[documents]
         else:
             angles = angles_of(local, kwargs["rotary_pos_emb"].shape[0])
         return args, {**kwargs, "rotary_pos_emb": angles}

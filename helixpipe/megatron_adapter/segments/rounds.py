@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from helixpipe.elastic.chunks import Piece
 from helixpipe.elastic.round_recipe import RoundRecipe
 from helixpipe.elastic.round_schedule import ATTENTION_RANGE, SCHEDULE
 from helixpipe.layers.elastic.layout import ChunkLayout, padded_length, spans_of
@@ -68,6 +69,7 @@ class RoundSegments(SharedSliceSegments):
         )
         last = [chunk.pieces[-1] for chunk in chunks]
         self.share(plan, rank, last, [c.tokens - p.length for c, p in zip(chunks, last, strict=True)])
+        self._attended: dict[tuple[int, Piece], ChunkLayout] = {}
         self._tensors = batch.assemble(self._shared, next(model.parameters()).device)
         self._layouts = [
             ChunkLayout(chunk.pieces, spans_of(chunk, length), tensors["position_ids"])
@@ -104,11 +106,13 @@ class RoundSegments(SharedSliceSegments):
 
     def _attention_layout(self, segment: int, micro_batch: int) -> ChunkLayout:
         """The chunk, whose last piece is gone on with if a later one attends on this rank."""
-        layout = self._layouts[micro_batch]
-        if not layout.pieces[-1].is_continued:
+        layout, last = self._layouts[micro_batch], self._lent.attended(segment, micro_batch)
+        if last == layout.pieces[-1]:
             return layout
-        pieces = (*layout.pieces[:-1], self._lent.attended(segment, micro_batch))
-        return replace(layout, pieces=pieces)
+        # Once for all layers: a layout makes what kernels need of its spans only once.
+        if (micro_batch, last) not in self._attended:
+            self._attended[micro_batch, last] = replace(layout, pieces=(*layout.pieces[:-1], last))
+        return self._attended[micro_batch, last]
 
     def _call(self, micro_batch: int) -> Any:
         """The forward step's call for a chunk."""
