@@ -82,12 +82,9 @@ def main_limit(shares: list[Share]) -> Share:
 
 def _busy_ms(plan: Plan, costs: Costs) -> tuple[float, float]:
     """What the mean rank computes, and what of it repeats forward work."""
+    work = plan.computations
     busy = again = 0.0
-    for order in plan.orders:
-        for op in order:
-            if not op.kind.is_compute:
-                continue
-            name = plan.cost_name(op.segment, op.micro_batch)
-            busy += costs.duration_ms(op.kind, name, splits_backward=plan.splits_backward)
-            again += costs.segments[name].recompute if op.kind is Kind.B else 0.0
+    for count, (kind, name, splits) in zip(work.counts.sum(axis=0).tolist(), work.classes, strict=True):
+        busy += count * costs.duration_ms(kind, name, splits_backward=splits)
+        again += count * costs.segments[name].recompute if kind is Kind.B else 0.0
     return busy / plan.num_ranks, again / plan.num_ranks

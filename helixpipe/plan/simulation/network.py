@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -84,10 +83,17 @@ class Links:
         self.network = network
         self._numbers: dict[tuple[str, int, int], int] = {}
         self._free_ms: list[float] = []
-        self.route = cache(self._route)
+        self._routes: dict[tuple[int, int, int], Route] = {}
 
-    def _route(self, num_bytes: int, source: int, target: int) -> Route:
+    def route(self, num_bytes: int, source: int, target: int) -> Route:
         """The route of a message between two ranks."""
+        key = num_bytes, source, target
+        found = self._routes.get(key)
+        if found is None:
+            found = self._routes[key] = self._new_route(*key)
+        return found
+
+    def _new_route(self, num_bytes: int, source: int, target: int) -> Route:
         network = self.network
         nodes = network.node_of(source), network.node_of(target)
         latency_ms = network.latency_ms if nodes[0] == nodes[1] else network.node_latency_ms
