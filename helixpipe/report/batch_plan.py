@@ -74,7 +74,7 @@ def _chunk_table(plan: ElasticPlan, job: ElasticJob) -> Table:
         title += "; checkpointed: layers of each stage"
     left = [name for name in columns if name in ("pipeline", "round", "slot", *_WORDS)]
     table = _table(title, left, [name for name in columns if name not in left])
-    for row in zip(*(columns[name] for name in (*left, *(n for n in columns if n not in left))), strict=True):
+    for row in zip(*columns.values(), strict=True):
         table.add_row(*row)
     return table
 

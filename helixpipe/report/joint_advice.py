@@ -45,24 +45,28 @@ def _table(title: str, findings: Sequence[Finding], machine: Hardware | Pieces) 
     for name in ("limited by", "runs"):
         table.add_column(name, no_wrap=True)
     for number, finding in enumerate(findings, 1):
-        option, candidate = finding.option, finding.option.candidate
-        limit = main_limit(time_shares(finding, machine))
-        why_not = candidate.why_not_runnable
-        table.add_row(
-            str(number),
-            finding.layout.label,
-            candidate.label,
-            candidate.recompute_label,
-            str(candidate.micro_batch_size),
-            str(candidate.num_microbatches),
-            describe_seconds(finding.iteration_ms),
-            f"{option.tokens_per_second_per_gpu:.0f}",
-            f"{option.mfu:.1%}" if option.mfu else "?",
-            f"{finding.peak_bytes / GIB:.1f}",
-            f"{limit.name} {limit.milliseconds / finding.iteration_ms:.0%}",
-            f"no: {why_not}" if why_not else "yes",
-        )
+        table.add_row(str(number), *cells(finding, machine).values())
     return table
+
+
+def cells(finding: Finding, machine: Hardware | Pieces) -> dict[str, str]:
+    """What a table says of a finding, by column."""
+    option, candidate = finding.option, finding.option.candidate
+    limit = main_limit(time_shares(finding, machine))
+    why_not = candidate.why_not_runnable
+    return {
+        "layout": finding.layout.label,
+        "schedule": candidate.label,
+        "recompute": candidate.recompute_label,
+        "b": str(candidate.micro_batch_size),
+        "m": str(candidate.num_microbatches),
+        "iteration": describe_seconds(finding.iteration_ms),
+        "tokens/s/GPU": f"{option.tokens_per_second_per_gpu:.0f}",
+        "MFU": f"{option.mfu:.1%}" if option.mfu else "?",
+        "GiB": f"{finding.peak_bytes / GIB:.1f}",
+        "limited by": f"{limit.name} {limit.milliseconds / finding.iteration_ms:.0%}",
+        "runs": f"no: {why_not}" if why_not else "yes",
+    }
 
 
 def _lines(advice: JointAdvice) -> Iterable[str]:

@@ -9,10 +9,9 @@ from matplotlib.axes import Axes
 
 from helixpipe.plan.advise.job import GIB
 from helixpipe.plan.advise.joint import Finding, JointAdvice
-from helixpipe.plan.advise.limits import main_limit, time_shares
 from helixpipe.plan.cost_model import Hardware, Pieces
 from helixpipe.plan.simulation.simulate import simulate
-from helixpipe.report.advice import describe_seconds
+from helixpipe.report.joint_advice import cells
 from helixpipe.report.page import write_page
 from helixpipe.report.page_sections import drawing, dress, figure_section, new_figure, table_section
 from helixpipe.report.palette import FAINT, INK, LIMIT, rank_colour
@@ -106,36 +105,12 @@ def _circle(axes: Axes, best: Mapping[int, Finding]) -> None:
 
 
 def _families(best: Sequence[Finding], machine: Hardware | Pieces) -> str:
+    columns = ("layout", "schedule", "recompute", "iteration", "tokens/s/GPU", "GiB", "limited by", "runs")
     rows = []
     for number, finding in enumerate(best, 1):
-        option, candidate = finding.option, finding.option.candidate
-        limit = main_limit(time_shares(finding, machine))
-        why_not = candidate.why_not_runnable
-        rows.append(
-            (
-                f"{number}. {finding.family}",
-                finding.layout.label,
-                candidate.label,
-                candidate.recompute_label,
-                describe_seconds(finding.iteration_ms),
-                f"{option.tokens_per_second_per_gpu:.0f}",
-                f"{finding.peak_bytes / GIB:.1f}",
-                f"{limit.name} {limit.milliseconds / finding.iteration_ms:.0%}",
-                f"no: {why_not}" if why_not else "yes",
-            )
-        )
-    columns = (
-        "family",
-        "layout",
-        "schedule",
-        "recompute",
-        "iteration",
-        "tokens/s/GPU",
-        "GiB",
-        "limited by",
-        "runs",
-    )
-    return table_section("The best of each family", columns, rows)
+        told = cells(finding, machine)
+        rows.append((f"{number}. {finding.family}", *(told[name] for name in columns)))
+    return table_section("The best of each family", ("family", *columns), rows)
 
 
 def _timeline(number: int, finding: Finding) -> LabelledTimeline:
