@@ -96,7 +96,8 @@ def workload_of(args: argparse.Namespace) -> Workload:
         tensor_parallel=args.tensor_model_parallel_size,
         # Without tensor parallelism there is nothing to cut.
         sequence_parallel=args.sequence_parallel or args.tensor_model_parallel_size == 1,
-        data_parallel=args.data_parallel_size,
+        # Ranks that share a sequence are replicas, of which each has its own tokens.
+        data_parallel=args.data_parallel_size * args.context_parallel_size,
         expert_parallel=args.expert_model_parallel_size,
         distributed_optimizer=args.use_distributed_optimizer,
         whole_logits=args.loss_chunk_size is None,
