@@ -16,7 +16,6 @@ from helixpipe.plan.simulation.message_buffers import peak_with_buffers
 from helixpipe.plan.simulation.simulate import simulate
 from megatron.pretrain.data.elastic_iterators import training_dataset
 from megatron.pretrain.settings.job import JobSettings, MemorySettings, ParallelSettings
-from megatron.pretrain.settings.recomputation import BY_GRANULARITY
 from megatron.pretrain.settings.schedule_choice import known_machine, pieces_on
 
 _GIB = 2**30
@@ -114,7 +113,7 @@ def predict(settings: JobSettings, plan: Plan, hardware: str | None) -> Predicti
     machine = known_machine(name)
     if machine is None:
         return None
-    costs = costs_of_plan(pieces_on(machine, name, settings.workload), plan, _levels(settings.memory))
+    costs = costs_of_plan(pieces_on(machine, name, settings.workload), plan, settings.memory.levels)
     simulation = simulate(plan, costs)
     limit_gib, shared = settings.memory.memory_limit_gib, settings.parallel.tensor_model_parallel_size
     is_known = limit_gib is not None or isinstance(machine, Hardware)
@@ -132,13 +131,6 @@ def _duration(seconds: float) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
-
-
-def _levels(memory: MemorySettings) -> Recompute | Sequence[Recompute]:
-    """What layers compute again, all or each."""
-    if memory.recompute_granularity is not None:
-        return BY_GRANULARITY[memory.recompute_granularity]
-    return memory.memory_saving.recompute
 
 
 def _layout(parallel: ParallelSettings) -> str:
@@ -168,7 +160,7 @@ def _counted(number: int, what: str, plural: str = "s") -> str:
 
 
 def _recompute(memory: MemorySettings) -> str:
-    levels = _levels(memory)
+    levels = memory.levels
     each = [levels] if isinstance(levels, Recompute) else levels
     runs: Sequence[tuple[str, int]] = [(level.value, len(list(run))) for level, run in groupby(each)]
     return runs[0][0] if len(runs) == 1 else ", ".join(f"{level} in {count} layers" for level, count in runs)

@@ -90,13 +90,13 @@ def build_iterators(
 
 def _datasets(settings: JobSettings, *, reads_data: bool) -> Sequence[Any]:
     """The training, validation and test part; collective, with None for every part on ranks without data."""
-    config = dataset_config(settings.data, settings.training)
-    data = settings.data
-    if data.mock_data:
-        return build_mock_datasets(config, _ONE_EPOCH) if reads_data else [None] * len(_ONE_EPOCH)
+    data, training = settings.data, settings.training
     if not data.is_blend:
+        config = dataset_config(data, training)
+        if data.mock_data:
+            return build_mock_datasets(config, _ONE_EPOCH) if reads_data else [None] * len(_ONE_EPOCH)
         return build_datasets(config, _ONE_EPOCH, reads_data=reads_data)
-    training, sizes = settings.training, samples_of_parts(settings.training)
+    sizes = samples_of_parts(training)
     if not data.parts:
         configs = [dataset_config(data, training, corpus) for corpus in data.corpora]
         return build_blends(configs, data.weights, sizes, reads_data=reads_data)

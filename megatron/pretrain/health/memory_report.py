@@ -16,7 +16,7 @@ from helixpipe.megatron_adapter.schedule import device
 from helixpipe.plan.cost_model import HARDWARE, Recompute, costs_of_plan, predict_pieces
 from helixpipe.plan.simulation.memory import peak_bytes
 from helixpipe.runtime.out_of_memory import OutOfMemory, amount_asked, held
-from megatron.pretrain.settings.job import JobSettings, MemorySettings
+from megatron.pretrain.settings.job import JobSettings
 
 _GIB = 2**30
 # Beyond this share of the limit the next longer message or fragment may not fit.
@@ -87,21 +87,12 @@ class MemoryWatch:
         # Bytes do not depend on rates.
         pieces = predict_pieces(self._settings.workload, HARDWARE["h100"])
         try:
-            costs = costs_of_plan(pieces, plan, _recompute(self._settings.memory))
+            costs = costs_of_plan(pieces, plan, self._settings.memory.levels)
         except ValueError as error:
             # A plan from a file knows nothing of layers that recompute differently.
             return f"there is no estimate of the plan's: {error}"
         peak = peak_bytes(plan, costs)[parallel_state.get_pipeline_model_parallel_rank()]
         return f"the plan's estimate is {peak / _GIB:.2f} GiB"
-
-
-def _recompute(memory: MemorySettings) -> Recompute | tuple[Recompute, ...]:
-    saving = memory.memory_saving
-    if saving.recomputes:
-        return saving.recompute
-    return {None: Recompute.NONE, "selective": Recompute.SELECTIVE, "full": Recompute.FULL}[
-        memory.recompute_granularity
-    ]
 
 
 def explains_out_of_memory(run: Callable[..., int]) -> Callable[..., int]:

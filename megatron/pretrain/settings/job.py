@@ -16,13 +16,14 @@ import torch
 from helixpipe.data.prefix import DatasetInfo
 from helixpipe.elastic import ElasticJob
 from helixpipe.layers.recomputing_layer import MemorySaving
-from helixpipe.plan.cost_model import Workload
+from helixpipe.plan.cost_model import Recompute, Workload
 from megatron.pretrain.settings.data_sources import Corpora, Weights
 from megatron.pretrain.settings.ending import Ending
 from megatron.pretrain.settings.housekeeping import HousekeepingSettings
 from megatron.pretrain.settings.learning_rate import LearningRate
 from megatron.pretrain.settings.precision import Precision
 from megatron.pretrain.settings.profiling import ProfilingSettings
+from megatron.pretrain.settings.recomputation import BY_GRANULARITY
 from megatron.pretrain.settings.schedule import ScheduleSettings
 from megatron.pretrain.settings.watching import Watching
 
@@ -147,6 +148,13 @@ class MemorySettings:
     recompute_num_layers: int | None
     recompute_modules: tuple[str, ...]
     memory_saving: MemorySaving
+
+    @property
+    def levels(self) -> Recompute | tuple[Recompute, ...]:
+        """What layers compute again, all or each."""
+        if self.recompute_granularity is None:
+            return self.memory_saving.recompute
+        return BY_GRANULARITY[self.recompute_granularity]
 
 
 @dataclass(frozen=True, kw_only=True)
