@@ -8,7 +8,6 @@ from itertools import groupby, pairwise
 from helixpipe.elastic.chunks import Chunk
 from helixpipe.elastic.costs.chunk_costs import ChunkCosts
 from helixpipe.elastic.recipe import Recipe
-from helixpipe.plan.build import complete
 from helixpipe.plan.operation import Kind, Operation
 from helixpipe.plan.plan import Plan
 from helixpipe.plan.schedules.one_f_one_b import one_forward_one_backward
@@ -85,18 +84,6 @@ def elastic_plan(recipe: Recipe, num_layers: int) -> Plan:
         micro_batch_names=tuple(f"chunk{i}" for i in range(count)),
         slices=recipe.slices,
     )
-
-
-def ready_plan(recipe: Recipe, num_layers: int, costs: ChunkCosts | None = None) -> Plan:
-    """The plan of a recipe with its messages, validated.
-
-    Args:
-        recipe: chunks and pipelines.
-        num_layers: of the model.
-        costs: of chunks, where they are known: they say where receives are posted.
-    """
-    known = None if costs is None else costs_of_recipe(recipe, num_layers, costs)
-    return complete(elastic_plan(recipe, num_layers), known)
 
 
 def costs_of_recipe(recipe: Recipe, num_layers: int, costs: ChunkCosts) -> Costs:

@@ -14,7 +14,7 @@ from helixpipe.elastic.costs.chunk_costs import ChunkCosts, PassTime
 from helixpipe.elastic.costs.layer_cut import LayerCut
 from helixpipe.elastic.round_recipe import RoundRecipe
 from helixpipe.plan.plan import Plan
-from helixpipe.plan.schedules.sliced_helix import SlicedRounds
+from helixpipe.plan.schedules.sliced_helix import Round, SlicedRounds
 from helixpipe.plan.simulation.costs import ANY_EDGE, Costs, LoanBytes, RankCost, SegmentCost
 
 SCHEDULE = "elastic-helix"
@@ -23,7 +23,7 @@ ATTENTION_RANGE = "core"
 
 def round_plan(recipe: RoundRecipe, num_layers: int) -> Plan:
     """The compute-only plan of a recipe: its rounds one after the other, with a spread head."""
-    return _rounds(recipe, num_layers).plan(
+    return _rounds_of(recipe, num_layers).plan(
         SCHEDULE,
         {
             "num_layers": num_layers,
@@ -35,21 +35,26 @@ def round_plan(recipe: RoundRecipe, num_layers: int) -> Plan:
     )
 
 
-def _rounds(recipe: RoundRecipe, num_layers: int) -> SlicedRounds:
+def _rounds(
+    num_layers: int, num_ranks: int, members: tuple[Round, ...] = (), slices: tuple[tuple[int, ...], ...] = ()
+) -> SlicedRounds:
     return SlicedRounds(
-        p=len(recipe.rounds[0]),
+        p=num_ranks,
         num_layers=num_layers,
-        rounds=recipe.members,
-        slices=recipe.slices,
+        rounds=members,
+        slices=slices,
         attention_range=ATTENTION_RANGE,
         is_spread=True,
     )
 
 
+def _rounds_of(recipe: RoundRecipe, num_layers: int) -> SlicedRounds:
+    return _rounds(num_layers, len(recipe.rounds[0]), recipe.members, recipe.slices)
+
+
 def owned_segments(num_layers: int, num_ranks: int, rank: int) -> list[int]:
     """The segments between attentions whose weights are on ``rank``, whatever batches hold."""
-    none = RoundRecipe((), ((0,) * num_ranks,), "none")
-    rounds = _rounds(none, num_layers)
+    rounds = _rounds(num_layers, num_ranks)
     return [
         segment for segment in range(0, rounds.last + 1, rounds.per_layer) if rounds.owner_of(segment) == rank
     ]
@@ -66,7 +71,7 @@ def costs_of_rounds(recipe: RoundRecipe, num_layers: int, costs: ChunkCosts) -> 
     segments: dict[str, SegmentCost] = {}
     messages: dict[str, int] = {}
     # The same in every layer.
-    lent = {i for context in _rounds(recipe, 1).contexts(is_resent=False) for i in context.lent}
+    lent = {i for context in _rounds_of(recipe, 1).contexts(is_resent=False) for i in context.lent}
     for i, chunk in enumerate(recipe.chunks):
         of = _ChunkCost(chunk, costs, cut, recipe.recompute)
         name = f"chunk{i}"
@@ -133,9 +138,7 @@ class _ChunkCost:
         level, costs = self.level, self.costs
         kept = level.after_bytes + costs.logits_bytes
         found = self._linear(before=False, after=True, per_token=kept, again=level.after_again)
-        head = [
-            time.head_ms * self.tokens / costs.tensor_parallel for time in (costs.forward, costs.backward)
-        ]
+        head = [costs.head_ms(time, self.chunk) for time in (costs.forward, costs.backward)]
         return SegmentCost(
             forward=found.forward + head[0],
             backward=found.backward + head[1],
@@ -147,8 +150,7 @@ class _ChunkCost:
     def attention(self) -> SegmentCost:
         """Attention, which keeps its inputs and output, and keys and values for the chunks that go on."""
         costs, chunk = self.costs, self.chunk
-        # The padding is a sequence of its own.
-        area = chunk.area + (self.tokens - chunk.tokens) ** 2
+        area = costs.padded_area(chunk)
         forward, backward = (
             time.attention_ms * area / costs.tensor_parallel + self.cut.operation_ms
             for time in (costs.forward, costs.backward)

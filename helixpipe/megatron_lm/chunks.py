@@ -134,8 +134,10 @@ def with_two_stages(build_stages: Callable[..., Any]) -> Callable[..., Any]:
 
 def iterators_of(data: Any, chunks: list[torch.nn.Module]) -> Any:
     """Data iterators for all chunks, from the program's only one; a list of them is left as it is."""
-    if data is None or isinstance(data, list):
-        return data if isinstance(data, list) else [None] * len(chunks)
+    if isinstance(data, list):
+        return data
+    if data is None:
+        return [None] * len(chunks)
     # Megatron's own can be asked for the next item only.
     return chunk_iterators(map(next, itertools.repeat(data)), chunks)
 

@@ -20,10 +20,11 @@ from pretend import pretend_rank
 from ranks import run_on_ranks
 
 from helixpipe.elastic import ElasticPlan, Prediction, Recipe
-from helixpipe.elastic.chunk_schedule import ready_plan
+from helixpipe.elastic.chunk_schedule import elastic_plan
 from helixpipe.layers.elastic.model import check_supported
 from helixpipe.megatron_adapter.elastic_batch import ElasticBatch
 from helixpipe.megatron_adapter.elastic_forward_backward import ElasticForwardBackward
+from helixpipe.plan.build import complete
 from helixpipe.runtime.trace import HostClock
 
 CASE = elastic(1, checkpointed=None)
@@ -63,7 +64,7 @@ def test_every_token_is_in_one_chunk_with_its_label_and_position(multiple):
 
 def test_a_plan_and_its_recipe_are_the_same_batch():
     recipe = recipe_of(CASE)
-    plan = ElasticPlan(recipe, ready_plan(recipe, 4), Prediction(1.0, 0.0, 0.0, (1,), (0,)))
+    plan = ElasticPlan(recipe, complete(elastic_plan(recipe, 4)), Prediction(1.0, 0.0, 0.0, (1,), (0,)))
     assert ElasticBatch(plan, documents(CASE)).plan(4) == batch_of().plan(4)
 
 

@@ -12,12 +12,12 @@ from helixpipe.elastic.chunk_schedule import (
     elastic_plan,
     in_flight,
     order_chunks,
-    ready_plan,
     sequence_groups,
 )
 from helixpipe.elastic.elastic_plan import Prediction
 from helixpipe.elastic.search.sequence_processor import equal_time_mesh, make_chunks
 from helixpipe.plan import Kind, Plan, PlanError, ScheduleRequest, build_plan, validate
+from helixpipe.plan.build import complete
 from helixpipe.plan.simulation.costs import parse_costs
 from helixpipe.plan.simulation.memory import peak_activations
 from helixpipe.plan.simulation.network import Network
@@ -50,12 +50,12 @@ def test_plans_are_valid_lowered_and_simulated(lengths, num_slices, num_stages, 
     recipe = recipe_of(lengths, num_slices, num_stages)
     if many:
         recipe = split_everywhere(recipe)
-    plan = ready_plan(recipe, num_layers=8 * num_stages)
+    plan = complete(elastic_plan(recipe, 8 * num_stages))
     assert Plan.from_json(plan.to_json()) == plan
     costs = costs_of_recipe(recipe, 8 * num_stages, COSTS)
     assert parse_costs(costs.to_json(), plan) == costs
     # Posted where costs say, no message waits for its receive.
-    lowered = ready_plan(recipe, 8 * num_stages, COSTS)
+    lowered = complete(elastic_plan(recipe, 8 * num_stages), costs)
     assert simulate(lowered, costs).timeline == simulate(plan.compute_only(), costs).timeline
     timeline = simulate(plan, costs).timeline
     assert timeline.makespan_ms >= max(timeline.busy_ms)
@@ -70,7 +70,7 @@ def test_whole_sequences_alone_are_1f1b():
     lengths = [8] * 6
     recipe = recipe_of(lengths, 1, 4)
     common = build_plan("1f1b", ScheduleRequest(num_layers=4, num_ranks=4, num_microbatches=6))
-    assert ready_plan(recipe, 4).orders == common.orders
+    assert complete(elastic_plan(recipe, 4)).orders == common.orders
 
 
 def test_one_sequence_after_another_is_seq1f1b():
@@ -78,8 +78,8 @@ def test_one_sequence_after_another_is_seq1f1b():
     recipe = Recipe(chunks, (12,), ((0,) * 12,) * 2)
     request = ScheduleRequest(num_layers=4, num_ranks=2, num_microbatches=4, num_slices=3)
     common = build_plan("seq1f1b", request)
-    assert ready_plan(recipe, 4).orders == common.orders
-    assert ready_plan(recipe, 4).slices == common.slices
+    assert complete(elastic_plan(recipe, 4)).orders == common.orders
+    assert complete(elastic_plan(recipe, 4)).slices == common.slices
 
 
 def test_backward_order_reverses_slices():
@@ -88,7 +88,7 @@ def test_backward_order_reverses_slices():
 
 def test_validation_sees_slice_dependencies():
     recipe = recipe_of([300, 20, 20], 3, 2)
-    plan = ready_plan(recipe, 2)
+    plan = complete(elastic_plan(recipe, 2))
     order = [op for op in plan.compute_only().orders[0] if op.kind is Kind.B]
     i, j = (next(k for k, op in enumerate(order) if op.micro_batch == c) for c in (2, 1))
     assert i < j
@@ -103,7 +103,7 @@ def test_messages_have_the_chunks_sizes():
     linked = replace(COSTS, network=Network(latency_ms=1.0, gb_per_s=1.0))
     recipe = recipe_of([300, 20, 20], 3, 2)
     costs = costs_of_recipe(recipe, 2, linked)
-    plan = ready_plan(recipe, 2)
+    plan = complete(elastic_plan(recipe, 2))
     assert parse_costs(costs.to_json(), plan) == costs
     for i, chunk in enumerate(recipe.chunks):
         assert costs.num_bytes(f"stage0/chunk{i}", f"stage1/chunk{i}") == chunk.tokens
@@ -137,7 +137,9 @@ def test_wrong_recipes(change, words):
 
 def test_an_elastic_plan_is_read_back_and_held_against_its_recipe():
     recipe = recipe_of([300, 20, 20], 3, 2)
-    plan = ElasticPlan(recipe, ready_plan(recipe, 4), Prediction(1.5, 0.25, 0.0, (3, 4), (1, 2)), 0.5)
+    plan = ElasticPlan(
+        recipe, complete(elastic_plan(recipe, 4)), Prediction(1.5, 0.25, 0.0, (3, 4), (1, 2)), 0.5
+    )
     text = plan.to_json()
     assert ElasticPlan.from_json(text) == plan
     assert ElasticPlan.from_json(text).fingerprint == plan.fingerprint

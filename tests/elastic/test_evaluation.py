@@ -6,8 +6,9 @@ import pytest
 from planning import LENGTHS, make_job
 
 from helixpipe.elastic import plan_evaluation
-from helixpipe.elastic.chunk_schedule import ready_plan
+from helixpipe.elastic.chunk_schedule import elastic_plan
 from helixpipe.elastic.evaluation import forward_ms
+from helixpipe.plan.build import complete
 
 
 def test_every_token_is_evaluated_and_nothing_is_recomputed():
@@ -16,7 +17,7 @@ def test_every_token_is_evaluated_and_nothing_is_recomputed():
     recipe.check(LENGTHS)
     assert recipe.pipelines == (len(recipe.chunks),)
     assert not any(count for row in recipe.checkpointed for count in row)
-    assert len(ready_plan(recipe, job.num_layers).forward_only().orders) == job.num_stages
+    assert len(complete(elastic_plan(recipe, job.num_layers)).forward_only().orders) == job.num_stages
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 4, 8])

@@ -30,6 +30,7 @@ from helixpipe.elastic import Recipe, ideal_costs
 from helixpipe.elastic.chunk_schedule import order_chunks, sequence_groups
 from helixpipe.elastic.recipe import BatchRecipe
 from helixpipe.elastic.round_recipe import RoundRecipe
+from helixpipe.elastic.round_schedule import owned_segments
 from helixpipe.elastic.search.rounds import make_rounds
 from helixpipe.elastic.search.sequence_processor import equal_time_mesh, make_chunks
 from helixpipe.layers.elastic.context import ContextStore
@@ -131,8 +132,7 @@ def build_elastic(case: ElasticCase) -> list[torch.nn.Module]:
     if case.rounds is not None:
         saving = replace(case.case.saving, recompute=Recompute(case.recompute))
         rank, p = parallel_state.get_pipeline_model_parallel_rank(), case.case.pp
-        owned = [2 * layer for layer in range(case.case.num_layers) if layer % p == rank]
-        owned += [2 * case.case.num_layers] * (rank == 0)
+        owned = owned_segments(case.case.num_layers, p, rank)
         with deferred_initialization(config):
             segmented = SegmentedGPTModel(
                 config,

@@ -108,6 +108,14 @@ class ChunkCosts:
         """Tokens that a chunk is computed with."""
         return -(-chunk.tokens // self.token_multiple) * self.token_multiple
 
+    def padded_area(self, chunk: Chunk) -> float:
+        """Area that a chunk is computed with: the padding is a sequence of its own."""
+        return chunk.area + (self.padded(chunk) - chunk.tokens) ** 2
+
+    def head_ms(self, time: PassTime, chunk: Chunk) -> float:
+        """Milliseconds of the head in one direction."""
+        return time.head_ms * self.padded(chunk) / self.tensor_parallel
+
     def recompute_ms(self, chunk: Chunk) -> float:
         """Milliseconds to compute one layer's forward again."""
         return self._layer_ms(self.forward, chunk)
@@ -121,14 +129,11 @@ class ChunkCosts:
         return self._stage_ms(self.backward, chunk, num_layers, is_last)
 
     def _stage_ms(self, time: PassTime, chunk: Chunk, num_layers: int, is_last: bool) -> float:
-        head_ms = time.head_ms * self.padded(chunk) / self.tensor_parallel if is_last else 0.0
+        head_ms = self.head_ms(time, chunk) if is_last else 0.0
         return num_layers * self._layer_ms(time, chunk) + head_ms
 
     def _layer_ms(self, time: PassTime, chunk: Chunk) -> float:
-        tokens = self.padded(chunk)
-        # The padding is a sequence of its own.
-        area = chunk.area + (tokens - chunk.tokens) ** 2
-        return time.layer_time(area, tokens, self.tensor_parallel)
+        return time.layer_time(self.padded_area(chunk), self.padded(chunk), self.tensor_parallel)
 
     def activation_bytes(self, chunk: Chunk, num_layers: int, *, is_last: bool) -> int:
         """``M_act`` less ``M_dkv``: bytes on each GPU from forward to backward with nothing checkpointed."""
