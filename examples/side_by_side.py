@@ -19,6 +19,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+# Works from a checkout that is not installed, too.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from helixpipe.report.run import read_run
 
 # Both schedules add up the same numbers in another order, in fp32.

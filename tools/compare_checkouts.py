@@ -53,7 +53,7 @@ SAME_PLAN = "the same plan"
 
 
 class Outcome(NamedTuple):
-    """What a job has left behind; ``failed`` is the last line of one that did not end well."""
+    """What a job has left behind; ``failed`` is the first line of an error, if it did not end well."""
 
     losses: list[tuple[float, float]]
     plan: Any
@@ -123,9 +123,11 @@ def verdict(before: Outcome, after: Outcome) -> str:
     """In words: what differs, or that nothing does."""
     if before.failed or after.failed:
         return f"FAILED: {before.failed or 'before: well'} | {after.failed or 'after: well'}"
+    if len(before.losses) != len(after.losses):
+        return f"{len(before.losses)} and {len(after.losses)} iterations"
     if before.losses != after.losses:
         largest = max(
-            abs(new - old) / abs(old)
+            abs(new - old) / (abs(old) or 1.0)
             for pair in zip(before.losses, after.losses, strict=True)
             for old, new in zip(*pair, strict=True)
         )

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +10,7 @@ import pytest
 pytest.importorskip("transformers", reason="needs the extra hf")
 
 import torch
+from jobs import run_example
 from safetensors.torch import load_file
 from scripts import load_script
 from tokenizers import Tokenizer
@@ -124,19 +122,11 @@ def test_losses_are_drawn_and_told_and_a_text_goes_on(helper, folder, capsys):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_whole_of_it(tmp_path):
-    environment = os.environ | {"PYTHON": sys.executable, "RUN": str(tmp_path), "ITERS": "6"}
-    finished = subprocess.run(
-        ["bash", ROOT / "examples" / "context_extension.sh"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=500,
-    )
-    assert finished.returncode == 0, finished.stderr
-    assert "--position-embedding-type yarn" in finished.stdout
-    assert finished.stdout.count("starting from the weights of") == 2
-    assert "24 generated:" in finished.stdout
+    finished = run_example("context_extension.sh", tmp_path, iterations=6)
+    assert finished.code == 0, finished.errors
+    assert "--position-embedding-type yarn" in finished.output
+    assert finished.output.count("starting from the weights of") == 2
+    assert "24 generated:" in finished.output
     assert (tmp_path / "loss_by_position.png").read_bytes().startswith(PNG)
     curves = json.loads((tmp_path / "loss_by_position.json").read_text())
     assert list(curves) == ["before", "yarn-untrained", "after"]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from jobs import run_example
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "side_by_side.py"
@@ -31,7 +32,7 @@ def say(*arguments, job=""):
     return subprocess.run(
         [sys.executable, SCRIPT, *arguments],
         input=job,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         capture_output=True,
         text=True,
         check=False,
@@ -72,17 +73,9 @@ def test_a_typical_iteration_is_the_one_of_median_time(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_whole_of_it(tmp_path):
-    environment = os.environ | {"PYTHON": sys.executable, "RUN": str(tmp_path), "ITERS": "3"}
-    finished = subprocess.run(
-        ["bash", ROOT / "examples" / "quickstart.sh"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=500,
-    )
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.count("agree to") == 3
+    finished = run_example("quickstart.sh", tmp_path, iterations=3)
+    assert finished.code == 0, finished.errors
+    assert finished.output.count("agree to") == 3
     assert (tmp_path / "schedules.png").exists()
     assert (tmp_path / "schedules.html").exists()
     assert (tmp_path / "helix" / "report.html").exists()

@@ -10,7 +10,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.utils import get_blend_from_list
 from ranks import run_on_ranks
-from training_worker import Fault, run_cases
+from training_worker import Fault, losses_of, run_cases
 
 from helixpipe.data.prepare.corpus import PreparationOptions, prepare_dataset
 from helixpipe.plan.schedules import SCHEDULES
@@ -229,16 +229,11 @@ def outcomes(prefixes, tmp_path_factory):
     return dict(zip(cases, found, strict=True))
 
 
-def losses(outcome):
-    lines = [line for line in outcome["lines"] if "lm loss:" in line]
-    return {line.split("/")[0].split()[-1]: float(line.split("lm loss:")[1].split()[0]) for line in lines}
-
-
 @pytest.mark.slow
 def test_a_job_over_a_blend_goes_on(outcomes):
-    whole = losses(outcomes["whole"])
+    whole = losses_of(outcomes["whole"])
     assert len(whole) == 4
-    assert losses(outcomes["first"]) | losses(outcomes["second"]) == pytest.approx(whole, rel=1e-6)
+    assert losses_of(outcomes["first"]) | losses_of(outcomes["second"]) == pytest.approx(whole, rel=1e-6)
 
 
 @pytest.mark.slow

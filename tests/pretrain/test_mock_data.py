@@ -8,7 +8,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
 from megatron.core.tokenizers.text.libraries.null_tokenizer import NullTokenizer
 from ranks import run_on_ranks
-from training_worker import Fault, run_cases
+from training_worker import Fault, losses_of, run_cases
 
 from megatron.pretrain.data.gpt import dataset_config
 from megatron.pretrain.data.mock import build_mock_datasets
@@ -71,15 +71,10 @@ def outcomes(tmp_path_factory):
     return dict(zip(cases, found, strict=True))
 
 
-def losses(outcome):
-    lines = [line for line in outcome["lines"] if "lm loss:" in line]
-    return {line.split("/")[0].split()[-1]: float(line.split("lm loss:")[1].split()[0]) for line in lines}
-
-
 def test_a_job_trains_evaluates_and_goes_on(outcomes):
-    whole = losses(outcomes["whole"])
+    whole = losses_of(outcomes["whole"])
     assert list(whole) == ["1", "2", "3"]
-    assert losses(outcomes["second"])["3"] == pytest.approx(whole["3"], rel=1e-5)
+    assert losses_of(outcomes["second"])["3"] == pytest.approx(whole["3"], rel=1e-5)
     assert any("validation loss at iteration 2" in line for line in outcomes["whole"]["lines"])
     assert any("made-up data: 20" in line for line in outcomes["whole"]["lines"])
 

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,6 +63,12 @@ def run(command: list[str], timeout_s: float, **environment: str) -> Finished:
         output, errors = process.communicate()
         raise AssertionError(f"hung for {timeout_s} s:\n{output}\n{errors}") from None
     return Finished(process.returncode, output, errors)
+
+
+def run_example(script: str, folder: Path, *, iterations: int) -> Finished:
+    """Run a script of ``examples`` that trains for so many iterations and puts everything into a folder."""
+    environment = {"PYTHON": sys.executable, "RUN": str(folder), "ITERS": str(iterations)}
+    return run(["bash", str(ROOT / "examples" / script)], 500, **environment)
 
 
 def _environment(**changes: str) -> dict[str, str]:

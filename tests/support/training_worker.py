@@ -360,6 +360,12 @@ def small_model(folder: Path) -> str:
     )
 
 
+def losses_of(outcome: dict[str, Any]) -> dict[str, float]:
+    """The losses that a run of :func:`run_cases` has printed, by iteration."""
+    lines = [line for line in outcome["lines"] if "lm loss:" in line]
+    return {line.split("/")[0].split()[-1]: float(line.split("lm loss:")[1].split()[0]) for line in lines}
+
+
 def run_cases(
     cases: list[tuple[str, Fault]],
     tensor: int,

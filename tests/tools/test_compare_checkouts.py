@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
+from scripts import load_script
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "compare_checkouts.py"
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("script_compare_checkouts", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def plan(*orders):
@@ -41,5 +38,7 @@ def test_a_loss_of_other_bits_is_a_difference(script):
     assert script.verdict(before, before) == "losses to the bit, the same plan"
     moved = script.Outcome([(5.0, 1.0), (4.0, 1.0 + 2**-52)], None, "")
     assert script.verdict(before, moved) == "losses or norms differ, by up to 2.2e-16"
+    short = script.Outcome([(5.0, 1.0)], None, "")
+    assert script.verdict(before, short) == "2 and 1 iterations"
     ended = script.Outcome([], None, "ValueError: --lr")
     assert script.verdict(before, ended) == "FAILED: before: well | ValueError: --lr"
