@@ -6,14 +6,14 @@
 #   --wheels   where the wheels of what is missing lie, for a machine without network (the first line names them)
 #   --output   where logs and the layer's table go (default: runs/gpu_check)
 #   --quick    measure short sequences only
-#   PART       build, kernels, units, layer, gloo, nccl (default: all)
+#   PART       build, kernels, units, layer, gloo, nccl, train (default: all)
 #   PYTHON     the interpreter to use (default: python3)
 #
 # Ends with a row per part and one verdict: exit code 0, 1 if a part failed, 2 if it cannot start.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 PYTHON=${PYTHON:-python3}
-PARTS=(build kernels units layer gloo nccl)
+PARTS=(build kernels units layer gloo nccl train)
 
 fail() {
     printf 'gpu_check: error: %s\n' "$1"
@@ -42,7 +42,7 @@ mkdir -p "$output" || exit 2
 output=$(cd "$output" && pwd)
 export PYTHONPATH="$PWD:$output/site${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-# Three lines: packages that are missing, the number of GPUs, the machine.
+# Four lines: packages that are missing, the number of GPUs, the machine, the number of tests to run at once.
 look() {
     "$PYTHON" -W ignore -c '
 from importlib.util import find_spec
@@ -58,6 +58,8 @@ gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
 print(gpus)
 device = f"{gpus} x {torch.cuda.get_device_name()}" if gpus else "no GPU"
 print(f"{device}, Python {platform.python_version()}, torch {torch.__version__}")
+import os
+print(min(8, (os.cpu_count() or 1) // 2) if find_spec("xdist") else 0)
 '
 }
 
@@ -65,6 +67,8 @@ found=$(look 2>/dev/null) || fail "$PYTHON has no torch; set PYTHON to an interp
 mapfile -t machine <<<"$found"
 read -ra missing <<<"${machine[0]}"
 gpus=${machine[1]}
+workers=()
+[ "${machine[3]:-0}" -lt 2 ] || workers=(-n "${machine[3]}")
 if [ "${#missing[@]}" -gt 0 ]; then
     source=(--retries 0 --timeout 10)
     [ -z "$wheels" ] || source=(--no-index --find-links "$wheels")
@@ -104,7 +108,8 @@ attempt() { # part, command...
 tests() { # part, pytest arguments...
     local part=$1
     shift
-    attempt "$part" "$PYTHON" -m pytest -q -o timeout=300 -p no:cacheprovider -m "not slow" --durations=0 "$@"
+    attempt "$part" "$PYTHON" -m pytest -q -o timeout=300 -p no:cacheprovider -m "not slow" --durations=20 \
+        "${workers[@]}" "$@"
 }
 
 for part in "${wanted[@]}"; do
@@ -124,15 +129,10 @@ for part in "${wanted[@]}"; do
         kernels) tests kernels tests/kernels ;;
         units) tests units tests/layers tests/runtime ;;
         layer) attempt layer "$PYTHON" benchmarks/layer.py ${quick:+--quick} --minutes "${MINUTES:-7}" --output "$output/results.csv" ;;
-        # Two to four ranks that share the GPU.
+        # Two to four ranks that share the GPU: over gloo, then over NCCL.
         gloo) tests gloo tests/equivalence/test_gradients.py -k "${RANKS:-pp2-tp1 or pp4-tp1 or pp2-tp2}" ;;
-        nccl)
-            if [ "$gpus" -lt 2 ]; then
-                note nccl "skipped: NCCL needs a GPU per rank, and there is one"
-            else
-                tests nccl tests/equivalence/test_nccl.py
-            fi
-            ;;
+        nccl) tests nccl tests/equivalence/test_nccl.py ;;
+        train) tests train tests/e2e/test_training_on_gpu.py ;;
     esac
 done
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import host_transport
+import one_gpu
 
 # The server is a fresh interpreter that knows only this variable, not pytest's changes of sys.path; what it
 # fails to import is imported again by every rank.
@@ -38,8 +39,8 @@ def run_on_ranks(
 ) -> list[Any]:
     """Call ``function(*args)`` on every rank of a fresh group; the results by rank.
 
-    Where there are GPUs, each rank uses one, over gloo together with others. Without a ``backend`` there is
-    no group: the function makes its own.
+    Where there are GPUs, each rank uses one, together with others where there are fewer. Without a
+    ``backend`` there is no group: the function makes its own.
 
     ``function`` must be importable by name. Raises ``AssertionError`` with the tracebacks of the ranks that
     failed, and kills every rank after ``timeout_s``.
@@ -112,6 +113,8 @@ def _entry(
         torch.cuda.set_device(rank % torch.cuda.device_count())
         if backend == "gloo":
             host_transport.install()
+        elif backend == "nccl" and world_size > torch.cuda.device_count():
+            one_gpu.share(rank)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     try:
         if backend is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("build", "kernels", "units", "layer", "gloo", "nccl")
+PARTS = ("build", "kernels", "units", "layer", "gloo", "nccl", "train")
 INTERPRETER = f"""#!{sys.executable} -SE
 import json, os, sys
 words = sys.argv[1:]
@@ -20,7 +20,8 @@ with open(os.environ["CALLS"], "a") as file:
 if "find_nvcc" in words[-1]:
     sys.exit(os.environ.get("NVCC", "0") != "0")
 if words[0] == "-W":
-    print(os.environ.get("MISSING", ""), os.environ.get("GPUS", "1"), "2 x H20, Python 3.12", sep="\\n")
+    said = ("MISSING", ""), ("GPUS", "1"), ("MACHINE", "2 x H20, Python 3.12"), ("WORKERS", "0")
+    print(*(os.environ.get(name, usual) for name, usual in said), sep="\\n")
     sys.exit(0)
 paths = [word for word in words if word.startswith(("tests/", "benchmarks/"))]
 name = paths[0].split("/")[-1].split(".")[0] if paths else words[1]
@@ -87,17 +88,17 @@ def test_here_too():
     assert (finished.returncode, table(lines)) == (0, {"nccl": "skipped: no GPU"})
 
 
-@pytest.mark.parametrize(
-    ("gpus", "nccl"), [("1", "skipped: NCCL needs"), ("4", "passed (3 passed, 1 skipped")]
-)
-def test_every_part_on_gpus(check, gpus, nccl):
-    code, lines, called = check("--quick", GPUS=gpus)
+@pytest.mark.parametrize("workers", ["0", "8"])
+def test_every_part_on_a_gpu(check, workers):
+    code, lines, called = check("--quick", WORKERS=workers)
     assert code == 0
+    suites = [words for words in called if "pytest" in words]
+    assert len(suites) == 5
+    assert all(("-n" in words) == (workers != "0") for words in suites)
     assert lines[0] == "gpu_check: 2 x H20, Python 3.12; nothing is missing"
     found = table(lines)
     assert tuple(found) == PARTS
     assert found["kernels"] == "passed (3 passed, 1 skipped in 2.0s)"
-    assert found["nccl"].startswith(nccl)
     assert lines[-1] == "gpu_check passed, but for what was skipped"
     layer = next(words for words in called if "benchmarks/layer.py" in words)
     assert "--quick" in layer
