@@ -6,7 +6,7 @@ The rates of ``helixpipe advise`` come from data sheets and publications. Here t
 of the same thing: a ratio of measured and predicted time above 1 means that the planner promises too much.
 
 * ``device``: a copy, and products of the layer's sizes, for as long as ``--seconds``.
-* ``attention``: every backend that works here, on whole sequences and on the last of eight slices.
+* ``attention``: backends that work here, on whole sequences and on the last of eight slices.
 * ``pieces``: a layer of the model as ``helixpipe profile`` measures it.
 """
 
@@ -69,6 +69,7 @@ def build_parser() -> ScriptParser:
     add("--model", choices=MODELS, default="llama-7b")
     add("--seq-lengths", nargs="+", type=Whole(least=128), default=[2048, 8192, 32768, 131072])
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    add("--backends", nargs="+", choices=BACKENDS, help="of attention (default: those that have a rate)")
     add("--repeats", type=REPEATS, default=3)
     add("--seconds", type=Real(above=0.0, most=600.0), default=1.0, help="of each product")
     return parser
@@ -98,6 +99,7 @@ class _Run:
         self.hardware = hardware
         self.model = model
         self.lengths: list[int] = options.seq_lengths
+        self.backends: list[str] = options.backends or [name for name in BACKENDS if self._machine(name)]
         self.repeats: int = options.repeats
         self.seconds: float = options.seconds
         self.clock: Clock = default_clock()
@@ -136,7 +138,7 @@ class _Run:
 
     def attention(self) -> Iterator[Row]:
         """Forward and backward of one sequence's attention, all heads of a layer."""
-        for name in BACKENDS:
+        for name in self.backends:
             backend = self._backend(name)
             if isinstance(backend, str):
                 yield Row(name, 0.0, 0.0, backend)
@@ -171,10 +173,7 @@ class _Run:
         except RuntimeError as error:
             yield Row(f"{name} {queries} x {keys}", 0.0, 0.0, str(error).splitlines()[0][:90])
             return
-        try:
-            machine = self.hardware.with_attention(name)
-        except ValueError:
-            machine = None
+        machine = self._machine(name)
         for kind, ms, count in zip(("forward", "backward"), times, (1.0, _BACKWARD), strict=True):
             reached = count * operations / ms / (self.hardware.tflops * 1e9)
             predicted = 0.0
@@ -208,6 +207,13 @@ class _Run:
             return choose(name, problem).backend
         except ValueError as error:
             return str(error)
+
+    def _machine(self, backend: str) -> Hardware | None:
+        """With the rates of a backend; None where none were published."""
+        try:
+            return self.hardware.with_attention(backend)
+        except ValueError:
+            return None
 
     def _median(self, function: Callable[[], object]) -> float:
         function()
