@@ -40,6 +40,7 @@ from helixpipe.megatron_adapter.elastic_forward_backward import ElasticForwardBa
 from helixpipe.megatron_adapter.schedule import device  # noqa: E402
 from helixpipe.plan.cost_model import Workload  # noqa: E402
 from helixpipe.profiling import profile_chunks  # noqa: E402
+from helixpipe.runtime.gpu import barrier  # noqa: E402
 from helixpipe.runtime.trace import default_clock  # noqa: E402
 from megatron.pretrain.data.variable_length import VariableLengthDataset  # noqa: E402
 from megatron.pretrain.initialize import finalize, initialize  # noqa: E402
@@ -180,7 +181,7 @@ def _iteration(
 ) -> Sample:
     for chunk in state.model:
         chunk.zero_grad_buffer()  # type: ignore[operator]
-    dist.barrier()
+    barrier()
     started = time.perf_counter()
     losses = schedule(
         forward_step_func=forward_step,

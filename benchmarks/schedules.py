@@ -38,6 +38,7 @@ from helixpipe.plan.build import find_schedule  # noqa: E402
 from helixpipe.plan.cost_model import Recompute, Workload, costs_of_plan  # noqa: E402
 from helixpipe.plan.simulation.simulate import simulate  # noqa: E402
 from helixpipe.profiling import profile  # noqa: E402
+from helixpipe.runtime.gpu import barrier  # noqa: E402
 from helixpipe.runtime.trace import default_clock  # noqa: E402
 from megatron.pretrain.initialize import finalize, initialize  # noqa: E402
 from megatron.pretrain.metrics import sum_losses  # noqa: E402
@@ -231,7 +232,7 @@ def run_iteration(contender: Contender, round_number: int) -> Sample:
     for chunk in state.model:
         chunk.zero_grad_buffer()  # type: ignore[operator]
     state.optimizer.zero_grad()
-    dist.barrier()
+    barrier()
     started = time.perf_counter()
     losses = schedule(
         forward_step_func=forward_step,

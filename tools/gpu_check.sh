@@ -6,14 +6,14 @@
 #   --wheels   where the wheels of what is missing lie, for a machine without network (the first line names them)
 #   --output   where logs and the layer's table go (default: runs/gpu_check)
 #   --quick    measure short sequences only
-#   PART       build, kernels, units, layer, gloo, nccl, train (default: all)
+#   PART       build, kernels, units, nccl, train, rates, layer (default: all)
 #   PYTHON     the interpreter to use (default: python3)
 #
 # Ends with a row per part and one verdict: exit code 0, 1 if a part failed, 2 if it cannot start.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 PYTHON=${PYTHON:-python3}
-PARTS=(build kernels units layer gloo nccl train)
+PARTS=(build kernels units nccl train rates layer)
 
 fail() {
     printf 'gpu_check: error: %s\n' "$1"
@@ -67,6 +67,7 @@ found=$(look 2>/dev/null) || fail "$PYTHON has no torch; set PYTHON to an interp
 mapfile -t machine <<<"$found"
 read -ra missing <<<"${machine[0]}"
 gpus=${machine[1]}
+hardware=$(grep -oiE '\b(gb200|b200|h200|h100|h800|h20|a100|a800)\b' <<<"${machine[2]}" | head -n 1 | tr '[:upper:]' '[:lower:]')
 workers=()
 [ "${machine[3]:-0}" -lt 2 ] || workers=(-n "${machine[3]}")
 if [ "${#missing[@]}" -gt 0 ]; then
@@ -127,12 +128,19 @@ for part in "${wanted[@]}"; do
             fi
             ;;
         kernels) tests kernels tests/kernels ;;
-        units) tests units tests/layers tests/runtime ;;
-        layer) attempt layer "$PYTHON" benchmarks/layer.py ${quick:+--quick} --minutes "${MINUTES:-7}" --output "$output/results.csv" ;;
-        # Two to four ranks that share the GPU: over gloo, then over NCCL.
-        gloo) tests gloo tests/equivalence/test_gradients.py -k "${RANKS:-pp2-tp1 or pp4-tp1 or pp2-tp2}" ;;
+        # What computes on a CPU everywhere, with this machine's Python and torch.
+        units) CUDA_VISIBLE_DEVICES='' tests units tests/layers tests/runtime tests/adapter ;;
+        # Ranks that share the GPU, where there are fewer: against Megatron's schedules, then whole jobs.
         nccl) tests nccl tests/equivalence/test_nccl.py ;;
         train) tests train tests/e2e/test_training_on_gpu.py ;;
+        rates)
+            if [ -z "$hardware" ]; then
+                note rates "skipped: the planner has no rates of this GPU"
+            else
+                attempt rates "$PYTHON" benchmarks/rates.py --hardware "$hardware"
+            fi
+            ;;
+        layer) attempt layer "$PYTHON" benchmarks/layer.py ${quick:+--quick} --minutes "${MINUTES:-7}" --output "$output/results.csv" ;;
     esac
 done
 

@@ -151,16 +151,14 @@ def _fly(args: argparse.Namespace, hosts: Sequence[str]) -> Outcome:
 
     from helixpipe.preflight.facts import gather_facts
     from helixpipe.preflight.flight import Demand, Flight
+    from helixpipe.runtime.gpu import take_gpu
 
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     backend, device = "gloo", torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-        # NCCL refuses two ranks on one GPU, and gloo takes its messages from the host's memory.
-        shared = local_size > torch.cuda.device_count()
-        backend, device = ("gloo", torch.device("cpu")) if shared else ("nccl", device)
+        take_gpu()
+        backend, device = "nccl", torch.device("cuda", torch.cuda.current_device())
     store = _open_store(args, hosts, rank, world_size)
     demand, job_error, job_code = Demand(), "", 0
     try:

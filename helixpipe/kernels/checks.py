@@ -132,15 +132,13 @@ def _same_device(name: str, *tensors: Tensor) -> None:
 
 
 def has_type(tensor: Tensor) -> bool:
-    """True if a tensor is of a type that can be computed with where it is: on a CPU fp64 is one, too."""
-    return tensor.dtype in TYPES or (tensor.dtype is torch.float64 and not tensor.is_cuda)
+    """True if a tensor is of a type that can be computed with: fp64, too, in torch's operations."""
+    return tensor.dtype in TYPES or tensor.dtype is torch.float64
 
 
 def _check_type(name: str, tensor: Tensor) -> None:
     if not has_type(tensor):
-        raise ValueError(
-            f"{name}: {tensor.dtype} on {tensor.device.type} is not supported; use fp32, fp16, bf16"
-        )
+        raise ValueError(f"{name}: {tensor.dtype} is not supported; use fp64, fp32, fp16, bf16")
 
 
 def _check_contiguous(name: str, tensor: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.library import custom_op
 
@@ -13,8 +14,8 @@ from helixpipe.kernels.extension import load
 
 
 def _kernels(tensor: Tensor) -> Any | None:
-    """The built kernels for a tensor's device, if there are any."""
-    return load() if tensor.is_cuda else None
+    """The built kernels for a tensor's device and type, if there are any."""
+    return load() if tensor.is_cuda and tensor.dtype is not torch.float64 else None
 
 
 @custom_op("helixpipe::merge_attention", mutates_args=("output", "log_sum_exp"))

@@ -13,7 +13,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from helixpipe.plan import Plan
 from helixpipe.runtime.communicator import Communicator, TorchCommunicator
-from helixpipe.runtime.staging import HostStagedCommunicator
 
 # NCCL needs two to four to fill a network card, which is what a message between pipeline ranks has.
 MAX_BLOCKS_OF_A_MESSAGE = 4
@@ -94,8 +93,12 @@ def make_communicator(group: dist.ProcessGroup, *, has_two_ways: bool | None = N
     backend = dist.get_backend(group)
     if backend == "nccl" if has_two_ways is None else has_two_ways:
         return TorchCommunicator(*(_new_group_per_pipeline(group, backend) for _ in range(2)))
-    communicator = TorchCommunicator(group)
-    return HostStagedCommunicator(communicator) if torch.cuda.is_available() else communicator
+    if torch.cuda.is_available():
+        raise ValueError(
+            f"pipeline messages of GPUs need NCCL, and the pipeline's group is over {backend}; "
+            "use --distributed-backend nccl"
+        )
+    return TorchCommunicator(group)
 
 
 def message_options(backend_class: Any, timeout: timedelta) -> Any:

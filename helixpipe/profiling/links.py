@@ -6,10 +6,10 @@ import time
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from helixpipe.plan.simulation.network import BYTES_PER_MS, Network
 from helixpipe.runtime.communicator import TorchCommunicator
+from helixpipe.runtime.gpu import barrier
 from helixpipe.runtime.message import MessageLayout
 
 _SMALL_BYTES = 1024
@@ -57,7 +57,7 @@ def _one_way(communicator: TorchCommunicator, num_bytes: int, device: torch.devi
     other = torch.zeros_like(buffer)
     samples = []
     for number in range(_ROUNDS + 1):
-        dist.barrier()
+        barrier()
         started, processor = time.perf_counter(), time.process_time()
         if communicator.size == 1:
             other.copy_(buffer)

@@ -31,6 +31,7 @@ from helixpipe.profiling.layer import measure_pieces
 from helixpipe.profiling.links import measure_network
 from helixpipe.profiling.stopwatch import Stopwatch
 from helixpipe.runtime.communicator import TorchCommunicator
+from helixpipe.runtime.gpu import barrier, take_gpu
 from helixpipe.runtime.trace import default_clock
 
 
@@ -68,7 +69,7 @@ def profile_chunks(
     shapes = chunk_shapes(max_seq_length, workload.tensor_parallel)
     with _job(workload):
         pieces = _measure(workload, repeats, alive=2)
-        stopwatch = Stopwatch(default_clock(), repeats, 2, dist.barrier)
+        stopwatch = Stopwatch(default_clock(), repeats, 2, barrier)
         here = device()
         found = measure_chunks(_elastic_layer(workload), shapes, stopwatch, here)
         times = _mean(tuple(time for m in found for time in (m.forward_ms, m.backward_ms)), here)
@@ -92,7 +93,7 @@ def _job(workload: Workload) -> Iterator[None]:
 
 def _measure(workload: Workload, repeats: int, alive: int) -> Pieces:
     here = device()
-    stopwatch = Stopwatch(default_clock(), repeats, alive, dist.barrier)
+    stopwatch = Stopwatch(default_clock(), repeats, alive, barrier)
     model, wrapped = _model(workload)
     times = measure_pieces(model, workload, stopwatch, here)
     communicator = TorchCommunicator(parallel_state.get_pipeline_model_parallel_group())
@@ -120,7 +121,7 @@ def _join(workload: Workload) -> None:
     if on_cpu:
         torch.set_num_threads(1)
     else:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        take_gpu()
     os.environ.setdefault("MASTER_ADDR", "localhost")
     # Alone, any free port will do; torchrun sets its own.
     os.environ.setdefault("MASTER_PORT", "0")

@@ -13,6 +13,7 @@ from megatron.core import parallel_state, tensor_parallel
 from helixpipe.megatron_adapter import cpu_backend
 from helixpipe.megatron_adapter.watching import join
 from helixpipe.reliability.monitor import Monitor
+from helixpipe.runtime.gpu import take_gpu
 from helixpipe.runtime.job_store import Place, open_store
 from megatron.pretrain.health.agreement import agree_on_arguments
 from megatron.pretrain.health.rendezvous import fresh_store
@@ -23,8 +24,8 @@ def initialize(settings: JobSettings, monitor: Monitor | None = None) -> None:
     """Join the process group, build Megatron's groups and seed the random states.
 
     Uses NCCL and one GPU per rank where GPUs are present, else gloo on the CPU with one thread per rank.
-    Ranks that have to share a GPU, which NCCL refuses, use gloo, too. Before the first message the ranks
-    begin to watch each other, if there is a monitor, and compare what they were given.
+    Before the first message the ranks begin to watch each other, if there is a monitor, and compare what they
+    were given.
 
     Raises:
         ValueError: ranks that were not given the same, or cannot find each other.
@@ -34,9 +35,8 @@ def initialize(settings: JobSettings, monitor: Monitor | None = None) -> None:
             torch.set_num_threads(1)
         backend = "gloo"
     else:
-        local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-        torch.cuda.set_device(local_rank % count)
-        backend = "nccl" if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= count else "gloo"
+        take_gpu()
+        backend = "nccl"
     parallel = settings.parallel
     timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
     store = fresh_store(parallel.rank, parallel.world_size, timeout)

@@ -4,6 +4,7 @@ from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from models import Case
@@ -76,3 +77,10 @@ def test_over_nccl_every_rank_makes_two_groups_of_each_pipeline_with_options_of_
 def test_what_torch_does_not_offer_is_left_out(backend):
     options = message_options(backend, timedelta(minutes=7))
     assert options is None or vars(options) == {}
+
+
+def test_messages_of_gpus_do_not_go_over_gloo(monkeypatch):
+    with pretend_rank(Case(pp=2)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        with pytest.raises(ValueError, match="use --distributed-backend nccl$"):
+            make_communicator(parallel_state.get_pipeline_model_parallel_group())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -41,10 +40,9 @@ def train(corpus, tmp_path_factory):
     @cache
     def start(words: str, ranks: int) -> tuple[list[float], list[float], str]:
         metrics = tmp_path_factory.mktemp("job") / "metrics.jsonl"
-        rank = [str(Path("tests") / "support" / "one_gpu.py"), "pretrain_gpt.py"]
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         files = ["--data-path", str(corpus), "--metrics-jsonl", str(metrics)]
-        job = [*torchrun, *rank, *MODEL, *files, *words.split()]
+        job = [*torchrun, "pretrain_gpt.py", *MODEL, *files, *words.split()]
         finished = run([sys.executable, *job], 200, NCCL_DEBUG="WARN")
         assert finished.code == 0, finished.output + finished.errors
         rows = metrics_of(metrics)

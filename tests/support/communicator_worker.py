@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from helixpipe.runtime.communicator import Communicator, TorchCommunicator
-from helixpipe.runtime.staging import HostStagedCommunicator
 
 SIZE = 4
 GO = 9999  # tag of the messages by which one rank lets another go on
@@ -172,7 +171,7 @@ SCENARIOS: dict[str, Callable[[Communicator], None]] = {
         a_buffer_is_free_once_its_send_was_waited_for,
     )
 }
-GROUPS = ("gloo", "gloo with two groups", "gloo among ranks 1 and 3", "gloo through host buffers")
+GROUPS = ("gloo", "gloo with two groups", "gloo among ranks 1 and 3")
 
 
 def run_all_over_gloo() -> dict[tuple[str, str], str | None]:
@@ -199,7 +198,6 @@ def _communicators() -> Iterator[tuple[str, Communicator | None]]:
     yield GROUPS[0], TorchCommunicator(one)
     yield GROUPS[1], TorchCommunicator(upward, downward)
     yield GROUPS[2], TorchCommunicator(some) if dist.get_rank() in (1, 3) else None
-    yield GROUPS[3], HostStagedCommunicator(TorchCommunicator(group(*everyone)))
 
 
 def groups_of_messages() -> list[str]:

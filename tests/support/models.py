@@ -228,8 +228,6 @@ def make_config(case: Case) -> TransformerConfig:
         config.activation_func_clamp_value = 0.5
         config.no_rope_freq = [layer % 2 for layer in range(case.num_layers)]
     config.finalize_model_grads_func = finalize_model_grads
-    # Ranks on one GPU talk over gloo, see host_transport.
-    config.batch_p2p_comm = not torch.cuda.is_available() or dist.get_backend() == "nccl"
     return config
 
 

@@ -18,9 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import host_transport
-import one_gpu
-
 # The server is a fresh interpreter that knows only this variable, not pytest's changes of sys.path; what it
 # fails to import is imported again by every rank.
 os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
@@ -39,8 +36,8 @@ def run_on_ranks(
 ) -> list[Any]:
     """Call ``function(*args)`` on every rank of a fresh group; the results by rank.
 
-    Where there are GPUs, each rank uses one, together with others where there are fewer. Without a
-    ``backend`` there is no group: the function makes its own.
+    Over ``nccl`` each rank has a GPU, or shares one. Without a ``backend`` there is no group: the function
+    makes its own.
 
     ``function`` must be importable by name. Raises ``AssertionError`` with the tracebacks of the ranks that
     failed, and kills every rank after ``timeout_s``.
@@ -108,14 +105,13 @@ def _entry(
     import torch
     import torch.distributed as dist
 
+    from helixpipe.runtime.gpu import barrier, take_gpu
+
     torch.set_num_threads(1)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(rank % torch.cuda.device_count())
-        if backend == "gloo":
-            host_transport.install()
-        elif backend == "nccl" and world_size > torch.cuda.device_count():
-            one_gpu.share(rank)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    if backend == "nccl":
+        os.environ["LOCAL_WORLD_SIZE"] = str(world_size)
+        take_gpu()
     try:
         if backend is not None:
             dist.init_process_group(
@@ -127,7 +123,7 @@ def _entry(
             )
         _send(pipe, True, function(*args))
         if backend is not None:
-            dist.barrier()
+            barrier()
             dist.destroy_process_group()
     except Exception:
         _send(pipe, False, traceback.format_exc())

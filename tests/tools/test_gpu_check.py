@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("build", "kernels", "units", "layer", "gloo", "nccl", "train")
+PARTS = ("build", "kernels", "units", "nccl", "train", "rates", "layer")
 INTERPRETER = f"""#!{sys.executable} -SE
 import json, os, sys
 words = sys.argv[1:]
@@ -93,13 +93,15 @@ def test_every_part_on_a_gpu(check, workers):
     code, lines, called = check("--quick", WORKERS=workers)
     assert code == 0
     suites = [words for words in called if "pytest" in words]
-    assert len(suites) == 5
+    assert len(suites) == 4
     assert all(("-n" in words) == (workers != "0") for words in suites)
     assert lines[0] == "gpu_check: 2 x H20, Python 3.12; nothing is missing"
     found = table(lines)
     assert tuple(found) == PARTS
     assert found["kernels"] == "passed (3 passed, 1 skipped in 2.0s)"
     assert lines[-1] == "gpu_check passed, but for what was skipped"
+    rates = next(words for words in called if "benchmarks/rates.py" in words)
+    assert rates[-2] == "h20"
     layer = next(words for words in called if "benchmarks/layer.py" in words)
     assert "--quick" in layer
     for words in called:
@@ -111,7 +113,7 @@ def test_every_part_on_a_gpu(check, workers):
     ("ends", "part", "verdict"),
     [
         ({"kernels": ["1 failed, 3 passed in 2.0s", 1]}, "kernels", "FAILED with 1"),
-        ({"test_gradients": ["no tests ran in 0.1s", 5]}, "gloo", "FAILED: no test ran"),
+        ({"test_nccl": ["no tests ran in 0.1s", 5]}, "nccl", "FAILED: no test ran"),
         ({"layers": ["40 skipped in 0.1s", 0]}, "units", "FAILED: no test ran"),
         ({"layer": ["Traceback", 139]}, "layer", "FAILED with 139"),
         ({"helixpipe.kernels": ["nvcc said no", 1]}, "build", "FAILED with 1"),

@@ -55,7 +55,8 @@ def order_of(problem: AttentionProblem) -> tuple[type[AttentionBackend], ...]:
 
     Where lengths differ from batch to batch, those come first that pack: cuDNN would build a plan for every
     new length, and the others would launch once for each sequence. Blocks of our own come last, and only
-    where kernels may lack what is asked for: elsewhere they would hide that no kernel works.
+    where kernels may lack what is asked for, as all of a GPU's lack fp64: elsewhere they would hide that no
+    kernel works.
     """
     order: tuple[type[AttentionBackend], ...] = (AtenCpu,)
     if problem.capability is not None:
@@ -63,7 +64,8 @@ def order_of(problem: AttentionProblem) -> tuple[type[AttentionBackend], ...]:
         order = _OLDER if major < 9 else _HOPPER if major == 9 else _NEWER
     if problem.varies:
         order = tuple(sorted(order, key=lambda backend: not backend.packs))
-    return (*order, BlockAttention) if problem.softcap else order
+    is_rare = problem.softcap or (problem.capability is not None and problem.dtype is torch.float64)
+    return (*order, BlockAttention) if is_rare else order
 
 
 @cache
