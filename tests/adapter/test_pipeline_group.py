@@ -82,5 +82,5 @@ def test_what_torch_does_not_offer_is_left_out(backend):
 def test_messages_of_gpus_do_not_go_over_gloo(monkeypatch):
     with pretend_rank(Case(pp=2)):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        with pytest.raises(ValueError, match="use --distributed-backend nccl$"):
+        with pytest.raises(ValueError, match=r"use --distributed-backend nccl$"):
             make_communicator(parallel_state.get_pipeline_model_parallel_group())
