@@ -127,7 +127,7 @@ for part in "${wanted[@]}"; do
                 note build "skipped: no nvcc"
             fi
             ;;
-        kernels) tests kernels tests/kernels ;;
+        kernels) tests kernels tests/kernels tests/layers/test_attention_on_gpu.py ;;
         # What computes on a CPU everywhere, with this machine's Python and torch.
         units) CUDA_VISIBLE_DEVICES='' tests units tests/layers tests/runtime tests/adapter ;;
         # Ranks that share the GPU, where there are fewer: against Megatron's schedules, then whole jobs.
