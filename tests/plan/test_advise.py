@@ -153,7 +153,7 @@ def test_lighter_layers_are_spread_evenly():
     assert candidate.recompute_label == "products, in 3 none"
 
 
-def test_layers_with_windows_are_planned_and_never_said_to_run():
+def test_layers_with_windows_are_planned_and_run():
     windows = replace(MODELS["gpt-7b"], windows=(4096, 4096, 4096, 0) * 8)
     workload = Workload(model=windows, seq_length=131072, tensor_parallel=8)
     the_job = make_job(HARDWARE["h20"], workload, num_ranks=8, num_microbatches=16)
@@ -166,11 +166,8 @@ def test_layers_with_windows_are_planned_and_never_said_to_run():
         )
 
     found = advise(the_job, accept)
-    assert found.best is None
-    fastest = found.options[0]
-    assert fastest.candidate.options["round_order"] == "interlocked"
-    assert fastest.candidate.why_not_runnable == "windows"
-    assert "attention.window4096" in fastest.plan.segment_names
+    assert found.best.candidate.options["round_order"] == "interlocked"
+    assert {"attention.window4096", "attention.full"} < set(found.best.plan.segment_names)
     assert {r.candidate.label for r in found.rejections} >= {exchange.value for exchange in Exchange}
 
 

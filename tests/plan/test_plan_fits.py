@@ -7,7 +7,7 @@ import pytest
 from helixpipe.plan import Kind, Operation, ScheduleRequest, build_plan
 from helixpipe.plan.execution import Execution
 from helixpipe.plan.fit import check_executable, check_fits, stages_follow_ranks
-from helixpipe.plan.schedules import SCHEDULES
+from helixpipe.plan.schedules import SCHEDULES, planned_ahead
 
 
 def planned(schedule, **options):
@@ -159,3 +159,8 @@ def test_stages_follow_ranks_only_where_each_rank_has_its_own():
     assert stages_follow_ranks(planned("1f1b"))
     assert not stages_follow_ranks(planned("zb-v"))
     assert not stages_follow_ranks(replace(planned("1f1b"), placement=((1,) * 8, (0,) * 8)))
+
+
+@pytest.mark.parametrize("name", planned_ahead())
+def test_the_registry_says_whose_plans_have_weight_gradients_apart(name):
+    assert planned(name).splits_backward == SCHEDULES[name].splits_backward

@@ -65,6 +65,13 @@ def test_windows_of_families():
     assert model_of("gpt-oss-20b").windows == (128, 0) * 12
 
 
+def test_what_training_does_not_know_is_planned_only():
+    assert model_of("gpt-oss-20b").only_planned == ("biases of experts",)
+    assert {"shared experts", "latent attention"} < set(model_of("deepseek-v3").only_planned)
+    assert not model_of("mixtral-8x7b").only_planned
+    assert not model_of("gemma-2-9b").only_planned
+
+
 def test_a_token_passes_the_active_experts_alone():
     """Mixtral: 12.9 of 46.7 billion; DeepSeek-V3: 37 of 671 (its report counts no embedding)."""
     mixtral, deepseek = model_of("mixtral-8x7b"), model_of("deepseek-v3")

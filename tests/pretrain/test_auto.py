@@ -88,19 +88,76 @@ def test_memory_decides():
         parsed("--hardware h20 --seq-length 131072 --memory-limit-gib 1")
 
 
+def machine_with_links(folder, times):
+    """A file of an H20 whose links are so many times as fast."""
+    h20, path = HARDWARE["h20"], folder / "machine.json"
+    machine = replace(h20, nvlink_gb_per_s=times * h20.nvlink_gb_per_s, nic_gb_per_s=times * h20.nic_gb_per_s)
+    # The rates in use, without a choice of kernels.
+    path.write_text(json.dumps({k: v for k, v in asdict(machine).items() if k != "attention_kernels"}))
+    return path
+
+
+# Few candidates, so that a choice takes little time.
+HELIX = "--hardware h20 --seq-length 65536 --num-fold 1 --attention-range block"
+
+
+def test_layers_with_windows_are_chosen_for():
+    found = parsed(f"{HELIX} --window-size 4095,0 --window-attn-skip-freq 2").schedule.plan
+    assert {"attention.window4096", "attention.full"} < set(found.segment_names)
+
+
+def test_weight_gradients_that_the_layers_cannot_leave_are_not_chosen(monkeypatch):
+    """Transformer Engine's linear layers compute them at once."""
+    monkeypatch.setattr("megatron.pretrain.settings.arguments.check_implementation", lambda _: None)
+    assert parsed(HELIX).schedule.splits_backward
+    found = parsed(f"{HELIX} --transformer-impl transformer_engine").schedule
+    assert found.plan.parameters["round_order"] == "interlocked"
+    assert not found.splits_backward
+
+
+@pytest.mark.parametrize(
+    "option", ["--attention-dropout 0.1", "--attention-backend unfused", "--reset-attention-mask"]
+)
+def test_slices_are_not_chosen_where_attention_takes_whole_sequences(option):
+    one = "--hardware h20 --seq-length 131072 --global-batch-size 1 --num-slices 4"
+    assert parsed(one).schedule.execution.cuts_sequences
+    with pytest.raises(ValueError, match=r"no schedule that it plans .* with all of --num-slices; leave"):
+        parsed(f"{one} {option}")
+
+
+def test_learned_sinks_go_with_the_ranges_that_lend_them(tmp_path):
+    """Over links so fast that messages cost nothing, and lending does."""
+    path = machine_with_links(tmp_path, 100.0)
+    job = f"--hardware {path} --seq-length 8192 --num-fold 2 --round-order filo --head-placement first"
+    assert parsed(job).schedule.plan.parameters["attention_range"] == "core"
+    found = parsed(f"{job} --softmax-type learnable")
+    assert found.schedule.plan.parameters["attention_range"] in ("qkv", "block")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--decoder-first-pipeline-num-layers 1", "--decoder-first-pipeline-num-layers does not apply"),
+        ("--microbatch-group-size-per-virtual-pipeline-stage 2", "does not apply to --pipeline-schedule"),
+        ("--num-fold 2 --num-slices 4", "executed with all of --num-fold, --num-slices; leave some out"),
+    ],
+)
+def test_what_no_choice_can_have_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        parsed(f"--hardware h20 --seq-length 4096 {options}")
+
+
 def profile_for(seq_length, **changes):
-    settings = parsed(f"--hardware h20 --seq-length {seq_length}")
-    model = replace(
-        settings.workload.model,
-        **changes,
-    )
+    line = f"{LINE.replace('auto', '1f1b')} --seq-length {seq_length}"
+    model = replace(parse_arguments(line.split(), DATASET).workload.model, **changes)
     workload = Workload(model=model, seq_length=seq_length)
     return predict_pieces(workload, HARDWARE["h20"]).to_json()
 
 
 def test_a_profile_of_the_same_layers_is_accepted(tmp_path):
     path = tmp_path / "profile.json"
-    path.write_text(profile_for(8192, num_layers=1))
+    # A model from Hugging Face counts its norms, too.
+    path.write_text(profile_for(8192, num_layers=1, other_parameters=1000))
     settings = parsed(f"--hardware {path} --seq-length 8192 --memory-limit-gib 80")
     assert settings.schedule.reason.startswith("auto chose")
 
@@ -139,10 +196,7 @@ def test_hardware_is_for_auto_only():
 @pytest.mark.parametrize(("links", "found"), [(1.0, "core"), (0.01, "block")], ids=["fast", "slow"])
 def test_the_range_follows_the_links(tmp_path, links, found):
     """Lent weights save messages, and cost time of their own where messages are hidden anyway."""
-    h20, path = HARDWARE["h20"], tmp_path / "machine.json"
-    machine = replace(h20, nvlink_gb_per_s=links * h20.nvlink_gb_per_s, nic_gb_per_s=links * h20.nic_gb_per_s)
-    # The rates in use, without a choice of kernels.
-    path.write_text(json.dumps({k: v for k, v in asdict(machine).items() if k != "attention_kernels"}))
+    path = machine_with_links(tmp_path, links)
     line = f"{LINE.replace('auto', 'helix')} --attention-range auto --seq-length 8192 --hardware {path}"
     settings = parse_arguments(line.split(), DATASET)
     assert settings.schedule.plan.parameters["attention_range"] == found

@@ -113,7 +113,7 @@ class Case:
     @property
     def has_weight_gradients(self) -> bool:
         """True for plans with W."""
-        return self.split != "none" or self.schedule in ("zb-h1", "zb-v", "v-half", "v-min", "dualpipe-v")
+        return self.split != "none" or SCHEDULES[self.schedule].splits_backward
 
     @property
     def implementation(self) -> Implementation:

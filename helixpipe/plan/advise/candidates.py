@@ -86,6 +86,11 @@ class Candidate:
         return self.options.get("round_order") == "interlocked"
 
     @property
+    def splits_backward(self) -> bool:
+        """True if its plan has weight gradients apart."""
+        return SCHEDULES[self.schedule].splits_backward or bool(self.options.get("split_weight_gradients"))
+
+    @property
     def recompute_label(self) -> str:
         """What is computed again, for a table."""
         if self.lighter is None:

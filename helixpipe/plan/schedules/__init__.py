@@ -39,6 +39,7 @@ class Schedule:
         options: the optional arguments that mean something to it, as :class:`ScheduleRequest` names them.
         needs_untied_weights: it has both ends of the model as two model chunks on one rank, which cannot
             share the embedding's weight.
+        splits_backward: its plans always have weight gradients apart (W).
         recomputes_by_default: training computes a layer again but for its attention, unless told otherwise.
         repeats_sequences: its micro batches are slices of sequences that follow one another with nothing to
             overlap, so that m of them take m times as long as one.
@@ -48,6 +49,7 @@ class Schedule:
     execution: Execution | None
     options: frozenset[str] = frozenset()
     needs_untied_weights: bool = False
+    splits_backward: bool = False
     recomputes_by_default: bool = False
     repeats_sequences: bool = False
 
@@ -68,11 +70,13 @@ SCHEDULES: dict[str, Schedule] = {
     "interleaved": Schedule(
         interleaved.plan, Execution.MEGATRON, frozenset({"virtual_stages", "microbatch_group"})
     ),
-    "zb-h1": Schedule(zb_h1.plan, Execution.STAGES, frozenset({"stage_layers"})),
-    "zb-v": Schedule(zb_v.plan, Execution.STAGES, needs_untied_weights=True),
-    "v-half": Schedule(v_half.plan, Execution.STAGES, needs_untied_weights=True),
-    "v-min": Schedule(v_min.plan, Execution.STAGES, needs_untied_weights=True),
-    "dualpipe-v": Schedule(dualpipe_v.plan, Execution.STAGES, needs_untied_weights=True),
+    "zb-h1": Schedule(zb_h1.plan, Execution.STAGES, frozenset({"stage_layers"}), splits_backward=True),
+    "zb-v": Schedule(zb_v.plan, Execution.STAGES, needs_untied_weights=True, splits_backward=True),
+    "v-half": Schedule(v_half.plan, Execution.STAGES, needs_untied_weights=True, splits_backward=True),
+    "v-min": Schedule(v_min.plan, Execution.STAGES, needs_untied_weights=True, splits_backward=True),
+    "dualpipe-v": Schedule(
+        dualpipe_v.plan, Execution.STAGES, needs_untied_weights=True, splits_backward=True
+    ),
     "seq1f1b": Schedule(seq1f1b.plan, Execution.SLICES, frozenset({"num_slices"})),
     "helix": Schedule(
         helix.plan,

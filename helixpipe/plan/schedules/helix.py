@@ -66,7 +66,8 @@ def _check(request: ScheduleRequest, fold: int) -> None:
     if m < p:
         raise ValueError(
             f"helix fills a slot for every rank: the number of micro batches ({m}) must be at least the "
-            f"pipeline-parallel size ({p}); use {p}, fewer ranks, or slices of sequences as micro batches"
+            f"pipeline-parallel size ({p}); use {p}, fewer ranks, or sliced-helix, which fills slots with "
+            "slices of sequences"
         )
     if request.round_order != "interlocked":
         for flag, value in (

@@ -16,14 +16,11 @@ from helixpipe.commands.tokenizer_arguments import tokenizer_settings
 from helixpipe.data.corpus_record import checked_corpus
 from helixpipe.data.prefix import DatasetInfo, describe_prefix
 from helixpipe.data.text_tokenizers import TokenizerSettings
-from helixpipe.layers.attention.choice import UNFUSED
 from helixpipe.layers.spec import Implementation, check_implementation
-from helixpipe.plan import Plan
 from helixpipe.plan.build import find_schedule
 from helixpipe.plan.cost_model import Recompute
 from helixpipe.plan.execution import Execution
 from helixpipe.plan.schedules import Schedule
-from helixpipe.plan.schedules.helix import DEFAULT_ATTENTION_RANGE
 from megatron.pretrain.checkpoint.comparison import changeable
 from megatron.pretrain.checkpoint.files import is_same_folder
 from megatron.pretrain.data.gpt import check_split
@@ -32,7 +29,7 @@ from megatron.pretrain.settings.context_parallel import check_shared_sequences
 from megatron.pretrain.settings.data_sources import Blend, Corpora, choose_blend, summary_of
 from megatron.pretrain.settings.elastic_job import derive_elastic
 from megatron.pretrain.settings.ending import ending_of
-from megatron.pretrain.settings.experts import check_expert_ranks, check_experts_under
+from megatron.pretrain.settings.experts import check_expert_ranks
 from megatron.pretrain.settings.housekeeping import housekeeping_of
 from megatron.pretrain.settings.job import JobSettings, cache_folder, topics_of
 from megatron.pretrain.settings.learning_rate import derive_length, learning_rate_of
@@ -53,6 +50,7 @@ from megatron.pretrain.settings.schedule import (
     settings_for,
 )
 from megatron.pretrain.settings.schedule_choice import choose_schedule, known_costs, workload_of
+from megatron.pretrain.settings.schedule_limits import check_execution, check_sinks
 from megatron.pretrain.settings.sizes import derive_layout, derive_model
 from megatron.pretrain.settings.slices import cut_sequences
 from megatron.pretrain.settings.stages import needless_of_stages
@@ -94,7 +92,7 @@ def parse_arguments(
     args.tokenizer = _tokenizer(args)
     schedule = _choose_schedule(args)
     args.dataset = args.dataset or _inspect_data(args, schedule.execution)
-    args.ends_at_documents = _ends_at_documents(args, schedule.execution)
+    args.ends_at_documents = args.reset_attention_mask and schedule.execution.joins_documents
     args.padded_vocab_size = _pad_vocabulary(args)
     args.memory_saving = memory_saving(args)
     if args.transformer_impl is not None:
@@ -147,28 +145,15 @@ def _choose_schedule(args: argparse.Namespace) -> ScheduleSettings:
             plan, reason = choose_range(args, plan_request(args, entry, costs))
         else:
             plan = plan_ahead(args, entry, costs)
-    if args.softmax_type == "learnable" and "attention_range" in entry.options:
-        _check_sinks(args, entry, plan)
+    parameters = {} if plan is None else plan.parameters
+    attention_range = args.attention_range or parameters.get("attention_range")
+    check_sinks(args, entry.execution, None if attention_range is None else str(attention_range))
     plan = plan or plan_ahead(args, entry)
     if plan is not None and plan.slices:
         args.dataset = args.dataset or _inspect_data(args, Execution.SLICES)
         args.padded_vocab_size = _pad_vocabulary(args)
         plan = cut_sequences(args, plan)
     return settings_for(args, plan, reason)
-
-
-def _check_sinks(args: argparse.Namespace, entry: Schedule, plan: Plan | None) -> None:
-    if entry.execution is not None and entry.execution.has_slices:
-        raise ValueError(
-            f"--softmax-type learnable does not go with {args.pipeline_schedule}; use helix or seq1f1b"
-        )
-    of_plan = None if plan is None else plan.parameters.get("attention_range")
-    found = args.attention_range or of_plan or DEFAULT_ATTENTION_RANGE
-    if found not in ("qkv", "block"):
-        raise ValueError(
-            f"--softmax-type learnable lends sinks with QKV, which --attention-range {found} does not; use "
-            "qkv or block"
-        )
 
 
 def _check_training(args: argparse.Namespace) -> None:
@@ -217,24 +202,8 @@ def _check_allowed(args: argparse.Namespace) -> None:
             )
 
 
-def _check_attention(args: argparse.Namespace, entry: Schedule) -> None:
-    flag = (
-        "--attention-dropout" if args.attention_dropout else f"--attention-backend {args.attention_backend}"
-    )
-    execution = entry.execution
-    if (
-        execution is not None
-        and execution.cuts_sequences
-        and (args.attention_dropout or args.attention_backend in UNFUSED)
-    ):
-        raise ValueError(
-            f"{flag} does not go with {args.pipeline_schedule}, whose attention runs by parts of sequences; "
-            "use --attention-dropout 0 and another --attention-backend"
-        )
-
-
 def _check_schedule(args: argparse.Namespace, entry: Schedule, *, is_chosen: bool) -> None:
-    _check_attention(args, entry)
+    check_execution(args, entry.execution)
     is_mixed = args.part_blends is not None or (args.blend is not None and args.blend.is_mixed)
     if entry.execution is not None and not entry.execution.joins_documents and is_mixed:
         raise ValueError(
@@ -242,7 +211,6 @@ def _check_schedule(args: argparse.Namespace, entry: Schedule, *, is_chosen: boo
             "and no weight"
         )
     check_shared_sequences(args, entry.execution, is_chosen=is_chosen)
-    check_experts_under(args, entry.execution)
     if args.log_throughput and not entry.plans_ahead:
         raise ValueError("--log-throughput counts sequences of one length; leave it out with elastic batches")
     if args.attention_range == AUTO and "attention_range" not in entry.options:
@@ -281,16 +249,6 @@ def _check_recompute(args: argparse.Namespace) -> None:
         raise ValueError("--recompute-granularity full needs --recompute-method and --recompute-num-layers")
     if args.recompute_granularity != "full" and (args.recompute_method or args.recompute_num_layers):
         raise ValueError("--recompute-method and --recompute-num-layers need --recompute-granularity full")
-
-
-def _ends_at_documents(args: argparse.Namespace, execution: Execution) -> bool:
-    """Whether attention has to find the documents in joined sequences."""
-    if args.reset_attention_mask and execution.joins_documents and execution.cuts_sequences:
-        raise ValueError(
-            f"--reset-attention-mask is not supported by {args.pipeline_schedule}, whose slices do not end "
-            "at documents; use another schedule or leave it out"
-        )
-    return bool(args.reset_attention_mask and execution.joins_documents)
 
 
 def _tokenizer(args: argparse.Namespace) -> TokenizerSettings | None:

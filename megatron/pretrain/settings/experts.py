@@ -132,20 +132,14 @@ def couplings_of_tokens(args: argparse.Namespace) -> dict[str, bool]:
 
 
 def check_experts_under(args: argparse.Namespace, execution: Execution | None) -> None:
-    """``ValueError`` for experts that do not go with a schedule that cuts sequences, or slices of them."""
+    """``ValueError`` for experts that do not go with a schedule."""
     if args.num_experts is None or execution is None:
         return
-    couplings = couplings_of_tokens(args)
     if execution.cuts_sequences:
         refuse(
-            couplings,
+            couplings_of_tokens(args),
             f"{{}} is about all tokens of a micro batch, and {args.pipeline_schedule} runs them in parts; "
             "leave it out, or use another schedule",
-        )
-    if args.mlp_chunk_size is not None:
-        refuse(
-            couplings,
-            "{} is about all tokens of a micro batch, and --mlp-chunk-size runs them in parts; leave one out",
         )
     if not execution.joins_documents and args.expert_model_parallel_size > 1:
         raise ValueError(
@@ -203,3 +197,8 @@ def _check_layer(args: argparse.Namespace) -> None:
         },
         "{}",
     )
+    if args.mlp_chunk_size is not None:
+        refuse(
+            couplings_of_tokens(args),
+            "{} is about all tokens of a micro batch, and --mlp-chunk-size runs them in parts; leave one out",
+        )

@@ -17,6 +17,7 @@ from helixpipe.plan.schedules.request import KnownCosts
 from helixpipe.plan.stage_layers import STAGE_LAYERS, parse_stage_layers
 from helixpipe.plan.windows import join_kinds, kinds_of_windows, windows_of_layers
 from megatron.pretrain.settings.recomputation import asked_levels
+from megatron.pretrain.settings.schedule_limits import check_weight_gradients
 from megatron.pretrain.settings.sizes import nearest
 from megatron.pretrain.settings.stages import stage_layers_of
 
@@ -102,11 +103,7 @@ def settings_for(args: argparse.Namespace, plan: Plan | None, reason: str = "") 
                 f"{args.pipeline_schedule} does not have stage r alone on rank r and needs separate weights "
                 "for embedding and head; add --untie-embeddings-and-output-weights"
             )
-        if plan.splits_backward and args.transformer_impl == "transformer_engine":
-            raise ValueError(
-                f"{args.pipeline_schedule} computes weight gradients apart, which --transformer-impl "
-                "transformer_engine cannot; use local, or another schedule"
-            )
+        check_weight_gradients(args, splits_backward=plan.splits_backward)
     return ScheduleSettings(args.pipeline_schedule, execution, plan, reason, args.hardware)
 
 

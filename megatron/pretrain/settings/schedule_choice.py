@@ -6,7 +6,8 @@ import argparse
 
 import torch
 
-from helixpipe.plan.advise import Candidate, advise, is_for_one_rank, make_job, read_machine
+from helixpipe.commands.parser import flag_of
+from helixpipe.plan.advise import Advice, Candidate, advise, is_for_one_rank, make_job, read_machine
 from helixpipe.plan.build import complete
 from helixpipe.plan.cost_model import (
     HARDWARE,
@@ -21,9 +22,23 @@ from helixpipe.plan.cost_model.model import model_from_arguments
 from helixpipe.plan.plan import Plan
 from helixpipe.plan.schedules import SCHEDULES
 from helixpipe.plan.schedules.request import KnownCosts
-from megatron.pretrain.settings.experts import couplings_of_tokens
+from helixpipe.refusals import refuse
 from megatron.pretrain.settings.recomputation import BY_GRANULARITY, asked_levels, job_levels
 from megatron.pretrain.settings.schedule import AUTO
+from megatron.pretrain.settings.schedule_limits import check_execution, check_sinks, check_weight_gradients
+
+# What a user may ask for of the schedule that is to be chosen.
+_NARROWING = (
+    "num_fold", "num_slices", "attention_range", "head_placement", "round_order", "split_weight_gradients",
+    "resend_context", "num_layers_per_virtual_pipeline_stage", "recompute_levels", "recompute_granularity",
+    "recompute_without_attention",
+)  # fmt: skip
+
+# What does not change the times of a layer.
+_OF_NO_LAYER = (
+    "model", "name", "num_layers", "other_parameters", "data_parallel", "distributed_optimizer",
+    "whole_logits",
+)  # fmt: skip
 
 
 def choose_schedule(args: argparse.Namespace) -> tuple[Plan, str]:
@@ -53,6 +68,7 @@ def choose_schedule(args: argparse.Namespace) -> tuple[Plan, str]:
             f"--recompute-levels {args.recompute_levels} goes with a schedule that is named; auto chooses "
             "the level of each layer, or give one for all"
         )
+    _check_stages(args)
     workload = workload_of(args)
     if isinstance(machine, Pieces):
         _check_profile(args.hardware, machine, workload)
@@ -65,8 +81,7 @@ def choose_schedule(args: argparse.Namespace) -> tuple[Plan, str]:
     )
     advice = advise(job, accept=lambda candidate: _is_allowed(args, candidate))
     if advice.best is None:
-        reasons = "; ".join(f"{r.candidate.label}: {r.reason}" for r in advice.rejections)
-        raise ValueError(f"--pipeline-schedule auto: nothing can be executed within memory ({reasons})")
+        raise ValueError(_why_nothing(args, advice))
     best = advice.best
     _apply(args, best.candidate)
     assert best.plan is not None, "what can be executed has a plan"
@@ -74,6 +89,31 @@ def choose_schedule(args: argparse.Namespace) -> tuple[Plan, str]:
         complete(best.plan, best.costs),
         f"auto chose {best.candidate.label}: predicted {best.iteration_ms:.0f} ms per iteration, "
         f"{best.peak_bytes / 2**30:.1f} GiB on the worst rank",
+    )
+
+
+def _check_stages(args: argparse.Namespace) -> None:
+    """``ValueError`` for what only a schedule that is named can have, and would be passed over in silence."""
+    stages = (
+        "decoder_first_pipeline_num_layers",
+        "decoder_last_pipeline_num_layers",
+        "microbatch_group_size_per_virtual_pipeline_stage",
+    )
+    refuse(
+        {flag_of(name): getattr(args, name) is not None for name in stages},
+        f"{{}} does not apply to --pipeline-schedule {AUTO}; remove it, or name a schedule",
+    )
+
+
+def _why_nothing(args: argparse.Namespace, advice: Advice) -> str:
+    if advice.rejections:
+        reasons = "; ".join(f"{r.candidate.label}: {r.reason}" for r in advice.rejections)
+        return f"--pipeline-schedule {AUTO}: nothing can be executed within memory ({reasons})"
+    given = [name for name in _NARROWING if getattr(args, name) not in (None, AUTO)]
+    told = ", ".join(map(flag_of, given)) or "these options"
+    return (
+        f"--pipeline-schedule {AUTO}: no schedule that it plans can be executed with all of {told}; leave "
+        "some out, or name a schedule"
     )
 
 
@@ -152,7 +192,7 @@ def _check_profile(hardware: str | None, profile: Pieces, workload: Workload) ->
         found = {**vars(of), **vars(of.model)}
         padding = 128 * of.tensor_parallel
         found["vocab_size"] = -(-of.model.vocab_size // padding) * padding
-        for name in ("model", "name", "num_layers", "data_parallel", "distributed_optimizer", "whole_logits"):
+        for name in _OF_NO_LAYER:
             del found[name]
         return found
 
@@ -188,7 +228,7 @@ def _is_allowed(args: argparse.Namespace, candidate: Candidate) -> bool:
         given["virtual_stages"] = args.num_layers // stages
     return (
         not candidate.why_not_runnable
-        and not (_cuts_sequences(candidate) and any(couplings_of_tokens(args).values()))
+        and _goes_with_job(args, candidate)
         and _recomputes_as_asked(args, candidate)
         and candidate.micro_batch_size == args.micro_batch_size
         and args.head_placement in (None, _head_placement(candidate))
@@ -200,9 +240,18 @@ def _is_allowed(args: argparse.Namespace, candidate: Candidate) -> bool:
     )
 
 
-def _cuts_sequences(candidate: Candidate) -> bool:
+def _goes_with_job(args: argparse.Namespace, candidate: Candidate) -> bool:
+    """Whether the checks of a schedule that is named would let this one pass."""
     execution = SCHEDULES[candidate.schedule].execution
-    return execution is not None and execution.cuts_sequences
+    named = argparse.Namespace(**{**vars(args), "pipeline_schedule": candidate.schedule})
+    attention_range = candidate.options.get("attention_range")
+    try:
+        check_execution(named, execution)
+        check_sinks(named, execution, None if attention_range is None else str(attention_range))
+        check_weight_gradients(named, splits_backward=candidate.splits_backward)
+    except ValueError:
+        return False
+    return True
 
 
 def _head_placement(candidate: Candidate) -> str | None:
