@@ -44,8 +44,9 @@ def params_norm(chunks: Sequence[torch.nn.Module]) -> float:
     Of 16-bit weights the optimizer's fp32 copy counts, as in Megatron-LM's ``calc_params_l2_norm``.
 
     Args:
-        chunks: of this rank.
+        chunks: of this rank, as Megatron's ``DistributedDataParallel``.
     """
+    _gather(chunks)
     shared, experts = _Weights([], []), _Weights([], [])
     for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
         if not (param_is_not_tensor_parallel_duplicate(parameter) and param_is_not_shared(parameter)):
@@ -67,6 +68,17 @@ def params_norm(chunks: Sequence[torch.nn.Module]) -> float:
             parallel_state.get_expert_tensor_model_pipeline_parallel_group(),
         )
     return float(total.sqrt())
+
+
+def _gather(chunks: Sequence[torch.nn.Module]) -> None:
+    """Bring weights that other ranks have stepped, for which else the next forward pass waits; collective.
+
+    16-bit ones are not read.
+    """
+    for chunk in chunks:
+        is_read = any(parameter.dtype == torch.float32 for parameter in chunk.parameters())
+        if is_read and chunk.ddp_config.overlap_param_gather:  # type: ignore[union-attr]
+            chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
 
 
 class _Weights(NamedTuple):

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from ranks import run_on_ranks
+from training_worker import Fault, run_cases, small_model
 
 ROOT = Path(__file__).parents[2]
 CORE = Path(os.environ.get("HELIXPIPE_CORES", ROOT / "build/cores")) / "0.17.1"
@@ -38,3 +40,21 @@ def test_norms_are_those_of_megatrons_program():
         assert ours > 1
         # fp32 sums in another order.
         assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+def logged(outcome):
+    assert outcome["error"] == ""
+    return [line.split("params norm: ")[1].split()[0] for line in outcome["lines"] if "params norm: " in line]
+
+
+def test_weights_that_are_gathered_later_count_as_they_are(tmp_path):
+    """With the gathering overlapped, the next forward pass waits for what other ranks have stepped."""
+    evaluated = "--eval-iters 1 --eval-interval 2 --split 70,30,0"
+    sharded = f"--log-params-norm --use-distributed-optimizer --overlap-grad-reduce {evaluated}"
+    late = f"{sharded} --overlap-param-gather"
+    lines = [sharded, late, f"{late} --pipeline-schedule helix"]
+    cases = [(line, Fault()) for line in lines]
+    (at_once, *others), _ = run_on_ranks(2, run_cases, cases, 1, 1, small_model(tmp_path))
+    assert len(set(logged(at_once))) == 3
+    for other in others:
+        assert logged(other) == logged(at_once)
