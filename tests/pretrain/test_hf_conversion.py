@@ -3,7 +3,9 @@
 import argparse
 import gc
 import json
+import shutil
 import weakref
+from enum import Enum
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from helixpipe.__main__ import main as helixpipe
 from helixpipe.data.prefix import DatasetInfo
 from helixpipe.reliability.exit_codes import DataError
 from megatron.pretrain.checkpoint.comparison import CHANGES_NOTHING, MODEL, compare_model
-from megatron.pretrain.checkpoint.files import tracked
+from megatron.pretrain.checkpoint.files import LINEAGE, MANIFEST, tracked
 from megatron.pretrain.hf import convert
 from megatron.pretrain.hf.config import ModelConfig
 from megatron.pretrain.hf.convert import export_model, import_model
@@ -46,6 +48,12 @@ QWEN_3_MOE = {
 DATASET = DatasetInfo(
     prefix="unused", vocab_size=50, eod=0, num_documents=100, num_tokens=10_000, longest_document=500
 )
+
+
+class Backend(Enum):
+    """An object among Megatron-LM's arguments whose class this program does not know."""
+
+    FLASH = 1
 
 
 def shapes(config):
@@ -261,6 +269,39 @@ def test_a_checkpoint_of_training_is_exported_with_megatrons_arguments_in_it(tmp
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "back"))
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_checkpoint_of_megatrons_program_is_exported(tmp_path):
+    """It has neither our settings nor our sums."""
+    write_model(tmp_path / "hf")
+    words = import_model(tmp_path / "hf", tmp_path / "theirs")
+    options = vars(build_parser().parse_args([*words, *convert._TRAINING])) | {"padded_vocab_size": 50}
+    folder = tracked(tmp_path / "theirs")
+    (folder / MANIFEST).unlink()
+    (folder / LINEAGE).unlink()
+
+    def save(**changes):
+        torch.save({"iteration": 0, "args": argparse.Namespace(**options | changes)}, folder / "common.pt")
+
+    save(rotary_base=5, attention_backend=Backend.FLASH)
+    shutil.rmtree(tmp_path / "theirs" / convert.REFERENCE)
+    with pytest.raises(
+        ValueError, match=r"theirs was not imported; give the folder of its model .* --reference"
+    ):
+        export_model(tmp_path / "theirs", tmp_path / "back")
+    with pytest.raises(ValueError, match="trained with --rotary-base 5 and not the 10000 of"):
+        export_model(tmp_path / "theirs", tmp_path / "back", reference=tmp_path / "hf")
+    save(attention_backend=Backend.FLASH)
+    export_model(tmp_path / "theirs", tmp_path / "back", reference=tmp_path / "hf")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "back"))
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    (shard,) = folder.glob("*.distcp")
+    content = bytearray(shard.read_bytes())
+    content[content.index(before["model.norm.weight"].view(torch.uint8).numpy().tobytes())] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=r"final_layernorm.weight has another checksum"):
+        export_model(tmp_path / "theirs", tmp_path / "again", reference=tmp_path / "hf")
 
 
 def test_flipped_bits_are_noticed_by_an_export(tmp_path):

@@ -57,7 +57,7 @@ CHANGES = {
     "positions": ({"max_position_embeddings": 64}, "--max-position-embeddings 64, this job has 32"),
     "epsilon": ({"norm_epsilon": None, "layernorm_epsilon": 1e-6},
                 "--norm-epsilon 1e-06, this job has 1e-05"),
-    "experts": ({"num_experts": 8}, "a model with --num-experts 8, which is not built here"),
+    "experts": ({"num_experts": 8}, "a model with --num-experts 8, which is not read from checkpoints of"),
     "heads of tokens": ({"mtp_num_layers": 1}, "a model with --mtp-num-layers 1"),
     "sharded": ({"use_distributed_optimizer": True},
                 "--use-distributed-optimizer True, this job has False"),

@@ -38,7 +38,7 @@ from megatron.pretrain.checkpoint.files import (
     usable,
 )
 from megatron.pretrain.checkpoint.inspection import faults_by_table
-from megatron.pretrain.checkpoint.megatron_lm import RESHARDABLE, check_theirs, is_readable, samples_of
+from megatron.pretrain.checkpoint.megatron_lm import RESHARDABLE, compare_theirs, is_readable, samples_of
 from megatron.pretrain.checkpoint.safe_pickle import (
     find_unsafe_content,
     load_plain,
@@ -147,11 +147,10 @@ def load_weights(settings: JobSettings, root: Path, state: TrainingState) -> Loa
 
 
 def _load_weights_from(folder: Path, settings: JobSettings, state: TrainingState) -> Loaded:
-    changes: list[Change] = []
     with _reading(folder):
         common = read_common(folder)
         if is_megatron_lms(folder):
-            check_theirs(folder, common, _options_of(settings), with_optimizer=False)
+            changes = _compare_theirs(folder, common, settings, with_optimizer=False)
         else:
             changes = compare_model(common["settings"], settings, str(folder))
         _restore_weights(folder, common, state)
@@ -262,9 +261,8 @@ def _gathered(mine: dict[Any, Any]) -> dict[Any, Any]:
 
 def _load_from(folder: Path, settings: JobSettings, state: TrainingState, *, with_optimizer: bool) -> Loaded:
     common, here = read_common(folder), settings_of(settings)
-    changes: list[Change] = []
     if is_megatron_lms(folder):
-        check_theirs(folder, common, _options_of(settings), with_optimizer=with_optimizer)
+        changes = _compare_theirs(folder, common, settings, with_optimizer=with_optimizer)
         # Samples come in another order here: position 0.
         progress = Progress(int(common["iteration"]), samples_of(common))
     else:
@@ -280,9 +278,11 @@ def _load_from(folder: Path, settings: JobSettings, state: TrainingState, *, wit
     return Loaded(progress, folder, tuple(changes))
 
 
-def _options_of(settings: JobSettings) -> dict[str, Any]:
-    """Options by name, as Megatron-LM says them in a checkpoint."""
-    return {**settings.options, "padded_vocab_size": settings.model.padded_vocab_size}
+def _compare_theirs(
+    folder: Path, common: Mapping[str, Any], settings: JobSettings, *, with_optimizer: bool
+) -> list[Change]:
+    allowed = settings.checkpoint.allow_changed
+    return compare_theirs(folder, common, settings.options, allowed, with_optimizer=with_optimizer)
 
 
 def _restore(

@@ -2,95 +2,137 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from helixpipe.commands.parser import flag_of
 from helixpipe.reliability.exit_codes import DataError
 from megatron.pretrain.checkpoint.common_state import arguments_in
+from megatron.pretrain.checkpoint.comparison import MODEL, Change, compare_settings
 from megatron.pretrain.checkpoint.safe_pickle import COMMON_FILE, MegatronArguments
+from megatron.pretrain.settings.parser import build_parser
+from megatron.pretrain.settings.positions import BETAS_OF_YARN
 
 # The one form of the distributed optimizer's state that any other layout can read.
 RESHARDABLE = "fully_reshardable"
 # Of its checkpoints since megatron-core existed.
 _VERSION = 3.0
 
-# What weights and their meaning depend on, by names that both programs have.
-_ARCHITECTURE = (
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
-    "normalization", "swiglu", "position_embedding_type", "untie_embeddings_and_output_weights",
-    "add_bias_linear", "add_qkv_bias", "qk_layernorm", "padded_vocab_size", "softmax_type", "quick_geglu",
-    "glu_linear_offset", "activation_func_clamp_value",
+# Forms of a model that are not read from there, by the arguments that ask for them.
+NOT_READ = (
+    "num_experts", "multi_latent_attention", "mtp_num_layers", "use_mup", "experimental_attention_variant",
+    "linear_attention_freq", "attention_output_gate", "qk_l2_norm", "rotary_interleaved",
+    "fp32_residual_connection", "apply_residual_connection_post_layernorm", "squared_relu",
+    "is_hybrid_model", "hybrid_layer_pattern", "hybrid_override_pattern", "heterogeneous_layers_config_path",
+    "heterogeneous_layers_config_encoded_json", "spec", "use_legacy_models", "add_position_offset",
+    "position_embedding_scale",
 )  # fmt: skip
-_OF_POSITIONS = {
-    "learned_absolute": ("max_position_embeddings",),
-    "rope": (
-        "rotary_base", "rotary_percent", "rotary_seq_len_interpolation_factor", "use_rope_scaling",
-        "rope_scaling_factor",
-    ),
-}  # fmt: skip
-# Of models that this program does not build: they would be other functions of the same weights.
-_UNKNOWN_HERE = (
-    "num_experts", "multi_latent_attention", "mtp_num_layers", "use_mup", "window_size",
-    "fp32_residual_connection", "apply_residual_connection_post_layernorm", "apply_layernorm_1p",
-    "squared_relu", "openai_gelu", "rotary_interleaved", "qk_l2_norm", "softmax_scale",
-    "is_hybrid_model", "hybrid_layer_pattern", "heterogeneous_layers_config_path",
-    "add_position_offset", "no_rope_freq", "position_embedding_scale",
+# What only some models use, by which of their settings says so.
+_OF_ROTARY = (
+    "rotary_base", "rotary_base_local", "rotary_percent", "rotary_seq_len_interpolation_factor",
+    "use_rope_scaling", "rope_scaling_factor", "no_rope_freq",
+)  # fmt: skip
+_OF_YARN = (
+    "rotary_scaling_factor", "yarn_original_max_position_embeddings", "yarn_beta_fast", "yarn_beta_slow",
 )  # fmt: skip
 
 
-def check_theirs(
-    folder: Path, common: Mapping[str, Any], here: Mapping[str, Any], *, with_optimizer: bool
-) -> None:
-    """Refuse a checkpoint of Megatron-LM that does not fit this job.
+def compare_theirs(
+    folder: Path,
+    common: Mapping[str, Any],
+    here: Mapping[str, Any],
+    allow_changed: Collection[str] = (),
+    *,
+    with_optimizer: bool,
+) -> list[Change]:
+    """What this job changes on purpose of a checkpoint of Megatron-LM.
 
     Args:
         folder: of the checkpoint.
         common: what it says of its job, see :func:`read_common`.
         here: options of this job, with the padded size of the vocabulary.
+        allow_changed: options, without dashes, that may differ.
         with_optimizer: its optimizer's state is to be loaded, too.
 
     Raises:
-        DataError: one line with everything that differs.
+        DataError: one line with everything that differs otherwise.
+    """
+    theirs = arguments_of(folder, common)
+    saved, wanted = architecture(theirs), architecture(here)
+    if here["position_embedding_type"] == "learned_absolute" and "max_position_embeddings" in theirs:
+        for settings, options in ((saved, theirs), (wanted, here)):
+            settings["max_position_embeddings"] = options["max_position_embeddings"]
+    changes = compare_settings(saved, wanted, allow_changed, str(folder))
+    if with_optimizer:
+        _check_optimizer(folder, common, theirs, here)
+    return changes
+
+
+def arguments_of(folder: Path, common: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of the job of Megatron-LM that saved a checkpoint.
+
+    Args:
+        folder: of the checkpoint.
+        common: what it says of its job, see :func:`read_common`.
+
+    Raises:
+        DataError: there are none, or they ask for a form of model that is not read from there.
     """
     theirs = arguments_in(common)
     if not theirs:
         raise DataError(f"{folder} does not say what it was trained with (args); use another checkpoint")
-    unknown = [name for name in _UNKNOWN_HERE if theirs.get(name)]
-    if unknown:
+    other = [name for name in NOT_READ if theirs.get(name)]
+    if theirs.get("position_embedding_type") == "yarn":
+        # The default is to round.
+        rounding = "yarn_correction_range_round_to_int"
+        other += [rounding] if theirs.get(rounding, True) is False else []
+    if other:
         raise DataError(
-            f"{folder} is of a model with {flag_of(unknown[0])} {theirs[unknown[0]]}, which is not built "
-            "here; use another checkpoint"
+            f"{folder} is of a model with {flag_of(other[0])} {theirs[other[0]]}, which is not read from "
+            "checkpoints of Megatron-LM; use another checkpoint"
         )
-    saved, wanted = _architecture(theirs), _architecture(here)
-    names = (*_ARCHITECTURE, "norm_epsilon", *_OF_POSITIONS.get(str(here["position_embedding_type"]), ()))
-    texts = [
-        f"{flag_of(name)} {saved[name]}, this job has {wanted.get(name)}"
-        for name in names
-        if name in saved and saved[name] != wanted.get(name)
-    ]
-    if texts:
-        raise DataError(f"{folder} was trained with {'; '.join(texts)}; give the same")
-    if with_optimizer:
-        _check_optimizer(folder, common, theirs, here)
+    return theirs
 
 
-def _architecture(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of either program by what they come to."""
-    found = dict(arguments)
-    if not arguments.get("group_query_attention", True):
-        found["num_query_groups"] = arguments.get("num_attention_heads")
+def architecture(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What the outputs of a model with given weights depend on, from arguments of either program.
+
+    Args:
+        arguments: by name. What they leave out is at its default; so is in the result what the model does
+            not use.
+    """
+    default = build_parser().get_default
+    # Its name since 0.19; the other one may be there, and None.
+    said = {"norm_epsilon": arguments.get("layernorm_epsilon", default("norm_epsilon"))}
+    said |= {name: value for name, value in arguments.items() if value is not None}
+    found = {name: _plain(said.get(name, default(name))) for name in sorted(MODEL)}
+    if not said.get("group_query_attention", True):
+        found["num_query_groups"] = found["num_attention_heads"]
     # Their program sets it, too.
-    found["add_qkv_bias"] = bool(arguments.get("add_qkv_bias") or arguments.get("add_bias_linear"))
-    # Since 0.19 some have another name, and this one is there, and None.
-    if found.get("norm_epsilon") is None:
-        found["norm_epsilon"] = arguments.get("layernorm_epsilon", 1e-5)
-    if not found.get("use_rope_scaling"):
-        found.pop("rope_scaling_factor", None)
-    if found.get("kv_channels") is None:
-        found.pop("kv_channels", None)
-    return found
+    found["add_qkv_bias"] = bool(found["add_qkv_bias"] or found["add_bias_linear"])
+    hidden, heads = found["hidden_size"], found["num_attention_heads"]
+    if found["kv_channels"] is None and isinstance(hidden, int) and isinstance(heads, int) and heads:
+        found["kv_channels"] = hidden // heads
+    if found["position_embedding_type"] == "yarn":
+        found |= {name: found[name] or usual for name, usual in BETAS_OF_YARN.items()}
+    return found | {name: default(name) for name in _unused(found)}
+
+
+def _unused(found: Mapping[str, Any]) -> set[str]:
+    """Settings without a meaning beside the others."""
+    positions = found["position_embedding_type"]
+    return {
+        *(() if positions in ("rope", "yarn") else _OF_ROTARY),
+        *(() if positions == "yarn" else _OF_YARN),
+        *(() if found["use_rope_scaling"] else ("rope_scaling_factor",)),
+        *(() if found["window_size"] else ("window_attn_skip_freq",)),
+        *(() if found["num_experts"] else (name for name in MODEL if name.startswith("moe_"))),
+    }
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _check_optimizer(

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from megatron.pretrain.checkpoint.common_state import read_common
 from megatron.pretrain.checkpoint.comparison import differing_model_settings, model_settings
-from megatron.pretrain.checkpoint.files import digest, tracked, usable
+from megatron.pretrain.checkpoint.files import digest, is_megatron_lms, tracked, usable
+from megatron.pretrain.checkpoint.inspection import faults_by_table
+from megatron.pretrain.checkpoint.megatron_lm import architecture, arguments_of
 from megatron.pretrain.checkpoint.publishing import publish, start_saving
 from megatron.pretrain.checkpoint.safe_pickle import find_unsafe_content, no_code_from_disk
 from megatron.pretrain.checkpoint.shards import BACKEND, VERSION
@@ -95,7 +97,7 @@ def export_model(
     """Write the newest checkpoint's weights as a model on Hugging Face.
 
     Args:
-        source: folder of checkpoints.
+        source: folder of checkpoints, ours or Megatron-LM's.
         output: folder to be made.
         reference: whose config.json and tokenizer the model gets; None for those of an imported model.
         dtype: of the weights there; None for those of the checkpoint.
@@ -110,20 +112,28 @@ def export_model(
     checkpoint = tracked(source)
     if checkpoint is None:
         raise ValueError(f"{source} holds no checkpoint; give a folder of --save")
+    if reference is None and not (source / REFERENCE).is_dir():
+        raise ValueError(
+            f"{source} was not imported; give the folder of its model on Hugging Face as --reference"
+        )
     reference = source / REFERENCE if reference is None else reference
-    unsafe = find_unsafe_content(checkpoint)
-    if unsafe:
-        raise ValueError(unsafe)
+    is_theirs = is_megatron_lms(checkpoint)
+    problem = "; ".join(faults_by_table(checkpoint)[:1]) if is_theirs else find_unsafe_content(checkpoint)
+    if problem:
+        raise ValueError(problem)
     common = read_common(checkpoint)
-    model = describe_model(read_config(reference), common["settings"]["padded_vocab_size"])
-    differing = differing_model_settings(common["settings"], _options(model))
+    settings = architecture(arguments_of(checkpoint, common) if is_theirs else common["settings"])
+    model = describe_model(read_config(reference), settings["padded_vocab_size"])
+    differing = differing_model_settings(settings, architecture(_options(model)))
     if differing:
         raise ValueError(
             f"{checkpoint} was trained with {'; '.join(differing)} of {reference / CONFIG}; give a "
             "--reference whose config.json describes the trained model"
         )
     with new_folder(output) as target, no_code_from_disk():
-        _export_tensors(CheckpointReader(checkpoint), model, common["sums"], dtype, target, shard_bytes)
+        # Theirs has no sums; its files were held to their checksums.
+        sums = None if is_theirs else common["sums"]
+        _export_tensors(CheckpointReader(checkpoint), model, sums, dtype, target, shard_bytes)
         _copy_rest(reference, target)
     return checkpoint
 
@@ -184,12 +194,12 @@ def _parts(
 def _export_tensors(
     reader: CheckpointReader,
     model: Model,
-    sums: dict[str, int],
+    sums: dict[str, int] | None,
     dtype: torch.dtype | None,
     target: Path,
     shard_bytes: int,
 ) -> None:
-    """Write all tensors, each found to have the sum that it had when it was saved."""
+    """Write all tensors, each found to have the sum that it had when it was saved, if that is known."""
     writer = TensorWriter(target, shard_bytes)
     for rule in model.rules:
         _check_form(reader, rule, _sizes(model, rule))
@@ -200,7 +210,7 @@ def _export_tensors(
             tensor = tensor if dtype is None else tensor.to(dtype)
             for name, part in zip(rule.names(*place), rule.split(tensor), strict=True):
                 writer.add(name, part)
-        if found % 2**64 != sums.get(rule.ours):
+        if sums is not None and found % 2**64 != sums.get(rule.ours):
             raise ValueError(f"{rule.ours} has another sum than when it was saved: use another checkpoint")
     writer.finish()
 

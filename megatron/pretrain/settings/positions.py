@@ -15,6 +15,8 @@ from helixpipe.plan.windows import parse_skip_frequency
 # Megatron's defaults
 ROTARY_BASE = 10000
 ROPE_SCALING_FACTOR = 8.0
+# Of YaRN's paper
+BETAS_OF_YARN = {"yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0}
 
 
 def add_position_arguments(add: Callable[..., Any]) -> None:
@@ -97,7 +99,7 @@ def _check_yarn(args: argparse.Namespace) -> None:
     """YaRN needs its factor and the length before; what is left out gets the values of its paper."""
     needed = ("rotary_scaling_factor", "yarn_original_max_position_embeddings")
     if args.position_embedding_type != "yarn":
-        for name in (*needed, "yarn_beta_fast", "yarn_beta_slow"):
+        for name in (*needed, *BETAS_OF_YARN):
             if getattr(args, name) is not None:
                 raise ValueError(
                     f"{flag_of(name)} needs --position-embedding-type yarn; add it, or leave it out"
@@ -106,8 +108,8 @@ def _check_yarn(args: argparse.Namespace) -> None:
     for name in needed:
         if getattr(args, name) is None:
             raise ValueError(f"--position-embedding-type yarn needs {flag_of(name)}; add it")
-    args.yarn_beta_fast = args.yarn_beta_fast or 32.0
-    args.yarn_beta_slow = args.yarn_beta_slow or 1.0
+    for name, usual in BETAS_OF_YARN.items():
+        setattr(args, name, getattr(args, name) or usual)
     if args.rotary_percent != 1.0 or args.use_rope_scaling or args.rotary_seq_len_interpolation_factor:
         raise ValueError(
             "--position-embedding-type yarn scales all channels itself; leave --rotary-percent, "
