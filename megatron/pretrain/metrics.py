@@ -22,7 +22,7 @@ from helixpipe.plan.simulation.timeline import Timeline
 from helixpipe.reliability.loss_spikes import LossSpikes
 from helixpipe.runtime.trace import Trace
 from megatron.pretrain.settings.job import JobSettings
-from megatron.pretrain.side_outputs import MetricsFile, SideOutput, replace_file, say
+from megatron.pretrain.side_outputs import MetricsFile, SideOutput, replace_file, say, set_aside_later_files
 from megatron.pretrain.throughput import ModelFlops, TimeToFinish
 
 
@@ -233,7 +233,7 @@ class Reporter:
 
     Args:
         settings: of the job: where to write, how often to print.
-        iteration: the last finished iteration; lines of later ones in an existing file are set aside.
+        iteration: the last finished iteration; lines and timelines of later ones are set aside.
     """
 
     def __init__(self, settings: JobSettings, iteration: int) -> None:
@@ -250,6 +250,8 @@ class Reporter:
         if self._is_writer and self._output.metrics_jsonl is not None:
             self._metrics.attempt(lambda: self._open(iteration))
         if self._is_writer and self._output.trace_dir is not None:
+            folder = self._output.trace_dir
+            self._traces.attempt(lambda: set_aside_later_files(folder, iteration))
             self._traces.attempt(lambda: self._write("arguments.json", _as_json(settings.options)))
         plan = settings.schedule.plan
         if self._is_writer and self._output.trace_dir is not None and plan is not None:

@@ -82,11 +82,14 @@ def _agreed(load: Path | None, refusal: Exception | None) -> Path | None:
 
 def _take(settings: JobSettings, job: str, locks: Locks) -> Path | None:
     """Own everything, finish what was begun there, and decide what to load."""
-    trace_dir, metrics_jsonl = settings.output.trace_dir, settings.output.metrics_jsonl
-    if trace_dir is not None:
-        locks.take(lock_in(trace_dir), f"--trace-dir {trace_dir}")
-    if metrics_jsonl is not None:
-        locks.take(lock_beside(metrics_jsonl), f"--metrics-jsonl {metrics_jsonl}")
+    for flag, path, lock_of in (
+        ("--trace-dir", settings.output.trace_dir, lock_in),
+        ("--tensorboard-dir", settings.watching.tensorboard, lock_in),
+        ("--metrics-jsonl", settings.output.metrics_jsonl, lock_beside),
+        ("--memory-snapshot-path", settings.watching.memory_history, lock_beside),
+    ):
+        if path is not None:
+            locks.take(lock_of(path), f"{flag} {path}")
     checkpoint = settings.checkpoint
     if checkpoint.save is None:
         return checkpoint.load

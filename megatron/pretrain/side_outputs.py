@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,9 @@ from helixpipe.json_input import parse_object
 
 # Longer than any line of a metrics file.
 _LINE_BYTES = 1 << 20
+# What stands in a folder of timelines.
+_OF_ITERATION = re.compile(r"(?:iteration|plan)_([0-9]{7,})\.json")
+_OF_JOB = re.compile(r"(?:plan|arguments|profile_rank[0-9]+)\.json")
 
 
 def say(text: str) -> None:
@@ -93,6 +97,35 @@ def replace_file(path: Path, text: str) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def set_aside_later_files(folder: Path, iteration: int) -> None:
+    """Move what another branch or job has left in a folder of timelines into ``FOLDER/set-aside``.
+
+    Args:
+        folder: it need not exist.
+        iteration: the last finished one: files of later ones come again. With 0 all do.
+
+    Raises:
+        OSError: a file cannot be moved.
+    """
+    later = [path for path in folder.glob("*.json") if _comes_again(path.name, iteration)]
+    if not later:
+        return
+    aside, count = folder / "set-aside", 1
+    while aside.exists():
+        count += 1
+        aside = folder / f"set-aside-{count}"
+    aside.mkdir()
+    for path in later:
+        path.rename(aside / path.name)
+
+
+def _comes_again(name: str, iteration: int) -> bool:
+    found = _OF_ITERATION.fullmatch(name)
+    if found is None:
+        return iteration == 0 and _OF_JOB.fullmatch(name) is not None
+    return int(found[1]) > iteration
 
 
 def _set_aside_later_lines(path: Path, iteration: int) -> None:

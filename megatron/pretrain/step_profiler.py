@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
 from megatron.pretrain.settings.profiling import ProfilingSettings
+from megatron.pretrain.side_outputs import SideOutput
+
+_TAIL_BYTES = 64
 
 
 class StepProfiler:
-    """Watches the iterations that were asked for and writes one trace for all of them.
+    """Watches the iterations that were asked for and writes one trace for all of them, if it can be written.
 
     The operations of the plan are ranges in it, see :mod:`helixpipe.runtime.profiler_ranges`. The file is in
     the form of chrome://tracing and ui.perfetto.dev.
@@ -41,6 +47,29 @@ class StepProfiler:
         """Write what has been watched so far; does nothing where nothing has been."""
         if self._profiler is None or self._settings is None:
             return
-        self._profiler.stop()
-        self._profiler.export_chrome_trace(str(self._settings.folder / f"profile_rank{self._rank}.json"))
-        self._profiler = None
+        profiler, self._profiler = self._profiler, None
+        profiler.stop()
+        path = self._settings.folder / f"profile_rank{self._rank}.json"
+        SideOutput(path, "traces of the profiler").attempt(lambda: _export(profiler, path))
+
+
+def _export(profiler: torch.profiler.profile, path: Path) -> None:
+    """Write a trace whole, or not at all.
+
+    Raises:
+        OSError: it cannot be written, of which the profiler says nothing.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        temporary.write_bytes(b"")
+        profiler.export_chrome_trace(str(temporary))
+        with temporary.open("rb") as stream:
+            stream.seek(-min(_TAIL_BYTES, temporary.stat().st_size), os.SEEK_END)
+            if not stream.read().rstrip().endswith(b"}"):
+                raise OSError(errno.EIO, "the file was not written whole")
+        temporary.replace(path)
+    except OSError:
+        # Among them what the profiler itself has written aside.
+        for leftover in path.parent.glob(f"{temporary.name}*"):
+            leftover.unlink()
+        raise

@@ -9,10 +9,11 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from job_settings import job_settings
+from job_settings import DATASET, MINIMAL, job_settings
 from ranks import run_on_ranks
 from threads import run_on_threads
 from training_worker import Fault, run_cases, small_model
@@ -21,8 +22,10 @@ from megatron.pretrain import outputs
 from megatron.pretrain.checkpoint.files import branch_of, digest, lineage_of, tracked, usable
 from megatron.pretrain.checkpoint.publishing import publish, start_saving
 from megatron.pretrain.health import ownership
-from megatron.pretrain.health.ownership import Locks, Owner, Taken, lock_in
+from megatron.pretrain.health.ownership import Locks, Owner, Taken, lock_beside, lock_in
 from megatron.pretrain.health.rendezvous import job_identity
+from megatron.pretrain.settings.arguments import parse_arguments
+from megatron.pretrain.settings.parser import build_parser
 
 
 @pytest.fixture
@@ -242,6 +245,45 @@ def test_an_owner_that_was_believed_to_be_gone_is_told(job, tmp_path):
         first.verify()
     first.release()
     assert lock.exists()
+
+
+# Options that name what is written, and where the lock of another job then is.
+OWNED = {
+    "--save": lock_in,
+    "--trace-dir": lock_in,
+    "--tensorboard-dir": lock_in,
+    "--metrics-jsonl": lock_beside,
+    "--memory-snapshot-path": lock_beside,
+}
+# What is read; what many jobs may write to, a folder or a file name for each; what is written at an end.
+NOT_OWNED = {
+    "--load", "--pretrained-checkpoint", "--plan", "--elastic-costs", "--data-args-path",
+    "--per-split-data-args-path", "--data-cache-path", "--wandb-save-dir", "--failure-dir",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", OWNED)
+def test_every_output_has_one_owner(flag, tmp_path, monkeypatch):
+    monkeypatch.setattr(outputs, "agent_store", lambda _: None)
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda *_, **__: None)
+    path = tmp_path / "output"
+    if OWNED[flag] is lock_in:
+        path.mkdir()
+    more = "--record-memory-history" if flag == "--memory-snapshot-path" else ""
+    # The package tensorboard need not be there.
+    settings = parse_arguments(f"{MINIMAL} {flag} {path} {more}".split(), DATASET, makes_folders=False)
+    leave(OWNED[flag](path), process=os.getpid())
+    with pytest.raises(Taken, match=f"^{flag} {path} is in use by job "), outputs.own_outputs(settings):
+        pass
+    OWNED[flag](path).unlink()
+    with outputs.own_outputs(settings):
+        assert OWNED[flag](path).exists()
+    assert not OWNED[flag](path).exists()
+
+
+def test_no_output_is_forgotten():
+    paths = {action.option_strings[0] for action in build_parser()._actions if action.type is Path}
+    assert paths == OWNED.keys() | NOT_OWNED
 
 
 def test_a_job_keeps_its_name_in_torchruns_store():

@@ -6,13 +6,23 @@ import json
 import os
 import resource
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 from ranks import run_on_ranks
 from training_worker import Fault, run_cases, small_model
 
 from megatron.pretrain.settings.arguments import parse_arguments
-from megatron.pretrain.side_outputs import MetricsFile, SideOutput, replace_file, say
+from megatron.pretrain.settings.profiling import ProfilingSettings
+from megatron.pretrain.side_outputs import (
+    MetricsFile,
+    SideOutput,
+    replace_file,
+    say,
+    set_aside_later_files,
+)
+from megatron.pretrain.step_profiler import StepProfiler
 
 
 def lines_of(*iterations):
@@ -52,6 +62,35 @@ def test_what_was_set_aside_twice_is_all_there(tmp_path):
         path.write_text(lines_of(1, 2))
         MetricsFile(path, 1)
     assert (tmp_path / "m.jsonl.set-aside").read_text() == lines_of(2, 2)
+
+
+OF_A_JOB = ("plan.json", "arguments.json", "profile_rank0.json", "profile_rank12.json")
+OF_ITERATIONS = [f"{name}_{number:07d}.json" for name in ("iteration", "plan") for number in (1, 2, 3)]
+OF_OTHERS = ("owner.json", "notes.json", "iteration_x.json", "events.out", "iteration_0000003.json.tmp")
+
+
+@pytest.mark.parametrize(
+    ("iteration", "moved"),
+    [
+        (0, {*OF_A_JOB, *OF_ITERATIONS}),
+        (2, {"iteration_0000003.json", "plan_0000003.json"}),
+        (3, set()),
+    ],
+)
+def test_no_timeline_is_lost(tmp_path, iteration, moved):
+    """Neither of another job, when this one starts anew, nor of iterations that come again."""
+    assert set_aside_later_files(tmp_path / "not there", iteration) is None
+    names = {*OF_A_JOB, *OF_ITERATIONS, *OF_OTHERS}
+    for count in range(2):
+        for name in names:
+            (tmp_path / name).write_text(f"{count} {name}")
+        set_aside_later_files(tmp_path, iteration)
+        assert {path.name for path in tmp_path.iterdir() if path.is_file()} == names - moved
+    asides = {"set-aside", "set-aside-2"} if moved else set()
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == asides
+    for count, aside in enumerate(sorted(asides)):
+        found = {path.name: path.read_text() for path in (tmp_path / aside).iterdir()}
+        assert found == {name: f"{count} {name}" for name in moved}
 
 
 @pytest.fixture
@@ -114,6 +153,35 @@ def test_standard_output_may_be_full(monkeypatch, capsys):
 
 def make_fifo(path):
     os.mkfifo(path)
+
+
+class HalfProfiler:
+    """As torch's on a full disk, of which it does not tell: with what it writes aside."""
+
+    def start(self):
+        pass
+
+    def stop(self):
+        pass
+
+    def export_chrome_trace(self, path):
+        Path(f"{path}.tmp").write_text('{"traceEvents": [')
+
+
+@pytest.mark.parametrize(
+    ("folder", "why"), [("there", "the file was not written whole"), ("gone", "No such file or directory")]
+)
+def test_a_trace_of_the_profiler_is_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys, folder, why):
+    monkeypatch.setattr(torch.profiler, "profile", HalfProfiler)
+    (tmp_path / "there").mkdir()
+    profiler = StepProfiler(ProfilingSettings(1, 1, tmp_path / folder), 0)
+    with profiler.around(1):
+        pass
+    path = tmp_path / folder / "profile_rank0.json"
+    assert capsys.readouterr().out == (
+        f"warning: traces of the profiler cannot be written to {path} ({why}); training goes on\n"
+    )
+    assert list((tmp_path / "there").iterdir()) == []
 
 
 SPECIAL = {

@@ -320,6 +320,7 @@ def _check_cache_folder(folder: Path) -> None:
 def _make_output_folders(args: argparse.Namespace) -> None:
     """Found out now, and not when the first checkpoint is due."""
     metrics_folder = None if args.metrics_jsonl is None else args.metrics_jsonl.parent
+    memory_history = watching_of(args).memory_history
     if metrics_folder is not None and args.metrics_jsonl.exists() and not args.metrics_jsonl.is_file():
         raise ValueError(f"--metrics-jsonl {args.metrics_jsonl} is not a file; give another path")
     for flag, folder in (
@@ -327,6 +328,7 @@ def _make_output_folders(args: argparse.Namespace) -> None:
         ("--trace-dir", args.trace_dir),
         ("--tensorboard-dir", args.tensorboard_dir),
         ("--metrics-jsonl", metrics_folder),
+        ("--memory-snapshot-path", memory_history and memory_history.parent),
     ):
         if folder is None:
             continue
