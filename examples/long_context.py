@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -30,6 +31,12 @@ from transformers import (
 )
 from transformers.utils import logging
 
+# Works from a checkout that is not installed, too.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from helixpipe.commands.parser import ScriptParser
+from helixpipe.commands.ranges import Real, Whole
+
 END_TOKEN = "<|endoftext|>"
 # Positions whose losses are one point of the picture.
 BIN = 32
@@ -37,25 +44,27 @@ BIN = 32
 BATCH = 8
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ScriptParser:
     """The parser alone."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = ScriptParser(prog="long_context", description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser("make", help="a tiny random Llama with a tokenizer")
     make.add_argument("--tokenizer-file", type=Path, required=True)
     yarn = commands.add_parser("yarn", help="the same weights with YaRN in config.json")
     yarn.add_argument("--input", type=Path, required=True)
-    yarn.add_argument("--factor", type=float, required=True, help="how much longer sequences may be")
+    yarn.add_argument(
+        "--factor", type=Real(least=1.0), required=True, help="how much longer sequences may be"
+    )
     losses = commands.add_parser("losses", help="loss by position on text: a picture and its numbers")
     losses.add_argument("--models", type=Path, nargs="+", required=True)
-    losses.add_argument("--sequences", type=int, default=96, help="on which the mean is (default 96)")
+    losses.add_argument("--sequences", type=Whole(), default=96, help="on which the mean is (default 96)")
     generate = commands.add_parser("generate", help="go on where a text was cut off")
     generate.add_argument("--input", type=Path, required=True)
-    generate.add_argument("--tokens", type=int, default=24, help="to generate (default 24)")
+    generate.add_argument("--tokens", type=Whole(), default=24, help="to generate (default 24)")
     for command in (losses, generate):
         command.add_argument("--text", type=Path, required=True, help="folder of Python files")
     for command in (make, losses, generate):
-        command.add_argument("--seq-length", type=int, required=True)
+        command.add_argument("--seq-length", type=Whole(), required=True)
     for command in (make, yarn, losses):
         command.add_argument("--output", type=Path, required=True)
     return parser

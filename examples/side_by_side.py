@@ -9,7 +9,6 @@ In a terminal there is a live line while an iteration runs; a log gets plain lin
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -22,19 +21,28 @@ from rich.table import Table
 # Works from a checkout that is not installed, too.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from helixpipe.commands.parser import ScriptParser
 from helixpipe.report.run import read_run
 
 # Both schedules add up the same numbers in another order, in fp32.
 TOLERANCE = 1e-5
 
 
+def build_parser() -> ScriptParser:
+    """The parser alone."""
+    commands = ("follow", "summary", "typical")
+    parser = ScriptParser(prog="side_by_side", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("command", choices=commands, metavar="{" + ",".join(commands) + "}")
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder with one folder per schedule")
+    parser.add_argument(
+        "schedules", nargs="+", metavar="SCHEDULE", help="follow: the one that runs, and one to compare with"
+    )
+    return parser
+
+
 def main() -> None:
     """Run one of the three commands."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("command", choices=["follow", "summary", "typical"])
-    parser.add_argument("run", type=Path, help="folder with one folder per schedule")
-    parser.add_argument("schedules", nargs="+", help="follow: the one that runs, and one to compare with")
-    args = parser.parse_args()
+    args = build_parser().parse_args()
     console = Console(highlight=False)
     if args.command == "follow":
         follow(console, args.run, *args.schedules)

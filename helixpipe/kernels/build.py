@@ -6,14 +6,12 @@ in ``build/kernels``, named by a hash of what it was made from: a second build d
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib.machinery
 import importlib.util
 import os
 import shutil
 import subprocess
-import sys
 import sysconfig
 import tempfile
 from collections.abc import Sequence
@@ -171,19 +169,3 @@ def _run(commands: Sequence[Sequence[str]]) -> None:
             if finished.returncode:
                 said = (finished.stderr or finished.stdout).strip()
                 raise BuildError(f"{' '.join(command)}\nended with {finished.returncode}:\n{said}")
-
-
-def main() -> int:
-    """Build and say where it is, or fail with what the compiler said."""
-    parser = argparse.ArgumentParser(
-        prog="python -m helixpipe.kernels", description="Build the CUDA kernels; needs nvcc, but no GPU."
-    )
-    parser.add_argument("--host", action="store_true", help="as loops of the processor, for tests")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: where it is imported from")
-    options = parser.parse_args()
-    try:
-        print(f"kernels: {build(HOST if options.host else CUDA, options.output)}")
-    except BuildError as error:
-        print(f"kernels were not built: {error}", file=sys.stderr)
-        return 1
-    return 0

@@ -68,7 +68,7 @@ def take_options(command_line: list[str]) -> Options | None:
         ValueError: one line: an option that does not go with the schedule, or a schedule that cannot run in
             another program.
     """
-    found, rest = _parser().parse_known_args(command_line)
+    found, rest = build_parser().parse_known_args(command_line)
     if found.pipeline_schedule is None:
         alone = [
             name for name in (*_OF_PLANS, *_OF_MODELS, *_OF_WATCHING) if getattr(found, name) is not None
@@ -83,7 +83,8 @@ def take_options(command_line: list[str]) -> Options | None:
     return options
 
 
-def _parser() -> Parser:
+def build_parser() -> Parser:
+    """The parser alone."""
     parser = Parser(prog="helixpipe.megatron_lm", add_help=False)
     add = parser.add_argument
     add("--pipeline-schedule")

@@ -22,7 +22,7 @@ ARROWS = {
     "data": ("reliability", "refusals", "json_input"),
     "elastic": ("plan", "json_input"),
     "report": ("plan", "elastic", "data", "json_input"),
-    "kernels": (),
+    "kernels": ("command_line",),
     "runtime": ("plan", "elastic", "kernels", "reliability", "gradient_edges"),
     "layers": ("plan", "elastic", "kernels", "contact_points", "refusals", "gradient_edges"),
     "megatron_adapter": (

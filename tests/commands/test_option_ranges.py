@@ -6,22 +6,28 @@ An option that is added without a range, choices or a row of its own fails here.
 from __future__ import annotations
 
 import argparse
+import re
 from functools import cache
 from pathlib import Path
 
 import pytest
+from option_rows import check_bad_values, check_ranges, numbers_of, options_of, parts_of
 from scripts import load_script
 
 from helixpipe.__main__ import build_parser as build_command_parser
 from helixpipe.__main__ import main
-from helixpipe.commands.parser import Parser, ScriptParser, UsageError
-from helixpipe.commands.ranges import Real, Whole
+from helixpipe.commands.parser import Parser, ScriptParser
+from helixpipe.commands.ranges import Whole
 from helixpipe.data.prefix import DatasetInfo
+from helixpipe.kernels.__main__ import build_parser as build_kernels_parser
+from helixpipe.megatron_lm.options import build_parser as build_inner_parser
 from megatron.pretrain.settings.arguments import parse_arguments
 from megatron.pretrain.settings.parser import build_parser as build_training_parser
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = [*sorted((ROOT / "benchmarks").glob("*.py")), *sorted((ROOT / "tools").glob("*.py"))]
+SCRIPTS = [path for room in ("benchmarks", "tools") for path in sorted((ROOT / room).glob("*.py"))]
+# The other example needs transformers: tests/docs/test_context_extension.py has its rows.
+SCRIPTS.append(ROOT / "examples" / "side_by_side.py")
 MINIMAL = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --micro-batch-size 1 "
     "--global-batch-size 8 --train-iters 10 --lr 1e-3 --data-path unused"
@@ -29,77 +35,14 @@ MINIMAL = (
 DATASET = DatasetInfo(
     prefix="unused", vocab_size=300, eod=0, num_documents=100, num_tokens=10_000, longest_document=500
 )
-# No number in any of the forms that an option takes; Python's int and float take some of them.
-NO_NUMBERS = (
-    "", " ", "nine", "1 2", "0x10", "1_0", "1,000", "nan", "-nan", "inf", "-inf", "1e999", "-1e999",
-    "--", "+", "١٢", "½", "9" * 5000, "1" + "0" * 400,
-)  # fmt: skip
-NO_WHOLE_NUMBERS = ("1.5", "1.0", "1e3", " 4", "4 ")
 
 
 @cache
 def parsers():
     """Every parser by the name that its errors begin with."""
-    found = [build_training_parser(), *(load_script(script).build_parser() for script in SCRIPTS)]
-    (commands,) = (a for a in build_command_parser()._actions if isinstance(a, argparse._SubParsersAction))
-    return {parser.prog: parser for parser in [*found, *commands.choices.values()]}
-
-
-def options_of(parser):
-    return [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
-
-
-def numbers_of(parser):
-    return [action for action in options_of(parser) if isinstance(action.type, (Whole, Real))]
-
-
-def bad_numbers(kind):
-    yield from NO_NUMBERS
-    if isinstance(kind, Whole):
-        yield from NO_WHOLE_NUMBERS
-        yield from (str(kind.least - 1), str(kind.most + 1), "-1" if kind.least >= 0 else str(kind.least - 9))
-        return
-    for limit, step in (
-        (kind.least, -1),
-        (kind.above, 0),
-        (kind.above, -1),
-        (kind.below, 0),
-        (kind.below, 1),
-    ):
-        if limit is not None:
-            yield repr(limit + step)
-    if kind.most is not None:
-        yield repr(kind.most * 1.001)
-
-
-def rows(action):
-    """Words of the command line that misuse one option."""
-    if not action.option_strings:
-        return [[]]  # left out
-    flag = action.option_strings[0]
-    if action.nargs == 0:
-        return [[f"{flag}=yes"]]
-    found = [] if action.nargs == "?" else [[flag]]  # without its value
-    if isinstance(action.type, (Whole, Real)):
-        found += [[f"{flag}={value}"] for value in bad_numbers(action.type)]
-    elif action.choices is not None:
-        found += [[f"{flag}={value}"] for value in ("", "no-such", "1")]
-    elif action.type not in (None, Path):
-        found += [[f"{flag}={value}"] for value in NO_NUMBERS]
-    return found
-
-
-def refusal(parser, words, capsys):
-    """The one line with which a parser ends."""
-    if isinstance(parser, ScriptParser):
-        with pytest.raises(SystemExit) as stop:
-            parser.parse_args(words)
-        output = capsys.readouterr()
-        assert (stop.value.code, output.out) == (2, "")
-        return output.err.removesuffix("\n")
-    with pytest.raises(UsageError) as caught:
-        parser.parse_args(words)
-    return f"{caught.value.program}: error: {caught.value}"
+    found = [build_training_parser(), build_inner_parser(), build_kernels_parser(), build_command_parser()]
+    found += [load_script(script).build_parser() for script in SCRIPTS]
+    return {parser.prog: parser for whole in found for parser in parts_of(whole)}
 
 
 def test_every_script_has_its_parser():
@@ -111,29 +54,33 @@ def test_every_script_has_its_parser():
     assert all(isinstance(load_script(script).build_parser(), ScriptParser) for script in SCRIPTS[:2])
 
 
+def test_no_parser_is_forgotten():
+    """Whoever makes one is a script above, or has its parser among those above."""
+    makers = {
+        str(path.relative_to(ROOT))
+        for room in ("helixpipe", "megatron", "benchmarks", "tools", "examples")
+        for path in (ROOT / room).rglob("*.py")
+        if re.search(r"\b(Script|Argument)?Parser\(", path.read_text(encoding="utf-8"))
+    }
+    known = {str(path.relative_to(ROOT)) for path in SCRIPTS} | {
+        "examples/long_context.py", "helixpipe/__main__.py", "helixpipe/commands/parser.py",
+        "helixpipe/commands/prepare_program.py", "helixpipe/kernels/__main__.py",
+        "helixpipe/megatron_lm/options.py", "megatron/pretrain/settings/parser.py",
+        # Of options that are among those of the one above.
+        "megatron/pretrain/settings/experts.py",
+    }  # fmt: skip
+    assert makers <= known
+
+
 @pytest.mark.parametrize("program", parsers())
 def test_every_number_declares_its_range(program):
     """Python's own types take NaN, infinity, 1_0 and 10^400: use helixpipe.commands.ranges."""
-    parser = parsers()[program]
-    bare = [action.option_strings[0] for action in options_of(parser) if action.type in (int, float, complex)]
-    assert bare == []
-    for action in numbers_of(parser):
-        default = action.default
-        for value in default if isinstance(default, list) else [default]:
-            assert value is None or action.type(str(value)) == value, f"{action.dest} has no valid default"
+    check_ranges(parsers()[program])
 
 
 @pytest.mark.parametrize("program", parsers())
 def test_bad_values_are_refused_in_one_line(program, capsys):
-    parser = parsers()[program]
-    for action in options_of(parser):
-        for words in rows(action):
-            line = refusal(parser, words, capsys)
-            assert line.count("\n") == 0
-            assert line.startswith(f"{program}: error: ")
-            name = action.option_strings[0] if action.option_strings else action.metavar
-            assert name in line
-            assert len(line) < 400
+    check_bad_values(parsers()[program], capsys)
 
 
 @pytest.mark.parametrize("program", parsers())
@@ -172,6 +119,9 @@ def test_words_with_a_check_of_their_own(tmp_path, capsys):
         output = ["--output", str(tmp_path / "plan.json")]
         assert main(["plan", "--schedule", "helix", *sizes, *output, flag, "no-such"]) == 2
         assert "'no-such'" in capsys.readouterr().err
+    train = ["train", "--dry-run", "no-such", "--nproc-per-node", "1", "--vocab-size", "300"]
+    assert main([*train, *MINIMAL]) == 2
+    assert "'no-such'" in capsys.readouterr().err
 
 
 # Set from other options in some layouts, which is no other meaning of them.

@@ -11,6 +11,7 @@ pytest.importorskip("transformers", reason="needs the extra hf")
 
 import torch
 from jobs import run_example
+from option_rows import check_bad_values, check_ranges, parts_of
 from safetensors.torch import load_file
 from scripts import load_script
 from tokenizers import Tokenizer
@@ -44,6 +45,12 @@ def folder(helper, tmp_path):
         text = " ".join(f"w{(file + n) % (WORDS - 1) + 1}" for n in range(length))
         (tmp_path / "text" / f"{file}.py").write_text(text)
     return tmp_path
+
+
+def test_bad_options_are_refused_in_one_line(helper, capsys):
+    for parser in parts_of(helper.build_parser()):
+        check_ranges(parser)
+        check_bad_values(parser, capsys)
 
 
 def test_loss_by_position_is_the_mean_over_sequences(helper):
