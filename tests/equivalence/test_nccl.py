@@ -23,7 +23,6 @@ from test_gradients import (
 
 LAYOUTS = [Case(pp=1), Case(pp=2), Case(pp=2, tp=2), Case(pp=2, dp=2), Case(pp=4), Case(pp=4, tp=2)]
 
-
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -35,6 +34,5 @@ def test_losses_and_gradients_equal_megatrons(layout):
         # A few of each: ranks that share a GPU take turns on it, and every message waits for one.
         cases += [*splitting_cases_of(layout)[:1], *interlocked_cases_of(layout)[:4]]
         cases += [*saving_cases_of(layout)[:3], replace(layout, schedule="sliced-helix", rounds=0, extra=1)]
-    cases = [case for case in cases if case.dtype is not torch.float64]
     of_ranks = run_on_ranks(layout.world_size, compare_one_iteration, cases, backend="nccl")
     check_results(cases, of_ranks, SAVING_TOLERANCE, SAVING_LOSS_TOLERANCE)
