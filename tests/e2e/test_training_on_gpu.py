@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from functools import cache
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -69,3 +70,13 @@ def test_two_ranks_learn_what_one_learns(train, name, dtype):
 @pytest.mark.parametrize("name", FOUR_RANKS)
 def test_four_ranks_learn_what_one_learns(train, name):
     compare(train, FOUR_RANKS[name], 4, "--bf16")
+
+
+@pytest.mark.skipif(find_spec("transformer_engine") is None, reason="needs Transformer Engine")
+@pytest.mark.parametrize("attention", ["te-cudnn", "auto"])
+@pytest.mark.parametrize("attention_range", ["core", "block"])
+def test_under_transformer_engine(train, attention, attention_range):
+    """Its attention takes the views of messages as they are."""
+    engine = f"--bf16 --transformer-impl transformer_engine --attention-backend {attention}"
+    helix = f"--pipeline-schedule helix --attention-range {attention_range} --pipeline-model-parallel-size 2"
+    compare(train, f"{helix} --recompute-without-attention", 2, engine)
