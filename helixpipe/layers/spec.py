@@ -188,12 +188,12 @@ def holds_scores(config: TransformerConfig, implementation: Implementation) -> b
     holds = needs_it or implementation.attention in UNFUSED
     if holds and variants_of(config).attention_softcap:
         raise ValueError(
-            "Megatron's own attention does not cap scores; leave --attention-dropout and "
-            "--attention-backend unfused out, or --attn-logit-softcapping"
+            "Megatron's own attention does not cap scores; use --attention-dropout 0 and leave "
+            "--attention-backend unfused out, or leave --attn-logit-softcapping out"
         )
     if holds and implementation.documents:
         raise ValueError(
-            "--reset-attention-mask needs a flash attention backend; leave --attention-dropout and "
+            "--reset-attention-mask needs a flash attention backend; use --attention-dropout 0 and leave "
             "--attention-backend unfused out"
         )
     return holds

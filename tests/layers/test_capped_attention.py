@@ -208,7 +208,7 @@ def test_layers_are_built_with_the_cap():
 def test_what_would_ignore_the_cap_is_refused():
     engine = Implementation(TRANSFORMER_ENGINE.modules)
     for named in ("unfused", "auto"):
-        with pytest.raises(ValueError, match="does not cap scores; leave --attention-dropout"):
+        with pytest.raises(ValueError, match="does not cap scores; use --attention-dropout 0"):
             holds_scores(config_of(attention_dropout=0.1), Implementation("local", attention=named))
     with pytest.raises(ValueError, match="--attn-logit-softcapping does not go with attention dropout"):
         leaves_attention_to_engine(config_of(attention_dropout=0.1), engine)

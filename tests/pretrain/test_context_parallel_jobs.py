@@ -87,7 +87,7 @@ SIZES = (
         ),
         (
             "--attention-dropout 0.1",
-            "^--attention-dropout 0.1 does not go with --context-parallel-size 2; leave",
+            "^--attention-dropout 0.1 does not go with --context-parallel-size 2; use --attention-dropout 0$",
         ),
         ("--attention-backend unfused", "^--attention-backend unfused does not go with"),
         ("--window-size 8,0", "^--window-size does not go with"),

@@ -124,11 +124,44 @@ DATASET = DatasetInfo(
             "not given, and another default than Megatron's: --eval-iters 0 (100 in Megatron)",
         ),
         ("--attention-dropout 0 --hidden-dropout 0 --eval-iters 0", ""),
+        (
+            "--use-mcore-models --hidden-dropout 0 --ckpt-format torch_dist",
+            "not given, and as in Megatron, whose command line has --use-mcore-models: "
+            "--attention-dropout 0.1, --eval-iters 100",
+        ),
+        ("--use-mcore-models --attention-dropout 0 --hidden-dropout 0 --eval-iters 0", ""),
     ],
 )
 def test_other_defaults_than_megatrons_are_told(monkeypatch, line, note):
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert parse_arguments(f"{SIZES} {line}".split(), DATASET).other_defaults == note
+
+
+@pytest.mark.parametrize(
+    ("line", "values"),
+    [
+        ("", (0.0, 0.0, 0)),
+        ("--use-mcore-models", (0.1, 0.1, 100)),
+        ("--use-rotary-position-embeddings", (0.1, 0.1, 100)),
+        ("--sequence-parallel", (0.0, 0.0, 0)),
+        ("--distributed-backend nccl --hidden-dropout 0 --eval-iters=5", (0.1, 0.0, 5)),
+        ("--hidden-dropout 0.2 --use-mcore-models --pipeline-schedule helix", (0.1, 0.2, 100)),
+    ],
+)
+def test_what_a_line_of_megatrons_leaves_out_is_as_there(monkeypatch, line, values):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    settings = parse_arguments(f"{SIZES} --num-layers 2 {line}".split(), DATASET)
+    model = settings.model
+    assert (model.attention_dropout, model.hidden_dropout, settings.training.eval_iters) == values
+    # What ranks and checkpoints are compared by.
+    assert (settings.options["attention_dropout"], settings.options["hidden_dropout"]) == values[:2]
+
+
+@pytest.mark.parametrize("line", ["--pipeline-schedule seq1f1b", "--context-parallel-size 2"])
+def test_a_default_of_megatrons_that_cannot_be_is_demanded(monkeypatch, line):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"--attention-dropout .*does not go with .*; use --attention-drop"):
+        parse_arguments(f"{SIZES} --use-mcore-models {line}".split(), DATASET)
 
 
 def test_one_tensor_rank_has_the_sequence_to_itself(monkeypatch):

@@ -33,7 +33,8 @@ def outcomes(folder):
     """What each command line came to, by its name."""
     cases = {
         "plain": "",
-        "interval": f"--exit-interval 2 --save {folder}/a --use-mcore-models --distributed-backend nccl",
+        "interval": f"--exit-interval 2 --save {folder}/a --use-mcore-models --distributed-backend nccl "
+        "--attention-dropout 0 --hidden-dropout 0 --eval-iters 0",
         "resumed": f"--exit-interval 2 --save {folder}/a --load {folder}/a",
         "minutes": f"--exit-duration-in-mins 1e-6 --save {folder}/b",
         "samples": "--train-samples 14",

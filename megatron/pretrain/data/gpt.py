@@ -155,6 +155,7 @@ def check_split(split: str, info: DatasetInfo, *, with_validation: bool) -> None
             raise ValueError(
                 f"--split {split} leaves none of the {info.num_documents} documents for {name}; give it at "
                 f"least {100 / info.num_documents:.2g}% of the weight, or prepare more documents"
+                f"{', or use --eval-iters 0' if name == 'validation' else ''}"
             )
 
 

@@ -78,7 +78,7 @@ def parse_arguments(
     """
     translated = translate(sys.argv[1:] if command_line is None else command_line)
     parser = build_parser()
-    args = parser.parse_args(translated.words)
+    args = parser.parse_args(translated.words, argparse.Namespace(**translated.defaults))
     args.world_size, args.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     derive_length(args)
     needless = (*translated.needless, *derive_layout(args))
@@ -114,7 +114,7 @@ def parse_arguments(
         profiling=profiling,
         workload=workload_of(args),
         needless_flags=note_of((*needless, *needless_of_stages(args))),
-        other_defaults=other_defaults(translated.words, args),
+        other_defaults=other_defaults(translated, args),
         options=MappingProxyType(options),
     )
 

@@ -25,7 +25,6 @@ def check_shared_sequences(args: argparse.Namespace, execution: Execution | None
         f"--pipeline-schedule {args.pipeline_schedule}, which cuts sequences itself,": (
             execution is not None and execution.cuts_sequences
         ),
-        f"--attention-dropout {args.attention_dropout}": args.attention_dropout > 0,
         f"--attention-backend {args.attention_backend}": args.attention_backend in UNFUSED,
         "--window-size": args.window_size is not None,
         "--attn-logit-softcapping": args.attn_logit_softcapping is not None,
@@ -39,3 +38,9 @@ def check_shared_sequences(args: argparse.Namespace, execution: Execution | None
         f"--pipeline-schedule {AUTO}": is_chosen,
     }
     refuse(unsupported, f"{{}} does not go with --context-parallel-size {size}; leave one out")
+    if args.attention_dropout:
+        # Perhaps by default.
+        raise ValueError(
+            f"--attention-dropout {args.attention_dropout:g} does not go with --context-parallel-size "
+            f"{size}; use --attention-dropout 0"
+        )

@@ -98,7 +98,10 @@ def _part_blends(args: argparse.Namespace, source: str) -> tuple[Blend | None, B
     if not words.get("train"):
         raise ValueError(f"{source} names no data to train on; add them")
     if args.eval_iters and not words.get("valid"):
-        raise ValueError(f"--eval-iters {args.eval_iters} needs data for validation; add --valid-data-path")
+        raise ValueError(
+            f"--eval-iters {args.eval_iters} needs data for validation; add --valid-data-path, or use "
+            "--eval-iters 0"
+        )
     train, valid = (
         parse_blend(named[part], words[part]) if words.get(part) else None for part in ("train", "valid")
     )

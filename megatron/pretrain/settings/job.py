@@ -296,7 +296,8 @@ class JobSettings:
         profiling: what torch's profiler watches on this rank; None for nothing.
         workload: the model and how it is cut, for the cost model.
         needless_flags: a line about Megatron's flags that change nothing here; empty if there are none.
-        other_defaults: a line about options that were left out and are other than Megatron's; empty for none.
+        other_defaults: a line about options that were left out, where Megatron's default is another; empty
+            for none.
         options: all options by name, as they are used: what ranks and checkpoints are compared by. Whoever
             needs one of them takes it from its topic.
     """

@@ -24,10 +24,18 @@ class Translated(NamedTuple):
     Attributes:
         words: of the command line.
         needless: flags that were left out, since they change nothing here, for people.
+        foreign_flag: the first that is no option here, which only Megatron's command lines have; empty for
+            none.
     """
 
     words: list[str]
     needless: tuple[str, ...] = ()
+    foreign_flag: str = ""
+
+    @property
+    def defaults(self) -> dict[str, float | int]:
+        """Megatron's, by field, if the command line is Megatron's: left out, an option must not change."""
+        return {_field(name): value for name, value in OTHER_DEFAULTS.items()} if self.foreign_flag else {}
 
 
 def note_of(needless: Iterable[str]) -> str:
@@ -48,11 +56,14 @@ def translate(command_line: Sequence[str]) -> Translated:
     """
     words: list[str] = []
     needless: list[str] = []
+    foreign: list[str] = []
     for flag, values in _groups(command_line):
         name = flag.removeprefix("--")
         if name in ALIASES:
+            foreign.append(flag)
             words += [*ALIASES[name], *values]
         elif _is_needless(name, values):
+            foreign.append(flag)
             remark = REMARKS.get(" ".join([name, *values]))
             needless.append(flag if remark is None else f"{' '.join([flag, *values])} ({remark})")
         elif name in _refusals():
@@ -60,23 +71,30 @@ def translate(command_line: Sequence[str]) -> Translated:
             raise ValueError(f"{shown}: {_refusals()[name]}")
         else:
             words += [flag, *values]
-    return Translated(words, tuple(needless))
+    return Translated(words, tuple(needless), foreign[0] if foreign else "")
 
 
-def other_defaults(words: Sequence[str], args: argparse.Namespace) -> str:
-    """What to tell of options that were left out, and would change numbers in Megatron; empty for none.
+def other_defaults(translated: Translated, args: argparse.Namespace) -> str:
+    """What to tell of options that were left out, where Megatron has another default; empty for none.
 
     Args:
-        words: of the translated command line.
+        translated: the command line.
         args: as parsed.
     """
-    given = {word.partition("=")[0] for word in words}
-    found = [
-        f"--{name} {getattr(args, name.replace('-', '_')):g} ({theirs} in Megatron)"
-        for name, theirs in OTHER_DEFAULTS.items()
-        if f"--{name}" not in given
-    ]
-    return f"not given, and another default than Megatron's: {', '.join(found)}" if found else ""
+    given = {word.partition("=")[0] for word in translated.words}
+    used = {name: f"--{name} {getattr(args, _field(name)):g}" for name in OTHER_DEFAULTS}
+    left_out = [name for name in OTHER_DEFAULTS if f"--{name}" not in given]
+    if not left_out:
+        return ""
+    if translated.foreign_flag:
+        values = ", ".join(used[name] for name in left_out)
+        return f"not given, and as in Megatron, whose command line has {translated.foreign_flag}: {values}"
+    values = ", ".join(f"{used[name]} ({OTHER_DEFAULTS[name]:g} in Megatron)" for name in left_out)
+    return f"not given, and another default than Megatron's: {values}"
+
+
+def _field(name: str) -> str:
+    return name.replace("-", "_")
 
 
 def _groups(command_line: Sequence[str]) -> Iterator[tuple[str, list[str]]]:

@@ -56,8 +56,9 @@ ALIASES = {
     "check-weight-hash-across-dp-replicas-interval": ("--check-gradients-every",),
 }
 
-# Options whose defaults here would give other numbers than Megatron's, with Megatron's.
-OTHER_DEFAULTS = {"attention-dropout": "0.1", "hidden-dropout": "0.1", "eval-iters": "100"}
+# Options whose defaults here would give other numbers than Megatron's, with Megatron's: those of a command
+# line that has one of its flags.
+OTHER_DEFAULTS: dict[str, float | int] = {"attention-dropout": 0.1, "hidden-dropout": 0.1, "eval-iters": 100}
 
 # What to tell beside a needless flag that has this value.
 REMARKS = {"ckpt-format torch": "they are saved as torch_dist"}

@@ -27,6 +27,8 @@ from megatron.pretrain.settings.schedule import AUTO, DEFAULT_SCHEDULE, executab
 from megatron.pretrain.settings.stages import add_stage_arguments
 from megatron.pretrain.settings.watching import add_watching_arguments
 
+_IN_MEGATRONS = "in a command line with a flag that only Megatron has"
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser alone."""
@@ -180,9 +182,15 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--attention-dropout",
         type=Real(least=0.0, below=1.0),
         default=0.0,
-        help="above 0: with --attention-backend unfused, or Transformer Engine's own attention",
+        help="above 0: with --attention-backend unfused, or Transformer Engine's own attention (default 0; "
+        f"0.1 {_IN_MEGATRONS})",
     )
-    add("--hidden-dropout", type=Real(least=0.0, below=1.0), default=0.0)
+    add(
+        "--hidden-dropout",
+        type=Real(least=0.0, below=1.0),
+        default=0.0,
+        help=f"of what is added to the residual (default 0; 0.1 {_IN_MEGATRONS})",
+    )
     add("--init-method-std", type=Real(above=0.0), default=0.02)
 
 
@@ -220,7 +228,12 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
         help="every so many iterations, compute the output of one layer per rank twice and compare the bits",
     )
     add("--eval-interval", type=Whole(), default=1000)
-    add("--eval-iters", type=Whole(least=0), default=0)
+    add(
+        "--eval-iters",
+        type=Whole(least=0),
+        default=0,
+        help=f"validation batches of an evaluation (default 0; 100 {_IN_MEGATRONS})",
+    )
 
 
 def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
