@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from helixpipe.megatron_lm.switch import enable
+from helixpipe.megatron_lm.switch import switch_on
 from helixpipe.reliability.exit_codes import BAD_USAGE, exit_code_of, leave_exit_code
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def main() -> int:
     # As Python does for a script: what lies beside it can be imported.
     sys.path[0] = str(Path(script).resolve().parent)
     try:
-        step = enable()
+        step = switch_on(is_watched=True)
         with nullcontext() if step is None else _watched(step):
             runpy.run_path(script, run_name="__main__")
     except ValueError as error:

@@ -54,6 +54,12 @@ class Options:
         """Model chunks on each rank."""
         return 2 if self.entry.needs_untied_weights else 1
 
+    @property
+    def of_watching(self) -> str:
+        """The first flag that was given of those that need somebody who watches the ranks; empty if none."""
+        given = (flag_of(name) for name in _OF_WATCHING if getattr(self, name) is not None)
+        return next(given, "")
+
 
 def take_options(command_line: list[str]) -> Options | None:
     """Take our options out of a command line, so that the script's own parser does not meet them.
@@ -117,6 +123,13 @@ def _checked(found: argparse.Namespace) -> Options:
         for option in _OF_MODELS:
             if getattr(found, option):
                 raise ValueError(f"{flag_of(option)} does not apply to {name} here; remove it")
+    if entry.execution is Execution.MEGATRON:
+        for option in _OF_WATCHING:
+            if getattr(found, option) is not None:
+                raise ValueError(
+                    f"{flag_of(option)} does not apply to {name}, a schedule of Megatron's own, which nobody "
+                    "watches here; remove it"
+                )
     by_default = Recompute.WITHOUT_ATTENTION if entry.recomputes_by_default else Recompute.NONE
     return Options(
         name,

@@ -41,11 +41,21 @@ def enable(command_line: list[str] | None = None) -> Step | None:
     Raises:
         ValueError: one line that says what to change.
     """
+    return switch_on(command_line, is_watched=False)
+
+
+def switch_on(command_line: list[str] | None = None, *, is_watched: bool) -> Step | None:
+    """:func:`enable`, in a program that watches its ranks or not."""
     global _enabled
     words = sys.argv[1:] if command_line is None else command_line
     options = take_options(words)
     if command_line is None:
         sys.argv[1:] = words
+    if options is not None and options.of_watching and not is_watched:
+        raise ValueError(
+            f"{options.of_watching} needs somebody who watches the ranks; start the script with "
+            "python -m helixpipe.megatron_lm, or remove it"
+        )
     if options is None:
         return None if _enabled is None else _enabled[1]
     if options.entry.execution is Execution.MEGATRON:

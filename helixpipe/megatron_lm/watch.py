@@ -58,13 +58,13 @@ def watched(step: Step | None, program: str) -> Iterator[None]:
         PeerLost: another rank has ended, and this process was not told which.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if step is None or world_size == 1:
+    if step is None or (world_size == 1 and step.options.hang_timeout_s is None):
         yield
         return
     health = step.options
     folder = None if health.failure_dir is None else Path(health.failure_dir)
     monitor = Monitor(
-        int(os.environ["RANK"]),
+        int(os.environ.get("RANK", "0")),
         world_size,
         program=program,
         stack_folder=stack_folder(folder, None, program),

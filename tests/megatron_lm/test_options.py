@@ -6,7 +6,7 @@ import sys
 import pytest
 from models import Case, make_config
 
-from helixpipe.megatron_lm import switch
+from helixpipe.megatron_lm import enable, switch
 from helixpipe.megatron_lm.known_options import check_config
 from helixpipe.megatron_lm.options import take_options
 
@@ -47,12 +47,20 @@ def test_without_a_schedule_nothing_is_taken():
         ("--pipeline-schedule helix --num-slices 2", "--num-slices does not apply to helix"),
         ("--pipeline-schedule helix --resend-context", "--resend-context does not apply to helix"),
         ("--pipeline-schedule sliced-helix --round-order filo", "--round-order does not apply"),
+        ("--pipeline-schedule 1f1b --hang-timeout-s 60", "--hang-timeout-s does not apply to 1f1b"),
+        ("--pipeline-schedule interleaved --failure-dir x", "--failure-dir does not apply to interleaved"),
     ],
 )
 def test_what_cannot_be_is_one_line(text, words):
     with pytest.raises(ValueError, match=words) as raised:
         take_options(text.split())
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("flag", ["--hang-timeout-s 60", "--failure-dir x"])
+def test_a_script_that_nobody_watches_has_no_use_for_options_of_watching(flag):
+    with pytest.raises(ValueError, match=f"^{flag.split()[0]} needs .*; start the script with"):
+        enable(f"--pipeline-schedule helix {flag}".split())
 
 
 @pytest.mark.parametrize("version", ["0.16.0", "0.20.0", "0.20.0rc1", "1.0.0", "dev"])

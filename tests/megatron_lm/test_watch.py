@@ -1,7 +1,6 @@
 """When the ranks of another program watch each other, and what is a hang there."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 
@@ -68,9 +67,15 @@ def test_nobody_watches_megatrons_own_steps_or_a_single_rank(monkeypatch):
     with watch.watched(None, "program"):
         pass
     monkeypatch.setenv("WORLD_SIZE", "1")
-    with watch.watched(SimpleNamespace(options=None), "program"):
+    with watch.watched(FakeStep(), "program"):
         pass
     assert FakeMonitor.made is None
+
+
+def test_a_single_rank_is_watched_if_it_has_a_limit(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.delenv("RANK")
+    assert monitor_of("--hang-timeout-s", "90").place == (0, 1)
 
 
 @pytest.mark.parametrize(
