@@ -88,10 +88,7 @@ def _check(config: TransformerConfig, arguments: dict[str, Any], options: Option
             "of them; leave out what makes them differ, or use 1f1b"
         )
     refuse(
-        {
-            "context parallelism": config.context_parallel_size > 1,
-            "experts": config.num_moe_experts is not None,
-        },
+        {"experts": config.num_moe_experts is not None},
         f"--pipeline-schedule {schedule} does not support {{}} in this program; leave it out",
     )
     refuse(

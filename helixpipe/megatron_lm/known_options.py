@@ -32,6 +32,7 @@ KNOWN = frozenset(
         "persist_layer_norm", "memory_efficient_layer_norm", "gradient_accumulation_fusion",
         "cross_entropy_loss_fusion", "cross_entropy_fusion_impl", "attention_backend", "transformer_impl",
         "async_tensor_model_parallel_allreduce", "clone_scatter_output_in_embedding", "deterministic_mode",
+        "cp_comm_type", "hierarchical_context_parallel_sizes",
         # Of stock schedules: their messages, and what their training loop sets for every schedule.
         "batch_p2p_comm", "batch_p2p_sync", "overlap_p2p_comm", "overlap_p2p_comm_warmup_flush",
         "deallocate_pipeline_outputs", "microbatch_group_size_per_vp_stage", "use_ring_exchange_p2p",
@@ -51,7 +52,6 @@ KNOWN = frozenset(
 _OF_ANOTHER = {
     "moe_": "num_moe_experts",
     "mtp_": "mtp_num_layers",
-    "cp_comm_type": "context_parallel_size",
     "fp8_": "fp8",
     "fp4_": "fp4",
     "cpu_offloading_": "cpu_offloading",

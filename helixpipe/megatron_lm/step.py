@@ -93,10 +93,12 @@ class Step:
                 f"ranks with {'one model chunk' if chunks == 1 else 'two model chunks'} each, not on "
                 f"{pp_size} ranks with {vp_size or 1}"
             )
-        if parallel_state.get_context_parallel_world_size() > 1:
+        execution = self.options.entry.execution
+        assert execution is not None
+        if execution.cuts_sequences and parallel_state.get_context_parallel_world_size() > 1:
             raise ValueError(
-                f"the {self.forward_backward.name} schedule does not support context parallelism in this "
-                "program; leave --context-parallel-size out"
+                f"the {self.forward_backward.name} schedule cuts sequences itself; leave "
+                "--context-parallel-size out"
             )
         return self
 

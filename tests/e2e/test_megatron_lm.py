@@ -100,6 +100,20 @@ def test_other_parallelism_of_theirs_goes_with_it(tmp_path, version, ranks, layo
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("version", "ranks"), each_version(4))
+def test_ranks_that_share_sequences_train_as_those_that_do_not(tmp_path, version, ranks):
+    """Megatron's own attention shares them only with Transformer Engine."""
+    size = "--pipeline-model-parallel-size 2"
+    train(version, 2, f"{size} --train-iters 2 --eval-iters 0 --save {tmp_path}")
+    more = f"{size} --train-iters 6 --load {tmp_path}"
+    stock = train(version, 2, more)
+    shared = train(version, ranks, f"{more} --context-parallel-size 2 {HELIX}")
+    assert_equal(shared, stock, range(3, 7))
+    assert shared.evaluations == pytest.approx(stock.evaluations, abs=LOSS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("schedule", [HELIX, TWO_CHUNKS[0]])
 @unpacked(VERSIONS[0])
 def test_what_their_program_does_around_a_step_stays(tmp_path, schedule):

@@ -4,7 +4,8 @@ Programs for Megatron read losses on the last pipeline rank; a helix computes th
 """
 
 import pytest
-from megatron_lm_worker import CASE, compare, refusals
+from megatron_lm_worker import CASE, compare, refusal_of_shared_sequences, refusals
+from models import Case
 from ranks import run_on_ranks
 
 COMMANDS = (
@@ -33,22 +34,51 @@ def refused():
     return run_on_ranks(2, refusals)
 
 
+def assert_equal(ours, stock):
+    for found, expected in ((ours.trained, stock.trained), (ours.evaluated, stock.evaluated)):
+        for (loss, tokens), (wanted, count) in zip(found, expected, strict=True):
+            # Sums over a micro batch in fp32.
+            assert loss == pytest.approx(wanted, rel=1e-6)
+            assert tokens == count
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_losses_of_every_micro_batch_are_megatrons_and_on_the_last_rank(losses, command):
     first, last = (rank[command] for rank in losses)
     stock = losses[1][""]
     assert (first.trained, first.evaluated) == ([], [])
     assert len(last.trained) == len(stock.trained) == CASE.num_microbatches
-    for ours, theirs in ((last.trained, stock.trained), (last.evaluated, stock.evaluated)):
-        for (loss, tokens), (wanted, count) in zip(ours, theirs, strict=True):
-            # Sums over a micro batch in fp32.
-            assert loss == pytest.approx(wanted, rel=1e-6)
-            assert tokens == count
+    assert_equal(last, stock)
 
 
 def test_switched_off_everything_is_megatrons_again(losses):
     for rank in losses:
         assert rank["after"] == rank[""]
+
+
+SHARED = Case(pp=2, cp=2)
+
+
+@pytest.mark.slow
+def test_ranks_that_share_sequences_have_megatrons_losses_of_their_parts():
+    """Under Megatron's own schedule with the same attention: its own needs Transformer Engine for that."""
+    commands = ("helix", "helix --attention-range block --head-placement spread", "zb-h1", "zb-v", "v-half")
+    lines = [f"--pipeline-schedule {command}" for command in commands]
+    found = run_on_ranks(SHARED.world_size, compare, lines, SHARED)
+    for line in lines:
+        # Two ranks of a pipeline stage have two parts of the same sequences.
+        for first, last in ((found[0], found[2]), (found[1], found[3])):
+            assert (first[line].trained, first[line].evaluated) == ([], [])
+            assert_equal(last[line], last[""])
+    assert found[2][""].trained != found[3][""].trained
+
+
+@pytest.mark.slow
+def test_schedules_that_cut_sequences_share_none():
+    for schedule in ("seq1f1b", "sliced-helix"):
+        line = f"--pipeline-schedule {schedule}"
+        for message in run_on_ranks(SHARED.world_size, refusal_of_shared_sequences, line, SHARED):
+            assert message.startswith(f"the {schedule} schedule cuts sequences itself; leave --context-par")
 
 
 @pytest.mark.parametrize(
@@ -70,7 +100,6 @@ def test_switched_off_everything_is_megatrons_again(losses):
         ("tied", "add --untie-embeddings-and-output-weights"),
         ("layers that differ", "one ModuleSpec for all"),
         ("uneven stages", "leave --num-layers-in-first-pipeline-stage out"),
-        ("context parallel", "does not support context parallelism"),
         ("experts in chunks", "does not support experts in this program"),
         ("virtual stages", "makes two model chunks on each rank by itself"),
     ],

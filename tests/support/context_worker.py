@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +32,10 @@ def own_tokens(length: int) -> tuple[list[int], list[int]]:
     """This rank's tokens of a sequence, and those that Megatron gives it."""
     group, tokens = dist.group.WORLD, torch.arange(2 * length).view(2, length)
     parallel_state.initialize_model_parallel(context_parallel_size=group.size())
-    theirs = get_batch_on_this_cp_rank({"tokens": tokens.clone()})["tokens"]
+    # Since 0.18 it is to be told.
+    known = inspect.signature(get_batch_on_this_cp_rank).parameters
+    more = {"is_hybrid_cp": False, "cp_group": group} if "is_hybrid_cp" in known else {}
+    theirs = get_batch_on_this_cp_rank({"tokens": tokens.clone()}, **more)["tokens"]
     return own_pieces(tokens, 1, group.size(), group.rank()).tolist(), theirs.tolist()
 
 

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from models import SEED, VOCABULARY, Case, batches, initialize, make_config
 
 from helixpipe.layers.initialization import deferred_initialization, initialize_weights
+from helixpipe.layers.spec import layer_spec
 from helixpipe.megatron_lm import disable, enable
 from helixpipe.megatron_lm.watch import StepWatch
 from helixpipe.reliability.monitor import HubAddress
@@ -54,14 +55,13 @@ def build_stage(case: Case, **values: Any) -> torch.nn.Module:
 
 def forward_step(data_iterator: Any, model: Any) -> Any:
     """Reads as Megatron-LM's does: tokens on the first stage, labels on the last, nothing between."""
-    tokens = labels = mask = None
+    tokens = labels = mask = positions = None
     if parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage():
-        tokens, labels, mask, _ = next(data_iterator)
+        tokens, labels, mask, positions = next(data_iterator)
     if not parallel_state.is_pipeline_last_stage():
         labels = mask = None
     if not parallel_state.is_pipeline_first_stage():
-        tokens = None
-    positions = None if tokens is None else torch.arange(tokens.shape[1], device=tokens.device)[None]
+        tokens = positions = None
     return model(tokens, positions, None, labels=labels), partial(loss_func, mask)
 
 
@@ -70,10 +70,10 @@ def loss_func(mask: torch.Tensor, losses: torch.Tensor) -> Any:
     return total, tokens, {"lm loss": torch.stack([total.detach(), tokens.float()])}
 
 
-def run(case: Case, get: Any, *, num_chunks: int = 1, **arguments: Any) -> Losses:
+def run(case: Case, get: Any, *, num_chunks: int = 1, spec: Any = None, **arguments: Any) -> Losses:
     """An iteration and an evaluation of the function that ``get`` gives."""
-    chunks = [build_stage(case, vp_stage=i) for i in range(num_chunks)] if num_chunks > 1 else []
-    models = chunks or [build_stage(case)]
+    stages = range(num_chunks) if num_chunks > 1 else [None]
+    models = [build_stage(case, vp_stage=stage, spec=spec) for stage in stages]
     reports = []
     for forward_only in (False, True):
         report = get()(
@@ -90,19 +90,35 @@ def run(case: Case, get: Any, *, num_chunks: int = 1, **arguments: Any) -> Losse
     return Losses(*reports)
 
 
-def compare(command_lines: list[str]) -> dict[str, Losses]:
+def compare(command_lines: list[str], case: Case = CASE) -> dict[str, Losses]:
     """Losses of stock 1F1B, under "", and of each command line, by this module's own imported names."""
-    initialize(CASE)
-    found = {"": run(CASE, _current)}
+    initialize(case)
+    # Of Megatron's own modules none here attends over ranks that share a sequence.
+    spec = None if case.cp == 1 else layer_spec(make_config(case), case.implementation)
+    found = {"": run(case, _current, spec=spec)}
     for text in command_lines:
         words = ["--keep", "this", *text.split()]
         step = enable(words)
         assert words == ["--keep", "this"]
         assert step is not None
-        found[text] = run(CASE, _current, num_chunks=step.forward_backward.chunks_per_rank)
+        found[text] = run(
+            case,
+            _current,
+            num_chunks=step.forward_backward.chunks_per_rank,
+            spec=None if step.is_another_model else spec,
+        )
         assert step.count == 2
         disable()
-    found["after"] = run(CASE, _current)
+    found["after"] = run(case, _current, spec=spec)
+    return found
+
+
+def refusal_of_shared_sequences(command_line: str, case: Case) -> str:
+    """Why a schedule takes no sequences that ranks share, once it is asked for a step."""
+    initialize(case)
+    enable(command_line.split())
+    found = _message(_current)
+    disable()
     return found
 
 
@@ -230,7 +246,6 @@ def _refusals_of_two_chunks() -> dict[str, str]:
         "tied": _message(lambda: build_stage(CASE, vp_stage=0, share_embeddings_and_output_weights=True)),
         "layers that differ": _message(lambda: build_stage(CASE, vp_stage=0, spec=block)),
         "uneven stages": _message(lambda: build_stage(CASE, vp_stage=0, **{uneven: 1})),
-        "context parallel": _message(lambda: build_stage(CASE, vp_stage=0, context_parallel_size=2)),
         "experts in chunks": _message(lambda: build_stage(CASE, vp_stage=0, num_moe_experts=4)),
         "chunks of one": _message(lambda: get_forward_backward_func(2, 1)),
     }

@@ -22,7 +22,7 @@ from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset 
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
-from megatron.core.utils import get_attr_wrapped_model  # noqa: E402
+from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank  # noqa: E402
 from megatron.training import arguments, get_args, get_timers, pretrain  # noqa: E402
 from megatron.training.utils import is_first_or_last_pipeline_stage  # noqa: E402
 
@@ -76,7 +76,7 @@ def read_batch(data_iterator):
         "create_attention_mask_in_dataloader": args.create_attention_mask_in_dataloader,
         "broadcast_src_rank": mpu.get_tensor_model_parallel_src_rank(),
         "broadcast_group": mpu.get_tensor_model_parallel_group(),
-        "cp_size": 1,
+        "cp_size": mpu.get_context_parallel_world_size(),
         "tp_rank": mpu.get_tensor_model_parallel_rank(),
         "micro_batch_size": args.micro_batch_size,
         "seq_length": args.seq_length,
@@ -95,6 +95,13 @@ except ImportError:  # 0.18
     from megatron.core.utils import get_batch_on_this_tp_rank as shared_over_tp
 
 
+def own_part(batch):
+    """What this rank of a context-parallel group has of a micro batch."""
+    known = inspect.signature(get_batch_on_this_cp_rank).parameters
+    more = {"is_hybrid_cp": False} if "is_hybrid_cp" in known else {}
+    return get_batch_on_this_cp_rank(batch, cp_group=mpu.get_context_parallel_group(), **more)
+
+
 def loss_func(loss_mask, losses):
     mask = loss_mask.view(-1).float()
     total = torch.sum(losses.view(-1).float() * mask)
@@ -107,7 +114,7 @@ def forward_step(data_iterator, model):
     timers("batch-generator", log_level=2).start()
     batch = {}
     if is_first_or_last_pipeline_stage(get_attr_wrapped_model(model, "vp_stage")):
-        batch = read_batch(data_iterator)
+        batch = own_part(read_batch(data_iterator))
     timers("batch-generator").stop()
     names = ("tokens", "position_ids", "attention_mask", "labels", "loss_mask")
     tokens, position_ids, attention_mask, labels, loss_mask = (batch.get(name) for name in names)
