@@ -11,16 +11,18 @@ import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 _EXPERT = re.compile(r"^(.*\.local_experts\.)(\d+)(\..*)$")
+# Of experts in one product, whose number ends the name.
+_GROUPED = re.compile(r"^(.*\.)(linear_fc[12]\.(?:weight|bias))(\d+)$")
 _OUTPUT_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight")
 
 
@@ -35,13 +37,16 @@ def canonical_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn
     first_experts = {
         f"{name}.local_experts.": module.num_local_experts * module.ep_group.rank()
         for name, module in model.named_modules()
-        if isinstance(module, SequentialMLP)
+        if isinstance(module, (SequentialMLP, TEGroupedMLP))
     }
     for name, parameter in model.named_parameters():
         if getattr(parameter, "shared_embedding", False):
             # A tied head on the last stage is a copy of the embedding.
             yield "embedding.word_embeddings.weight", parameter
             continue
+        grouped = _GROUPED.match(name)
+        if grouped is not None and f"{grouped[1]}local_experts." in first_experts:
+            name = f"{grouped[1]}local_experts.{grouped[3]}.{grouped[2]}"
         expert = _EXPERT.match(name)
         if expert is not None:
             name = f"{expert[1]}{first_experts[expert[1]] + int(expert[2])}{expert[3]}"
@@ -90,17 +95,37 @@ def initialize_weights(model: torch.nn.Module, config: TransformerConfig, seed: 
             initialize = config.output_layer_init_method
         elif name.startswith("embedding.") and config.embedding_init_method is not None:
             initialize = config.embedding_init_method
-        group = _tensor_parallel_group(name)
-        whole = torch.empty(_whole_shape(parameter, group), dtype=torch.float32, device="cpu")
+        group, cut = _tensor_parallel_group(name), _cut_of(name, parameter, config)
+        shape = list(parameter.shape)
+        if cut is not None:
+            shape[cut.dim] *= group.size()
+        whole = torch.empty(shape, dtype=torch.float32, device="cpu")
         with torch.random.fork_rng(devices=[]):
             # One number from both: torch's CPU generator uses only 32 bits of its seed.
             torch.random.default_generator.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             initialize(whole)
-        parameter.copy_(_shard(whole, parameter, group))
+        parameter.copy_(whole if cut is None else _shard(whole, cut, group))
 
 
-def _is_sharded(parameter: Any) -> bool:
-    return bool(getattr(parameter, "tensor_model_parallel", False))
+class _Cut(NamedTuple):
+    """How tensor-parallel ranks share a parameter: each of ``stride`` stacked blocks is cut along ``dim``."""
+
+    dim: int
+    stride: int
+
+
+def _cut_of(name: str, parameter: Any, config: TransformerConfig) -> _Cut | None:
+    """As the parameter's marks say; None for one that every rank has whole.
+
+    Experts of Transformer Engine's layers have no marks: Megatron hides from these that they are shared.
+    """
+    if getattr(parameter, "tensor_model_parallel", False):
+        return _Cut(parameter.partition_dim, parameter.partition_stride)
+    if _EXPERT.match(name) and name.endswith("linear_fc1.weight"):
+        return _Cut(0, 2 if config.gated_linear_unit else 1)
+    if _EXPERT.match(name) and name.endswith("linear_fc2.weight"):
+        return _Cut(1, 1)
+    return None
 
 
 def _tensor_parallel_group(name: str) -> dist.ProcessGroup:
@@ -113,17 +138,7 @@ def _tensor_parallel_group(name: str) -> dist.ProcessGroup:
     return found
 
 
-def _whole_shape(parameter: Any, group: dist.ProcessGroup) -> list[int]:
-    shape = list(parameter.shape)
-    if _is_sharded(parameter):
-        shape[parameter.partition_dim] *= group.size()
-    return shape
-
-
-def _shard(whole: torch.Tensor, parameter: Any, group: dist.ProcessGroup) -> torch.Tensor:
-    """This tensor-parallel rank's part; ``stride`` stacked blocks (SwiGLU's two) are split each."""
-    if not _is_sharded(parameter):
-        return whole
-    rank, size = group.rank(), group.size()
-    dim, stride = parameter.partition_dim, parameter.partition_stride
-    return torch.cat([block.chunk(size, dim=dim)[rank] for block in whole.chunk(stride, dim=dim)], dim=dim)
+def _shard(whole: torch.Tensor, cut: _Cut, group: dist.ProcessGroup) -> torch.Tensor:
+    """This tensor-parallel rank's part; stacked blocks (SwiGLU's two) are split each."""
+    blocks = whole.chunk(cut.stride, dim=cut.dim)
+    return torch.cat([block.chunk(group.size(), dim=cut.dim)[group.rank()] for block in blocks], dim=cut.dim)

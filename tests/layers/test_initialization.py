@@ -6,11 +6,13 @@ Ranks are visited one after the other in this process; drawing weights takes no 
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch
 from megatron.core import parallel_state
+from megatron.core.transformer.moe.experts import TEGroupedMLP
 from models import Case, make_config
 from pretend import pretend_rank
 from stages import gpt_stage, segmented_share
@@ -114,6 +116,55 @@ def test_another_seed_draws_every_matrix_anew(style):
     one, other = (whole_model(style, gpt_stage, seed) for seed in (SEED, SEED + 1))
     for name, weight in one.items():
         assert torch.equal(weight, other[name]) == (weight.dim() < 2), name
+
+
+class Grouped(TEGroupedMLP):
+    """Names and shapes of the experts of a rank as Transformer Engine has them, in one product, unmarked."""
+
+    def __init__(self, experts, rank=0):
+        torch.nn.Module.__init__(self)
+        self.num_local_experts, self.ep_group = len(experts), SimpleNamespace(rank=lambda: rank)
+        for part in ("linear_fc1", "linear_fc2"):
+            linear = torch.nn.Module()
+            for number, expert in enumerate(experts):
+                for kind, one in expert.get_submodule(part).named_parameters():
+                    linear.register_parameter(f"{kind}{number}", torch.nn.Parameter(torch.ones_like(one)))
+            self.add_module(part, linear)
+
+
+def grouped_stage(case):
+    model = gpt_stage(case)
+    for layer in model.decoder.layers:
+        layer.mlp.experts = Grouped(layer.mlp.experts.local_experts)
+    return model
+
+
+EXPERTS = Case(pp=1, style="llama", experts=3, num_layers=2)
+
+
+@pytest.mark.parametrize(
+    "case", [EXPERTS, replace(EXPERTS, style="oss"), replace(EXPERTS, tp=2, sequence_parallel=True)], ids=str
+)
+def test_experts_in_one_product_start_as_they_do_one_by_one(case):
+    expected = whole_model(replace(case, tp=1, sequence_parallel=False), gpt_stage)
+    found = whole_model(case, grouped_stage)
+    assert found.keys() == expected.keys()
+    assert "decoder.layers.1.mlp.experts.local_experts.2.linear_fc2.weight" in found
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
+
+
+def test_experts_in_one_product_have_their_numbers_among_all():
+    with pretend_rank(EXPERTS):
+        model = gpt_stage(EXPERTS)
+        layer = model.decoder.layers[1]
+        layer.mlp.experts = Grouped(layer.mlp.experts.local_experts, rank=1)
+        names = {name for name, _ in canonical_parameters(model) if "layers.1.mlp.experts" in name}
+    assert names == {
+        f"decoder.layers.1.mlp.experts.local_experts.{number}.linear_fc{half}.weight"
+        for number in (3, 4, 5)
+        for half in (1, 2)
+    }
 
 
 def test_tied_copies_are_both_drawn():
