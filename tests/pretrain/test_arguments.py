@@ -157,6 +157,8 @@ def test_the_heads_placement_reaches_the_schedule(parse):
             MemorySaving(Recompute.NONE, None, 32768 * 64 // (3 * 384)),
         ),
         ("--seq-length 32768 --swiglu --mlp-chunk-size auto", MemorySaving(Recompute.NONE, 4096)),
+        ("--seq-length 32768 --geglu --mlp-chunk-size auto", MemorySaving(Recompute.NONE, 4096)),
+        ("--seq-length 32768 --quick-geglu --mlp-chunk-size auto", MemorySaving(Recompute.NONE, 4096)),
         ("--mlp-chunk-size auto", MemorySaving(Recompute.NONE, 32)),
         ("--recompute-granularity selective --mlp-chunk-size 8", MemorySaving(Recompute.NONE, 8)),
     ],

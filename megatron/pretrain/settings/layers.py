@@ -10,6 +10,11 @@ from helixpipe.commands.parser import argument, flag_of
 from helixpipe.commands.ranges import Real
 from helixpipe.plan.windows import parse_skip_frequency, parse_window, windows_of_layers
 
+# Activation functions of gated MLPs.
+GATES = ("swiglu", "geglu", "quick_geglu")
+# Attention ranges that lend QKV, and learned sinks with it.
+RANGES_WITH_SINKS = ("qkv", "block")
+
 
 def add_layer_arguments(add: Callable[..., Any]) -> None:
     """Add them, by a group's ``add_argument``."""
@@ -70,16 +75,15 @@ def add_layer_arguments(add: Callable[..., Any]) -> None:
 
 def check_layers(args: argparse.Namespace) -> None:
     """``ValueError`` for options that do not go together; the message says what would."""
-    gates = ("swiglu", "geglu", "quick_geglu")
-    given = [name for name in (*gates, "openai_gelu") if getattr(args, name)]
+    given = [name for name in (*GATES, "openai_gelu") if getattr(args, name)]
     if len(given) > 1:
         raise ValueError(
             f"{flag_of(given[0])} and {flag_of(given[1])} are two activation functions; leave one out"
         )
     for name, default in (("glu_linear_offset", 0.0), ("activation_func_clamp_value", None)):
-        if getattr(args, name) != default and not any(getattr(args, gate) for gate in gates):
+        if getattr(args, name) != default and not any(getattr(args, gate) for gate in GATES):
             raise ValueError(
-                f"{flag_of(name)} is for a gated MLP; add {' or '.join(map(flag_of, gates))}, or leave it out"
+                f"{flag_of(name)} is for a gated MLP; add {' or '.join(map(flag_of, GATES))}, or leave it out"
             )
     if args.rotary_base_local is not None and args.window_size is None:
         raise ValueError("--rotary-base-local needs --window-size; add it, or leave the base out")

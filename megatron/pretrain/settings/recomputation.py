@@ -10,6 +10,7 @@ from helixpipe.layers.slices import automatic_size
 from helixpipe.plan.cost_model import Recompute
 from helixpipe.plan.cost_model.levels import parse_levels
 from helixpipe.plan.schedules import SCHEDULES
+from megatron.pretrain.settings.layers import GATES
 
 AUTO_SIZE = "auto"
 # What ``--recompute-granularity`` names.
@@ -102,7 +103,8 @@ def asked_levels(args: argparse.Namespace) -> Recompute | tuple[Recompute, ...] 
 
 
 def _mlp_chunk_size(args: argparse.Namespace) -> int | None:
-    width = args.ffn_hidden_size * (2 if args.swiglu else 1) // args.tensor_model_parallel_size
+    is_gated = any(getattr(args, gate) for gate in GATES)
+    width = args.ffn_hidden_size * (2 if is_gated else 1) // args.tensor_model_parallel_size
     return _chosen(args, args.mlp_chunk_size, width)
 
 
