@@ -3,7 +3,8 @@
     python tools/family_table.py --families llama-3.1 qwen-3 --ranks 2
 
 Tiny random models: logits against transformers', losses and gradients under helix on several ranks against
-Megatron's own model under 1F1B and against transformers', tensors of an export against those imported.
+Megatron's own model under 1F1B and against transformers', tensors of an export against those imported. Models
+with experts have a row for two ranks of a stage that share these out, too.
 """
 
 from __future__ import annotations
@@ -53,10 +54,14 @@ def main() -> None:
             made = import_tiny(name, Path(folder))
             logits = f"{logits_error(made):.1e}"
             trip = ", ".join(changed_by_round_trip(made, Path(folder) / "export")) or "same bits"
-            for p in args.ranks:
-                errors = errors_under_helix(made, p)
+            layouts = [(p, 1) for p in args.ranks]
+            if "--num-experts" in made.words:
+                layouts.append((min(args.ranks), 2))
+            for p, ep in layouts:
+                errors = errors_under_helix(made, p, ep)
                 cells = [f"{value:.1e}" for of in ("megatron", "transformers") for value in errors[of]]
-                print(f"| {' | '.join((name, logits, str(p), *cells, trip))} |", flush=True)
+                ranks = f"{p}, ep {ep}" if ep > 1 else str(p)
+                print(f"| {' | '.join((name, logits, ranks, *cells, trip))} |", flush=True)
 
 
 if __name__ == "__main__":

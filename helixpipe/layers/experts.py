@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from megatron.core.transformer import TransformerConfig
+from megatron.core.tensor_parallel import RowParallelLinear, set_tensor_model_parallel_attributes
+from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.experts import SequentialMLP
@@ -30,6 +32,30 @@ def prepare_routers() -> None:
     count = TopKRouter._apply_expert_bias
     if inspect.unwrap(count) is not count:
         replace(_ROUTER, count.__name__, inspect.unwrap(count))
+
+
+class BiasedExpertOutput(RowParallelLinear):
+    """The second linear layer of an expert with biases, which no other rank shares; [n, ffn] -> [n, h].
+
+    Megatron adds the bias in place to what this layer returns. After the sum over one rank that is a view of
+    what a function of Megatron's has returned, which torch does not let change; so this one leaves sums to
+    what sends the tokens back, as Megatron's own does wherever ranks share experts out.
+
+    Tensor-parallel ranks have other tokens or other experts: the bias is no copy of theirs, whose gradients
+    would be added up, and of which one would count for the norm.
+    """
+
+    def __init__(self, *args: Any, **arguments: Any) -> None:
+        super().__init__(*args, **arguments)
+        assert self.tp_group.size() == 1
+        self.explicit_expert_comm = True
+        self.bias.sequence_parallel = False
+        set_tensor_model_parallel_attributes(self.bias, True, 0, 1)
+
+
+def add_biases(layer: ModuleSpec) -> None:
+    """Let experts of Megatron's own linear layers have biases."""
+    layer.submodules.mlp.submodules.experts.submodules.linear_fc2 = BiasedExpertOutput
 
 
 def keep_apart(model: torch.nn.Module) -> None:
@@ -69,9 +95,12 @@ def unsupported_experts(config: TransformerConfig) -> dict[str, bool]:
     """What no schedule of ours supports of a mixture of experts, by name: whether the model has it."""
     types = config.moe_router_load_balancing_type
     return {
-        # Megatron adds them in place to what a function of its own returns, which torch forbids.
-        "biases of experts (add --disable-bias-linear)": config.num_moe_experts is not None
-        and config.add_bias_linear,
+        # Each rank would add the whole bias to its part of the output.
+        "biases of experts that ranks share (use --expert-tensor-parallel-size 1)": (
+            config.num_moe_experts is not None
+            and config.add_bias_linear
+            and config.expert_tensor_parallel_size > 1
+        ),
         "experts with context parallelism": config.num_moe_experts is not None
         and config.context_parallel_size > 1,
         "experts in some layers only": config.num_moe_experts is not None and config.moe_layer_freq != 1,
@@ -156,7 +185,9 @@ def recomputing(norm: torch.nn.Module, mlp: MoELayer, level: Recompute, hidden: 
 def _run_expert(expert: MLP, level: Recompute, tokens: Tensor, scales: Tensor) -> Tensor:
     """One expert over its tokens [n, h], which its router has given the weights [n]; [n, h]."""
     first, second = expert.linear_fc1, expert.linear_fc2
-    activation = without_products(expert, linear_fc1=None, linear_fc2=None)
+    # Transformer Engine's biases are never None.
+    biases = (first.bias, second.bias) if expert.config.add_bias_linear else (None, None)
+    activation = without_products(expert, linear_fc1=biases[0], linear_fc2=None)
 
     def activate(wide: Tensor, scales: Tensor) -> tuple[Tensor]:
         return (activation(wide, scales)[0],)
@@ -171,7 +202,7 @@ def _run_expert(expert: MLP, level: Recompute, tokens: Tensor, scales: Tensor) -
         (output,) = recompute(activate, second_half, first(tokens)[0], scales)
     else:
         (output,) = recompute(first_half, second_half, tokens, scales)
-    return output
+    return output if biases[1] is None else output + biases[1] * scales[:, None]
 
 
 def _linears(mlp: MoELayer) -> Iterator[torch.nn.Module]:

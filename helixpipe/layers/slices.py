@@ -143,7 +143,8 @@ def slice_mlp(linears: Sequence[Any]) -> None:
     Raises:
         ValueError: they are not Megatron's own.
     """
-    if not {type(linear) for linear in linears} <= {ColumnParallelLinear, RowParallelLinear}:
+    forwards = {type(linear).forward for linear in linears}
+    if not forwards <= {ColumnParallelLinear.forward, RowParallelLinear.forward}:
         raise ValueError("a chunked MLP needs Megatron's own linear layers; use --transformer-impl local")
     mark_sliced(linears)
 

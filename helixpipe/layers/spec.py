@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from helixpipe.layers.attention.choice import AUTO, UNFUSED
 from helixpipe.layers.attention.core import FlashCoreAttention
-from helixpipe.layers.experts import prepare_routers
+from helixpipe.layers.experts import add_biases, prepare_routers
 from helixpipe.layers.norm import TorchNorm
 from helixpipe.layers.optional_packages import TRANSFORMER_ENGINE as ENGINE_PACKAGE
 from helixpipe.layers.optional_packages import why_not_usable
@@ -140,6 +140,8 @@ def _megatrons_spec(config: TransformerConfig, implementation: Implementation) -
     if config.num_moe_experts is not None:
         # A checkpoint has norm2 under its own name, as Transformer Engine's modules have it before experts.
         del layer.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+        if config.add_bias_linear:
+            add_biases(spec)
     layer.input_layernorm = layer.pre_mlp_layernorm = TorchNorm
     attention = layer.self_attention.submodules
     if config.qk_layernorm:

@@ -80,11 +80,14 @@ def build_config(settings: JobSettings) -> TransformerConfig:
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         **_of_experts(settings.experts),
         use_cpu_initialization=True,
-        bias_dropout_fusion=fuse,
+        # Experts in one product add their biases themselves.
+        bias_dropout_fusion=fuse and not (settings.experts.moe_grouped_gemm and model.add_bias_linear),
         bias_activation_fusion=fuse
         and not (model.openai_gelu or model.geglu or model.quick_geglu)
         and model.activation_func_clamp_value is None
         and not model.glu_linear_offset
+        # Of an expert's token, its weight among others has no fusion with a bias.
+        and not (settings.experts.num_experts is not None and model.add_bias_linear)
         and (model.swiglu or model.add_bias_linear),
         # The fused accumulation is part of Megatron's whole backward pass.
         gradient_accumulation_fusion=(
@@ -183,7 +186,7 @@ def _add_variants(config: TransformerConfig, model: ModelSettings) -> None:
         config.yarn_original_max_position_embeddings = model.yarn_original_max_position_embeddings
         config.yarn_beta_fast, config.yarn_beta_slow = model.yarn_beta_fast, model.yarn_beta_slow
         config.yarn_mscale = config.yarn_mscale_all_dim = None
-        config.yarn_correction_range_round_to_int = True
+        config.yarn_correction_range_round_to_int = model.yarn_correction_range_round_to_int
 
 
 def _activation(model: ModelSettings) -> Callable[[torch.Tensor], torch.Tensor]:

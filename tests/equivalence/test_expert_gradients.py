@@ -30,6 +30,10 @@ SHARED = Case(pp=2, tp=2, sequence_parallel=True, experts=4, style="llama")
 PAIRS = Case(pp=2, dp=2, ep=2, experts=4, style="llama")
 
 
+# With biases, clamped gates and sinks.
+BIASED = replace(SHORT, style="oss", attention_range="qkv")
+
+
 def whole_sequences(layout: Case) -> list[Case]:
     """Helix, stages and whatever they do to keep less: the losses that balance experts are there."""
     fp64 = replace(layout, dtype=torch.float64)
@@ -87,7 +91,7 @@ def check(cases: list[Case]) -> None:
 
 
 def test_experts_learn_what_they_do_under_megatron():
-    check([*whole_sequences(SHORT)[:2], parts_of_sequences(SHORT)[0]])
+    check([*whole_sequences(SHORT)[:2], parts_of_sequences(SHORT)[0], replace(BIASED, levels="products")])
 
 
 @pytest.mark.slow
@@ -95,3 +99,19 @@ def test_experts_learn_what_they_do_under_megatron():
 def test_experts_learn_so_under_every_schedule(layout):
     check(whole_sequences(layout))
     check(parts_of_sequences(layout))
+
+
+@pytest.mark.slow
+def test_experts_with_biases_learn_so():
+    fp64 = replace(BIASED, dtype=torch.float64)
+    cases = [
+        replace(fp64, attention_range="block", head_placement="spread", without_attention=True),
+        replace(fp64, split="all", overlap=True, router=DROPPING),
+        replace(BIASED, schedule="zb-h1", without_attention=True),
+        replace(BIASED, schedule="zb-v", tied=False, num_layers=8),
+        replace(BIASED, schedule="seq1f1b", num_slices=3, fold=1, router=UNBALANCED),
+        replace(BIASED, mlp_chunk=7, router=UNBALANCED),
+        replace(BIASED, schedule="gpipe", recompute="full"),
+    ]
+    check(cases)
+    check([replace(case, dp=2, ep=2) for case in cases])

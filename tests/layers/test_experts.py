@@ -89,7 +89,7 @@ def test_a_dense_model_couples_no_tokens():
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"add_bias_linear": True}, "biases of experts"),
+        ({"add_bias_linear": True, "expert_tensor_parallel_size": 2}, "biases of experts that ranks share"),
         ({"context_parallel_size": 2}, "experts with context parallelism"),
         ({"moe_layer_freq": [1, 0]}, "experts in some layers only"),
         (

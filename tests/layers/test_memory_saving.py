@@ -368,7 +368,7 @@ def test_what_a_layer_cannot_honour_is_refused():
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"num_moe_experts": 2}, "biases of experts"),
+        ({"moe_latent_size": 8}, "latent experts"),
         ({"multi_latent_attention": True}, "multi-latent attention"),
         ({"attention_output_gate": True}, "output-gated attention"),
         ({"fused_single_qkv_rope": True}, "fused QKV rotary"),

@@ -324,7 +324,7 @@ def test_owned_parts():
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"num_moe_experts": 2}, "biases of experts"),
+        ({"moe_latent_size": 8}, "latent experts"),
         ({"multi_latent_attention": True}, "multi-latent attention"),
         ({"mtp_num_layers": 1}, "multi-token prediction"),
         ({"virtual_pipeline_model_parallel_size": 2}, "virtual pipeline stages"),

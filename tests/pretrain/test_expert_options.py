@@ -19,7 +19,6 @@ EXPERTS = "--num-experts 8 --disable-bias-linear"
         ("--moe-ffn-hidden-size 64", "--moe-ffn-hidden-size needs --num-experts"),
         ("--moe-grouped-gemm", "--moe-grouped-gemm needs --num-experts"),
         ("--expert-tensor-parallel-size 2", "--expert-tensor-parallel-size needs --num-experts"),
-        ("--num-experts 8", "--num-experts needs --disable-bias-linear"),
         (f"{EXPERTS} --sandwich-norm", "does not go with --sandwich-norm"),
         (f"{EXPERTS} --moe-router-topk 9", "topk 9 of --num-experts 8; use at most 8"),
         (f"{EXPERTS} --moe-router-topk 1", "--moe-router-topk 1 needs --moe-router-pre-softmax"),
@@ -95,6 +94,14 @@ def test_ranks_that_cannot_share_experts_are_refused(monkeypatch, options, messa
         job_settings(f"{EXPERTS} {options}")
 
 
+def test_experts_with_biases_are_whole_on_a_rank(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    biased = "--num-experts 8 --tensor-model-parallel-size 2 --sequence-parallel"
+    with pytest.raises(ValueError, match="are whole on a rank; add --expert-tensor-parallel-size 1, or"):
+        job_settings(biased)
+    assert job_settings(f"{biased} --expert-tensor-parallel-size 1").model.add_bias_linear
+
+
 def test_experts_are_planned_as_they_are_shared_out(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert job_settings(f"{EXPERTS} --expert-model-parallel-size 2").workload.expert_parallel == 2
@@ -155,6 +162,10 @@ CONFIG = {
         {"model_type": "mixtral", "num_local_experts": 8, "sliding_window": None},
         {"model_type": "qwen3_moe", "num_experts": 16, "moe_intermediate_size": 24, "norm_topk_prob": True},
         {"model_type": "qwen3_moe", "num_local_experts": 16, "moe_intermediate_size": 24},
+        {
+            "model_type": "gpt_oss", "num_local_experts": 8, "sliding_window": 9,
+            "rope_parameters": {"rope_type": "default"},
+        },
     ],
 )
 def test_what_is_planned_is_what_is_trained(fields):

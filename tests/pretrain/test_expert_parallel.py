@@ -83,3 +83,21 @@ def test_losses_and_norms_are_those_of_ranks_with_all_experts(common, tmp_path, 
     assert len(found["all"]) == 15
     assert found["shared"] == pytest.approx(found["all"], rel=1e-5)
     assert found["helix"] == pytest.approx(found["all"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_biases_of_experts_count_once_in_every_layout(common, tmp_path):
+    """Tensor-parallel ranks have other experts, or the same ones: no bias is another's copy."""
+    found = {}
+    biased = common.replace("--disable-bias-linear ", "")
+    for name, (ranks, tensor, expert) in {"alone": (1, 1, 1), "same": (2, 2, 1), "other": (2, 2, 2)}.items():
+        metrics = tmp_path / name
+        words = (
+            f"--expert-tensor-parallel-size 1 --expert-model-parallel-size {expert} --metrics-jsonl {metrics}"
+        )
+        words += " --sequence-parallel --tensor-model-parallel-size 2" if tensor == 2 else ""
+        outcomes = run_on_ranks(ranks, run_cases, [(words, Fault())], tensor, 1, biased, 1, expert, 1)
+        assert {outcome["code"] for (outcome,) in outcomes} == {0}, outcomes
+        found[name] = numbers(metrics)
+    assert found["same"] == pytest.approx(found["alone"], rel=1e-5)
+    assert found["other"] == pytest.approx(found["alone"], rel=1e-5)

@@ -44,6 +44,10 @@ QWEN_3_MOE = {
     "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8,
     "head_dim": 4, "norm_topk_prob": True,
 }  # fmt: skip
+GPT_OSS = {
+    "model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 4,
+    "sliding_window": 9, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": False},
+}  # fmt: skip
 
 DATASET = DatasetInfo(
     prefix="unused", vocab_size=50, eod=0, num_documents=100, num_tokens=10_000, longest_document=500
@@ -123,7 +127,11 @@ def described(**changes):
         ({**GEMMA_2, "final_logit_softcapping": None}, "has no attn_logit_softcapping; add it"),
         ({"model_type": "mistral"}, "has no sliding_window; add it, null for none"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0, "attention_factor": 1.0}}, "attention_factor"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": False}}, "truncate false is not"),
+        ({**GPT_OSS, "quantization_config": {"quant_method": "mxfp4"}}, "save the model in bfloat16 first"),
+        ({**GPT_OSS, "rope_scaling": None}, "gpt-oss has no rope_scaling; add it"),
+        ({**GPT_OSS, "swiglu_alpha": 1.5}, "swiglu_alpha 1.5 is not supported for gpt_oss"),
+        ({**GPT_OSS, "experts_per_token": 3}, "experts_per_token 3 is not supported"),
+        ({**GPT_OSS, "sliding_window": None}, "has no sliding_window"),
         (
             {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2.0}},
             "low_freq_factor of llama3's rotary scaling must be 1",

@@ -26,6 +26,10 @@ def parse(options):
         ("--rotary-scaling-factor 4", "--rotary-scaling-factor needs --position-embedding-type yarn"),
         ("--position-embedding-type rope --yarn-beta-fast 3", "--yarn-beta-fast needs --position-embedding"),
         ("--position-embedding-type yarn --rotary-scaling-factor 4", "needs --yarn-original-max-position"),
+        (
+            "--position-embedding-type rope --no-yarn-correction-range-round-to-int",
+            "--no-yarn-correction-range-round-to-int needs --position-embedding-type yarn",
+        ),
         (f"{YARN} --rotary-percent 0.5", "scales all channels itself; leave --rotary-percent"),
         (f"{YARN} --use-rope-scaling", "scales all channels itself"),
         ("--use-rope-scaling", "--use-rope-scaling needs --position-embedding-type rope"),

@@ -105,6 +105,15 @@ TINY: dict[str, dict[str, Any]] = {
             "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
         },
     },
+    # Gates are clamped where it shows; rounded or not, YaRN's bounds differ.
+    "gpt-oss": {
+        "model_type": "gpt_oss", **_SIZES, "intermediate_size": 40, "head_dim": 16, "num_local_experts": 4,
+        "num_experts_per_tok": 2, "sliding_window": 7, "swiglu_limit": 0.5, "max_position_embeddings": 128,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 150000.0, "factor": 4.0, "truncate": False,
+            "original_max_position_embeddings": 32,
+        },
+    },
     "gpt-2": {
         "model_type": "gpt2", "vocab_size": 100, "n_embd": 32, "n_head": 4, "n_layer": 4, "n_positions": 64,
         "initializer_range": 0.2,
@@ -114,8 +123,6 @@ TINY: dict[str, dict[str, Any]] = {
 # Embedding and head apart, as schedules with both ends on one rank need them.
 TINY["gemma-2-untied"] = {**TINY["gemma-2"], "tie_word_embeddings": False}
 TINY["gemma-3-untied"] = {**TINY["gemma-3"], "tie_word_embeddings": False}
-# Without windows, which slices of sequences do not have.
-TINY["gemma-2-full"] = {**TINY["gemma-2"], "layer_types": ["full_attention"] * 4}
 
 
 def make_tiny(name: str, folder: Path) -> Any:
@@ -126,9 +133,9 @@ def make_tiny(name: str, folder: Path) -> Any:
     torch.manual_seed(3)
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
-    for parameter in model.parameters():
+    for key, parameter in model.named_parameters():
         # Constants would hide errors in biases and norms.
-        if parameter.dim() == 1:
+        if parameter.dim() == 1 or key.endswith("bias"):
             parameter.data += 0.1 * torch.randn_like(parameter)
     model.save_pretrained(folder)
     return model.eval()
@@ -165,6 +172,8 @@ def tiny_model(name: str, folder: Path) -> Model:
 
 def train_options(words: list[str], checkpoint: Path, case: Case, schedule: str, *extra: str) -> list[str]:
     """The command line of one iteration over the case's batches."""
+    if schedule == "helix" and "learnable" in words and "--attention-range" not in extra:
+        extra = ("--attention-range", "block", *extra)  # which lends sinks
     training = (
         f"--seq-length {case.seq_length} --micro-batch-size {case.micro_batch_size} "
         f"--global-batch-size {case.num_microbatches * case.dp} --train-iters 1 --lr 1e-3 --data-path none "
@@ -228,7 +237,15 @@ def expected_of(hf: Any, model: Model, case: Case) -> tuple[list[float], dict[st
             name = name.replace("mlp.experts.experts.", f"mlp.experts.local_experts.{expert}.")
             name = name.replace("self_attention.linear_qkv.layer_norm_", "input_layernorm.")
             name = name.replace("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
-            gradients[name] = rule.join(tuple(given[theirs] for theirs in rule.names(*place)))
+            found = rule.join(tuple(given[theirs] for theirs in rule.names(*place)))
+            if ".experts.experts." in rule.ours and rule.num_experts is None:
+                # All experts of a layer are one tensor.
+                gradients |= {
+                    name.replace("local_experts.0", f"local_experts.{number}"): one
+                    for number, one in enumerate(found)
+                }
+            else:
+                gradients[name] = found
     return losses, gradients
 
 
@@ -250,13 +267,23 @@ class Errors(NamedTuple):
     gradients: float
 
 
-def errors_under_helix(made: Imported, p: int) -> dict[str, Errors]:
-    """Against Megatron's own model under its own 1F1B on as many ranks, and against transformers."""
-    case = Case(pp=p)
+def errors_under_helix(made: Imported, p: int, ep: int = 1) -> dict[str, Errors]:
+    """Against Megatron's own model under its own 1F1B on as many ranks, and against transformers.
+
+    Args:
+        made: the model.
+        p: pipeline ranks.
+        ep: ranks of a stage that share experts out, with the same data.
+    """
+    case = Case(pp=p, dp=ep, ep=ep, same_data=True)
+    shared = ("--expert-model-parallel-size", str(ep)) if ep > 1 else ()
     theirs = expected_of(made.hf, tiny_model(made.name, made.folder), case)
     of_ours = [
         run_on_ranks(
-            p, losses_and_gradients, case, train_options(made.words, made.checkpoint, case, schedule)
+            p * ep,
+            losses_and_gradients,
+            case,
+            train_options(made.words, made.checkpoint, case, schedule, *shared),
         )[0]
         for schedule in ("1f1b", "helix")
     ]
@@ -270,6 +297,17 @@ def errors_under_helix(made: Imported, p: int) -> dict[str, Errors]:
             max(relative_error(gradients[key], gradient) for key, gradient in expected.items()),
         )
     return found
+
+
+def gradients_error(made: Imported, case: Case, schedule: str, *options: str) -> float:
+    """Largest relative error of gradients under another layout, of what each rank has whole."""
+    _, expected = expected_of(made.hf, tiny_model(made.name, made.folder), case)
+    words = train_options(made.words, made.checkpoint, case, schedule, *options)
+    _, found = run_on_ranks(case.world_size, losses_and_gradients, case, words)[0]
+    assert found.keys() == expected.keys()
+    whole = [name for name, gradient in expected.items() if found[name].shape == gradient.shape]
+    assert all(name in whole for name in expected if ".experts." in name or ".router." in name)
+    return max(relative_error(found[name], expected[name]) for name in whole)
 
 
 def losses_error(made: Imported, case: Case, schedule: str, *options: str) -> float:

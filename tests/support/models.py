@@ -107,6 +107,8 @@ class Case:
     documents: bool = False
     experts: int | None = None
     ep: int = 1
+    # Ranks that share each expert: as many as share a layer if None.
+    etp: int | None = None
     # Further fields of the configuration of experts, by name.
     router: tuple[tuple[str, Any], ...] = ()
 
@@ -174,7 +176,7 @@ def initialize(case: Case) -> None:
             case.pp,
             context_parallel_size=case.cp,
             expert_model_parallel_size=case.ep,
-            expert_tensor_parallel_size=case.tp,
+            expert_tensor_parallel_size=case.tp if case.etp is None else case.etp,
         )
     assert parallel_state.get_tensor_model_parallel_world_size() == case.tp
     assert parallel_state.get_pipeline_model_parallel_world_size() == case.pp
@@ -238,7 +240,7 @@ def _experts(case: Case) -> dict[str, Any]:
         "num_moe_experts": case.experts,
         "moe_ffn_hidden_size": 40,
         "expert_model_parallel_size": case.ep,
-        "expert_tensor_parallel_size": case.tp,
+        "expert_tensor_parallel_size": case.tp if case.etp is None else case.etp,
         "moe_aux_loss_coeff": 0.1,
         "moe_token_dispatcher_type": "alltoall",
         **dict(case.router),

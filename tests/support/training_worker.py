@@ -373,6 +373,7 @@ def run_cases(
     common: str,
     context: int = 1,
     expert: int = 1,
+    expert_tensor: int | None = None,
 ) -> list[dict[str, Any]]:
     """Run ``pretrain_gpt.py common + options`` with each fault; what each run came to on this rank."""
     cpu_backend.install()
@@ -381,7 +382,7 @@ def run_cases(
         pipeline,
         context_parallel_size=context,
         expert_model_parallel_size=expert,
-        expert_tensor_parallel_size=tensor,
+        expert_tensor_parallel_size=tensor if expert_tensor is None else expert_tensor,
     )
     return [_run(f"{common} {options}".split(), fault) for options, fault in cases]
 

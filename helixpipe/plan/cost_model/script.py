@@ -37,7 +37,8 @@ _NEUTRAL_SWITCHES = frozenset(
         "no-create-attention-mask-in-dataloader", "no-gradient-accumulation-fusion", "no-initialization",
         "no-load-optim", "no-load-rng", "no-log-loss-scale-to-tensorboard", "no-manual-gc-eval",
         "no-masked-softmax-fusion", "no-mmap-bin-files", "no-persist-layer-norm", "no-position-embedding",
-        "no-recompute-without-attention", "no-rope-fusion", "no-save-optim", "no-save-rng", "openai-gelu",
+        "no-recompute-without-attention", "no-rope-fusion", "no-save-optim", "no-save-rng",
+        "no-yarn-correction-range-round-to-int", "openai-gelu",
         "overlap-grad-reduce", "overlap-p2p-communication-warmup-flush", "overlap-param-gather",
         "overlap-param-gather-with-optimizer-step", "profile", "qk-layernorm", "recompute-activations",
         "recompute-without-attention", "record-memory-history", "resend-context", "reset-attention-mask",
@@ -45,6 +46,7 @@ _NEUTRAL_SWITCHES = frozenset(
         "set-aside-checkpoints", "split-weight-gradients", "standalone", "tp-comm-overlap",
         "use-cpu-initialization", "use-distributed-optimizer", "use-flash-attn", "use-mcore-models",
         "use-persistent-ckpt-worker", "use-rope-scaling", "use-rotary-position-embeddings",
+        "yarn-correction-range-round-to-int",
     )
 )  # fmt: skip
 # Flags with values that decide no shape: of training, its layout, data and output, and of launchers.

@@ -68,6 +68,7 @@ MODEL = frozenset((
     "rotary_base", "rotary_percent", "rotary_seq_len_interpolation_factor", "use_rope_scaling",
     "rope_scaling_factor", "padded_vocab_size", "window_size", "window_attn_skip_freq",
     "rotary_scaling_factor", "yarn_original_max_position_embeddings", "yarn_beta_fast", "yarn_beta_slow",
+    "yarn_correction_range_round_to_int",
     "geglu", "apply_layernorm_1p", "sandwich_norm", "scale_embedding", "softmax_scale",
     "rotary_base_local", "attn_logit_softcapping", "final_logit_softcapping",
     "num_experts", "moe_ffn_hidden_size", "moe_router_topk", "moe_router_score_function",

@@ -83,8 +83,8 @@ def _yarn(config: ModelConfig, rope: dict[str, Any]) -> Arguments:
         "yarn_beta_fast": float(rope.pop("beta_fast", 32.0)),
         "yarn_beta_slow": float(rope.pop("beta_slow", 1.0)),
     }
-    if rope.pop("truncate", True) is not True:
-        config.refuse("truncate", False)
+    if not rope.pop("truncate", True):
+        arguments["no_yarn_correction_range_round_to_int"] = True
     return arguments
 
 

@@ -61,8 +61,25 @@ def same(ours: str, theirs: str) -> Rule:
 
 
 def transposed(ours: str, theirs: str) -> Rule:
-    """A matrix that is stored as [in, out]."""
-    return Rule(ours, (theirs,), lambda given: given[0].t(), lambda tensor: (tensor.t(),))
+    """A matrix, or one for each expert, that is stored as [in, out]."""
+    return Rule(ours, (theirs,), lambda given: given[0].mT, lambda tensor: (tensor.mT,))
+
+
+def alternating(ours: str, theirs: str) -> Rule:
+    """Experts' gates and what they multiply, which take turns there along the last dimension.
+
+    Weights are [experts, in, 2 * out] there and [experts, 2 * out, in] here, biases [experts, 2 * out].
+    """
+
+    def join(given: Tensors) -> Tensor:
+        by_pairs: Tensor = given[0].movedim(-1, 1).unflatten(1, (-1, 2))
+        return by_pairs.transpose(1, 2).flatten(1, 2)
+
+    def split(tensor: Tensor) -> Tensors:
+        by_pairs: Tensor = tensor.unflatten(1, (2, -1)).transpose(1, 2)
+        return (by_pairs.flatten(1, 2).movedim(1, -1),)
+
+    return Rule(ours, (theirs,), join, split)
 
 
 def stacked(ours: str, *theirs: str) -> Rule:

@@ -103,6 +103,12 @@ def check_expert_ranks(args: argparse.Namespace) -> None:
             f"{ranks} ranks of a stage (tensor-parallel {tp} x data-parallel {args.data_parallel_size}); "
             "use other sizes, or more ranks"
         )
+    if etp > 1 and args.add_bias_linear:
+        # Each of the ranks would add the whole bias to its part of an expert's output.
+        raise ValueError(
+            "experts with biases are whole on a rank; add --expert-tensor-parallel-size 1, or "
+            "--disable-bias-linear"
+        )
     if width % etp:
         raise ValueError(
             f"--moe-ffn-hidden-size {width} must be a multiple of --expert-tensor-parallel-size {etp}"
@@ -189,7 +195,6 @@ def _check_groups(args: argparse.Namespace) -> None:
 def _check_layer(args: argparse.Namespace) -> None:
     refuse(
         {
-            "--num-experts needs --disable-bias-linear; add it": args.add_bias_linear,
             "--num-experts does not go with --sandwich-norm; leave one out": args.sandwich_norm,
             "--moe-grouped-gemm needs --transformer-impl transformer_engine; leave it out or use that": (
                 args.moe_grouped_gemm and args.transformer_impl == "local"

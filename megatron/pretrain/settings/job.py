@@ -55,6 +55,7 @@ class ModelSettings:
     yarn_original_max_position_embeddings: int | None
     yarn_beta_fast: float | None
     yarn_beta_slow: float | None
+    yarn_correction_range_round_to_int: bool
     window_size: tuple[int, int] | None
     window_attn_skip_freq: int | tuple[int, ...] | None
     normalization: str

@@ -30,8 +30,8 @@ SUPPORTED = frozenset(
     moe-router-group-topk moe-router-load-balancing-type moe-router-num-groups moe-router-pre-softmax
     moe-router-score-function moe-router-topk moe-router-topk-scaling-factor moe-token-dispatcher-type
     moe-token-drop-policy moe-z-loss-coeff no-gradient-accumulation-fusion no-load-optim
-    no-log-loss-scale-to-tensorboard no-manual-gc-eval no-mmap-bin-files no-rope-freq norm-epsilon
-    normalization num-attention-heads num-experts num-layers num-layers-per-virtual-pipeline-stage
+    no-log-loss-scale-to-tensorboard no-manual-gc-eval no-mmap-bin-files no-rope-freq
+    no-yarn-correction-range-round-to-int norm-epsilon normalization num-attention-heads num-experts num-layers num-layers-per-virtual-pipeline-stage
     num-query-groups num-workers openai-gelu optimizer overlap-grad-reduce overlap-param-gather
     padded-vocab-size per-split-data-args-path pipeline-model-parallel-size position-embedding-type
     pretrained-checkpoint profile profile-ranks profile-step-end profile-step-start qk-layernorm
@@ -45,7 +45,7 @@ SUPPORTED = frozenset(
     use-distributed-optimizer use-rope-scaling valid-data-path vocab-file vocab-size wandb-entity
     wandb-exp-name wandb-project wandb-save-dir weight-decay weight-decay-incr-style
     window-attn-skip-freq window-size yarn-beta-fast yarn-beta-slow
-    yarn-original-max-position-embeddings
+    yarn-correction-range-round-to-int yarn-original-max-position-embeddings
     """.split()
 )
 
@@ -324,10 +324,10 @@ REFUSED: dict[str, str] = {
         decoder-seq-length disable-bf16-reduced-precision-matmul embedding-init-method-std
         encoder-seq-length flash-attention-version fp32-residual-connection fused-residual-rmsnorm
         init-method-xavier-uniform no-initialization no-position-embedding
-        no-yarn-correction-range-round-to-int onnx-safe
+        onnx-safe
         relative-attention-max-distance relative-attention-num-buckets rope-type rotary-interleaved
         squared-relu tensor-parallel-num-weight-shards use-fused-weighted-squared-relu
-        use-te-activation-func yarn-correction-range-round-to-int
+        use-te-activation-func
     """,
     "tensor-parallel messages are not overlapped; remove it": """
         tp-comm-overlap tp-comm-overlap-cfg tp-comm-overlap-rs-dgrad

@@ -41,6 +41,12 @@ def add_position_arguments(add: Callable[..., Any]) -> None:
         help="turns above which channels stay as they are (default 32)",
     )
     add("--yarn-beta-slow", type=Real(above=0.0), help="turns below which they are interpolated (default 1)")
+    add(
+        "--yarn-correction-range-round-to-int",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="both bounds are whole channels (default; not so in gpt-oss)",
+    )
     add("--use-rope-scaling", action="store_true", help="rotary positions as in Llama 3.1 and later")
     add("--rope-scaling-factor", type=Real(least=1.0), default=ROPE_SCALING_FACTOR, help="of it (default 8)")
 
@@ -104,6 +110,11 @@ def _check_yarn(args: argparse.Namespace) -> None:
                 raise ValueError(
                     f"{flag_of(name)} needs --position-embedding-type yarn; add it, or leave it out"
                 )
+        if not args.yarn_correction_range_round_to_int:
+            raise ValueError(
+                "--no-yarn-correction-range-round-to-int needs --position-embedding-type yarn; add it, or "
+                "leave it out"
+            )
         return
     for name in needed:
         if getattr(args, name) is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from megatron.pretrain.hf.config import ModelConfig
-from megatron.pretrain.hf.families import gemma, gpt2, llama, mistral, qwen
+from megatron.pretrain.hf.families import gemma, gpt2, gpt_oss, llama, mistral, qwen
 from megatron.pretrain.hf.families.family import Describe, Model
 
 FAMILIES: Mapping[str, Describe] = {
@@ -16,6 +16,7 @@ FAMILIES: Mapping[str, Describe] = {
     "mistral": mistral.describe,
     "mixtral": mistral.describe_mixtral,
     "gpt2": gpt2.describe,
+    "gpt_oss": gpt_oss.describe,
     "gemma": gemma.describe,
     "gemma2": gemma.describe_gemma2,
     "gemma3_text": gemma.describe_gemma3,

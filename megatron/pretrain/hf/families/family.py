@@ -136,6 +136,13 @@ def window_arguments(window: int, layer_types: list[str]) -> dict[str, Any]:
     return arguments
 
 
+def alternating_types(num_layers: int, every: int) -> list[str]:
+    """Windows in all layers but one in so many."""
+    return [
+        "full_attention" if (layer + 1) % every == 0 else "sliding_attention" for layer in range(num_layers)
+    ]
+
+
 def norm_rules(*, before_experts: bool = False) -> tuple[Rule, ...]:
     """The norms before attention and MLP, or mixture of experts, and the one before the head."""
     theirs = "model.layers.{}."

@@ -14,6 +14,7 @@ from typing import Any
 from megatron.pretrain.hf.config import ModelConfig
 from megatron.pretrain.hf.families.family import (
     Model,
+    alternating_types,
     attention_rules,
     decoder,
     decoder_arguments,
@@ -46,7 +47,7 @@ def describe_gemma2(config: ModelConfig, padded_rows: int | None) -> Model:
         cap = config.take(name, None)
         if cap is not None:
             arguments[name] = float(cap)
-    kinds = config.take("layer_types", []) or _alternating(arguments["num_layers"], 2)
+    kinds = config.take("layer_types", []) or alternating_types(arguments["num_layers"], 2)
     arguments |= window_arguments(config.take("sliding_window"), kinds)
     rules = (*attention_rules(arguments), *mlp_rules(), *_four_norms())
     return decoder(config, padded_rows, arguments, rules, tied=True)
@@ -59,7 +60,7 @@ def describe_gemma3(config: ModelConfig, padded_rows: int | None) -> Model:
     config.require("attn_logit_softcapping", None)
     config.require("final_logit_softcapping", None)
     every = config.take("_sliding_window_pattern", config.take("sliding_window_pattern", _EVERY))
-    kinds = config.take("layer_types", []) or _alternating(arguments["num_layers"], every)
+    kinds = config.take("layer_types", []) or alternating_types(arguments["num_layers"], every)
     arguments |= window_arguments(config.take("sliding_window"), kinds) | _two_bases(config)
     rules = (*attention_rules(arguments), *query_key_norms(), *mlp_rules(), *_four_norms())
     return decoder(config, padded_rows, arguments, rules, tied=True)
@@ -75,13 +76,6 @@ def _shared(config: ModelConfig) -> dict[str, Any]:
     config.require("attention_bias", False)
     config.require("use_bidirectional_attention", False)
     return arguments
-
-
-def _alternating(num_layers: int, every: int) -> list[str]:
-    """Windows in all layers but one in so many."""
-    return [
-        "full_attention" if (layer + 1) % every == 0 else "sliding_attention" for layer in range(num_layers)
-    ]
 
 
 def _two_bases(config: ModelConfig) -> dict[str, Any]:
