@@ -103,15 +103,20 @@ def build_local_rotary(config: TransformerConfig, group: Any) -> RotaryEmbedding
     return None if base is None else build_rotary("rope", config, group, rotary_base=base)
 
 
-def apply_variants(model: GPTModel) -> None:
-    """Make Megatron's model, or a stage of it, have what its configuration says."""
+def apply_variants(model: GPTModel, *, gives_angles: bool = True) -> None:
+    """Make Megatron's model, or a stage of it, have what its configuration says.
+
+    Args:
+        model: changed in place.
+        gives_angles: layers get rotary angles from it; else they make their own.
+    """
     config = model.config
     if model.pre_process:
         scale_embedding(model.embedding, config)
     if model.post_process:
         cap_logits(model.output_layer, config)
     local = build_local_rotary(config, model.pg_collection.cp)
-    if local is None:
+    if local is None or not gives_angles:
         return
 
     of_documents: WeakKeyDictionary[Documents, Tensor] = WeakKeyDictionary()

@@ -1,7 +1,8 @@
 """Sliding windows in blocks: against explicit scores in float64, and Megatron's own attention."""
 
+import itertools
 import math
-from dataclasses import replace
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -10,12 +11,15 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from models import Case, make_config
 from pretend import pretend_rank
+from test_slice_attention import by_chunk, by_sequence, chunks_of, problem
 
 from helixpipe.layers.attention.aten import AtenCpu
 from helixpipe.layers.attention.core import FlashCoreAttention, causal_attention
 from helixpipe.layers.attention.interface import Spans
 from helixpipe.layers.attention.windows import WindowAttention, window_of
 from helixpipe.layers.elastic.core_attention import SliceCoreAttention
+from helixpipe.layers.elastic.slice_attention import slice_attention
+from helixpipe.layers.elastic.window_parts import window_parts
 from helixpipe.plan.cost_model.model import read_model
 from helixpipe.plan.windows import parse_skip_frequency, parse_window, windows_of_layers
 
@@ -129,16 +133,61 @@ def test_layers_are_megatrons(frequency):
                 torch.testing.assert_close(tensor, wanted, rtol=0, atol=1e-12)
 
 
-def test_schedules_that_cut_sequences_refuse_windows():
+def test_parts_of_an_earlier_slice_are_what_a_window_leaves_of_it():
+    sizes = (range(1, 5), range(1, 5), range(10), range(1, 12))
+    for num_queries, num_keys, between, window in itertools.product(*sizes):
+        distance = num_keys + between
+        seen = torch.zeros(num_queries, num_keys, dtype=torch.long)
+        for part in window_parts(num_queries, num_keys, distance, window):
+            block = seen[part.queries, part.keys]
+            assert block.numel()
+            assert part.is_whole or block.shape[0] == block.shape[1]
+            block += 1 if part.is_whole else torch.ones_like(block).triu()
+        place = distance + torch.arange(num_queries)[:, None] - torch.arange(num_keys)
+        assert torch.equal(seen, (place < window).long()), (num_queries, num_keys, distance, window)
+    assert [part.is_whole for part in window_parts(3, 4, 9, 0)] == [True]
+
+
+# Shorter than slices, as long as one, longer than some, longer than the sequence.
+@pytest.mark.parametrize("window", [1, 2, 9, 33, 60, 131, 500])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_slices_and_packed_sequences_see_through_windows(window, padding):
+    sequences, chunks = problem(HEADS, GROUPS, SIZE), chunks_of()
+    attention = partial(slice_attention, backend=AtenCpu(), window=window)
+    found = by_chunk(sequences, chunks, padding=padding, attention=attention)
+    expected = by_sequence(explicit(window), sequences, torch.float64)
+    for of_sequence, wanted in zip(found, expected, strict=True):
+        for tensor, other in zip(of_sequence, wanted, strict=True):
+            torch.testing.assert_close(tensor, other, rtol=0, atol=1e-12)
+
+
+def test_no_slice_outside_of_a_window_is_attended_to():
+    """Of 131 tokens in slices of 50, 33, 1 and 47, a slice sees through 16 tokens the one or two before."""
+    seen = []
+    whole = AtenCpu.forward_whole
+
+    def noted(self, query, key, *others):
+        seen.append((query.shape[2], key.shape[2]))
+        return whole(self, query, key, *others)
+
+    with mock.patch.object(AtenCpu, "forward_whole", noted):
+        attention = partial(slice_attention, backend=AtenCpu(), window=16)
+        by_chunk(problem(HEADS, GROUPS, SIZE), chunks_of(), attention=attention)
+    assert max(queries * keys for queries, keys in seen) <= 16 * 16
+    assert len(seen) < 50
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_layers_over_slices_have_megatrons_windows(layer):
     case = Case(pp=1)
-    with pretend_rank(replace(case)):
+    with pretend_rank(case):
         config = make_config(case)
-        config.window_size = (4, 0)
-        with pytest.raises(ValueError, match="schedules that cut sequences; use helix or 1f1b"):
-            SliceCoreAttention(
-                config=config, layer_number=1, attn_mask_type=AttnMaskType.causal, attention_type="self",
-                contexts=None,
-            )  # fmt: skip
+        config.window_size, config.window_attn_skip_freq = (4, 0), 2
+        core = SliceCoreAttention(
+            config=config, layer_number=layer, attn_mask_type=AttnMaskType.causal, attention_type="self",
+            contexts=None, pg_collection=mock.Mock(),
+        )  # fmt: skip
+        assert core.window == (5 if layer == 1 else 0)
 
 
 def test_options_and_scripts_name_the_same_windows(tmp_path):

@@ -149,6 +149,7 @@ class FlashCoreAttention(MegatronModule):
         pg_collection: Megatron's groups, of which that of context parallelism is used.
 
     Attributes:
+        window: how many tokens a token sees, its own included; 0 for all before it.
         softmax_offset: scores of the heads' attention sinks, as Megatron calls them, [heads of this rank],
             where they are learned (``softmax_type`` ``learnable``); else None.
 
@@ -182,11 +183,7 @@ class FlashCoreAttention(MegatronModule):
             )
         if attn_mask_type is not AttnMaskType.causal or attention_type != "self":
             raise ValueError("only causal self-attention is supported")
-        window = window_of(config, layer_number)
-        if window and self._varies:
-            raise ValueError(
-                "sliding-window attention is not supported by schedules that cut sequences; use helix or 1f1b"
-            )
+        self.window = window = window_of(config, layer_number)
         self._group: dist.ProcessGroup | None = None
         if config.context_parallel_size > 1:
             unsupported = {
@@ -201,7 +198,7 @@ class FlashCoreAttention(MegatronModule):
             raise ValueError("query-key layer scaling is not supported; it only serves fp16 softmax")
         self.scale = softmax_scale
         self.backend = choose(backend, problem_of(config, varies=self._varies or documents)).backend
-        if window:
+        if window and not self._varies:
             self.backend = WindowAttention(self.backend, window)
         self.softmax_offset = _sinks_of(config) if config.softmax_type == "learnable" else None
 

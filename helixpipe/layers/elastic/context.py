@@ -10,6 +10,8 @@ from torch import Tensor
 
 from helixpipe.elastic.chunks import Piece
 
+_ALL = slice(None)
+
 
 class _Slot(NamedTuple):
     """What one layer keeps of one sequence belongs together."""
@@ -34,14 +36,24 @@ class KeptSlice:
         self.grad_key: Tensor | None = None
         self.grad_value: Tensor | None = None
 
-    def add_gradients(self, grad_key: Tensor, grad_value: Tensor) -> None:
-        """Add what one later slice gives."""
-        if self.grad_key is None or self.grad_value is None:
+    def add_gradients(self, grad_key: Tensor, grad_value: Tensor, tokens: slice = _ALL) -> None:
+        """Add what one later slice gives to these of the tokens."""
+        is_first = self.grad_key is None
+        if is_first and grad_key.shape[2] == self.length:
             wide = torch.promote_types(grad_key.dtype, torch.float32)
             self.grad_key, self.grad_value = (grad.to(wide) for grad in (grad_key, grad_value))
-        else:
-            self.grad_key += grad_key
-            self.grad_value += grad_value
+            return
+        self.expect_gradients()
+        for total, grad in zip(self.sums(), (grad_key, grad_value), strict=True):
+            total[:, :, tokens] += grad
+
+    def expect_gradients(self) -> None:
+        """Have sums that are zero, of a slice of which no later one may have seen anything yet."""
+        if self.grad_key is None:
+            wide = torch.promote_types(self.key.dtype, torch.float32)
+            self.grad_key, self.grad_value = (
+                torch.zeros_like(tensor, dtype=wide) for tensor in (self.key, self.value)
+            )
 
     def sums(self) -> tuple[Tensor, Tensor]:
         """The gradients of keys and values, to which a later slice has added."""

@@ -57,9 +57,11 @@ class SliceCoreAttention(FlashCoreAttention):
         layout = packed_seq_params
         assert layout is not None
         assert attention_bias is None
-        if layout.rotary is not None and is_rotated(self.config, self.layer_number):
+        has_own = self.window and layout.local_rotary is not None
+        rotary = layout.local_rotary if has_own else layout.rotary
+        if rotary is not None and is_rotated(self.config, self.layer_number):
             query, key = rotate_at(
-                query, key, layout.positions, layout.rotary, self.config, self._context_parallel_group
+                query, key, layout.positions, rotary, self.config, self._context_parallel_group
             )
         return slice_attention(
             query,
@@ -70,6 +72,7 @@ class SliceCoreAttention(FlashCoreAttention):
             layer=self.layer_number,
             scale=self.scale,
             backend=self.backend,
+            window=self.window,
             sink=self.sink_for(query, sink),
         )
 

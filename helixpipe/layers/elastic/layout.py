@@ -23,12 +23,14 @@ class ChunkLayout:
         spans: first and last token (exclusive) of each piece and of the padding, within the chunk.
         positions: [1, T] of every token in its own sequence.
         rotary: makes angles from positions; None for models with learned positions.
+        local_rotary: does so in layers with windows, where these have a base of their own.
     """
 
     pieces: tuple[Piece, ...]
     spans: tuple[tuple[int, int], ...]
     positions: Tensor
     rotary: RotaryEmbedding | None = None
+    local_rotary: RotaryEmbedding | None = None
 
     # Megatron's attention leaves tensors in this format as they are: [T, 1, heads, d].
     qkv_format = "sbhd"

@@ -17,7 +17,7 @@ from helixpipe.layers.gpt import ChunkedLossGPTModel
 from helixpipe.layers.recomputing_layer import NOTHING_SAVED, MemorySaving
 from helixpipe.layers.rotary import POSITIONS
 from helixpipe.layers.spec import Implementation, block_spec
-from helixpipe.layers.variants import apply_variants, variants_of
+from helixpipe.layers.variants import apply_variants, build_local_rotary
 from helixpipe.refusals import refuse
 
 
@@ -42,6 +42,7 @@ class ElasticGPTModel(ChunkedLossGPTModel):
 
     Attributes:
         run: to be set before each call.
+        local_rotary: of layers with windows, see :class:`ChunkLayout`.
     """
 
     run: ChunkRun | None = None
@@ -49,6 +50,7 @@ class ElasticGPTModel(ChunkedLossGPTModel):
     def __init__(self, contexts: ContextStore, *args: Any, **arguments: Any) -> None:
         super().__init__(*args, **arguments)
         self.contexts = contexts
+        self.local_rotary = build_local_rotary(self.config, self.pg_collection.cp)
 
     def forward(
         self,
@@ -125,7 +127,7 @@ def build_elastic_gpt(
     spec = block_spec(config, implementation, saving=saving)
     attend_to_slices(spec.layer_specs, contexts, implementation.attention)
     model = ElasticGPTModel(contexts, saving.loss_chunk_size, config, spec, **arguments)
-    apply_variants(model)
+    apply_variants(model, gives_angles=False)
     return model
 
 
@@ -142,7 +144,6 @@ def check_supported(
         "multi-latent attention": config.multi_latent_attention,
         "multi-token prediction": bool(config.mtp_num_layers),
         "fused QKV rotary positions": config.fused_single_qkv_rope,
-        "two bases of rotary positions": variants_of(config).rotary_base_local is not None,
         "CUDA graphs": config.cuda_graph_impl != "none",
         f"{position_embedding_type} positions": position_embedding_type not in POSITIONS,
     }

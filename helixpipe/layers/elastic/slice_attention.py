@@ -9,7 +9,7 @@ over all keys.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,8 +20,10 @@ from helixpipe.kernels import merge_attention
 from helixpipe.layers.attention.choice import AUTO, choose, problem_with
 from helixpipe.layers.attention.interface import AttentionBackend, ForwardResult
 from helixpipe.layers.attention.sinks import merge_sink, sink_gradient
+from helixpipe.layers.attention.windows import WindowAttention
 from helixpipe.layers.elastic.context import ContextStore, KeptSlice, alone
 from helixpipe.layers.elastic.layout import ChunkLayout
+from helixpipe.layers.elastic.window_parts import WindowPart, window_parts
 
 # What a message has behind its tensors, filled up to whole words.
 _HEADER_BYTES = 64
@@ -30,18 +32,28 @@ _HEADER_BYTES = 64
 class _Forward:
     """One chunk's attention in one layer; tensors are [1, heads or groups, tokens, d]."""
 
-    def __init__(self, backend: AttentionBackend, scale: float) -> None:
+    def __init__(self, backend: AttentionBackend, scale: float, window: int) -> None:
         self.backend = backend
+        self.own_backend = WindowAttention(backend, window) if window else backend
         self.scale = scale
-        # What kernels need back: for the chunk's own keys, and by earlier slice for the context.
+        self.window = window
+        # What kernels need back: for the chunk's own keys, and by part of an earlier slice for the context.
         self.own_extra: tuple[Any, ...] = ()
         self.context_extra: list[tuple[Any, ...]] = []
+
+    def parts(self, num_queries: int, context: list[KeptSlice]) -> Iterator[tuple[KeptSlice, WindowPart]]:
+        """What the first piece's queries see of the context, slice by slice."""
+        distance = sum(kept.length for kept in context)
+        for kept in context:
+            for part in window_parts(num_queries, kept.length, distance, self.window):
+                yield kept, part
+            distance -= kept.length
 
     def run(
         self, query: Tensor, key: Tensor, value: Tensor, layout: ChunkLayout, context: list[KeptSlice]
     ) -> tuple[Tensor, Tensor]:
         """Output [1, heads, T, d] and log-sum-exp [1, heads, T]."""
-        own = self.backend.forward(query, key, value, self.scale, spans=layout.sequences)
+        own = self.own_backend.forward(query, key, value, self.scale, spans=layout.sequences)
         self.own_extra = own.extra
         if context:
             part = slice(*layout.spans[0])
@@ -53,10 +65,11 @@ class _Forward:
         """The output over the context, too, whose log-sum-exp is added in place."""
         # Sums of 16-bit parts are kept in the log-sum-exp's type, so that each is rounded once.
         total = output.to(log_sum_exp.dtype)
-        for kept in context:
-            part = self.backend.forward(query, kept.key, kept.value, self.scale, causal=False)
-            self.context_extra.append(part.extra)
-            merge_attention(total, log_sum_exp, part.output, part.log_sum_exp)
+        for kept, part in self.parts(query.shape[2], context):
+            found = part.forward(self.backend, query, kept.key, kept.value, self.scale)
+            self.context_extra.append(found.extra)
+            rows = part.queries
+            merge_attention(total[:, :, rows], log_sum_exp[..., rows], found.output, found.log_sum_exp)
         return total
 
 
@@ -66,7 +79,7 @@ def _own_gradients(
     """Gradients of query, key and value through the chunk's own keys."""
     query, key, value, output, log_sum_exp = saved
     result = ForwardResult(output, log_sum_exp, ran.own_extra)
-    return ran.backend.backward(grad, query, key, value, result, ran.scale, spans=layout.sequences)
+    return ran.own_backend.backward(grad, query, key, value, result, ran.scale, spans=layout.sequences)
 
 
 def _add_context_gradients(
@@ -78,17 +91,20 @@ def _add_context_gradients(
     grad_query: Tensor,
 ) -> None:
     """Add keys' and values' gradients to the earlier slices, and to ``grad_query`` what comes from them."""
-    part = slice(*layout.spans[0])
-    query, output, grad, of_query = (t[:, :, part] for t in (saved[0], saved[3], grad, grad_query))
-    log_sum_exp = saved[4][..., part]
+    first = slice(*layout.spans[0])
+    query, output, grad, of_query = (t[:, :, first] for t in (saved[0], saved[3], grad, grad_query))
+    log_sum_exp = saved[4][..., first]
     total = of_query.to(log_sum_exp.dtype)
-    for kept, extra in zip(context, ran.context_extra, strict=True):
+    parts = ran.parts(query.shape[2], context)
+    for (kept, part), extra in zip(parts, ran.context_extra, strict=True):
         result = ForwardResult(output, log_sum_exp, extra)
-        grad_part, grad_key, grad_value = ran.backend.backward(
-            grad, query, kept.key, kept.value, result, ran.scale, causal=False
+        of_part, grad_key, grad_value = part.backward(
+            ran.backend, grad, query, kept.key, kept.value, result, ran.scale
         )
-        total += grad_part
-        kept.add_gradients(grad_key, grad_value)
+        total[:, :, part.queries] += of_part
+        kept.add_gradients(grad_key, grad_value, part.keys)
+    for kept in context:
+        kept.expect_gradients()
     of_query.copy_(total)
 
 
@@ -105,11 +121,12 @@ class _SliceAttention(torch.autograd.Function):
         layout: ChunkLayout,
         contexts: ContextStore,
         backend: AttentionBackend,
+        window: int,
         keeps_graph: bool,
     ) -> Tensor:
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in compact(query, key, value))
         first, last = layout.pieces[0], layout.pieces[-1]
-        ran = _Forward(backend, scale)
+        ran = _Forward(backend, scale, window)
         output, log_sum_exp = ran.run(query, key, value, layout, contexts.earlier(layer, first))
         output, log_sum_exp = merge_sink(output, log_sum_exp, sink)
         if last.is_continued:
@@ -137,7 +154,7 @@ class _SliceAttention(torch.autograd.Function):
             for grad_own, total in zip((grad_key, grad_value), kept.sums(), strict=True):
                 grad_own[:, :, own] += total
         whole = (tensor.permute(2, 0, 1, 3) for tensor in (grad_query, grad_key, grad_value))
-        return (*whole, sink_gradient(grad, saved[3], saved[4], sink), None, None, None, None, None, None)
+        return (*whole, sink_gradient(grad, saved[3], saved[4], sink), *(None,) * 7)
 
 
 def compact(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,6 +180,7 @@ def slice_attention(
     layer: int,
     scale: float | None = None,
     backend: AttentionBackend | None = None,
+    window: int = 0,
     sink: Tensor | None = None,
 ) -> Tensor:
     """Attention of one chunk in one layer.
@@ -179,6 +197,7 @@ def slice_attention(
         layer: any number that tells the stage's layers apart.
         scale: factor of the scores, ``1/sqrt(d)`` if None.
         backend: what computes it; None: the fastest that works.
+        window: how many tokens of its sequence a token sees, its own included; 0 for all before it.
         sink: scores of the heads' attention sinks, [heads]; None for no sinks.
 
     Returns:
@@ -191,6 +210,6 @@ def slice_attention(
         backend = choose(AUTO, replace(problem, varies=True)).backend
     keeps_graph = torch.is_grad_enabled()
     output: Tensor = _SliceAttention.apply(
-        query, key, value, sink, scale, layer, layout, contexts, backend, keeps_graph
+        query, key, value, sink, scale, layer, layout, contexts, backend, window, keeps_graph
     )
     return output.flatten(2)

@@ -89,6 +89,7 @@ class ElasticSegments:
             spans_of(chunk, self._lengths[micro_batch]),
             tensors["position_ids"],
             getattr(self._stage, "rotary_pos_emb", None),
+            self._stage.local_rotary,
         )
         self._stage.run = ChunkRun(layout, self._recipe.checkpointed[segment][micro_batch])
         output, num_tokens = forward_step(

@@ -115,7 +115,7 @@ class SliceSegments:
         """One slice and nothing else."""
         positions = self._positions[:, piece.start : piece.start + piece.length]
         rotary = getattr(self._stage, "rotary_pos_emb", None)
-        return ChunkLayout((piece,), ((0, piece.length),), positions, rotary)
+        return ChunkLayout((piece,), ((0, piece.length),), positions, rotary, self._stage.local_rotary)
 
     def _call(self, piece: Piece) -> _Call:
         """What the forward step has asked for: called for the first slice, forgotten after the last."""

@@ -50,11 +50,18 @@ def slices_up_to(ends: Sequence[float]) -> list[Slice]:
 
 
 def _layer_ms(pieces: Pieces, *, forward_only: bool) -> tuple[float, float]:
-    """Of a layer: all that grows with length, and attention."""
+    """Of a layer, as their mean: all that grows with length, and what grows with its square.
+
+    Attention through windows grows with length, but for the first tokens.
+    """
     costs = {name: pieces.times[name] for name in LAYER_PIECES}
     times = {name: cost.forward if forward_only else cost.total for name, cost in costs.items()}
-    core = times.pop("core")
-    return sum(times.values()), core
+    core, linear = times.pop("core"), sum(times.values())
+    model, length = pieces.workload.model, pieces.workload.seq_length
+    shares = [model.core_share(layer, length) for layer in range(model.num_layers)]
+    through_windows = [share for share in shares if share < 1.0]
+    num_full = model.num_layers - len(through_windows)
+    return linear + core * sum(through_windows) / model.num_layers, core * num_full / model.num_layers
 
 
 def with_predicted_ends(pieces: Pieces, plan: Plan) -> Plan:
