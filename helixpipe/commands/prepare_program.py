@@ -31,7 +31,12 @@ from helixpipe.data.text_tokenizers import END_OF_DOCUMENT, TokenizerSettings
 
 _TEXT_KEY = "text"
 _RESPONSE_KEY = "response"
-_KINDS = {Format.TEXT: "text", Format.JSONL: "JSON lines", Format.PARQUET: "Parquet"}
+_KINDS = {
+    Format.TEXT: "text",
+    Format.JSONL: "JSON lines",
+    Format.PARQUET: "Parquet",
+    Format.DATASET: "saved datasets",
+}
 
 
 class _Stopped(BaseException):

@@ -24,6 +24,7 @@ class Format(str, Enum):
     TEXT = "text"  # the file is one document
     JSONL = "jsonl"  # every line is a JSON object with one document
     PARQUET = "parquet"  # every row is one
+    DATASET = "dataset"  # so it is; a folder of the library datasets
 
 
 class Inspected(NamedTuple):
@@ -78,6 +79,8 @@ def inspect_file(path: str, wanted: Format | None = None) -> Inspected:
     is_parquet = head.startswith(_PARQUET)
     if is_parquet and wanted in (None, Format.PARQUET):
         return Inspected(Format.PARQUET, "")
+    if wanted is Format.DATASET:
+        raise ValueError(f"{path}: is a file, and --format dataset takes folders: leave --format out")
     if wanted is Format.PARQUET:
         raise ValueError(f"{path}: is no Parquet: leave --format out, or leave it out with --exclude")
     compression = next((name for magic, name in _COMPRESSIONS.items() if head.startswith(magic)), "")

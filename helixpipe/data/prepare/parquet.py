@@ -29,7 +29,7 @@ def read_rows(path: str, keys: list[str]) -> Iterator[tuple[dict[str, Any], floa
     problems = import_module("pyarrow").ArrowException
     try:
         with parquet.ParquetFile(path) as file:
-            columns = [_column(path, key, file.schema_arrow.names) for key in keys]
+            columns = [column_of(path, key, file.schema_arrow.names) for key in keys]
             for batch in file.iter_batches(batch_size=_ROWS, columns=columns):
                 for row in batch.to_pylist():
                     yield row, 1.0 / file.metadata.num_rows
@@ -38,8 +38,17 @@ def read_rows(path: str, keys: list[str]) -> Iterator[tuple[dict[str, Any], floa
         raise ValueError(f"{path}: its Parquet data are damaged ({reason}): copy the file again") from error
 
 
-def _column(path: str, key: str, names: list[str]) -> str:
-    """The column that a key is, or is in."""
+def column_of(path: str, key: str, names: list[str]) -> str:
+    """The column that a key is, or is in.
+
+    Args:
+        path: of what has the columns, for messages.
+        key: see :func:`read_rows`.
+        names: of the columns.
+
+    Raises:
+        ValueError: none is.
+    """
     for name in (key, key.partition(".")[0]):
         if name in names:
             return name

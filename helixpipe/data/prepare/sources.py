@@ -1,4 +1,4 @@
-"""What a corpus is made from: files and folders of text, JSON lines and Parquet, read piece by piece."""
+"""What a corpus is made from: text, JSON lines, Parquet and saved datasets, read piece by piece."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
 
+from helixpipe.data.prepare import parquet, saved_datasets
 from helixpipe.data.prepare.formats import (
     LONGEST_LINE,
     Format,
@@ -17,7 +18,6 @@ from helixpipe.data.prepare.formats import (
     open_source,
     refuse_damaged,
 )
-from helixpipe.data.prepare.parquet import read_rows
 from helixpipe.data.prepare.pieces import Piece, cut
 from helixpipe.json_input import parse_json
 
@@ -25,7 +25,7 @@ _BLOCK_BYTES = 1 << 20
 
 
 class Source(NamedTuple):
-    """One input file; ``compression`` is empty for a plain one."""
+    """One input file, or a saved dataset's folder; ``compression`` is empty for a plain one."""
 
     path: str
     size: int
@@ -59,7 +59,7 @@ def find_sources(
     """List the input files, in the given order; a directory's files sorted by their path.
 
     Args:
-        inputs: Files and directories.
+        inputs: Files and directories. A folder that the library ``datasets`` has saved is one source.
         pattern: Glob for the names of a directory's files.
         exclude: Globs for the names of files and folders to leave out of a directory.
         own: Files that are not taken from a directory, and neither are temporaries of them: what
@@ -73,6 +73,9 @@ def find_sources(
     sources: list[Source] = []
     for path in inputs:
         try:
+            if os.path.isdir(path) and saved_datasets.is_saved_dataset(path):
+                sources.append(_saved_dataset(path, wanted))
+                continue
             if os.path.isdir(path):
                 found = _walk(path, pattern, exclude, own)
                 if not found:
@@ -202,10 +205,19 @@ def _read_json_lines(source: Source, reading: Reading, undecodable: set[str]) ->
             yield from _pieces(prompt, text, reading.limit, read)
 
 
-def _read_parquet(source: Source, reading: Reading, undecodable: set[str]) -> Iterator[Piece]:
+def _saved_dataset(folder: str, wanted: Format | None) -> Source:
+    if wanted not in (None, Format.DATASET):
+        raise ValueError(f"{folder}: is a saved dataset: leave --format out")
+    return Source(folder, saved_datasets.size_of(folder), Format.DATASET, "")
+
+
+_ROWS_OF = {Format.PARQUET: parquet.read_rows, Format.DATASET: saved_datasets.read_rows}
+
+
+def _read_rows(source: Source, reading: Reading, undecodable: set[str]) -> Iterator[Piece]:
     keys = [key for key in (reading.prompt_key, reading.json_key) if key is not None]
     read, reported = 0.0, 0
-    for number, (row, share) in enumerate(read_rows(source.path, keys), start=1):
+    for number, (row, share) in enumerate(_ROWS_OF[source.format](source.path, keys), start=1):
         prompt, text = _texts(row, f"{source.path}: row {number}", reading, source.path, undecodable)
         read += share * source.size
         yield from _pieces(prompt, text, reading.limit, int(read) - reported)
@@ -213,7 +225,12 @@ def _read_parquet(source: Source, reading: Reading, undecodable: set[str]) -> It
 
 
 # By format, what reads a file piece by piece.
-_READ = {Format.TEXT: _read_text, Format.JSONL: _read_json_lines, Format.PARQUET: _read_parquet}
+_READ = {
+    Format.TEXT: _read_text,
+    Format.JSONL: _read_json_lines,
+    Format.PARQUET: _read_rows,
+    Format.DATASET: _read_rows,
+}
 
 
 def _texts(
