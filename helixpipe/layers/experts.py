@@ -101,8 +101,9 @@ def unsupported_experts(config: TransformerConfig) -> dict[str, bool]:
             and config.add_bias_linear
             and config.expert_tensor_parallel_size > 1
         ),
-        "experts with context parallelism": config.num_moe_experts is not None
-        and config.context_parallel_size > 1,
+        "context parallelism, whose ranks route their own tokens, where these depend on others": (
+            config.context_parallel_size > 1 and coupling_of_tokens(config) is not None
+        ),
         "experts in some layers only": config.num_moe_experts is not None and config.moe_layer_freq != 1,
         "load balancing over a whole batch, which depends on the order of micro batches": "global_aux_loss"
         in types,

@@ -155,6 +155,7 @@ def _of_experts(experts: ExpertSettings) -> dict[str, Any]:
     return {
         "num_moe_experts": experts.num_experts,
         "moe_ffn_hidden_size": experts.moe_ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": experts.moe_shared_expert_intermediate_size,
         "moe_router_topk": experts.moe_router_topk,
         "moe_router_load_balancing_type": experts.moe_router_load_balancing_type,
         "moe_aux_loss_coeff": experts.moe_aux_loss_coeff,

@@ -30,6 +30,16 @@ def test_two_ranks_share_a_sequence():
 
 
 @pytest.mark.slow
+def test_tokens_of_shared_sequences_find_their_experts():
+    case = replace(TWO, experts=4, router=(("moe_aux_loss_coeff", 0.0),))
+    check([replace(case, schedule="1f1b"), replace(case, ep=2, schedule="1f1b"),
+           replace(case, ep=2, without_attention=True, attention_range="block")])  # fmt: skip
+    case = replace(case, pp=2, num_layers=4)
+    check([replace(case, ep=2, attention_range="qkv", head_placement="spread"),
+           replace(case, schedule="zb-h1", mlp_chunk=7)])  # fmt: skip
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ["gpt", "llama"])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_stages_of_shared_sequences(style, dtype):

@@ -25,6 +25,7 @@ SIGMOID = (
     ("moe_router_topk", 3),
     ("moe_router_topk_scaling_factor", 2.0),
 )
+EVERY_TOKENS = (("moe_shared_expert_intermediate_size", 48),)
 SHORT = Case(pp=2, experts=4, style="llama")
 SHARED = Case(pp=2, tp=2, sequence_parallel=True, experts=4, style="llama")
 PAIRS = Case(pp=2, dp=2, ep=2, experts=4, style="llama")
@@ -40,7 +41,7 @@ def whole_sequences(layout: Case) -> list[Case]:
     return [
         # One rank computes all losses of tokens; the others have routers, too.
         replace(layout, attention_range="qkv", without_attention=True),
-        replace(layout, schedule="zb-h1", without_attention=True, overlap=True),
+        replace(layout, schedule="zb-h1", without_attention=True, overlap=True, router=EVERY_TOKENS),
         replace(layout, head_placement="spread"),
         replace(layout, per_token_loss=True, micro_batch_size=2, router=BY_SEQUENCE),
         replace(fp64, attention_range="block", levels="products", rounds=2),
@@ -56,6 +57,9 @@ def whole_sequences(layout: Case) -> list[Case]:
         ),
         replace(layout, without_attention=True, router=DROPPING),
         replace(layout, levels="products:2,without-attention:2", router=SIGMOID),
+        replace(
+            fp64, attention_range="block", levels="products", head_placement="spread", router=EVERY_TOKENS
+        ),
         replace(fp64, schedule="zb-v", tied=False, num_layers=8),
         replace(layout, schedule="gpipe", recompute="full"),
     ]
@@ -68,7 +72,8 @@ def parts_of_sequences(layout: Case) -> list[Case]:
     return [
         replace(layout, schedule="sliced-helix", without_attention=True),
         replace(fp64, attention_range="block", head_placement="spread", mlp_chunk=7, loss_chunk=10),
-        replace(fp64, schedule="seq1f1b", num_slices=3),
+        replace(fp64, schedule="seq1f1b", num_slices=3, router=(*UNBALANCED, *EVERY_TOKENS)),
+        replace(fp64, schedule="sliced-helix", mlp_chunk=5, router=(*UNBALANCED, *EVERY_TOKENS)),
         replace(fp64, schedule="sliced-helix", attention_range="block", head_placement="spread", mlp_chunk=5),
     ]
 

@@ -90,7 +90,7 @@ def test_a_dense_model_couples_no_tokens():
     ("values", "named"),
     [
         ({"add_bias_linear": True, "expert_tensor_parallel_size": 2}, "biases of experts that ranks share"),
-        ({"context_parallel_size": 2}, "experts with context parallelism"),
+        ({"context_parallel_size": 2}, "context parallelism, whose ranks route their own tokens"),
         ({"moe_layer_freq": [1, 0]}, "experts in some layers only"),
         (
             {"moe_router_load_balancing_type": ["aux_loss", "global_aux_loss"]},

@@ -19,6 +19,10 @@ EXPERTS = "--num-experts 8 --disable-bias-linear"
         ("--moe-ffn-hidden-size 64", "--moe-ffn-hidden-size needs --num-experts"),
         ("--moe-grouped-gemm", "--moe-grouped-gemm needs --num-experts"),
         ("--expert-tensor-parallel-size 2", "--expert-tensor-parallel-size needs --num-experts"),
+        (
+            "--num-experts 8 --moe-shared-expert-intermediate-size 64",
+            "--moe-shared-expert-intermediate-size needs --disable-bias-linear",
+        ),
         (f"{EXPERTS} --sandwich-norm", "does not go with --sandwich-norm"),
         (f"{EXPERTS} --moe-router-topk 9", "topk 9 of --num-experts 8; use at most 8"),
         (f"{EXPERTS} --moe-router-topk 1", "--moe-router-topk 1 needs --moe-router-pre-softmax"),
@@ -76,7 +80,10 @@ def test_options_that_do_not_go_together_are_refused(options, message):
             "--moe-ffn-hidden-size 63 --expert-tensor-parallel-size 2",
             "63 must be a multiple of --expert-tensor",
         ),
-        ("--context-parallel-size 2", "--num-experts does not go with --context-parallel-size yet"),
+        (
+            "--context-parallel-size 2 --moe-aux-loss-coeff 0.1",
+            "--moe-aux-loss-coeff is about all tokens of a micro batch, and --context-parallel-size",
+        ),
         (
             "--expert-model-parallel-size 2 --pipeline-schedule elastic",
             "does not go with elastic, under which every data-parallel rank has chunks of its own; use 1",
@@ -102,6 +109,12 @@ def test_experts_with_biases_are_whole_on_a_rank(monkeypatch):
     assert job_settings(f"{biased} --expert-tensor-parallel-size 1").model.add_bias_linear
 
 
+def test_ranks_that_share_sequences_share_experts(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    shared = job_settings(f"{EXPERTS} --context-parallel-size 2 --expert-model-parallel-size 2")
+    assert shared.parallel.expert_model_parallel_size == 2
+
+
 def test_experts_are_planned_as_they_are_shared_out(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert job_settings(f"{EXPERTS} --expert-model-parallel-size 2").workload.expert_parallel == 2
@@ -118,15 +131,17 @@ def test_what_is_left_out_is_as_in_megatron():
 def test_megatrons_layer_gets_what_is_asked_for():
     config = build_config(
         job_settings(
-            f"{EXPERTS} --moe-ffn-hidden-size 48 --moe-router-topk 4 --moe-router-load-balancing-type "
-            "seq_aux_loss --moe-aux-loss-coeff 0.01 --moe-z-loss-coeff 0.001 --moe-router-score-function "
-            "sigmoid --moe-router-topk-scaling-factor 2.5 --moe-router-num-groups 4 "
+            f"{EXPERTS} --moe-ffn-hidden-size 48 --moe-shared-expert-intermediate-size 40 "
+            "--moe-router-topk 4 --moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0.01 "
+            "--moe-z-loss-coeff 0.001 --moe-router-score-function sigmoid "
+            "--moe-router-topk-scaling-factor 2.5 --moe-router-num-groups 4 "
             "--moe-router-group-topk 2 --moe-router-dtype fp32 --moe-token-dispatcher-type alltoall "
             "--moe-expert-capacity-factor 1.5 --moe-token-drop-policy position --moe-router-pre-softmax"
         )
     )
     assert {name: value for name, value in vars(config).items() if value and name.startswith("moe_")} == {
         "moe_ffn_hidden_size": 48,
+        "moe_shared_expert_intermediate_size": 40,
         "moe_router_topk": 4,
         "moe_router_load_balancing_type": "seq_aux_loss",
         "moe_aux_loss_coeff": 0.01,
@@ -163,7 +178,9 @@ CONFIG = {
         {"model_type": "qwen3_moe", "num_experts": 16, "moe_intermediate_size": 24, "norm_topk_prob": True},
         {"model_type": "qwen3_moe", "num_local_experts": 16, "moe_intermediate_size": 24},
         {
-            "model_type": "gpt_oss", "num_local_experts": 8, "sliding_window": 9,
+            "model_type": "gpt_oss",
+            "num_local_experts": 8,
+            "sliding_window": 9,
             "rope_parameters": {"rope_type": "default"},
         },
     ],
@@ -187,6 +204,14 @@ def test_what_is_planned_is_what_is_trained(fields):
     width, count = trained.experts.ffn_hidden_size, trained.experts.count
     assert trained.expert_parameters(0) == count * 3 * 64 * width
     assert trained.mlp_width == 2 * width
+
+
+def test_experts_of_every_token_are_counted():
+    shared = job_settings(f"{EXPERTS} --moe-shared-expert-intermediate-size 40").workload.model
+    without = job_settings(EXPERTS).workload.model
+    assert shared.dense_parameters(0) == 2 * 64 * 40
+    assert shared.parameters - without.parameters == 4 * 2 * 64 * 40
+    assert shared.only_planned == ()
 
 
 def test_auto_chooses_no_schedule_that_parts_what_a_loss_is_about(monkeypatch):

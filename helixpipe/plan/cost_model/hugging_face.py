@@ -294,7 +294,6 @@ def _experts(source: str, given: Mapping[str, Any], num_layers: int, family: _Fa
         ffn_hidden_size=width,
         shared_ffn_hidden_size=width * size("n_shared_experts") if "n_shared_experts" in given else 0,
         dense_layers=dense,
-        has_bias=family is FAMILIES["gpt_oss"],
     )
 
 

@@ -84,6 +84,9 @@ def _experts_of_arguments(source: str, arguments: Mapping[str, Any]) -> Experts 
         count=size_of(source, arguments, ("num_experts",)),
         active=size_of(source, arguments, ("moe_router_topk",), 2),
         ffn_hidden_size=size_of(source, arguments, ("moe_ffn_hidden_size", "ffn_hidden_size")),
+        shared_ffn_hidden_size=0
+        if arguments.get("moe_shared_expert_intermediate_size") is None
+        else size_of(source, arguments, ("moe_shared_expert_intermediate_size",)),
     )
 
 

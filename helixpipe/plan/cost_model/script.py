@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 # Of experts: a command that has no other size describes no model.
-_EXPERTS = frozenset(("num-experts", "moe-ffn-hidden-size", "moe-router-topk"))
+_EXPERTS = frozenset(
+    ("num-experts", "moe-ffn-hidden-size", "moe-router-topk", "moe-shared-expert-intermediate-size")
+)
 # Flags with a number that decides a shape.
 SIZES = _EXPERTS | frozenset(
     (

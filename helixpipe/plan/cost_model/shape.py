@@ -19,7 +19,6 @@ class Experts:
         ffn_hidden_size: width of one.
         shared_ffn_hidden_size: width of the experts that every token passes, together; 0 without.
         dense_layers: layers before the first with experts, whose MLP has the model's ``ffn_hidden_size``.
-        has_bias: their products have biases.
     """
 
     count: int
@@ -27,7 +26,6 @@ class Experts:
     ffn_hidden_size: int
     shared_ffn_hidden_size: int = 0
     dense_layers: int = 0
-    has_bias: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.active <= self.count or self.ffn_hidden_size < 1:
@@ -241,8 +239,6 @@ class ModelShape:
         """What the model has that plans know, and training does not."""
         experts = self.experts
         has = {
-            "biases of experts": experts is not None and experts.has_bias,
-            "shared experts": experts is not None and experts.shared_ffn_hidden_size > 0,
             "dense layers before experts": experts is not None and experts.dense_layers > 0,
             "latent attention": self.latent is not None,
         }

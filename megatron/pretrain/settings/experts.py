@@ -15,6 +15,12 @@ def add_expert_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("mixture of experts").add_argument
     add("--num-experts", type=Whole(most=2**16), metavar="N", help="experts in the place of every MLP")
     add("--moe-ffn-hidden-size", type=Whole(), help="of one expert (default: --ffn-hidden-size)")
+    add(
+        "--moe-shared-expert-intermediate-size",
+        type=Whole(),
+        metavar="N",
+        help="width of the experts that every token passes, together (default: none)",
+    )
     add("--moe-router-topk", type=Whole(), default=2, metavar="N", help="experts of a token (default 2)")
     add(
         "--moe-router-load-balancing-type",
@@ -88,7 +94,11 @@ def check_expert_ranks(args: argparse.Namespace) -> None:
     if args.num_experts is None:
         return
     if args.context_parallel_size > 1:
-        raise ValueError("--num-experts does not go with --context-parallel-size yet; leave one out")
+        refuse(
+            couplings_of_tokens(args),
+            "{} is about all tokens of a micro batch, and --context-parallel-size shares them out; leave one "
+            "out",
+        )
     experts, ep, etp = args.num_experts, args.expert_model_parallel_size, args.expert_tensor_parallel_size
     tp, width = args.tensor_model_parallel_size, args.moe_ffn_hidden_size
     if experts % ep:
@@ -96,12 +106,13 @@ def check_expert_ranks(args: argparse.Namespace) -> None:
             f"--num-experts {experts} cannot be shared out evenly over --expert-model-parallel-size {ep}; "
             "use a divisor"
         )
-    ranks = tp * args.data_parallel_size
+    cp = args.context_parallel_size
+    ranks = tp * cp * args.data_parallel_size
     if ranks % (ep * etp):
         raise ValueError(
             f"--expert-model-parallel-size {ep} x --expert-tensor-parallel-size {etp} must divide the "
-            f"{ranks} ranks of a stage (tensor-parallel {tp} x data-parallel {args.data_parallel_size}); "
-            "use other sizes, or more ranks"
+            f"{ranks} ranks of a stage (tensor-parallel {tp} x context-parallel {cp} x data-parallel "
+            f"{args.data_parallel_size}); use other sizes, or more ranks"
         )
     if etp > 1 and args.add_bias_linear:
         # Each of the ranks would add the whole bias to its part of an expert's output.
@@ -196,6 +207,9 @@ def _check_layer(args: argparse.Namespace) -> None:
     refuse(
         {
             "--num-experts does not go with --sandwich-norm; leave one out": args.sandwich_norm,
+            "--moe-shared-expert-intermediate-size needs --disable-bias-linear; add it": (
+                args.moe_shared_expert_intermediate_size is not None and args.add_bias_linear
+            ),
             "--moe-grouped-gemm needs --transformer-impl transformer_engine; leave it out or use that": (
                 args.moe_grouped_gemm and args.transformer_impl == "local"
             ),

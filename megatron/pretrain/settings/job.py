@@ -98,6 +98,7 @@ class ExpertSettings:
 
     num_experts: int | None
     moe_ffn_hidden_size: int | None
+    moe_shared_expert_intermediate_size: int | None
     moe_router_topk: int
     moe_router_load_balancing_type: str
     moe_aux_loss_coeff: float

@@ -28,10 +28,12 @@ SUPPORTED = frozenset(
     microbatch-group-size-per-virtual-pipeline-stage min-loss-scale min-lr mock-data moe-aux-loss-coeff
     moe-expert-capacity-factor moe-ffn-hidden-size moe-grouped-gemm moe-router-dtype
     moe-router-group-topk moe-router-load-balancing-type moe-router-num-groups moe-router-pre-softmax
-    moe-router-score-function moe-router-topk moe-router-topk-scaling-factor moe-token-dispatcher-type
+    moe-router-score-function moe-router-topk moe-router-topk-scaling-factor
+    moe-shared-expert-intermediate-size moe-token-dispatcher-type
     moe-token-drop-policy moe-z-loss-coeff no-gradient-accumulation-fusion no-load-optim
     no-log-loss-scale-to-tensorboard no-manual-gc-eval no-mmap-bin-files no-rope-freq
-    no-yarn-correction-range-round-to-int norm-epsilon normalization num-attention-heads num-experts num-layers num-layers-per-virtual-pipeline-stage
+    no-yarn-correction-range-round-to-int norm-epsilon normalization num-attention-heads
+    num-experts num-layers num-layers-per-virtual-pipeline-stage
     num-query-groups num-workers openai-gelu optimizer overlap-grad-reduce overlap-param-gather
     padded-vocab-size per-split-data-args-path pipeline-model-parallel-size position-embedding-type
     pretrained-checkpoint profile profile-ranks profile-step-end profile-step-start qk-layernorm
@@ -213,7 +215,7 @@ REFUSED: dict[str, str] = {
         moe-router-quantile-balancing-ema moe-routing-trace-capture-hidden-states
         moe-routing-trace-capture-logits moe-routing-trace-dump-weights moe-routing-trace-max-training-iters
         moe-routing-trace-path moe-shared-expert-gate moe-shared-expert-glu-interleave-size
-        moe-shared-expert-intermediate-size moe-shared-expert-overlap moe-single-grouped-bias
+        moe-shared-expert-overlap moe-single-grouped-bias
         moe-single-grouped-weight moe-upcycling-granularity moe-use-upcycling
         overlap-dispatch-backward-with-experts-wgrad overlap-moe-expert-parallel-comm
         use-grouped-gemm-for-dense-mlp use-grouped-gemm-for-shared-expert
