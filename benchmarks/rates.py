@@ -210,10 +210,7 @@ class _Run:
 
     def _machine(self, backend: str) -> Hardware | None:
         """With the rates of a backend; None where none were published."""
-        try:
-            return self.hardware.with_attention(backend)
-        except ValueError:
-            return None
+        return self.hardware.with_attention(backend) if self.hardware.has_attention(backend) else None
 
     def _median(self, function: Callable[[], object]) -> float:
         function()

@@ -216,7 +216,7 @@ def _predicted_costs(job: JobSettings, plan: Plan, hardware: str | None) -> Cost
     if job.parallel.context_parallel_size > 1:
         return None
     name = job.schedule.hardware if hardware is None else hardware
-    machine = known_machine(name)
+    machine = known_machine(name, job.model.attention_backend)
     if machine is None:
         return None
     return costs_of_plan(pieces_on(machine, name, job.workload), plan, Recompute.NONE)

@@ -14,7 +14,7 @@ from helixpipe.kernels.extension import load
 
 
 def _kernels(tensor: Tensor) -> Any | None:
-    """The built kernels for a tensor's device and type, if there are any."""
+    """The built kernels that compute on a tensor's device with its type, if there are any."""
     return load() if tensor.is_cuda and tensor.dtype is not torch.float64 else None
 
 
@@ -116,7 +116,8 @@ def pack(buffer: Tensor, tensors: Sequence[Tensor]) -> None:
         tensors: n elements together, of the same type, laid out in any way.
     """
     checks.pack(buffer, tensors)
-    kernels = _kernels(buffer)
+    # Which copies, whatever the type.
+    kernels = load() if buffer.is_cuda else None
     if kernels is None:
         reference.pack(buffer, tensors)
     else:

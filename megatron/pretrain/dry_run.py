@@ -110,7 +110,7 @@ def predict(settings: JobSettings, plan: Plan, hardware: str | None) -> Predicti
         ValueError: see :func:`describe`.
     """
     name = settings.schedule.hardware if hardware is None else hardware
-    machine = known_machine(name)
+    machine = known_machine(name, settings.model.attention_backend)
     if machine is None:
         return None
     costs = costs_of_plan(pieces_on(machine, name, settings.workload), plan, settings.memory.levels)

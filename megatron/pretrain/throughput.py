@@ -35,7 +35,7 @@ class ModelFlops:
         sequences = 3.0 * settings.training.global_batch_size
         causal = sequences * model.forward_flops(length)
         square = sequences * model.num_layers * model.core_flops(length)
-        machine = known_machine(settings.watching.hardware)
+        machine = known_machine(settings.watching.hardware, settings.model.attention_backend)
         peak = machine.tflops * _TFLOP if isinstance(machine, Hardware) else 0.0
         return cls(causal, causal + square, peak)
 

@@ -138,6 +138,20 @@ def test_a_dry_run_says_what_the_planner_says(dry_run, tmp_path, capsys):
     )
 
 
+def test_a_dry_run_goes_by_the_attention_that_was_chosen(dry_run):
+    def predicted_speed(*words):
+        job = ["--nproc-per-node", "4", "--dry-run", "h100", "--vocab-size", "1000", *JOB]
+        said = dry_run(*job, "--seq-length", "131072", "--bf16", *words)
+        return int(re.search(r"(\d+) tokens/s", said["predicted on h100"])[1])
+
+    fastest = predicted_speed()
+    assert fastest == predicted_speed("--attention-backend", "flash-attn-3")
+    # A tenth slower; about half as fast; and one of which no rate is known.
+    assert fastest > predicted_speed("--attention-backend", "cudnn") > 0.8 * fastest
+    assert predicted_speed("--attention-backend", "aten-flash") < 0.7 * fastest
+    assert predicted_speed("--attention-backend", "aten-efficient") == fastest
+
+
 def test_a_dry_run_leaves_no_folders(dry_run, tmp_path):
     outputs = ["--save", tmp_path / "saved", "--metrics-jsonl", tmp_path / "metrics" / "m.jsonl"]
     said = dry_run("--nproc-per-node", "4", "--dry-run", "--vocab-size", "1000", *JOB, *map(str, outputs))

@@ -103,6 +103,10 @@ class Hardware:
                     f"half_length that is not negative, found {tuple(kernel[1:])}"
                 )
 
+    def has_attention(self, backend: str) -> bool:
+        """True if a rate of a backend of ``--attention-backend`` is known on this machine."""
+        return _GENERATIONS.get(backend) in [kernel.name for kernel in self.attention_kernels]
+
     def with_attention(self, backend: str) -> Hardware:
         """This machine with the attention kernels of a backend of ``--attention-backend``.
 

@@ -28,7 +28,7 @@ def choose_range(args: argparse.Namespace, request: ScheduleRequest) -> tuple[Pl
     Returns:
         The plan with the range that was chosen, and a line that tells why. ``args.attention_range`` is set.
     """
-    machine = known_machine(args.hardware)
+    machine = known_machine(args.hardware, args.attention_backend)
     if machine is None:
         fold = args.num_fold or DEFAULT_FOLD
         slices = args.pipeline_model_parallel_size * fold if _is_sliced(args) else 1

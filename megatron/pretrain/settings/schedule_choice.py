@@ -57,7 +57,7 @@ def choose_schedule(args: argparse.Namespace) -> tuple[Plan, str]:
     Raises:
         ValueError: hardware that is not known or was not measured for these sizes, or nothing that fits.
     """
-    machine = known_machine(args.hardware)
+    machine = known_machine(args.hardware, args.attention_backend)
     if machine is None:
         raise ValueError(
             "--pipeline-schedule auto needs --hardware: "
@@ -117,10 +117,18 @@ def _why_nothing(args: argparse.Namespace, advice: Advice) -> str:
     )
 
 
-def known_machine(hardware: str | None) -> Hardware | Pieces | None:
-    """What ``--hardware`` names, else the preset of this GPU if there is one."""
-    if hardware is not None:
-        return read_machine(hardware)
+def known_machine(hardware: str | None, attention_backend: str) -> Hardware | Pieces | None:
+    """What ``--hardware`` names, else the preset of this GPU if there is one; with a backend's attention.
+
+    A backend without a published rate on a machine is taken for the fastest that has one.
+    """
+    machine = _this_gpu() if hardware is None else read_machine(hardware)
+    if isinstance(machine, Hardware) and machine.has_attention(attention_backend):
+        return machine.with_attention(attention_backend)
+    return machine
+
+
+def _this_gpu() -> Hardware | None:
     # Like "NVIDIA H100 80GB HBM3": h20 must not be found in h200.
     words = torch.cuda.get_device_name().lower().split() if torch.cuda.is_available() else []
     return next((machine for name, machine in HARDWARE.items() if name in words), None)
@@ -152,7 +160,7 @@ def known_costs(args: argparse.Namespace) -> KnownCosts | None:
         ValueError: hardware that is not known or was not measured for these sizes.
     """
     is_fitted = args.round_order == "interlocked" and args.context_parallel_size == 1
-    machine = known_machine(args.hardware) if is_fitted else None
+    machine = known_machine(args.hardware, args.attention_backend) if is_fitted else None
     if machine is None:
         return None
     pieces = pieces_on(machine, args.hardware, workload_of(args))

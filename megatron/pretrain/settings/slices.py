@@ -25,7 +25,7 @@ def cut_sequences(args: argparse.Namespace, plan: Plan) -> Plan:
     """
     shared = args.tensor_model_parallel_size if args.sequence_parallel else 1
     if slice_ends(plan) is None:
-        machine = known_machine(args.hardware) or HARDWARE[_USUAL]
+        machine = known_machine(args.hardware, args.attention_backend) or HARDWARE[_USUAL]
         plan = with_predicted_ends(pieces_on(machine, args.hardware, workload_of(args)), plan)
     ends_for(plan, args.seq_length, shared)
     return plan
