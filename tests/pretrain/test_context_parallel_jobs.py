@@ -71,6 +71,19 @@ def test_ranks_of_a_shared_sequence_share_what_the_optimizer_keeps(runs):
     assert numbers(shared)["1"] == pytest.approx(numbers(alone)["1"], rel=1e-2)
 
 
+@pytest.mark.slow
+def test_chunks_of_interleaved_stages_share_sequences():
+    line = "--num-layers 4 --train-iters 3"
+    (alone,) = run_on_ranks(1, run_cases, [(line, Fault())], 1, 1, MODEL)[0]
+    line += " --pipeline-model-parallel-size 2 --context-parallel-size 2 --pipeline-schedule interleaved"
+    line += " --num-layers-per-virtual-pipeline-stage 1"
+    (shared,) = run_on_ranks(4, run_cases, [(line, Fault())], 1, 2, MODEL, 2)[0]
+    expected, found = numbers(alone), numbers(shared)
+    assert list(found) == ["1", "2", "3", "evaluated"]
+    for name, values in expected.items():
+        assert found[name] == pytest.approx(values, rel=1e-5, abs=1.1e-3)
+
+
 DATASET = DatasetInfo("unused", 300, eod=0, num_documents=100, num_tokens=10_000, longest_document=500)
 SIZES = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --micro-batch-size 1 "
