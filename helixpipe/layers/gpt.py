@@ -14,7 +14,7 @@ from helixpipe.layers.elastic.positions import angles_at
 from helixpipe.layers.recomputing_layer import NOTHING_SAVED, MemorySaving
 from helixpipe.layers.slices import mark_sliced
 from helixpipe.layers.spec import Implementation, block_spec
-from helixpipe.layers.variants import apply_variants
+from helixpipe.layers.variants import apply_variants, output_scale
 
 
 def build_gpt(
@@ -70,7 +70,14 @@ class ChunkedLossGPTModel(GPTModel):
             return output
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else None
-        loss = self.compute_language_model_loss
+        scale = output_scale(self.config)
+
+        def loss(labels: Tensor, logits: Tensor) -> Tensor:
+            losses: Tensor = self.compute_language_model_loss(
+                labels, logits * scale if scale != 1 else logits
+            )
+            return losses
+
         return chunked_loss(hidden_states, labels, self.output_layer, weight, loss, size)
 
 

@@ -18,7 +18,7 @@ from megatron.core.transformer.utils import sharded_state_dict_default
 from helixpipe.layers.experts import check_parts, unsupported_experts
 from helixpipe.layers.rotary import POSITIONS
 from helixpipe.layers.spec import LayerPart, partial_layer_spec
-from helixpipe.layers.variants import cap_logits
+from helixpipe.layers.variants import cap_logits, scale_logits
 from helixpipe.refusals import refuse
 
 
@@ -90,17 +90,19 @@ def build_head(
     config: TransformerConfig, vocab_size: int, group: dist.ProcessGroup, *, is_tied: bool
 ) -> ColumnParallelLinear:
     """The layer from hidden states to logits, without a weight of its own where it uses the embedding's."""
+    is_like_embedding = getattr(config, "use_mup", False) and not is_tied
     head = ColumnParallelLinear(
         config.hidden_size,
         vocab_size,
         config=config,
-        init_method=config.init_method,
+        init_method=config.embedding_init_method if is_like_embedding else config.init_method,
         bias=False,
         skip_bias_add=False,
         gather_output=False,
         skip_weight_param_allocation=is_tied,
         tp_group=group,
     )
+    scale_logits(head, config)
     cap_logits(head, config)
     return head
 

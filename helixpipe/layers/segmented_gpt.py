@@ -225,6 +225,12 @@ class SegmentedGPTModel(LanguageModule):
             self.embedding.word_embeddings.weight.is_embedding_or_output_parameter = True
         if self.post_process and self.output_layer.weight is not None:
             self.output_layer.weight.is_embedding_or_output_parameter = True
+        if getattr(self.config, "use_mup", False):
+            # By these its optimizer groups weights.
+            ends = [self.embedding] if self.pre_process else []
+            ends += [self.output_layer] if self.post_process else []
+            for parameter in (parameter for end in ends for parameter in end.parameters()):
+                parameter.is_embedding_parameter = True
         if self.share_embeddings_and_output_weights and self.pre_process:
             # Fused weight-gradient accumulation must start from zero where one weight serves twice.
             self.embedding.word_embeddings.weight.zero_out_wgrad = True

@@ -97,6 +97,18 @@ def cap_logits(head: torch.nn.Module, config: TransformerConfig) -> None:
         )
 
 
+def output_scale(config: TransformerConfig) -> float:
+    """By what muP multiplies logits; megatron-core has it since 0.17."""
+    return float(config.mup_output_mult) if getattr(config, "use_mup", False) else 1.0
+
+
+def scale_logits(head: torch.nn.Module, config: TransformerConfig) -> None:
+    """Scale what the head gives, where a loss over slices asks for it, too."""
+    scale = output_scale(config)
+    if scale != 1.0:
+        head.register_forward_hook(lambda module, given, output: (output[0] * scale, output[1]))
+
+
 def build_local_rotary(config: TransformerConfig, group: Any) -> RotaryEmbedding | None:
     """What gives the angles in layers with windows, if they have a base of their own."""
     base = variants_of(config).rotary_base_local

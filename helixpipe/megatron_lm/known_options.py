@@ -27,6 +27,9 @@ KNOWN = frozenset(
         # Precision.
         "params_dtype", "pipeline_dtype", "autocast_dtype", "bf16", "fp16", "attention_softmax_in_fp32",
         "disable_bf16_reduced_precision_matmul",
+        # muP: factors of what the embedding and the head give, of scores, and of what weights are drawn from.
+        "use_mup", "mup_width_mult", "mup_base_hidden_size", "mup_embedding_mult", "mup_output_mult",
+        "mup_base_head_dim", "mup_attn_scale_power",
         # The same numbers, computed otherwise.
         "bias_activation_fusion", "bias_dropout_fusion", "masked_softmax_fusion", "apply_rope_fusion",
         "persist_layer_norm", "memory_efficient_layer_norm", "gradient_accumulation_fusion",
@@ -57,7 +60,6 @@ _OF_ANOTHER = {
     "cpu_offloading_": "cpu_offloading",
     "cuda_graph_": "cuda_graph_impl",
     "tp_comm_": "tp_comm_overlap",
-    "mup_": "use_mup",
     "kitchen_": "use_kitchen",
     "mamba_": "is_hybrid_model",
     "linear_": "experimental_attention_variant",

@@ -3,7 +3,10 @@
 Programs for Megatron read losses on the last pipeline rank; a helix computes them on the first, or on all.
 """
 
+from functools import partial
+
 import pytest
+from megatron.core.transformer import TransformerConfig
 from megatron_lm_worker import CASE, compare, refusal_of_shared_sequences, refusals
 from models import Case
 from ranks import run_on_ranks
@@ -54,6 +57,17 @@ def test_losses_of_every_micro_batch_are_megatrons_and_on_the_last_rank(losses, 
 def test_switched_off_everything_is_megatrons_again(losses):
     for rank in losses:
         assert rank["after"] == rank[""]
+
+
+@pytest.mark.skipif(not hasattr(TransformerConfig, "use_mup"), reason="megatron-core has it since 0.17")
+def test_factors_of_mup_are_megatrons():
+    factors = {"use_mup": True, "mup_embedding_mult": 2.0, "softmax_scale": 0.2, "mup_output_mult": 0.25}
+    commands = ("helix --loss-chunk-size 5", "helix --attention-range block --head-placement spread",
+                "sliced-helix --num-fold 3", "seq1f1b", "zb-h1")  # fmt: skip
+    lines = [f"--pipeline-schedule {command}" for command in commands]
+    _, last = run_on_ranks(2, partial(compare, **factors), lines)
+    for line in lines:
+        assert_equal(last[line], last[""])
 
 
 SHARED = Case(pp=2, cp=2)

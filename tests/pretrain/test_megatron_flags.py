@@ -188,7 +188,7 @@ def test_what_megatron_chooses_by_itself(monkeypatch):
         ("--hybrid-context-parallel", "--hybrid-context-parallel: .*use --context-parallel-size"),
         ("--ckpt-format=torch_dcp", "--ckpt-format torch_dcp: "),
         ("--ckpt-format torch_dcp", "--ckpt-format torch_dcp: .*torch_dist"),
-        ("--use-mup", "--use-mup: mup is not built"),
+        ("--use-mup", "--use-mup: mup is not built here; train with python -m helixpipe.megatron_lm"),
         ("--use-mcore-models yes", "takes no value, and 'yes'"),
         ("--use-mcore-models=yes", "takes no value, and 'yes'"),
         ("--distributed-backend", "--distributed-backend takes a value"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -70,10 +72,18 @@ def loss_func(mask: torch.Tensor, losses: torch.Tensor) -> Any:
     return total, tokens, {"lm loss": torch.stack([total.detach(), tokens.float()])}
 
 
-def run(case: Case, get: Any, *, num_chunks: int = 1, spec: Any = None, **arguments: Any) -> Losses:
-    """An iteration and an evaluation of the function that ``get`` gives."""
+def run(
+    case: Case,
+    get: Any,
+    *,
+    num_chunks: int = 1,
+    spec: Any = None,
+    values: Mapping[str, Any] = MappingProxyType({}),
+    **arguments: Any,
+) -> Losses:
+    """An iteration and an evaluation of the function that ``get`` gives, with values of the configuration."""
     stages = range(num_chunks) if num_chunks > 1 else [None]
-    models = [build_stage(case, vp_stage=stage, spec=spec) for stage in stages]
+    models = [build_stage(case, vp_stage=stage, spec=spec, **values) for stage in stages]
     reports = []
     for forward_only in (False, True):
         report = get()(
@@ -90,12 +100,15 @@ def run(case: Case, get: Any, *, num_chunks: int = 1, spec: Any = None, **argume
     return Losses(*reports)
 
 
-def compare(command_lines: list[str], case: Case = CASE) -> dict[str, Losses]:
-    """Losses of stock 1F1B, under "", and of each command line, by this module's own imported names."""
+def compare(command_lines: list[str], case: Case = CASE, **values: Any) -> dict[str, Losses]:
+    """Losses of stock 1F1B, under "", and of each command line, by this module's own imported names.
+
+    ``values`` are of the configuration.
+    """
     initialize(case)
     # Of Megatron's own modules none here attends over ranks that share a sequence.
     spec = None if case.cp == 1 else layer_spec(make_config(case), case.implementation)
-    found = {"": run(case, _current, spec=spec)}
+    found = {"": run(case, _current, spec=spec, values=values)}
     for text in command_lines:
         words = ["--keep", "this", *text.split()]
         step = enable(words)
@@ -106,10 +119,11 @@ def compare(command_lines: list[str], case: Case = CASE) -> dict[str, Losses]:
             _current,
             num_chunks=step.forward_backward.chunks_per_rank,
             spec=None if step.is_another_model else spec,
+            values=values,
         )
         assert step.count == 2
         disable()
-    found["after"] = run(case, _current, spec=spec)
+    found["after"] = run(case, _current, spec=spec, values=values)
     return found
 
 

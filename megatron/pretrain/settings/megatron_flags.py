@@ -314,7 +314,7 @@ REFUSED: dict[str, str] = {
         logits-load-msc-prefetch-depth logits-load-prefetch-factor logits-save-dir logits-save-dtype
         logits-save-top-k logits-save-top-p logits-save-top-p-min-k
     """,
-    "mup is not built; scale --init-method-std and --lr by hand": """
+    "mup is not built here; train with python -m helixpipe.megatron_lm, inside Megatron-LM, which has it": """
         mup-base-head-dim mup-base-hidden-size mup-embedding-mult mup-output-mult mup-width-mult use-mup
     """,
     "what is sampled from the middle is not built; prepare the data so": """
