@@ -6,6 +6,7 @@ Both schedules start from one checkpoint, for Megatron draws new weights rank by
 from __future__ import annotations
 
 import re
+from functools import cache
 
 import pytest
 from megatron_lm_jobs import (
@@ -44,36 +45,50 @@ def test_helix_trains_and_evaluates_as_1f1b_does(tmp_path, version):
     assert set(helix.evaluations) == {(3, "validation"), (3, "test")}
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(7200)
-@pytest.mark.parametrize(("version", "ranks"), each_version(2, 4))
-def test_ten_iterations_are_those_of_1f1b_and_runs_change_over(tmp_path, version, ranks):
-    compare_and_change_over(version, ranks, tmp_path, "", (HELIX, *OTHERS))
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory):
+    """``starts(version, ranks, model)``: a checkpoint, and what 1F1B has printed that went on from it."""
+
+    @cache
+    def start(version, ranks, model):
+        folder = tmp_path_factory.mktemp("start")
+        train(version, ranks, f"{model} --train-iters 2 --eval-iters 0 --save {folder}")
+        return folder, train(version, ranks, f"{model} --train-iters 15 --load {folder}")
+
+    return start
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
+@pytest.mark.parametrize(
+    "schedule",
+    [HELIX, *OTHERS],
+    ids=("helix", "block", "interlocked", "zb-h1", "sliced-helix", "seq1f1b"),
+)
 @pytest.mark.parametrize(("version", "ranks"), each_version(2, 4))
-def test_two_chunks_on_each_rank_train_as_1f1b_does(tmp_path, version, ranks):
-    size = f"--num-layers {2 * ranks} --untie-embeddings-and-output-weights"
-    compare_and_change_over(version, ranks, tmp_path, size, TWO_CHUNKS)
+def test_ten_iterations_are_those_of_1f1b_and_runs_change_over(starts, tmp_path, version, ranks, schedule):
+    compare_and_change_over(starts, version, ranks, tmp_path, "", schedule)
 
 
-def compare_and_change_over(version, ranks, folder, model, schedules):
-    """Ten iterations and an evaluation from one checkpoint; what each saves goes on under the other."""
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("name", TWO_CHUNKS)
+@pytest.mark.parametrize(("version", "ranks"), each_version(2, 4))
+def test_two_chunks_on_each_rank_train_as_1f1b_does(starts, tmp_path, version, ranks, name):
+    model = f"--num-layers {2 * ranks} --untie-embeddings-and-output-weights"
+    compare_and_change_over(starts, version, ranks, tmp_path, model, f"--pipeline-schedule {name}")
+
+
+def compare_and_change_over(starts, version, ranks, folder, model, schedule):
+    """Ten iterations and an evaluation from one checkpoint; what is saved goes on under 1F1B."""
     size = f"{model} --pipeline-model-parallel-size {ranks}"
-    train(version, ranks, f"{size} --train-iters 2 --eval-iters 0 --save {folder}/start")
-    stock = train(version, ranks, f"{size} --train-iters 15 --load {folder}/start")
-    for number, schedule in enumerate(schedules):
-        here = f"{folder}/{number}"
-        ours = train(
-            version, ranks, f"{size} --train-iters 12 --load {folder}/start --save {here} {schedule}"
-        )
-        assert_equal(ours, stock, range(3, 13))
-        assert ours.evaluations[12, ""] == pytest.approx(stock.evaluations[12, ""], abs=LOSS)
-        back = train(version, ranks, f"{size} --train-iters 15 --load {here}")
-        # The second step after a load is printed as the mean of both.
-        assert_equal(back, stock, (13, 15))
+    start, stock = starts(version, ranks, size)
+    ours = train(version, ranks, f"{size} --train-iters 12 --load {start} --save {folder} {schedule}")
+    assert_equal(ours, stock, range(3, 13))
+    assert ours.evaluations[12, ""] == pytest.approx(stock.evaluations[12, ""], abs=LOSS)
+    back = train(version, ranks, f"{size} --train-iters 15 --load {folder}")
+    # The second step after a load is printed as the mean of both.
+    assert_equal(back, stock, (13, 15))
 
 
 @pytest.mark.slow
@@ -100,6 +115,22 @@ def test_other_parallelism_of_theirs_goes_with_it(tmp_path, version, ranks, layo
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("version", "ranks"), each_version(2))
+def test_mup_is_megatrons(tmp_path, version, ranks):
+    """Its factors of embedding, scores and logits, and its groups of weights with their rates."""
+    model = "--untie-embeddings-and-output-weights --use-mup --mup-base-hidden-size 8 --mup-embedding-mult 2"
+    size = f"--pipeline-model-parallel-size 2 {model}"
+    train(version, ranks, f"{size} --train-iters 2 --eval-iters 0 --save {tmp_path}")
+    more = f"{size} --train-iters 6 --load {tmp_path}"
+    stock = train(version, ranks, more)
+    for schedule in (f"{HELIX} --loss-chunk-size 8", OTHERS[0], OTHERS[4], "--pipeline-schedule zb-h1"):
+        ours = train(version, ranks, f"{more} {schedule}")
+        assert_equal(ours, stock, range(3, 7))
+        assert ours.evaluations == pytest.approx(stock.evaluations, abs=LOSS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("version", "ranks"), each_version(4))
 def test_ranks_that_share_sequences_train_as_those_that_do_not(tmp_path, version, ranks):
     """Megatron's own attention shares them only with Transformer Engine."""
@@ -114,7 +145,7 @@ def test_ranks_that_share_sequences_train_as_those_that_do_not(tmp_path, version
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("schedule", [HELIX, TWO_CHUNKS[0]])
+@pytest.mark.parametrize("schedule", [HELIX, "--pipeline-schedule zb-v"])
 @unpacked(VERSIONS[0])
 def test_what_their_program_does_around_a_step_stays(tmp_path, schedule):
     """Batches that grow, losses per token, the distributed optimizer with overlaps, throughput, scalars.
@@ -180,7 +211,10 @@ def test_without_the_option_everything_is_as_without_us(version, ranks):
 @pytest.mark.parametrize(("version", "ranks"), each_version(2))
 def test_an_option_that_segments_do_not_know_stops_every_rank_with_one_line(version, ranks):
     code, output = launch(
-        version, ranks, f"--pipeline-model-parallel-size 2 --train-iters 2 --use-mup {HELIX}"
+        version,
+        ranks,
+        f"--pipeline-model-parallel-size 2 --train-iters 2 "
+        f"--apply-residual-connection-post-layernorm {HELIX}",
     )
     assert code != 0
     lines = [line for line in output.splitlines() if "helixpipe.megatron_lm: rank" in line]

@@ -46,7 +46,7 @@ OTHERS = (
     "--pipeline-schedule sliced-helix --head-placement spread",
     "--pipeline-schedule seq1f1b --num-slices 3",
 )
-TWO_CHUNKS = tuple(f"--pipeline-schedule {name}" for name in ("zb-v", "dualpipe-v", "v-half", "v-min"))
+TWO_CHUNKS = ("zb-v", "dualpipe-v", "v-half", "v-min")
 
 
 class Log(NamedTuple):
