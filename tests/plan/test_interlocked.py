@@ -1,6 +1,7 @@
 """Interlocked rounds of helix: the keys written out a second time, valid plans of every size, the figures."""
 
 import re
+from dataclasses import replace
 from itertools import pairwise, product
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from helixpipe.__main__ import main
 from helixpipe.plan import Kind, Plan, ScheduleRequest, build_plan, validate
+from helixpipe.plan.cost_model import HARDWARE, MODELS, Recompute, Workload, costs_of_plan, predict_pieces
 from helixpipe.plan.schedules.request import KnownCosts
 from helixpipe.plan.simulation.costs import Costs, SegmentCost, uniform_costs
 from helixpipe.plan.simulation.memory import peak_bytes
@@ -203,6 +205,21 @@ def test_costs_are_worth_knowing_and_the_same_for_everybody():
     assert interlocked(p, layers, m, costs=again).fingerprint == listed.fingerprint
     filo = interlocked(p, layers, m, round_order="filo")
     assert makespan(listed) < sorted_ms < makespan(filo)
+
+
+def test_costs_never_make_an_order_slower_than_keys_alone():
+    """Sequences so short that messages take most of the time, far from the jobs of the search."""
+    model = replace(MODELS["gpt-7b"], num_layers=8)
+    workload = Workload(model=model, seq_length=2048, tensor_parallel=8)
+    pieces = predict_pieces(workload, HARDWARE["h20"])
+    known = KnownCosts(lambda plan: costs_of_plan(pieces, plan, Recompute.NONE))
+    for splits in (None, True):
+        plans = [
+            interlocked(4, 8, 12, attention_range="block", split_weight_gradients=splits, costs=costs)
+            for costs in (None, known)
+        ]
+        alone, fitted = (simulate(plan, known.of(plan)).iteration_ms for plan in plans)
+        assert fitted <= alone
 
 
 def test_an_order_within_the_memory_limit_is_preferred():

@@ -28,7 +28,8 @@ each follows what it needs, whatever the operations' durations.
 
 **With costs** the keys are priorities of a list schedule instead (:class:`_ListSchedule`): each rank runs the
 smallest key among the operations that can start now, or so soon that waiting costs less than disorder. The
-best of eight settings in the simulator is taken. Its orders are those of an execution, so they cannot block.
+best of nine settings in the simulator is taken, or the keys alone where these do better, as they may far from
+the jobs of the search. A list schedule's orders are those of an execution, so they cannot block.
 
 **Weight gradients** apart (W) follow their B at once, whose message leaves the earlier. With costs, those of
 the last round stand behind all else and fill the gaps of the last ramp, where ranks have nothing else to do.
@@ -41,7 +42,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import accumulate, pairwise, product
+from itertools import accumulate, chain, pairwise, product
 from statistics import fmean
 from typing import NamedTuple
 
@@ -56,6 +57,8 @@ from helixpipe.plan.simulation.simulate import simulate
 _WAITS = (0.0, 1 / 140)
 # By how many layers forwards are put before or behind their keys.
 _SHIFTS = (-1.0, 0.0, 1.0, 2.0)
+# And with the keys of costs that are not known.
+_USUAL_SHIFT = 1.0
 # Layers of the clock that no iteration has: behind everything else.
 _BEHIND = 1e6
 # Without costs: the share of the middle segment, omega, by attention range (7B at 128k), and of the rest what
@@ -90,9 +93,7 @@ def interlocked_orders(plan: Plan, seats: Sequence[Seat], *, splits_backward: bo
         seats: of every micro batch.
         splits_backward: whether micro batches have W.
     """
-    omega = _OMEGA[str(plan.parameters["attention_range"])]
-    pace = _Pace((1.0,) * (plan.num_segments // 2), omega, _BACKWARD_SHARE * (1 - omega))
-    key = _keys(plan.num_ranks, pace)
+    key = _keys(plan.num_ranks, _usual_pace(plan))
     rows: list[list[_Entry]] = [[] for _ in range(plan.num_ranks)]
     for op, seat in _operations(plan, seats, splits_backward):
         rank = plan.rank_of(op.segment, op.micro_batch)
@@ -107,7 +108,7 @@ def listed_orders(
     *,
     splits_backward: bool,
 ) -> list[Order]:
-    """The best list schedule with the keys as priorities.
+    """The best of the list schedules with the keys as priorities and of the keys alone.
 
     Args:
         plan: helix's placement and loans; its orders do not matter.
@@ -115,13 +116,10 @@ def listed_orders(
         known: costs of the plan. If no setting stays within the memory limit, the smallest peak wins.
         splits_backward: whether micro batches have W.
     """
-    costs = known.of(plan)
-    pace = _pace(plan, costs)
-    work = _ListedWork(plan, seats, costs, pace, splits_backward=splits_backward)
+    work = _ListedWork(plan, seats, known.of(plan), splits_backward=splits_backward)
+    alone = interlocked_orders(plan, seats, splits_backward=splits_backward)
     best: tuple[tuple[float, float], list[Order]] | None = None
-    queues = {shift: work.queues(shift) for shift in _SHIFTS}
-    for wait, shift in product(_WAITS, _SHIFTS):
-        orders = _ListSchedule(work, queues[shift], wait * pace.layer_ms).run()
+    for orders in chain(_list_schedules(plan, work), [alone]):
         candidate = plan.with_orders(orders)
         # How much is borrowed at a time depends on the order.
         exact = known.of(candidate)
@@ -135,6 +133,15 @@ def listed_orders(
     return best[1]
 
 
+def _list_schedules(plan: Plan, work: _ListedWork) -> Iterator[list[Order]]:
+    """Of every setting."""
+    pace = _pace(plan, work.costs)
+    queues = {shift: work.queues(pace, shift) for shift in _SHIFTS}
+    for wait, shift in product(_WAITS, _SHIFTS):
+        yield _ListSchedule(work, queues[shift], wait * pace.layer_ms).run()
+    yield _ListSchedule(work, work.queues(_usual_pace(plan), _USUAL_SHIFT), 0.0).run()
+
+
 def _operations(plan: Plan, seats: Sequence[Seat], splits_backward: bool) -> Iterator[tuple[Operation, Seat]]:
     """Every computation of the plan with its micro batch's seat."""
     kinds = [Kind.F, Kind.B] + [Kind.W] * splits_backward
@@ -146,6 +153,12 @@ def _operations(plan: Plan, seats: Sequence[Seat], splits_backward: bool) -> Ite
 def _turn(op: Operation, seat: Seat) -> int:
     """Members of a slot go forward in their order and backward in reverse."""
     return seat.member if op.kind is Kind.F else -seat.member
+
+
+def _usual_pace(plan: Plan) -> _Pace:
+    """Of costs that are not known."""
+    omega = _OMEGA[str(plan.parameters["attention_range"])]
+    return _Pace((1.0,) * (plan.num_segments // 2), omega, _BACKWARD_SHARE * (1 - omega))
 
 
 def _pace(plan: Plan, costs: Costs) -> _Pace:
@@ -277,6 +290,7 @@ class _ListedWork:
     judges the result.
 
     Attributes:
+        costs: of the plan.
         operations: by number.
         ranks, streams, durations_ms: of each.
         readied: the computation that takes its result; its own backward after the last forward; or -1.
@@ -284,13 +298,10 @@ class _ListedWork:
         weight: the computation of its weight gradient, for a backward that has one; or -1.
     """
 
-    def __init__(
-        self, plan: Plan, seats: Sequence[Seat], costs: Costs, pace: _Pace, *, splits_backward: bool
-    ) -> None:
+    def __init__(self, plan: Plan, seats: Sequence[Seat], costs: Costs, *, splits_backward: bool) -> None:
         found = list(_operations(plan, seats, splits_backward))
-        key, last_round = _keys(plan.num_ranks, pace), seats[-1].round
-        self._of_last_round = [seat.round == last_round for _, seat in found]
-        self._keys = [(key(op, seat), _turn(op, seat)) for op, seat in found]
+        self._seats = [seat for _, seat in found]
+        self.costs = costs
         self.operations = [op for op, _ in found]
         self.num_ranks = plan.num_ranks
         self.ranks = [plan.rank_of(op.segment, op.micro_batch) for op in self.operations]
@@ -315,14 +326,15 @@ class _ListedWork:
             has_weight = op.kind is Kind.B and splits_backward
             self.weight.append(numbers[op._replace(kind=Kind.W)] if has_weight else -1)
 
-    def queues(self, shift: float) -> _Queues:
+    def queues(self, pace: _Pace, shift: float) -> _Queues:
         """With forwards put so many layers before or behind their keys, and the last round's W at the end."""
+        key, last_round = _keys(self.num_ranks, pace), self._seats[-1].round
         moves = (shift, 0.0, 0.0)
         entries = []
-        for number, (key, member) in enumerate(self._keys):
+        for number, (op, seat) in enumerate(zip(self.operations, self._seats, strict=True)):
             stream = self.streams[number]
-            moved = _BEHIND if stream == 2 and self._of_last_round[number] else moves[stream]
-            entries.append((key + moved, member, self.operations[number], number))
+            moved = _BEHIND if stream == 2 and seat.round == last_round else moves[stream]
+            entries.append((key(op, seat) + moved, _turn(op, seat), op, number))
         entries.sort()
         ranks: list[list[list[int]]] = [[[] for _ in _STREAMS] for _ in range(self.num_ranks)]
         place = [0] * len(entries)
