@@ -104,10 +104,10 @@ def cut_of(costs: ChunkCosts) -> LayerCut:
 
 def _static_bytes(costs: ChunkCosts, cut: LayerCut, ranks: int, num_layers: int) -> tuple[RankCost, ...]:
     """Layers are dealt in turn; both ends of the model are on rank 0, and the others borrow its last part."""
-    ends = costs.embedding_state_bytes + costs.head_state_bytes
-    borrowed = ceil(cut.lent_weight_bytes / costs.tensor_parallel)
+    own = num_layers // ranks
+    others = own * costs.layer_state_bytes + ceil(cut.lent_weight_bytes / costs.tensor_parallel)
     return tuple(
-        RankCost(num_layers // ranks * costs.layer_state_bytes + (borrowed if rank else ends))
+        RankCost(others if rank else costs.state_bytes(0, num_stages=1, num_layers=own))
         for rank in range(ranks)
     )
 

@@ -83,6 +83,11 @@ def test_bytes_are_the_papers():
     }
     assert COSTS.message_bytes(HYBRID) == 10 * 32
     assert [COSTS.state_bytes(stage, 3, 2) for stage in range(3)] == [2050, 2000, 2070]
+    shared = replace(COSTS, shared_state_bytes=40)
+    assert [shared.state_bytes(stage, 3, 2) for stage in range(3)] == [2050, 2000, 2070]
+    assert (COSTS.state_bytes(0, 1, 2), shared.state_bytes(0, 1, 2)) == (2120, 2080)
+    with pytest.raises(ValueError, match=r"shared_state_bytes \(71\) are among head_state_bytes \(70\)"):
+        replace(COSTS, shared_state_bytes=71)
 
 
 def test_padding_is_paid_for():

@@ -117,9 +117,10 @@ def test_one_sequence_is_planned_as_sliced_helix_plans_it(fold):
         assert getattr(found, name) == getattr(other, name)
 
 
-def test_costs_are_those_of_the_other_cost_model():
-    """One sequence of a Llama, against the costs of the sliced helix plan with the same slices."""
-    model = replace(MODELS["llama3-8b"], num_layers=8)
+@pytest.mark.parametrize("name", ["llama3-8b", "gpt-7b"])
+def test_costs_are_those_of_the_other_cost_model(name):
+    """One sequence, as sliced helix plans it with the same slices; tied weights are there once."""
+    model = replace(MODELS[name], num_layers=8)
     workload = Workload(model=model, seq_length=65536, tensor_parallel=8)
     hardware = HARDWARE["h20"].without_short_kernel_losses()
     pieces = replace(predict_pieces(workload, hardware), multiprocessors=0)

@@ -61,6 +61,7 @@ class ChunkCosts:
             sequence parallelism, else 1.
         layer_state_bytes: weights, gradients and optimizer states of a layer, on one GPU.
         embedding_state_bytes, head_state_bytes: of the first and the last stage beside their layers.
+        shared_state_bytes: of the head's, what it shares with the embedding where both are on one GPU.
         network: links between stages; None for free messages.
         cut: how a layer's costs fall to its parts, for elastic helix; None if that is not known.
     """
@@ -80,6 +81,7 @@ class ChunkCosts:
     layer_state_bytes: int = 0
     embedding_state_bytes: int = 0
     head_state_bytes: int = 0
+    shared_state_bytes: int = 0
     network: Network | None = None
     cut: LayerCut | None = None
 
@@ -90,6 +92,11 @@ class ChunkCosts:
             raise ValueError(
                 f"token_multiple is 1 or, with sequence parallelism, tensor_parallel "
                 f"({self.tensor_parallel}), not {self.token_multiple}"
+            )
+        if self.shared_state_bytes > self.head_state_bytes:
+            raise ValueError(
+                f"shared_state_bytes ({self.shared_state_bytes}) are among head_state_bytes "
+                f"({self.head_state_bytes}) and cannot be more"
             )
         if self.forward.token_ms + self.backward.token_ms <= 0:
             raise ValueError("token_ms must be above 0 forward or backward: every token costs time")
@@ -174,8 +181,10 @@ class ChunkCosts:
 
     def state_bytes(self, stage: int, num_stages: int, num_layers: int) -> int:
         """``states(q)``: bytes on each GPU of a stage of ``num_layers`` layers whatever it computes."""
-        ends = self.embedding_state_bytes * (stage == 0) + self.head_state_bytes * (stage == num_stages - 1)
-        return num_layers * self.layer_state_bytes + ends
+        is_first, is_last = stage == 0, stage == num_stages - 1
+        ends = self.embedding_state_bytes * is_first + self.head_state_bytes * is_last
+        shared = self.shared_state_bytes * (is_first and is_last)
+        return num_layers * self.layer_state_bytes + ends - shared
 
 
 def ideal_costs(

@@ -5,8 +5,9 @@ Keys, all of them in :class:`ChunkCosts` and :class:`PassTime`: ``format``, ``ve
 ``communication_ms``, ``head_ms``; ``token_bytes``, ``input_bytes``, ``kv_bytes``; and, if not the default,
 ``kv_gradient_bytes``, ``logits_bytes``, ``head_workspace_bytes``, ``layer_workspace_bytes``,
 ``tensor_parallel``, ``token_multiple``, ``layer_state_bytes``, ``embedding_state_bytes``,
-``head_state_bytes``, ``network``, the fields of :class:`helixpipe.plan.simulation.network.Network`, and
-``cut``, those of :class:`helixpipe.elastic.costs.layer_cut.LayerCut`.
+``head_state_bytes``, ``shared_state_bytes``, ``network``, the fields of
+:class:`helixpipe.plan.simulation.network.Network`, and ``cut``, those of
+:class:`helixpipe.elastic.costs.layer_cut.LayerCut`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ _WHOLE = {
     "layer_state_bytes",
     "embedding_state_bytes",
     "head_state_bytes",
+    "shared_state_bytes",
     "ranks_per_node",
     "lent_weight_bytes",
     "lent_gradient_bytes",

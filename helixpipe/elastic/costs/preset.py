@@ -91,7 +91,8 @@ def _costs(pieces: Pieces, num_stages: int, passes: Sequence[PassTime], source: 
         token_multiple=workload.sharded,
         layer_state_bytes=workload.static_bytes(layer),
         embedding_state_bytes=workload.static_bytes(parameters["embedding"]),
-        head_state_bytes=0 if model.tied and num_stages == 1 else workload.static_bytes(parameters["head"]),
+        head_state_bytes=workload.static_bytes(parameters["head"]),
+        shared_state_bytes=workload.static_bytes(parameters["head"]) if model.tied else 0,
         network=pieces.network,
         cut=_cut(pieces),
     )
