@@ -14,6 +14,7 @@ from helixpipe.commands.planning import read_text
 from helixpipe.commands.ranges import GIBIBYTES, LAYERS, RANKS, REPEATS, Real, Whole
 from helixpipe.json_input import parse_json
 from helixpipe.plan.cost_model import Hardware, Workload, read_model
+from helixpipe.plan.schedules.request import ATTENTION_RANGES
 
 if TYPE_CHECKING:
     from helixpipe.elastic.costs.fit import Fit
@@ -75,6 +76,11 @@ def _add_elastic(elastic: argparse.ArgumentParser) -> None:
     )
     add("--num-slices", type=Whole(), help="of the longest sequence (default: the fastest found)")
     add(
+        "--attention-range",
+        choices=ATTENTION_RANGES,
+        help="elastic-helix: pieces on the attention rank (default: the fastest found)",
+    )
+    add(
         "--mip-gap",
         type=Real(least=0.0, below=1.0),
         default=0.02,
@@ -100,6 +106,8 @@ def _elastic(args: argparse.Namespace) -> None:
     from helixpipe.elastic.search.choice import choose_plan
     from helixpipe.report.batch_plan import print_elastic_plan
 
+    if args.attention_range is not None and args.schedule == ELASTIC_SCHEDULES[0]:
+        raise ValueError("--attention-range is for --schedule elastic-helix and auto; leave it out")
     lengths = _read_lengths(args.lengths)
     job = ElasticJob(
         costs=costs_from_json(read_text(args.costs)),
@@ -110,6 +118,7 @@ def _elastic(args: argparse.Namespace) -> None:
         gap=args.mip_gap,
         time_limit_s=args.time_limit,
         schedule=args.schedule,
+        attention_range=args.attention_range,
     )
     counts = None if args.num_slices is None else (args.num_slices,)
     choice = choose_plan(lengths, job, slice_counts=counts)

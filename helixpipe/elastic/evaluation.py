@@ -13,6 +13,7 @@ from helixpipe.elastic.search.planner import SLICE_COUNTS, by_size, chunk_batch
 from helixpipe.elastic.search.round_planner import most_rounds
 from helixpipe.elastic.search.rounds import make_rounds
 from helixpipe.elastic.search.sequence_processor import equal_time_mesh
+from helixpipe.plan.schedules.helix import DEFAULT_ATTENTION_RANGE
 from helixpipe.plan.simulation.simulate import simulate
 
 
@@ -37,7 +38,13 @@ def plan_evaluation(
     if job.schedule == round_schedule.SCHEDULE:
         # Of activations only keys and values outlive their operation.
         return make_rounds(
-            lengths, job.costs, job.num_stages, most_rounds(lengths), 2, job.recompute or "none"
+            lengths,
+            job.costs,
+            job.num_stages,
+            most_rounds(lengths),
+            2,
+            job.recompute or "none",
+            job.attention_range or DEFAULT_ATTENTION_RANGE,
         )
     chunkings, reasons = chunk_batch(
         lengths, job, lambda longest, count: equal_time_mesh(longest, count, job.costs), slice_counts

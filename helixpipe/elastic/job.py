@@ -25,6 +25,7 @@ class ElasticJob:
         schedule: that batches are trained by, ``elastic`` or ``elastic-helix``, or ``auto`` where they are
             only planned.
         recompute: elastic helix: the level of the model, where it is built; None for the planner's choice.
+        attention_range: elastic helix: that of the model, in the same way.
     """
 
     costs: ChunkCosts
@@ -37,6 +38,7 @@ class ElasticJob:
     time_limit_s: float = 6.0
     schedule: str = SCHEDULE
     recompute: str | None = None
+    attention_range: str | None = None
 
     def __post_init__(self) -> None:
         for name, value in (

@@ -7,6 +7,7 @@ with it; sequences stay within their round, and rounds follow one another.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import ceil
 
 from helixpipe.elastic.chunks import Chunk
@@ -18,7 +19,6 @@ from helixpipe.plan.schedules.sliced_helix import Round, SlicedRounds
 from helixpipe.plan.simulation.costs import ANY_EDGE, Costs, LoanBytes, RankCost, SegmentCost
 
 SCHEDULE = "elastic-helix"
-ATTENTION_RANGE = "core"
 
 
 def round_plan(recipe: RoundRecipe, num_layers: int) -> Plan:
@@ -28,7 +28,7 @@ def round_plan(recipe: RoundRecipe, num_layers: int) -> Plan:
         {
             "num_layers": num_layers,
             "num_rounds": len(recipe.rounds),
-            "attention_range": ATTENTION_RANGE,
+            "attention_range": recipe.attention_range,
             "head_placement": "spread",
         },
         tuple(f"chunk{i}" for i in range(len(recipe.chunks))),
@@ -36,25 +36,30 @@ def round_plan(recipe: RoundRecipe, num_layers: int) -> Plan:
 
 
 def _rounds(
-    num_layers: int, num_ranks: int, members: tuple[Round, ...] = (), slices: tuple[tuple[int, ...], ...] = ()
+    num_layers: int,
+    num_ranks: int,
+    attention_range: str,
+    members: tuple[Round, ...] = (),
+    slices: tuple[tuple[int, ...], ...] = (),
 ) -> SlicedRounds:
     return SlicedRounds(
         p=num_ranks,
         num_layers=num_layers,
         rounds=members,
         slices=slices,
-        attention_range=ATTENTION_RANGE,
+        attention_range=attention_range,
         is_spread=True,
     )
 
 
 def _rounds_of(recipe: RoundRecipe, num_layers: int) -> SlicedRounds:
-    return _rounds(num_layers, len(recipe.rounds[0]), recipe.members, recipe.slices)
+    ranks = len(recipe.rounds[0])
+    return _rounds(num_layers, ranks, recipe.attention_range, recipe.members, recipe.slices)
 
 
-def owned_segments(num_layers: int, num_ranks: int, rank: int) -> list[int]:
+def owned_segments(num_layers: int, num_ranks: int, rank: int, attention_range: str) -> list[int]:
     """The segments between attentions whose weights are on ``rank``, whatever batches hold."""
-    rounds = _rounds(num_layers, num_ranks)
+    rounds = _rounds(num_layers, num_ranks, attention_range)
     return [
         segment for segment in range(0, rounds.last + 1, rounds.per_layer) if rounds.owner_of(segment) == rank
     ]
@@ -66,21 +71,22 @@ def costs_of_rounds(recipe: RoundRecipe, num_layers: int, costs: ChunkCosts) -> 
     Raises:
         ValueError: the costs do not say how a layer's fall to its parts.
     """
-    cut = cut_of(costs)
+    cut = cut_of(costs, recipe.attention_range)
     ranks = len(recipe.rounds[0])
     segments: dict[str, SegmentCost] = {}
     messages: dict[str, int] = {}
     # The same in every layer.
     lent = {i for context in _rounds_of(recipe, 1).contexts(is_resent=False) for i in context.lent}
+    between = ("middle",) if num_layers > 1 else ()
+    behind = "qkv" if cut.has_weights else "attention"
     for i, chunk in enumerate(recipe.chunks):
         of = _ChunkCost(chunk, costs, cut, recipe.recompute)
         name = f"chunk{i}"
-        between = {"middle": of.middle()} if num_layers > 1 else {}
-        roles = {"first": of.first(), "attention": of.attention(), **between, "last": of.last()}
-        segments |= {f"{role}/{name}": cost for role, cost in roles.items()}
+        roles = of.segments()
+        segments |= {f"{role}/{name}": cost for role, cost in roles.items() if role != "middle" or between}
         if ranks > 1:
             for role in ("first", *between):
-                messages[f"{role}/{name}->attention/{name}"] = of.bytes_of(cut.into_bytes)
+                messages[f"{role}/{name}->{behind}/{name}"] = of.bytes_of(cut.into_bytes)
             for role in between:
                 messages[f"attention/{name}->{role}/{name}"] = of.bytes_of(cut.out_bytes)
         if i in lent:
@@ -88,26 +94,51 @@ def costs_of_rounds(recipe: RoundRecipe, num_layers: int, costs: ChunkCosts) -> 
     static = _static_bytes(costs, cut, ranks, num_layers)
     if costs.network is None:
         return Costs(segments, {ANY_EDGE: 0.0}, ranks=static)
-    head = {"last": LoanBytes(cut.lent_weight_bytes, cut.lent_gradient_bytes)} if ranks > 1 else {}
-    return Costs(segments, {}, messages, costs.network, static, head)
+    return Costs(segments, {}, messages, costs.network, static, _loan_bytes(cut) if ranks > 1 else {})
 
 
-def cut_of(costs: ChunkCosts) -> LayerCut:
+def cut_of(costs: ChunkCosts, attention_range: str) -> LayerCut:
     """How a layer's costs fall to its parts; ``ValueError`` if the costs do not say it."""
     if costs.cut is None:
         raise ValueError(
             "the costs do not say how a layer's fall to attention and the rest, which elastic helix cuts "
             'apart: they have no "cut"; make them anew with elastic-costs or elastic-profile'
         )
-    return costs.cut
+    cuts = {cut.attention_range: cut for cut in (costs.cut, *costs.cuts_with_weights)}
+    if attention_range not in cuts:
+        raise ValueError(
+            f"the costs do not know the attention range {attention_range}, only {', '.join(cuts)}; make them "
+            "anew with elastic-costs or elastic-profile"
+        )
+    return cuts[attention_range]
+
+
+def known_ranges(costs: ChunkCosts) -> list[str]:
+    """Attention ranges that the costs know; none for costs of whole layers alone."""
+    return [cut.attention_range for cut in (costs.cut, *costs.cuts_with_weights) if cut is not None]
+
+
+def _loan_bytes(cut: LayerCut) -> dict[str, LoanBytes]:
+    """Of the segments whose weights are lent."""
+    found = {
+        "qkv": LoanBytes(cut.qkv_weight_bytes, cut.qkv_gradient_bytes),
+        "attention": LoanBytes(cut.projection_weight_bytes, cut.projection_gradient_bytes),
+        "last": LoanBytes(cut.lent_weight_bytes, cut.lent_gradient_bytes),
+    }
+    return {name: size for name, size in found.items() if name == "last" or size.weights}
 
 
 def _static_bytes(costs: ChunkCosts, cut: LayerCut, ranks: int, num_layers: int) -> tuple[RankCost, ...]:
-    """Layers are dealt in turn; both ends of the model are on rank 0, and the others borrow its last part."""
+    """Layers are dealt in turn; both ends of the model are on rank 0, and the others borrow its last part.
+
+    At the turn of a round a rank has borrowed what attention needs of all layers but its own.
+    """
     own = num_layers // ranks
+    per_layer = ceil((cut.qkv_weight_bytes + cut.projection_weight_bytes) / costs.tensor_parallel)
+    of_attention = (num_layers - own) * per_layer
     others = own * costs.layer_state_bytes + ceil(cut.lent_weight_bytes / costs.tensor_parallel)
     return tuple(
-        RankCost(others if rank else costs.state_bytes(0, num_stages=1, num_layers=own))
+        RankCost(of_attention + (others if rank else costs.state_bytes(0, num_stages=1, num_layers=own)))
         for rank in range(ranks)
     )
 
@@ -122,38 +153,51 @@ class _ChunkCost:
         self.level = cut.level(recompute)
         self.tokens = costs.padded(chunk)
 
-    def first(self) -> SegmentCost:
-        """What precedes attention; the embedding's time is left out, as in stages."""
+    def segments(self) -> dict[str, SegmentCost]:
+        """By role; the embedding's time is left out, as in stages."""
+        level = self.level
+        if self.cut.has_weights:
+            before = replace(self._before(), workspace_bytes=self._on_each(level.before_workspace_bytes))
+            ms = self.cut.operation_ms
+            roles = {"first": SegmentCost(ms, ms), "qkv": before, "middle": self._after()}
+        else:
+            kept, again = level.after_bytes + level.before_bytes, level.after_again + level.before_again
+            middle = self._linear(before=True, after=True, per_token=kept, again=again)
+            roles = {"first": self._before(), "middle": middle}
+        return {**roles, "attention": self._attention(), "last": self._last()}
+
+    def _before(self) -> SegmentCost:
+        """What precedes attention."""
         level = self.level
         return self._linear(before=True, after=False, per_token=level.before_bytes, again=level.before_again)
 
-    def middle(self) -> SegmentCost:
-        """What follows the attention of one layer, and precedes that of the next."""
+    def _after(self) -> SegmentCost:
+        """What follows attention."""
         level = self.level
-        kept, again = level.after_bytes + level.before_bytes, level.after_again + level.before_again
-        return self._linear(before=True, after=True, per_token=kept, again=again)
+        return self._linear(before=False, after=True, per_token=level.after_bytes, again=level.after_again)
 
-    def last(self) -> SegmentCost:
+    def _last(self) -> SegmentCost:
         """What follows the last attention, and the head."""
-        level, costs = self.level, self.costs
-        kept = level.after_bytes + costs.logits_bytes
-        found = self._linear(before=False, after=True, per_token=kept, again=level.after_again)
+        costs, found = self.costs, self._after()
         head = [costs.head_ms(time, self.chunk) for time in (costs.forward, costs.backward)]
         return SegmentCost(
             forward=found.forward + head[0],
             backward=found.backward + head[1],
             recompute=found.recompute,
-            bytes=found.bytes,
+            bytes=found.bytes + self._on_each(costs.logits_bytes),
             workspace_bytes=max(found.workspace_bytes, self._on_each(costs.head_workspace_bytes)),
         )
 
-    def attention(self) -> SegmentCost:
+    def _attention(self) -> SegmentCost:
         """Attention, which keeps its inputs and output, and keys and values for the chunks that go on."""
         costs, chunk = self.costs, self.chunk
         area = costs.padded_area(chunk)
+        cut = self.cut
         forward, backward = (
-            time.attention_ms * area / costs.tensor_parallel + self.cut.operation_ms
-            for time in (costs.forward, costs.backward)
+            time.attention_ms * area / costs.tensor_parallel
+            + share * self._linear_ms(time)
+            + cut.operation_ms
+            for time, share in ((costs.forward, cut.forward_with), (costs.backward, cut.backward_with))
         )
         lent = costs.kv_bytes * chunk.continued_tokens / costs.tensor_parallel
         return SegmentCost(
@@ -171,7 +215,13 @@ class _ChunkCost:
     def _linear(self, *, before: bool, after: bool, per_token: float, again: float) -> SegmentCost:
         """Parts of a layer without attention, of which the backward repeats so much of the forward."""
         costs, cut = self.costs, self.cut
-        shares = [before * share + after * (1 - share) for share in (cut.forward_before, cut.backward_before)]
+        shares = [
+            before * share + after * (1 - share - beside)
+            for share, beside in (
+                (cut.forward_before, cut.forward_with),
+                (cut.backward_before, cut.backward_with),
+            )
+        ]
         forward, backward = (self._linear_ms(time) for time in (costs.forward, costs.backward))
         recompute = again * forward
         return SegmentCost(

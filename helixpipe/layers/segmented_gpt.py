@@ -116,6 +116,7 @@ class SegmentedGPTModel(LanguageModule):
         check_supported(config, position_embedding_type, attention_range, has_slices=contexts is not None)
         super().__init__(config=config)
         self.model_type = ModelType.encoder_or_decoder
+        self.attention_range, self.lends_head = attention_range, lends_head
         self.segments_per_layer = 2 if contexts is None or attention_range == "core" else 3
         self.num_segments = self.segments_per_layer * config.num_layers + 1
         self.pre_process = 0 in owned_segments
@@ -123,8 +124,7 @@ class SegmentedGPTModel(LanguageModule):
         self.vocab_size = vocab_size
         self.max_sequence_length, self.position_embedding_type = max_sequence_length, position_embedding_type
         self.share_embeddings_and_output_weights = share_embeddings_and_output_weights
-        self.saving = saving
-        self.contexts = contexts
+        self.saving, self.contexts = saving, contexts
         self.needs_documents = implementation.documents
         if share_embeddings_and_output_weights and self.pre_process != self.post_process:
             raise ValueError("tied embeddings need the first and the last segment on one rank")

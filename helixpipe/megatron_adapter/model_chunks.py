@@ -8,7 +8,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
 
-from helixpipe.elastic.round_schedule import ATTENTION_RANGE, owned_segments
+from helixpipe.elastic.round_schedule import owned_segments
 from helixpipe.layers.elastic.context import ContextStore
 from helixpipe.layers.elastic.model import build_elastic_gpt
 from helixpipe.layers.gpt import build_gpt
@@ -37,12 +37,14 @@ def build_model_chunks(
         config: the model's configuration.
         implementation: whose modules compute the layers, and which attention.
         saving: what to do to keep less for the backward pass.
-        arguments: the rest of GPTModel's.
+        arguments: the rest of GPTModel's; where each batch has a plan of its own and layers are cut, also the
+            ``attention_range``.
     """
     rank = parallel_state.get_pipeline_model_parallel_rank()
     if execution is Execution.ROUNDS:
-        owned = owned_segments(config.num_layers, config.pipeline_model_parallel_size, rank)
-        arguments |= {"contexts": ContextStore(), "attention_range": ATTENTION_RANGE, "lends_head": True}
+        ranks, attention_range = config.pipeline_model_parallel_size, arguments["attention_range"]
+        owned = owned_segments(config.num_layers, ranks, rank, attention_range)
+        arguments |= {"contexts": ContextStore(), "lends_head": True}
         return [SegmentedGPTModel(config, implementation, owned, saving=saving, **arguments)]
     if plan is None or execution is Execution.SLICES:
         arguments["recomputes_by_plan"] = plan is None

@@ -67,6 +67,7 @@ def _chunk_table(plan: ElasticPlan, job: ElasticJob) -> Table:
     if isinstance(recipe, RoundRecipe):
         columns = {"round": columns.pop(""), "slot": _slots(recipe), **columns}
         title += f"; slot s attends to layer l on rank (l + s + 1) mod {plan.plan.num_ranks}"
+        title += f", range {recipe.attention_range}"
     else:
         assert isinstance(recipe, Recipe)
         columns = {"pipeline": columns.pop(""), **columns}

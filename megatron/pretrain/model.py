@@ -280,6 +280,9 @@ def _build_chunks(settings: JobSettings, config: TransformerConfig) -> list[torc
         "rope_scaling": model.use_rope_scaling,
         "rope_scaling_factor": model.rope_scaling_factor,
     }
+    if settings.elastic_job is not None and schedule.execution.cuts_layers:
+        # Built before there is a plan that could say it.
+        arguments["attention_range"] = settings.elastic_job.attention_range
     return build_model_chunks(
         schedule.execution,
         schedule.plan,

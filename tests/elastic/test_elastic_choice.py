@@ -8,6 +8,7 @@ from helixpipe.elastic import ElasticJob, ideal_costs
 from helixpipe.elastic.search.choice import choose_plan
 from helixpipe.elastic.search.planner import plan_batch
 from helixpipe.elastic.search.round_planner import plan_rounds
+from helixpipe.plan.simulation.network import Network
 
 COSTS = ideal_costs(balanced_length=4000.0)
 ONE_LONG = (24000, 3000, 3000, 2000)
@@ -41,6 +42,23 @@ def test_1f1b_is_taken_where_it_is_faster():
     assert choice.plan.plan.schedule == "elastic"
     assert choice.reason.startswith("elastic is predicted to take")
     assert choice.others["elastic-helix"].prediction.time_ms > choice.plan.prediction.time_ms
+
+
+def test_the_fastest_attention_range_is_taken():
+    """Messages of a range with weights are smaller, and it has an operation more for each layer."""
+    network = Network(latency_ms=0.0, gb_per_s=1e-6)
+    cut = replace(COSTS.cut, into_bytes=1.0, out_bytes=1.0, attention_range="block")
+    costs = replace(COSTS, network=network, cuts_with_weights=(cut,))
+    few = {"round_counts": (), "folds": (2,)}
+    found = [
+        plan_rounds(ONE_LONG, job(costs=costs, attention_range=name), **few)
+        for name in (None, "core", "block")
+    ]
+    times = [plan.prediction.time_ms for plan in found]
+    assert (found[0], times[0]) == (found[2], min(times))
+    assert times[2] < times[1]
+    slow = replace(costs, network=None, cuts_with_weights=(replace(cut, operation_ms=1.0),))
+    assert plan_rounds(ONE_LONG, job(costs=slow), **few).recipe.attention_range == "core"
 
 
 def test_what_has_no_plan_loses_and_the_line_says_why():

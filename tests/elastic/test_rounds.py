@@ -56,9 +56,10 @@ def test_every_token_is_in_one_chunk_and_every_sequence_in_one_round(lengths, p,
         assert len(slots) == p
         assert max(slots) - min(slots) <= 1
         assert max(slots) <= fold
-    plan = round_plan(recipe, 2)
-    validate(plan)
-    assert plan.slices == recipe.slices
+    for attention_range in ("core", "block"):
+        plan = round_plan(replace(recipe, attention_range=attention_range), 2)
+        validate(plan)
+        assert plan.slices == recipe.slices
 
 
 @pytest.mark.parametrize("lengths", [(50000,), (12800,) * 7, skewed_lengths(64), (90000, 300, 20000, 20000)])
@@ -117,23 +118,32 @@ def test_one_sequence_is_planned_as_sliced_helix_plans_it(fold):
         assert getattr(found, name) == getattr(other, name)
 
 
-@pytest.mark.parametrize("name", ["llama3-8b", "gpt-7b"])
-def test_costs_are_those_of_the_other_cost_model(name):
+@pytest.mark.parametrize(
+    ("name", "attention_range"),
+    [("llama3-8b", "core"), ("gpt-7b", "core"), ("llama3-8b", "qkv"), ("gpt-7b", "block")],
+)
+def test_costs_are_those_of_the_other_cost_model(name, attention_range):
     """One sequence, as sliced helix plans it with the same slices; tied weights are there once."""
     model = replace(MODELS[name], num_layers=8)
     workload = Workload(model=model, seq_length=65536, tensor_parallel=8)
     hardware = HARDWARE["h20"].without_short_kernel_losses()
     pieces = replace(predict_pieces(workload, hardware), multiprocessors=0)
     costs = predict_chunk_costs(workload, hardware, 4)
-    recipe = make_rounds((65536,), costs, 4, 1, 2, "without-attention")
+    recipe = make_rounds((65536,), costs, 4, 1, 2, "without-attention", attention_range)
     found = costs_of_rounds(recipe, 8, costs)
-    request = ScheduleRequest(num_ranks=4, num_layers=8, num_microbatches=1, head_placement="spread")
+    request = ScheduleRequest(
+        num_ranks=4,
+        num_layers=8,
+        num_microbatches=1,
+        head_placement="spread",
+        attention_range=attention_range,
+    )
     ends = tuple(chunk.context + chunk.tokens for chunk in recipe.chunks)
     plan = with_slice_ends(SCHEDULES["sliced-helix"].plan(request), ends)
     expected = costs_of_plan(pieces, plan, Recompute.WITHOUT_ATTENTION)
     # The executor's time is told once more, per layer; and collectives start more often in short chunks.
     layer_ms = costs.forward.layer_ms
-    for role in ("middle", "attention", "last"):
+    for role in ("middle", "attention", "last", *(("qkv",) if attention_range != "core" else ())):
         for i in range(8):
             ours, theirs = found.segments[f"{role}/chunk{i}"], expected.segments[f"{role}/slice{i}"]
             for name in ("forward", "backward", "recompute"):
@@ -144,8 +154,9 @@ def test_costs_are_those_of_the_other_cost_model(name):
             for name in ("bytes", "workspace_bytes", *of_keys):
                 assert getattr(ours, name) == pytest.approx(getattr(theirs, name), rel=1e-4, abs=2), name
     names = {name.replace("slice", "chunk"): size for name, size in expected.message_bytes.items()}
-    # Those of the last slot are read where they are made.
-    assert names.keys() - found.message_bytes.keys() == {f"context/chunk{i}" for i in (4, 5, 6, 7)}
+    # Nobody reads those of the last slot; and with ``core``, it reads those of the one before where they are.
+    unread = (4, 5, 6, 7) if attention_range == "core" else (6, 7)
+    assert names.keys() - found.message_bytes.keys() == {f"context/chunk{i}" for i in unread}
     for name, size in found.message_bytes.items():
         assert size == pytest.approx(names[name], rel=1e-4, abs=2), name
     assert parse_costs(found.to_json(), round_plan(recipe, 8)) == found, "as a file"
@@ -257,7 +268,11 @@ def test_weights_are_where_plans_of_any_batch_have_them():
         plan = round_plan(rounds(MIXED, p), layers)
         for rank in range(p):
             owned = [s for s in range(0, plan.num_segments, 2) if plan.owner_of(s) == rank]
-            assert owned_segments(layers, p, rank) == owned
+            assert owned_segments(layers, p, rank, "core") == owned
+        plan = round_plan(replace(rounds(MIXED, p), attention_range="block"), layers)
+        for rank in range(p):
+            owned = [s for s in range(0, plan.num_segments, 3) if plan.owner_of(s) == rank]
+            assert owned_segments(layers, p, rank, "block") == owned
 
 
 def test_costs_without_a_cut_are_refused_by_name():
@@ -275,6 +290,7 @@ def test_a_level_that_the_costs_do_not_know_is_refused():
     ("changes", "words"),
     [
         ({"recompute": "nothing"}, "recompute 'nothing' is none of"),
+        ({"attention_range": "all"}, "attention_range 'all' is none of core, qkv, block"),
         ({"rounds": []}, "the same number of slots"),
         ({"rounds": [[2, 2, 2], [2, 2]]}, "the same number of slots"),
         ({"rounds": [[2, 2, 2], [0, 0, 0]]}, "and a chunk in one"),

@@ -55,6 +55,7 @@ def reference_of(case, **options):
         pipelines=1,
         rounds=None,
         recompute="none",
+        attention_range="core",
     )
     return expected_of(same, **options)
 

@@ -33,12 +33,14 @@ def run_here(case, change=None):
 ONE = rounds(1, fold=5, rounds=2, style="llama", dtype=torch.float64)
 
 
-def test_one_rank():
+@pytest.mark.parametrize("attention_range", ["core", "block"])
+def test_one_rank(attention_range):
     """Chunks that end one sequence and begin another, and such that do one of both."""
     recipe = recipe_of(ONE)
     assert {len(chunk.sliced_sequences) for chunk in recipe.chunks} == {1, 2}
     assert len(recipe.rounds) == 2
-    check(ONE, run_here(ONE))
+    case = replace(ONE, attention_range=attention_range)
+    check(case, run_here(case))
 
 
 def cases_of(pp):
@@ -57,10 +59,34 @@ def cases_of(pp):
     yield replace(base, case=replace(base.case, loss_chunk=10, mlp_chunk=7))
 
 
+def cases_with_weights_of(pp):
+    """Ranges whose weights are lent: every kind of batch; rounds; both types; recomputation."""
+    layers = 3 if pp == 3 else 4
+    for number, lengths in enumerate(BATCHES):
+        for (style, dtype), attention_range in zip(STYLES.items(), ("qkv", "block"), strict=True):
+            yield rounds(
+                pp, lengths=lengths, style=style, dtype=dtype, fold=1 + number % 3, num_layers=layers,
+                attention_range=attention_range,
+            )  # fmt: skip
+    base = rounds(pp, rounds=3, style="llama", num_layers=layers, attention_range="block")
+    yield base
+    yield replace(base, attention_range="qkv", rounds=2)
+    for level in ("without-attention", "products"):
+        yield replace(base, recompute=level, fold=3, rounds=1)
+        yield replace(base, recompute=level, attention_range="qkv")
+    yield replace(base, case=replace(base.case, loss_chunk=10, mlp_chunk=7))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("pp", [1, 2, 3, 4])
 def test_ranks(pp):
     check_on_ranks(list(cases_of(pp)), timeout_s=600)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pp", [1, 2, 3, 4])
+def test_ranks_that_borrow_weights(pp):
+    check_on_ranks(list(cases_with_weights_of(pp)), timeout_s=600)
 
 
 @pytest.mark.slow
@@ -71,8 +97,10 @@ def test_ranks(pp):
 )
 def test_tensor_and_data_parallel_ranks(layout):
     cases = [rounds(style=style, rounds=2, **layout) for style in STYLES]
+    cases += [replace(cases[0], attention_range=name) for name in ("qkv", "block")]
     if layout.get("dp"):
         cases.append(rounds(overlap=True, distributed_optimizer=False, **layout))
+        cases.append(replace(cases[-1], attention_range="block"))
     check_on_ranks(cases, timeout_s=600)
 
 
@@ -148,6 +176,7 @@ def test_missing_gradients_of_keys_are_noticed(monkeypatch):
     [
         ({"recompute": "products"}, "planned with none recomputed, the model recomputes products"),
         ({"rounds": None}, "planned for elastic-helix, which needs a model cut at its attention"),
+        ({"attention_range": "qkv"}, "planned for the attention range core, the model is cut at qkv"),
     ],
 )
 def test_a_plan_for_another_model_is_refused(changes, words):

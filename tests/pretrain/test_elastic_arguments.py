@@ -76,6 +76,13 @@ def test_sequence_parallelism_pads_chunks(parse, tmp_path):
             "are for tensor-parallel size 1, the job has 2; make them anew",
         ),
         (f"{HELIX} --num-fold 2", "cannot honour --num-fold: .*; leave it out"),
+        (
+            f"{HELIX} --recompute-levels none --attention-range block",
+            "the costs do not know the attention range block, only core; make them anew",
+        ),
+        (f"{HELIX} --recompute-levels none --attention-range all", "'all'; choose one of core, qkv, block"),
+        (f"{HELIX} --attention-range auto", "auto does not apply to elastic-helix, .*; name the range"),
+        (f"{ELASTIC} --attention-range core", "cannot honour --attention-range: .*; leave it out"),
         (f"{HELIX} --recompute-levels products", "know no level of recomputation 'products'; known: none"),
         (
             f"{HELIX} --recompute-levels none:2,products:2",
@@ -103,11 +110,18 @@ def test_what_does_not_fit_is_refused(parse, words, message):
 def test_elastic_helix_is_planned_at_the_models_level(parse, tmp_path):
     settings = parse(f"{HELIX} --recompute-levels none")
     assert (settings.elastic_job.schedule, settings.elastic_job.recompute) == ("elastic-helix", "none")
+    assert settings.elastic_job.attention_range == "core"
     assert not settings.memory.memory_saving.recomputes
     assert settings.schedule.plan is None
     made = make_forward_backward(settings.schedule.execution, None, NullClock())
     assert isinstance(made, ElasticForwardBackward)
-    assert parse(f"{ELASTIC} --elastic-costs {{costs}}").elastic_job.schedule == "elastic"
+    whole = parse(f"{ELASTIC} --elastic-costs {{costs}}").elastic_job
+    assert (whole.schedule, whole.attention_range) == ("elastic", None)
+    block = tmp_path / "block.json"
+    of_block = replace(ideal_costs().cut, attention_range="block")
+    block.write_text(costs_to_json(replace(ideal_costs(), cuts_with_weights=(of_block,))), encoding="utf-8")
+    lending = f"{HELIX.replace('{costs}', str(block))} --recompute-levels none --attention-range block"
+    assert parse(lending).elastic_job.attention_range == "block"
     old = tmp_path / "old.json"
     old.write_text(costs_to_json(replace(ideal_costs(), cut=None)), encoding="utf-8")
     with pytest.raises(ValueError, match="do not say how a layer's costs fall to attention and the rest"):

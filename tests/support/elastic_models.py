@@ -63,6 +63,7 @@ class ElasticCase:
         rounds: of elastic helix, instead of pipelines; None for 1F1B.
         fold: chunks of a slot of a round.
         recompute: level under elastic helix.
+        attention_range: of elastic helix.
     """
 
     case: Case
@@ -73,11 +74,12 @@ class ElasticCase:
     rounds: int | None = None
     fold: int = 2
     recompute: str = "none"
+    attention_range: str = "core"
 
     def __str__(self) -> str:
         words = [f"K{self.num_slices}", f"ckpt{self.checkpointed}", f"max{max(self.lengths)}"]
         if self.rounds is not None:
-            words[:2] = [f"rounds{self.rounds}", f"fold{self.fold}", self.recompute]
+            words[:2] = [f"rounds{self.rounds}", f"fold{self.fold}", self.recompute, self.attention_range]
         words += [f"pipelines{self.pipelines}"] * (self.pipelines > 1)
         return "-".join([str(self.case), *words])
 
@@ -98,7 +100,8 @@ def recipe_of(case: ElasticCase, replica: int = 0) -> Recipe | RoundRecipe:
     """The chunks of a batch, with as many checkpointed layers as the case asks for."""
     lengths = case.lengths_of(replica)
     if case.rounds is not None:
-        return make_rounds(lengths, COSTS, case.case.pp, case.rounds, case.fold, case.recompute)
+        model = case.recompute, case.attention_range
+        return make_rounds(lengths, COSTS, case.case.pp, case.rounds, case.fold, *model)
     mesh = equal_time_mesh(max(lengths), case.num_slices, COSTS)
     chunks = order_chunks(make_chunks(lengths, mesh, COSTS, max(lengths)), COSTS)
     stage_layers = case.case.num_layers // case.case.pp
@@ -132,12 +135,13 @@ def build_elastic(case: ElasticCase) -> list[torch.nn.Module]:
     if case.rounds is not None:
         saving = replace(case.case.saving, recompute=Recompute(case.recompute))
         rank, p = parallel_state.get_pipeline_model_parallel_rank(), case.case.pp
-        owned = owned_segments(case.case.num_layers, p, rank)
+        owned = owned_segments(case.case.num_layers, p, rank, case.attention_range)
         with deferred_initialization(config):
             segmented = SegmentedGPTModel(
                 config,
                 LOCAL,
                 owned,
+                attention_range=case.attention_range,
                 lends_head=True,
                 saving=saving,
                 contexts=ContextStore(),

@@ -64,6 +64,7 @@ class ChunkCosts:
         shared_state_bytes: of the head's, what it shares with the embedding where both are on one GPU.
         network: links between stages; None for free messages.
         cut: how a layer's costs fall to its parts, for elastic helix; None if that is not known.
+        cuts_with_weights: the same for attention ranges whose weights are lent.
     """
 
     source: str
@@ -84,6 +85,7 @@ class ChunkCosts:
     shared_state_bytes: int = 0
     network: Network | None = None
     cut: LayerCut | None = None
+    cuts_with_weights: tuple[LayerCut, ...] = ()
 
     def __post_init__(self) -> None:
         if self.tensor_parallel < 1:

@@ -6,8 +6,8 @@ Keys, all of them in :class:`ChunkCosts` and :class:`PassTime`: ``format``, ``ve
 ``kv_gradient_bytes``, ``logits_bytes``, ``head_workspace_bytes``, ``layer_workspace_bytes``,
 ``tensor_parallel``, ``token_multiple``, ``layer_state_bytes``, ``embedding_state_bytes``,
 ``head_state_bytes``, ``shared_state_bytes``, ``network``, the fields of
-:class:`helixpipe.plan.simulation.network.Network`, and ``cut``, those of
-:class:`helixpipe.elastic.costs.layer_cut.LayerCut`.
+:class:`helixpipe.plan.simulation.network.Network`, ``cut``, those of
+:class:`helixpipe.elastic.costs.layer_cut.LayerCut`, and ``cuts_with_weights``, a list of such.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ _WHOLE = {
     "ranks_per_node",
     "lent_weight_bytes",
     "lent_gradient_bytes",
+    "qkv_weight_bytes",
+    "qkv_gradient_bytes",
+    "projection_weight_bytes",
+    "projection_gradient_bytes",
 }
 
 T = TypeVar("T")
@@ -63,6 +67,8 @@ def costs_from_json(text: str) -> ChunkCosts:
             values[key] = None if value is None else _network(value)
         elif key == "cut":
             values[key] = None if value is None else _cut(value)
+        elif key == "cuts_with_weights":
+            values[key] = tuple(map(_cut, _list_of(value, key)))
         elif key == "kv_gradient_bytes" and value is None:
             values[key] = None
         elif key == "source":
@@ -77,11 +83,15 @@ def _network(found: Any) -> Network:
 
 
 def _cut(found: Any) -> LayerCut:
-    numbers = _numbers(found, LayerCut, "cut", {"levels"})
-    levels = found["levels"]
-    if not isinstance(levels, list):
-        raise ValueError(f"costs: cut.levels must be a list, found {levels!r:.60}")
-    return _made(LayerCut, {**numbers, "levels": tuple(map(_level, levels))})
+    numbers = _numbers(found, LayerCut, "cut", {"levels", "attention_range"})
+    values = {**numbers, "levels": tuple(map(_level, _list_of(found["levels"], "cut.levels")))}
+    return _made(LayerCut, {**values, "attention_range": str(found.get("attention_range", "core"))})
+
+
+def _list_of(found: Any, where: str) -> list[Any]:
+    if not isinstance(found, list):
+        raise ValueError(f"costs: {where} must be a list, found {found!r:.60}")
+    return found
 
 
 def _level(found: Any) -> CutLevel:

@@ -100,13 +100,15 @@ def fit_costs(measurements: Sequence[Measurement], base: ChunkCosts, num_layers:
     scale = num_layers / base.tensor_parallel
     per_token = np.array([scale * m.tokens / m.bytes for m in used])
     token_bytes = float(per_token.sum() / (per_token @ per_token))
+    share = token_bytes / base.token_bytes
     costs = replace(
         base,
         source=f"{base.source.removesuffix(', predicted')}, fitted to {len(used)} measurements",
         forward=forward,
         backward=backward,
         token_bytes=token_bytes,
-        cut=None if base.cut is None else base.cut.keeping(token_bytes / base.token_bytes),
+        cut=None if base.cut is None else base.cut.keeping(share),
+        cuts_with_weights=tuple(cut.keeping(share) for cut in base.cuts_with_weights),
     )
     t = base.tensor_parallel
     return Fit(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from helixpipe.plan.cost_model.recomputation import Recompute
+from helixpipe.plan.schedules.request import ATTENTION_RANGES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,7 @@ class CutLevel:
         before_bytes, attention_bytes, after_bytes: that what precedes attention, attention itself and what
             follows it keep per token until their backward.
         workspace_bytes: that exist per token in the backward of what lies between two attentions.
+        before_workspace_bytes: in that of what precedes attention, where it is a segment of its own.
         before_again, after_again: of the forward time that is linear in tokens, the shares that the backwards
             of what precedes attention and of what follows it repeat.
     """
@@ -27,6 +29,7 @@ class CutLevel:
     attention_bytes: float
     after_bytes: float
     workspace_bytes: float = 0.0
+    before_workspace_bytes: float = 0.0
     before_again: float = 0.0
     after_again: float = 0.0
 
@@ -43,14 +46,19 @@ class LayerCut:
     """How a layer's costs fall to what precedes attention, attention, and what follows it.
 
     Attention takes all time that grows with the square of a sequence. Messages are of all GPUs of a rank.
+    With a range that has weights, what precedes attention (QKV) is a segment of its own on its rank.
 
     Attributes:
         forward_before, backward_before: of the time that is linear in tokens, the share before attention.
-        into_bytes, out_bytes: of the messages to attention and from it, per token.
+        into_bytes, out_bytes: of the messages to the attention rank and from it, per token.
         levels: what is kept, the least computed again first.
+        attention_range: pieces that the attention rank runs.
+        forward_with, backward_with: of the time that is linear in tokens, the share of attention's segment.
         operation_ms: that an operation takes whatever its size, beside what a layer does.
         lent_weight_bytes, lent_gradient_bytes: of the last segment's weights, which other ranks borrow,
             and of their gradients.
+        qkv_weight_bytes, qkv_gradient_bytes: of what is lent of a layer with QKV.
+        projection_weight_bytes, projection_gradient_bytes: and with attention.
     """
 
     forward_before: float
@@ -58,15 +66,34 @@ class LayerCut:
     into_bytes: float
     out_bytes: float
     levels: tuple[CutLevel, ...]
+    attention_range: str = "core"
+    forward_with: float = 0.0
+    backward_with: float = 0.0
     operation_ms: float = 0.0
     lent_weight_bytes: int = 0
     lent_gradient_bytes: int = 0
+    qkv_weight_bytes: int = 0
+    qkv_gradient_bytes: int = 0
+    projection_weight_bytes: int = 0
+    projection_gradient_bytes: int = 0
 
     def __post_init__(self) -> None:
         if not (0 < self.forward_before < 1 and 0 < self.backward_before < 1):
             raise ValueError("forward_before and backward_before are shares, above 0 and below 1")
+        if self.forward_before + self.forward_with > 1 or self.backward_before + self.backward_with > 1:
+            raise ValueError("the shares before and with attention are of one layer: together at most 1")
+        if self.attention_range not in ATTENTION_RANGES:
+            raise ValueError(
+                f"attention_range {self.attention_range!r:.40} is unknown; known: "
+                f"{', '.join(ATTENTION_RANGES)}"
+            )
         if not self.levels:
             raise ValueError("a cut layer needs at least one level of recomputation")
+
+    @property
+    def has_weights(self) -> bool:
+        """True if the attention rank borrows weights, and QKV is a segment of its own."""
+        return self.attention_range != "core"
 
     def keeping(self, share: float) -> LayerCut:
         """The same layer where it keeps that share of the bytes."""

@@ -94,48 +94,63 @@ def _costs(pieces: Pieces, num_stages: int, passes: Sequence[PassTime], source: 
         head_state_bytes=workload.static_bytes(parameters["head"]),
         shared_state_bytes=workload.static_bytes(parameters["head"]) if model.tied else 0,
         network=pieces.network,
-        cut=_cut(pieces),
+        cut=_cut(pieces, "core"),
+        cuts_with_weights=(_cut(pieces, "qkv"), _cut(pieces, "block")),
     )
 
 
-def _cut(pieces: Pieces) -> LayerCut:
+def _cut(pieces: Pieces, attention_range: str) -> LayerCut:
     """How a layer's costs fall to what precedes attention, attention, and what follows it."""
     workload = pieces.workload
     t, tokens = workload.tensor_parallel, workload.tokens
     kept = workload.kept_tensors
     held = workload.held_parameters(workload.model.num_layers - 1)
+    qkv = held["qkv"] if attention_range != "core" else 0
+    projection, after = (held["proj"], 0) if attention_range == "block" else (0, held["proj"])
     # On one GPU: what follows the last attention, and the head.
-    lent = held["proj"] + held["mlp"] + workload.parameters["head"]
-    crossing = cut("core", Recompute.NONE)
+    last = after + held["mlp"] + workload.parameters["head"]
+    crossing = cut(attention_range, Recompute.NONE)
     into, out = (sum(kept[name] for name in names) * t / tokens for names in (crossing.into, crossing.out))
+    before = ("norm1", "qkv")
+    beside = ("proj",) if attention_range == "block" else ()
+    weight_bytes, gradient_bytes = workload.element_bytes * t, GRADIENT_BYTES * t
     return LayerCut(
-        forward_before=_share_before(pieces, backward=False),
-        backward_before=_share_before(pieces, backward=True),
+        forward_before=_share_of(before, pieces, backward=False),
+        backward_before=_share_of(before, pieces, backward=True),
         into_bytes=into,
         out_bytes=out,
-        levels=tuple(_level(pieces, level) for level in LEVELS),
+        levels=tuple(_level(pieces, level, attention_range) for level in LEVELS),
+        attention_range=attention_range,
+        forward_with=_share_of(beside, pieces, backward=False),
+        backward_with=_share_of(beside, pieces, backward=True),
         operation_ms=pieces.overhead_ms,
-        lent_weight_bytes=lent * workload.element_bytes * t,
-        lent_gradient_bytes=lent * GRADIENT_BYTES * t,
+        lent_weight_bytes=last * weight_bytes,
+        lent_gradient_bytes=last * gradient_bytes,
+        qkv_weight_bytes=qkv * weight_bytes,
+        qkv_gradient_bytes=qkv * gradient_bytes,
+        projection_weight_bytes=projection * weight_bytes,
+        projection_gradient_bytes=projection * gradient_bytes,
     )
 
 
-def _share_before(pieces: Pieces, *, backward: bool) -> float:
-    """Of a layer's time that is linear in tokens, what precedes attention."""
+def _share_of(names: Sequence[str], pieces: Pieces, *, backward: bool) -> float:
+    """Of a layer's time that is linear in tokens, what some pieces take."""
     times = {name: _direction(pieces.times[name], backward) for name in LAYER_PIECES if name != "core"}
-    return (times["norm1"] + times["qkv"]) / sum(times.values())
+    return sum(times[name] for name in names) / sum(times.values())
 
 
-def _level(pieces: Pieces, recompute: Recompute) -> CutLevel:
-    found = cut_layer_cost(pieces, recompute)
+def _level(pieces: Pieces, recompute: Recompute, attention_range: str) -> CutLevel:
+    found = cut_layer_cost(pieces, recompute, attention_range)
     scale = pieces.workload.tensor_parallel / pieces.workload.tokens
     linear_ms = sum(pieces.times[name].forward for name in LAYER_PIECES if name != "core")
+    is_apart = attention_range != "core"
     return CutLevel(
         recompute=recompute.value,
         before_bytes=found.before.bytes * scale,
         attention_bytes=found.attention.bytes * scale,
         after_bytes=found.after.bytes * scale,
         workspace_bytes=found.between.workspace_bytes * scale,
+        before_workspace_bytes=found.before.workspace_bytes * scale if is_apart else 0.0,
         before_again=found.before.recompute / linear_ms,
         after_again=found.after.recompute / linear_ms,
     )

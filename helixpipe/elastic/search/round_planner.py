@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 from helixpipe.elastic.elastic_plan import ElasticPlan, predict
 from helixpipe.elastic.job import ElasticJob, check_lengths
 from helixpipe.elastic.round_recipe import RoundRecipe
-from helixpipe.elastic.round_schedule import costs_of_rounds, cut_of, round_plan
+from helixpipe.elastic.round_schedule import costs_of_rounds, cut_of, known_ranges, round_plan
 from helixpipe.elastic.search.rounds import make_rounds
 from helixpipe.plan.lower import lower
 from helixpipe.plan.plan import Plan
+from helixpipe.plan.schedules.helix import DEFAULT_ATTENTION_RANGE
 from helixpipe.plan.simulation.costs import Costs
 from helixpipe.plan.simulation.memory import peak_bytes
 from helixpipe.plan.simulation.simulate import simulate
@@ -61,6 +62,8 @@ def plan_rounds(
 ) -> ElasticPlan:
     """The fastest plan of elastic helix found for a batch; the same each time.
 
+    Where the attention range is open, the others are tried with the rounds that are best for the first.
+
     Args:
         lengths: tokens of every sequence.
         job: what it is planned for.
@@ -72,11 +75,39 @@ def plan_rounds(
             message says what lacks and what to change.
     """
     lengths = check_lengths(lengths)
-    levels = [level.recompute for level in cut_of(job.costs).levels]
+    if job.attention_range is not None:
+        return _plan_in_range(lengths, job, job.attention_range, round_counts, folds)
+    best: ElasticPlan | None = None
+    failure: ValueError | None = None
+    for attention_range in known_ranges(job.costs) or [DEFAULT_ATTENTION_RANGE]:
+        try:
+            found = _plan_in_range(lengths, job, attention_range, round_counts, folds)
+        except ValueError as error:
+            failure = failure or error
+            continue
+        if best is None or found.prediction.time_ms < best.prediction.time_ms:
+            best = found
+        assert isinstance(found.recipe, RoundRecipe)
+        round_counts, folds = (len(found.recipe.rounds),), (max(map(max, found.recipe.rounds)),)
+    if best is None:
+        assert failure is not None
+        raise failure
+    return best
+
+
+def _plan_in_range(
+    lengths: Sequence[int],
+    job: ElasticJob,
+    attention_range: str,
+    round_counts: Sequence[int],
+    folds: Sequence[int],
+) -> ElasticPlan:
+    cut = cut_of(job.costs, attention_range)
+    levels = [level.recompute for level in cut.levels]
     if job.recompute is not None:
-        levels = [cut_of(job.costs).level(job.recompute).recompute]
+        levels = [cut.level(job.recompute).recompute]
     shortages: list[_Shortage] = []
-    recipes = _recipes(lengths, job, round_counts, folds, levels[0])
+    recipes = _recipes(lengths, job, round_counts, folds, (levels[0], attention_range))
     candidates = list(_candidates(recipes, job, levels, shortages))
     heapq.heapify(candidates)
     while candidates:
@@ -107,12 +138,16 @@ def most_rounds(lengths: Sequence[int]) -> int:
 
 
 def _recipes(
-    lengths: Sequence[int], job: ElasticJob, round_counts: Sequence[int], folds: Sequence[int], level: str
+    lengths: Sequence[int],
+    job: ElasticJob,
+    round_counts: Sequence[int],
+    folds: Sequence[int],
+    model: tuple[str, str],
 ) -> Iterator[list[RoundRecipe]]:
-    """Rounds to choose from, those of a number together."""
+    """Rounds to choose from, those of a number together, for a level of recomputation and attention range."""
     most = most_rounds(lengths)
     for count in [*(count for count in round_counts if count < most), most]:
-        made = (make_rounds(lengths, job.costs, job.num_stages, count, fold, level) for fold in folds)
+        made = (make_rounds(lengths, job.costs, job.num_stages, count, fold, *model) for fold in folds)
         capacity = job.token_capacity
         yield [recipe for recipe in made if not capacity or max(c.tokens for c in recipe.chunks) <= capacity]
 

@@ -10,6 +10,7 @@ from helixpipe.elastic.chunks import Chunk, Piece
 from helixpipe.elastic.costs.chunk_costs import ChunkCosts
 from helixpipe.elastic.round_recipe import RoundRecipe
 from helixpipe.plan.equal_time import equal_time_end
+from helixpipe.plan.schedules.helix import DEFAULT_ATTENTION_RANGE
 
 # A cut closer to a sequence's end than this share of a chunk moves there: a slice would be a sliver.
 _SNAP = 0.02
@@ -26,7 +27,13 @@ class _Cut(NamedTuple):
 
 
 def make_rounds(
-    lengths: Sequence[int], costs: ChunkCosts, num_ranks: int, num_rounds: int, fold: int, recompute: str
+    lengths: Sequence[int],
+    costs: ChunkCosts,
+    num_ranks: int,
+    num_rounds: int,
+    fold: int,
+    recompute: str,
+    attention_range: str = DEFAULT_ATTENTION_RANGE,
 ) -> RoundRecipe:
     """Sequences in rounds of about as many tokens, in chunks whose forwards take equally long.
 
@@ -37,6 +44,7 @@ def make_rounds(
         num_rounds: to make at most; a long sequence may leave nothing for some.
         fold: chunks of a slot, where a round has tokens enough.
         recompute: level.
+        attention_range: pieces that the attention rank runs.
     """
     chunks: list[Chunk] = []
     rounds: list[tuple[int, ...]] = []
@@ -46,7 +54,7 @@ def make_rounds(
         begins = [-(-slot * len(own) // num_ranks) for slot in range(num_ranks + 1)]
         rounds.append(tuple(begins[slot + 1] - begins[slot] for slot in range(num_ranks)))
         chunks += own
-    return RoundRecipe(tuple(chunks), tuple(rounds), recompute)
+    return RoundRecipe(tuple(chunks), tuple(rounds), recompute, attention_range)
 
 
 def fill_rounds(lengths: Sequence[int], num_rounds: int) -> list[list[int]]:

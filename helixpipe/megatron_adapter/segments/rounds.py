@@ -10,7 +10,7 @@ import torch
 
 from helixpipe.elastic.chunks import Piece
 from helixpipe.elastic.round_recipe import RoundRecipe
-from helixpipe.elastic.round_schedule import ATTENTION_RANGE, SCHEDULE
+from helixpipe.elastic.round_schedule import SCHEDULE
 from helixpipe.layers.elastic.layout import ChunkLayout, padded_length, spans_of
 from helixpipe.layers.segmented_gpt import SegmentedGPTModel
 from helixpipe.megatron_adapter.elastic_batch import ElasticBatch
@@ -139,13 +139,15 @@ def _check_plan(plan: Plan, recipe: RoundRecipe, segmented: SegmentedGPTModel) -
             f"the batch was planned for {plan.parameters.get('num_layers')} layers, the model has "
             f"{config.num_layers}; plan it with the model's"
         )
-    if (
-        segmented.contexts is None
-        or segmented.segments_per_layer * config.num_layers + 1 != plan.num_segments
-    ):
+    if segmented.contexts is None or not segmented.lends_head:
         raise ValueError(
-            f"{SCHEDULE} needs a model that is cut at its attention range {ATTENTION_RANGE} and built for "
-            "slices of sequences; build it with contexts"
+            f"{SCHEDULE} needs a model that is built for slices of sequences and lends its head; build it "
+            "with contexts and lends_head"
+        )
+    if segmented.attention_range != recipe.attention_range:
+        raise ValueError(
+            f"the batch was planned for the attention range {recipe.attention_range}, the model is cut at "
+            f"{segmented.attention_range}; plan it with the model's"
         )
     levels = {level.value for level in segmented.saving.levels}
     if levels != {recipe.recompute}:

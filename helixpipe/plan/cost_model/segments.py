@@ -143,7 +143,10 @@ def whole_layer_cost(pieces: Pieces, recompute: Recompute, layer: int = 0) -> Se
 
 
 class CutLayer(NamedTuple):
-    """A layer cut at its attention: what precedes it, attention, what follows it, and the two without it."""
+    """A layer cut at its attention: what precedes it, attention, what follows it, and what lies between two.
+
+    With a range that has weights, what precedes attention is QKV on its rank, and does not lie between.
+    """
 
     before: SegmentCost
     attention: SegmentCost
@@ -151,11 +154,15 @@ class CutLayer(NamedTuple):
     between: SegmentCost
 
 
-def cut_layer_cost(pieces: Pieces, recompute: Recompute) -> CutLayer:
-    """One layer cut around the attention range ``core``, without messages."""
-    builder, found = _builder_of(pieces), cut("core", recompute)
-    runs = (found.pre,), (found.attention,), (found.post,), (found.post, found.pre)
-    return CutLayer(*map(builder.segment, runs))
+def cut_layer_cost(pieces: Pieces, recompute: Recompute, attention_range: str) -> CutLayer:
+    """One layer cut around an attention range, without messages."""
+    if attention_range == "core":
+        before, attention, after, *_ = cut("core", recompute)
+        between: tuple[Part, ...] = (after, before)
+    else:
+        _, before, attention, after, *_ = split_cut(attention_range, recompute)
+        between = (after,)
+    return CutLayer(*map(_builder_of(pieces).segment, ((before,), (attention,), (after,), between)))
 
 
 class _Shares(NamedTuple):

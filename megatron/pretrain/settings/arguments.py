@@ -213,6 +213,11 @@ def _check_schedule(args: argparse.Namespace, entry: Schedule, *, is_chosen: boo
     check_shared_sequences(args, entry.execution, is_chosen=is_chosen)
     if args.log_throughput and not entry.plans_ahead:
         raise ValueError("--log-throughput counts sequences of one length; leave it out with elastic batches")
+    if args.attention_range == AUTO and entry.execution is Execution.ROUNDS:
+        raise ValueError(
+            f"--attention-range {AUTO} does not apply to {args.pipeline_schedule}, whose batches are all for "
+            "one model; name the range"
+        )
     if args.attention_range == AUTO and "attention_range" not in entry.options:
         raise ValueError(f"--attention-range does not apply to {args.pipeline_schedule}; remove it")
     is_used = is_chosen or args.attention_range == AUTO or args.round_order == "interlocked"

@@ -9,7 +9,10 @@ from pathlib import Path
 from helixpipe.commands.parser import flag_of
 from helixpipe.commands.ranges import Whole
 from helixpipe.elastic import ChunkCosts, ElasticJob, costs_from_json
+from helixpipe.elastic.round_schedule import cut_of
 from helixpipe.plan.schedules import SCHEDULES
+from helixpipe.plan.schedules.helix import DEFAULT_ATTENTION_RANGE
+from helixpipe.plan.schedules.request import ATTENTION_RANGES
 from helixpipe.refusals import refuse
 from megatron.pretrain.settings.recomputation import job_levels
 
@@ -78,13 +81,13 @@ def _job(args: argparse.Namespace) -> ElasticJob:
         memory_limit_bytes=int(args.memory_limit_gib * 2**30),
         schedule=args.pipeline_schedule,
         recompute=_level(args, costs),
+        attention_range=_attention_range(args, costs),
     )
 
 
 def _level(args: argparse.Namespace, costs: ChunkCosts) -> str | None:
     """The level of a model that is cut at its attention; None where plans decide."""
-    execution = SCHEDULES[args.pipeline_schedule].execution
-    if execution is None or not execution.cuts_layers:
+    if not _cuts_layers(args):
         return None
     level = job_levels(args)
     if isinstance(level, tuple):
@@ -100,18 +103,35 @@ def _level(args: argparse.Namespace, costs: ChunkCosts) -> str | None:
     return costs.cut.level(level.value).recompute
 
 
+def _attention_range(args: argparse.Namespace, costs: ChunkCosts) -> str | None:
+    """The range of a model that is cut at its attention; None where layers are whole."""
+    if not _cuts_layers(args):
+        return None
+    found: str = args.attention_range or DEFAULT_ATTENTION_RANGE
+    if found not in ATTENTION_RANGES:
+        raise ValueError(f"unknown attention range {found!r}; choose one of {', '.join(ATTENTION_RANGES)}")
+    try:
+        return cut_of(costs, found).attention_range
+    except ValueError as error:
+        raise ValueError(f"--elastic-costs {args.elastic_costs}: {error}") from None
+
+
+def _cuts_layers(args: argparse.Namespace) -> bool:
+    execution = SCHEDULES[args.pipeline_schedule].execution
+    return execution is not None and execution.cuts_layers
+
+
 def _refuse(args: argparse.Namespace) -> None:
     sentence = (
         "the elastic schedule cannot honour {}: batches are whole documents, and plans decide how they are "
         "cut, packed and recomputed"
     )
-    execution = SCHEDULES[args.pipeline_schedule].execution
-    cuts_layers = execution is not None and execution.cuts_layers
+    cuts_layers = _cuts_layers(args)
     refuse({"--micro-batch-size": args.micro_batch_size != 1}, f"{sentence}; give 1")
     unused = {
         "--num-fold": args.num_fold is not None,
         "--num-slices": args.num_slices is not None,
-        "--attention-range": args.attention_range is not None,
+        "--attention-range": args.attention_range is not None and not cuts_layers,
         "--head-placement": args.head_placement is not None,
         "--round-order": args.round_order is not None,
         "--split-weight-gradients": args.split_weight_gradients is not None,

@@ -82,9 +82,10 @@ def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--attention-range",
         metavar="{" + ",".join((*ATTENTION_RANGES, AUTO)) + "}",
-        help="helix: pieces that the attention rank runs: attention alone, norm1 to attention, norm1 to the "
-        "projection; sliced-helix: attention alone (default core; auto: the range with the shortest "
-        "predicted iteration on --hardware; on hardware that is not known, with the smallest messages)",
+        help="helix, sliced-helix, elastic-helix: pieces that the attention rank runs: attention alone, "
+        "norm1 to attention, norm1 to the projection (default core; auto, not for elastic-helix: the range "
+        "with the shortest predicted iteration on --hardware; on hardware that is not known, with the "
+        "smallest messages)",
     )
     add(
         "--head-placement",
