@@ -16,7 +16,12 @@ GUARDS = [
     "tests/plan/test_model_files.py -k refused",
     "tests/plan/test_plan_cli.py -k damaged_plans or files_that_are_no_plan",
     "tests/plan/test_simulate.py -k deadlocks",
+    "tests/plan/test_json_input.py -k refused or is_no_text",
+    "tests/data/test_parquet.py -k what_is_not_there",
     "tests/pretrain/test_checkpoint_files.py -k manifests_that_do_not_fit or names_in_a_manifest",
+    "tests/pretrain/test_blends.py -k no_blend_are_refused",
+    "tests/pretrain/test_hf_conversion.py -k not_understood or that_do_not_fit or is_exported",
+    "tests/pretrain/test_megatron_lm_settings.py -k model_is_compared or not_read_are_refused",
 ]
 
 
@@ -36,10 +41,10 @@ def test_guards_of_files_hold_without_assertions():
         "-k",
         " or ".join(words),
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-3000:]
     passed = int(done.stdout.split(" passed")[0].split()[-1])
-    assert passed >= 60
+    assert passed >= 150
 
 
 def sources():
