@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from megatron.pretrain.checkpoint.files import (
-    is_megatron_lms,
     is_same_folder,
     lineage_of,
+    of_another_program,
     tracked,
     usable,
 )
@@ -94,7 +94,7 @@ def _take(settings: JobSettings, job: str, locks: Locks) -> Path | None:
     if checkpoint.save is None:
         return checkpoint.load
     locks.take(lock_in(checkpoint.save), f"--save {checkpoint.save}")
-    theirs = next((folder for folder in checkpoint.save.glob("iter_*") if is_megatron_lms(folder)), None)
+    theirs = of_another_program(checkpoint.save)
     if theirs is not None:
         raise ValueError(
             f"--save {checkpoint.save} holds {theirs.name} of another program, with which ours cannot be one "

@@ -7,9 +7,10 @@ import random
 import shutil
 import threading
 import time
+from collections import Counter
 
 import pytest
-from crash_worker import Killed, Waiting, run_counted
+from crash_worker import PHASES, Killed, Waiting, run_counted
 from ranks import run_on_ranks
 from training_worker import Fault, run_cases, small_model
 
@@ -20,6 +21,8 @@ ITERATIONS, KEPT = 7, 2
 JOBS = {"a": "--seed 1", "b": "--seed 2 --lr 1e-3 --async-save"}
 # How a killed job began: anew; gone back by hand; gone back because the latest is damaged.
 STARTS = ("anew", "tracker", "damage")
+# Of abandoned checkpoints and of metrics; jobs that are not killed do none.
+GOING_BACK = 4
 
 
 class Root:
@@ -27,6 +30,7 @@ class Root:
 
     def __init__(self, folder, corpus):
         self.folder = folder
+        self.killed = Counter()
         self.common = (
             f"{small_model(corpus)} --num-layers 1 --save-interval 1 --keep-checkpoints {KEPT} "
             f"--lr-decay-iters {ITERATIONS}"
@@ -70,15 +74,18 @@ class Root:
         return "--load-fallback"
 
     def is_killed(self, job, name, more, chance):
-        """Let the job begin, and die of the n-th thing that it does; False if it has ended before."""
+        """Let the job begin, and die of the n-th thing that it does in a phase; False if it ends before."""
         newest = tracked(self.folder / name)
         left = ITERATIONS - (int(newest.name[5:]) if newest else 0)
-        fault = Killed(chance.randrange(self.events[job] * max(1, left) // ITERATIONS))
+        phase = chance.choice(PHASES)
+        events = self.events[job].get(phase, GOING_BACK) * max(1, left) // ITERATIONS
+        fault = Killed(phase, chance.randrange(max(1, events)))
         try:
             (outcome,) = self.run([(self.line(job, name, more), fault)])
         except AssertionError as error:
             if "the process died" not in str(error):
                 raise
+            self.killed[phase] += 1
             return True
         assert outcome["code"] == 0, outcome["error"]
         return False
@@ -132,7 +139,10 @@ def test_four_crashes(root):
 
 @pytest.mark.slow
 def test_forty_crashes(root):
+    root.killed.clear()
     crash(root, 40, 2)
+    assert root.killed.total() == 40
+    assert root.killed.keys() == set(PHASES)
 
 
 def test_jobs_in_one_root_leave_each_other_alone(root):

@@ -19,7 +19,7 @@ from threads import run_on_threads
 from training_worker import Fault, run_cases, small_model
 
 from megatron.pretrain import outputs
-from megatron.pretrain.checkpoint.files import branch_of, digest, lineage_of, tracked, usable
+from megatron.pretrain.checkpoint.files import FORM, branch_of, digest, lineage_of, tracked, usable
 from megatron.pretrain.checkpoint.publishing import publish, start_saving
 from megatron.pretrain.health import ownership
 from megatron.pretrain.health.ownership import Locks, Owner, Taken, lock_beside, lock_in
@@ -279,6 +279,25 @@ def test_every_output_has_one_owner(flag, tmp_path, monkeypatch):
     with outputs.own_outputs(settings):
         assert OWNED[flag](path).exists()
     assert not OWNED[flag](path).exists()
+
+
+def test_what_a_killed_save_has_left_is_no_checkpoint_of_another_program(tmp_path, monkeypatch):
+    """Written whole, but for the manifest; or half removed."""
+    monkeypatch.setattr(outputs, "agent_store", lambda _: None)
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda *_, **__: None)
+    settings = job_settings(f"--save {tmp_path}")
+
+    def write(name):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / FORM).write_text("{}")
+
+    for name in ("iter_0000007.saving", "iter_0000001.removing", "iter_0000002.set-aside"):
+        write(name)
+    with outputs.own_outputs(settings):
+        pass
+    write("iter_0000003")
+    with pytest.raises(ValueError, match="holds iter_0000003 of another"), outputs.own_outputs(settings):
+        pass
 
 
 def test_no_output_is_forgotten():

@@ -82,8 +82,17 @@ def is_same_folder(first: Path, second: Path) -> bool:
 
 def usable(root: Path) -> list[Path]:
     """Published checkpoints, oldest first."""
-    found = [path for path in root.glob("iter_*") if path.name[5:].isdecimal() and path.name.isascii()]
-    return sorted((path for path in found if (path / MANIFEST).is_file()), key=iteration_of)
+    return sorted((path for path in _named(root) if (path / MANIFEST).is_file()), key=iteration_of)
+
+
+def of_another_program(root: Path) -> Path | None:
+    """A checkpoint among others that another program has saved; None if there is none."""
+    return next(filter(is_megatron_lms, _named(root)), None)
+
+
+def _named(root: Path) -> list[Path]:
+    """Folders with the name of a checkpoint; those that are being saved, removed or set aside have others."""
+    return [path for path in root.glob("iter_*") if path.name[5:].isdecimal() and path.name.isascii()]
 
 
 def is_megatron_lms(folder: Path) -> bool:
