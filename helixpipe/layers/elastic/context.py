@@ -45,7 +45,7 @@ class KeptSlice:
             return
         self.expect_gradients()
         for total, grad in zip(self.sums(), (grad_key, grad_value), strict=True):
-            total[:, :, tokens] += grad
+            total[:, :, tokens].add_(grad)
 
     def expect_gradients(self) -> None:
         """Have sums that are zero, of a slice of which no later one may have seen anything yet."""

@@ -23,7 +23,7 @@ from helixpipe.layers.attention.sinks import merge_sink, sink_gradient
 from helixpipe.layers.attention.windows import WindowAttention
 from helixpipe.layers.elastic.context import ContextStore, KeptSlice, alone
 from helixpipe.layers.elastic.layout import ChunkLayout
-from helixpipe.layers.elastic.window_parts import WindowPart, window_parts
+from helixpipe.layers.elastic.window_parts import WindowPart, rows, window_parts
 
 # What a message has behind its tensors, filled up to whole words.
 _HEADER_BYTES = 64
@@ -68,8 +68,8 @@ class _Forward:
         for kept, part in self.parts(query.shape[2], context):
             found = part.forward(self.backend, query, kept.key, kept.value, self.scale)
             self.context_extra.append(found.extra)
-            rows = part.queries
-            merge_attention(total[:, :, rows], log_sum_exp[..., rows], found.output, found.log_sum_exp)
+            sums = rows(log_sum_exp, part.queries)
+            merge_attention(rows(total, part.queries), sums, found.output, found.log_sum_exp)
         return total
 
 
@@ -101,7 +101,7 @@ def _add_context_gradients(
         of_part, grad_key, grad_value = part.backward(
             ran.backend, grad, query, kept.key, kept.value, result, ran.scale
         )
-        total[:, :, part.queries] += of_part
+        rows(total, part.queries).add_(of_part)
         kept.add_gradients(grad_key, grad_value, part.keys)
     for kept in context:
         kept.expect_gradients()

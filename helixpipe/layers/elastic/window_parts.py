@@ -52,8 +52,8 @@ class WindowPart(NamedTuple):
         ``result`` has output and log-sum-exp of all queries over all keys, and what the forward pass of this
         part left.
         """
-        output, log_sum_exp = (tensor[:, :, self.queries] for tensor in result[:2])
-        grad, own = grad[:, :, self.queries], self._read(query, key, value)
+        output, log_sum_exp = rows(result.output, self.queries), rows(result.log_sum_exp, self.queries)
+        grad, own = rows(grad, self.queries), self._read(query, key, value)
         if self.is_whole:
             result = ForwardResult(output, log_sum_exp, result.extra)
             return backend.backward(grad, *own, result, scale, causal=False)
@@ -62,8 +62,16 @@ class WindowPart(NamedTuple):
         return of_query.flip(2), of_key.flip(2), of_value.flip(2)
 
     def _read(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        own = query[:, :, self.queries], key[:, :, self.keys], value[:, :, self.keys]
+        own = rows(query, self.queries), rows(key, self.keys), rows(value, self.keys)
         return own if self.is_whole else (own[0].flip(2), own[1].flip(2), own[2].flip(2))
+
+
+_ALL = slice(None)
+
+
+def rows(tensor: Tensor, which: slice) -> Tensor:
+    """Some tokens of [1, heads, s, d] or [1, heads, s], a view; without one where all are meant."""
+    return tensor if which == _ALL else tensor[:, :, which]
 
 
 def window_parts(num_queries: int, num_keys: int, distance: int, window: int) -> list[WindowPart]:
@@ -76,7 +84,7 @@ def window_parts(num_queries: int, num_keys: int, distance: int, window: int) ->
         window: how many tokens a query sees, its own included; 0 for all before it.
     """
     if not window:
-        return [WindowPart(slice(0, num_queries), slice(0, num_keys), True)]
+        return [WindowPart(_ALL, _ALL, True)]
     # Query i sees key j from i + first on.
     first = distance - window + 1
     whole = max(0, min(num_queries, 1 - first))
