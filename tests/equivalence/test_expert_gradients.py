@@ -113,7 +113,7 @@ def test_experts_with_biases_learn_so():
         replace(fp64, attention_range="block", head_placement="spread", without_attention=True),
         replace(fp64, split="all", overlap=True, router=DROPPING),
         replace(BIASED, schedule="zb-h1", without_attention=True),
-        replace(BIASED, schedule="zb-v", tied=False, num_layers=8),
+        replace(BIASED, schedule="zb-v", tied=False),
         replace(BIASED, schedule="seq1f1b", num_slices=3, fold=1, router=UNBALANCED),
         replace(BIASED, mlp_chunk=7, router=UNBALANCED),
         replace(BIASED, schedule="gpipe", recompute="full"),
