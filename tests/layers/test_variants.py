@@ -9,7 +9,6 @@ from pretend import pretend_rank
 from stages import batch_of, run_segments
 
 from helixpipe.layers.documents import documents_of
-from helixpipe.layers.elastic.model import build_elastic_gpt
 from helixpipe.layers.gpt import build_gpt
 from helixpipe.layers.initialization import initialize_weights
 from helixpipe.layers.segmented_gpt import SegmentedGPTModel
@@ -164,8 +163,5 @@ def test_a_normed_layer_normalizes_what_the_product_gives():
 def test_what_cannot_have_them_refuses_them(monkeypatch):
     case = Case(pp=1, style="llama")
     monkeypatch.setattr("helixpipe.layers.spec.check_implementation", lambda implementation: None)
-    with pretend_rank(case):
-        with pytest.raises(ValueError, match="use --transformer-impl local"):
-            layer_spec(config_of(case), TRANSFORMER_ENGINE)
-        with pytest.raises(ValueError, match="two bases of rotary positions"):
-            build_elastic_gpt(config_of(case), LOCAL, recomputes_by_plan=False, **_model_arguments(case))
+    with pretend_rank(case), pytest.raises(ValueError, match="use --transformer-impl local"):
+        layer_spec(config_of(case), TRANSFORMER_ENGINE)

@@ -106,7 +106,6 @@ SIZES = (
         ("--window-size 8,0", "^--window-size does not go with"),
         ("--attn-logit-softcapping 50", "^--attn-logit-softcapping does not go with"),
         ("--softmax-type learnable", "^--softmax-type learnable does not go with"),
-        ("--num-experts 4 --disable-bias-linear", "^--num-experts does not go with"),
         ("--reset-attention-mask", "^--reset-attention-mask does not go with"),
         ("--eod-mask-loss", "^--eod-mask-loss without --calculate-per-token-loss does not go with"),
         ("--hardware h20 --pipeline-schedule auto", "^--hardware does not go with"),

@@ -35,6 +35,7 @@ _OF_ROTARY = (
 )  # fmt: skip
 _OF_YARN = (
     "rotary_scaling_factor", "yarn_original_max_position_embeddings", "yarn_beta_fast", "yarn_beta_slow",
+    "yarn_correction_range_round_to_int",
 )  # fmt: skip
 
 
@@ -83,10 +84,6 @@ def arguments_of(folder: Path, common: Mapping[str, Any]) -> dict[str, Any]:
     if not theirs:
         raise DataError(f"{folder} does not say what it was trained with (args); use another checkpoint")
     other = [name for name in NOT_READ if theirs.get(name)]
-    if theirs.get("position_embedding_type") == "yarn":
-        # The default is to round.
-        rounding = "yarn_correction_range_round_to_int"
-        other += [rounding] if theirs.get(rounding, True) is False else []
     if other:
         raise DataError(
             f"{folder} is of a model with {flag_of(other[0])} {theirs[other[0]]}, which is not read from "
