@@ -306,3 +306,24 @@ def test_messages_of_the_fastest_count_and_must_fit(long):
     # It would fit without them: more is computed again instead.
     assert again.best.candidate.recompute_label != first.candidate.recompute_label
     assert again.best.peak_bytes + again.best.message_bytes <= tight.memory_limit_bytes
+
+
+def test_memory_that_messages_leave_is_filled():
+    """Nothing recomputed fits, but not beside its messages: then some layers keep everything, not none."""
+    model = replace(MODELS["gpt-7b"], num_layers=8)
+
+    def best(limit_bytes):
+        workload = Workload(model=model, seq_length=131072, tensor_parallel=8)
+        sizes = make_job(HARDWARE["h20"], workload, num_ranks=4, num_microbatches=8)
+        the_job = replace(sizes, memory_limit_bytes=limit_bytes)
+        options = {"num_fold": 2, "attention_range": "block", "head_placement": "spread"}
+        return advise(the_job, lambda c: (c.micro_batch_size, c.options) == (1, options)).best
+
+    free = best(2**40)
+    assert free.candidate.recompute_label == "none"
+    limit = free.peak_bytes + free.message_bytes // 2
+    filled = best(limit)
+    count, level = filled.candidate.lighter
+    assert (filled.candidate.recompute, level) == (Recompute.PRODUCTS, Recompute.NONE)
+    assert 0 < count < 8
+    assert filled.peak_bytes + filled.message_bytes <= limit

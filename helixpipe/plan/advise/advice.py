@@ -178,9 +178,22 @@ def _with_messages(job: Job, ranked: list[Option], accept: Callable[[Candidate],
             outcome = _pipeline(job, candidate) if accept(candidate) else None
             counted = _counted(job, outcome) if isinstance(outcome, Option) else None
             if counted is not None:
-                yield counted
+                yield from _filled_beside_messages(job, counted, accept)
                 if candidate.why_not_runnable != "recompute":
                     break
+
+
+def _filled_beside_messages(
+    job: Job, counted: Option, accept: Callable[[Candidate], bool]
+) -> Iterator[Option]:
+    """The option, and with lighter layers in what it and its messages leave."""
+    yield counted
+    assert counted.message_bytes is not None
+    room = replace(job, memory_limit_bytes=job.memory_limit_bytes - counted.message_bytes)
+    mixture = _mixture(room, counted.candidate, fits_order=False)
+    filled = None if mixture is None or not accept(mixture.candidate) else _counted(job, mixture)
+    if filled is not None:
+        yield filled
 
 
 def _counted(job: Job, option: Option) -> Option | None:
