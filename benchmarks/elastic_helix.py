@@ -27,6 +27,7 @@ from helixpipe.elastic.sample import skewed_lengths  # noqa: E402
 from helixpipe.elastic.search.choice import SLICE_COUNTS, Choice  # noqa: E402
 from helixpipe.elastic.search.round_planner import plan_rounds  # noqa: E402
 from helixpipe.plan.cost_model import HARDWARE, MODELS, Workload  # noqa: E402
+from helixpipe.plan.schedules.request import ATTENTION_RANGES  # noqa: E402
 
 TOKENS = 2_100_000
 # Median, what one in a hundred exceeds, and the longest.
@@ -47,6 +48,7 @@ def build_parser() -> ScriptParser:
     parser.add_argument("--tensor-parallel", type=RANKS, default=8)
     parser.add_argument("--ranks", type=RANKS, default=8)
     parser.add_argument("--memory-limit-gib", type=GIBIBYTES, default=91.0)
+    parser.add_argument("--attention-range", choices=ATTENTION_RANGES, default="core")
     return parser
 
 
@@ -83,6 +85,7 @@ def _job(options: argparse.Namespace) -> ElasticJob:
         num_stages=options.ranks,
         num_layers=model.num_layers,
         memory_limit_bytes=int(options.memory_limit_gib * _GIB),
+        attention_range=options.attention_range,
     )
 
 

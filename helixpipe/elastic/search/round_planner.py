@@ -75,20 +75,22 @@ def plan_rounds(
             message says what lacks and what to change.
     """
     lengths = check_lengths(lengths)
+    most = most_rounds(lengths)
+    counts: Sequence[int] = [*(count for count in round_counts if count < most), most]
     if job.attention_range is not None:
-        return _plan_in_range(lengths, job, job.attention_range, round_counts, folds)
+        return _plan_in_range(lengths, job, job.attention_range, counts, folds)
     best: ElasticPlan | None = None
     failure: ValueError | None = None
     for attention_range in known_ranges(job.costs) or [DEFAULT_ATTENTION_RANGE]:
         try:
-            found = _plan_in_range(lengths, job, attention_range, round_counts, folds)
+            found = _plan_in_range(lengths, job, attention_range, counts, folds)
         except ValueError as error:
             failure = failure or error
             continue
         if best is None or found.prediction.time_ms < best.prediction.time_ms:
             best = found
         assert isinstance(found.recipe, RoundRecipe)
-        round_counts, folds = (len(found.recipe.rounds),), (max(map(max, found.recipe.rounds)),)
+        counts, folds = (len(found.recipe.rounds),), (max(map(max, found.recipe.rounds)),)
     if best is None:
         assert failure is not None
         raise failure
@@ -99,7 +101,7 @@ def _plan_in_range(
     lengths: Sequence[int],
     job: ElasticJob,
     attention_range: str,
-    round_counts: Sequence[int],
+    counts: Sequence[int],
     folds: Sequence[int],
 ) -> ElasticPlan:
     cut = cut_of(job.costs, attention_range)
@@ -107,7 +109,7 @@ def _plan_in_range(
     if job.recompute is not None:
         levels = [cut.level(job.recompute).recompute]
     shortages: list[_Shortage] = []
-    recipes = _recipes(lengths, job, round_counts, folds, (levels[0], attention_range))
+    recipes = _recipes(lengths, job, counts, folds, (levels[0], attention_range))
     candidates = list(_candidates(recipes, job, levels, shortages))
     heapq.heapify(candidates)
     while candidates:
@@ -140,13 +142,12 @@ def most_rounds(lengths: Sequence[int]) -> int:
 def _recipes(
     lengths: Sequence[int],
     job: ElasticJob,
-    round_counts: Sequence[int],
+    counts: Sequence[int],
     folds: Sequence[int],
     model: tuple[str, str],
 ) -> Iterator[list[RoundRecipe]]:
     """Rounds to choose from, those of a number together, for a level of recomputation and attention range."""
-    most = most_rounds(lengths)
-    for count in [*(count for count in round_counts if count < most), most]:
+    for count in counts:
         made = (make_rounds(lengths, job.costs, job.num_stages, count, fold, *model) for fold in folds)
         capacity = job.token_capacity
         yield [recipe for recipe in made if not capacity or max(c.tokens for c in recipe.chunks) <= capacity]
