@@ -26,6 +26,7 @@ from helixpipe.reliability.exit_codes import DataError
 from megatron.pretrain.checkpoint import publishing
 from megatron.pretrain.checkpoint.checkpoint import Loaded, check_tensors, load_checkpoint
 from megatron.pretrain.checkpoint.files import (
+    FORM,
     LINEAGE,
     MANIFEST,
     TRACKER,
@@ -34,6 +35,7 @@ from megatron.pretrain.checkpoint.files import (
     digest,
     folder_of,
     manifest_of,
+    of_another_program,
     share,
     tracked,
     usable,
@@ -41,7 +43,7 @@ from megatron.pretrain.checkpoint.files import (
 from megatron.pretrain.checkpoint.publishing import JOURNAL, finish_publishing, publish, start_saving
 from megatron.pretrain.checkpoint.safe_pickle import find_unsafe_content, no_code_from_disk
 
-FILES = {"__0_0.distcp": b"weights" * 1000, ".metadata": b"table", "common.pt": b""}
+FILES = {"__0_0.distcp": b"weights" * 1000, ".metadata": b"table", "common.pt": b"", FORM: b"{}"}
 
 
 TRACKED = object()
@@ -190,6 +192,7 @@ def test_a_save_killed_at_any_step_leaves_a_whole_one(tmp_path, again):
             else:
                 break
         named = [folder_of(root, iteration) for iteration in (4, 6)]
+        assert of_another_program(root) is None
         finish_publishing(root)
         assert tracked(root) in named
         assert problems(tracked(root)) == []

@@ -138,6 +138,7 @@ def test_four_crashes(root):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_forty_crashes(root):
     root.killed.clear()
     crash(root, 40, 2)
