@@ -70,9 +70,12 @@ class Plan:
 
     def owner_of(self, segment: int) -> int:
         """The rank that has the weights of ``segment``, from which others may borrow them."""
-        return next(
-            (loan.owner for loan in self.loans if loan.segment == segment), self.placement[segment][0]
-        )
+        return self._lenders.get(segment, self.placement[segment][0])
+
+    @cached_property
+    def _lenders(self) -> dict[int, int]:
+        """The owner of each segment whose weights are lent."""
+        return {loan.segment: loan.owner for loan in reversed(self.loans)}
 
     def losses_of(self, rank: int) -> tuple[int, ...]:
         """The micro batches whose losses a rank computes, in order."""

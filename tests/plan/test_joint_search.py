@@ -10,13 +10,14 @@ import pytest
 
 from helixpipe.__main__ import main
 from helixpipe.plan.advise import bounds, joint
-from helixpipe.plan.advise.advice import LIGHTER, Option, evaluate, mixed
+from helixpipe.plan.advise.advice import LIGHTER, Option, _pipeline, evaluate, improve, mixed
 from helixpipe.plan.advise.bounds import Outlook, least_bytes, least_ms, least_ms_in_memory
 from helixpipe.plan.advise.candidates import candidates
 from helixpipe.plan.advise.context_parallel import Exchange
 from helixpipe.plan.advise.joint import search
 from helixpipe.plan.advise.layouts import Layout, layout_job, layouts
 from helixpipe.plan.advise.limits import main_limit, time_shares
+from helixpipe.plan.advise.messages import peak_with_messages
 from helixpipe.plan.cost_model import HARDWARE, MODELS, Recompute, Workload
 from helixpipe.plan.cost_model.segments import rank_parameters
 from helixpipe.plan.schedules import SCHEDULES
@@ -379,3 +380,90 @@ def test_kernels_and_precision_are_searched_with(capsys):
 def test_commands_that_are_refused(words, message, capsys):
     assert main(f"advise --model gpt-1.3b --hardware h100 --seq-length 2048 {words}".split()) == 2
     assert message in capsys.readouterr().err
+
+
+def test_plans_with_a_name_for_every_layer_are_the_same_plans():
+    """To the last bit, alike or mixed: so that all ways to recompute can share one."""
+    shape = replace(SMALL, num_layers=8)
+    job = layout_job(MACHINE, workload(model=shape, whole_logits=False), Layout(pipeline=4), 8, 8.0)
+    seen = set()
+    for group in (g for g in candidates(job) if g[0].schedule in ("helix", "1f1b", "sliced-helix")):
+        for candidate in (c for c in group if c.micro_batch_size == 1 and with_few_options(None, c)):
+            apart = evaluate(job, candidate)
+            if not isinstance(apart, Option):
+                continue
+            mixture = mixed(job, candidate)
+            for found in (apart, mixture) if isinstance(mixture, Option) else (apart,):
+                named = _pipeline(job, found.candidate)
+                assert named.plan.orders == found.plan.orders
+                assert named.iteration_ms == found.iteration_ms
+                assert named.peak_bytes == found.peak_bytes
+                seen.add((candidate.schedule, found is mixture))
+    assert {("helix", True), ("helix", False), ("1f1b", True), ("sliced-helix", False)} <= seen
+
+
+def test_what_takes_too_long_is_given_up():
+    job = layout_job(MACHINE, workload(whole_logits=False), Layout(pipeline=4), 8, 10.0)
+    given_up = 0
+    for candidate in (g[-1] for g in candidates(job) if g[0].micro_batch_size == 1):
+        if not with_few_options(None, candidate):
+            continue
+        outcome = evaluate(job, candidate)
+        if isinstance(outcome, Option):
+            in_time = evaluate(job, candidate, outcome.iteration_ms)
+            assert isinstance(in_time, Option)
+            assert in_time.iteration_ms == outcome.iteration_ms
+            late = evaluate(job, candidate, 0.5 * outcome.iteration_ms)
+            assert late.is_late
+            given_up += 1
+    assert given_up > 10
+
+
+def test_what_was_beaten_comes_back_when_the_faster_one_falls_out(monkeypatch):
+    """The best helix of its layout does not fit with its buffers, say: the next best of it is found."""
+    dropped = []
+
+    def drop_interlocked(job, option, accept, *, fits_order):
+        if option.candidate.fits_order_to_costs:
+            dropped.append(option)
+            return None
+        return improve(job, option, accept, fits_order=fits_order)
+
+    layout = Layout(pipeline=4)
+    accept = lambda found, candidate: found == layout and candidate.schedule == "helix"  # noqa: E731
+    usual = found(accept=accept, limit_gib=14.0)
+    assert usual.findings[0].option.candidate.fits_order_to_costs
+    monkeypatch.setattr(joint, "improve", drop_interlocked)
+    without = found(accept=accept, limit_gib=14.0)
+    assert dropped
+    assert not without.findings[0].option.candidate.fits_order_to_costs
+    assert without.findings[0].iteration_ms > usual.findings[0].iteration_ms
+
+
+def test_layers_make_room_for_buffers():
+    """What fits, but not with its buffers, computes more again in a few layers more, not in all."""
+    shape = replace(SMALL, num_layers=16)
+    job = layout_job(MACHINE, workload(model=shape, whole_logits=False), Layout(pipeline=4), 8, 12.0)
+    first = next(g for g in candidates(job) if g[0].label == "helix fold=1 block spread head interlocked")
+    mixture = next(
+        m for m in (mixed(job, c) for c in first if isinstance(evaluate(job, c), Option)) if m is not None
+    )
+    tight = replace(job, memory_limit_bytes=peak_with_messages(mixture.plan, mixture.costs, 1) - 1)
+    assert mixture.peak_bytes < tight.memory_limit_bytes
+    options = [improve(tight, mixture, lambda _: True, fits_order=fits) for fits in (False, True)]
+    for option in options:
+        assert option.candidate.recompute is mixture.candidate.recompute
+        assert option.peak_bytes + option.message_bytes <= tight.memory_limit_bytes
+    assert 0 < options[0].candidate.lighter[0] < mixture.candidate.lighter[0]
+    # An order that is fitted may need less for its buffers.
+    assert options[1].candidate.lighter[0] >= options[0].candidate.lighter[0]
+    assert options[1].iteration_ms < options[0].iteration_ms
+
+
+def test_what_is_shown_is_what_its_layout_alone_gives(pruned):
+    for shown in (pruned.shown[0], pruned.shown[-1]):
+        alone = found(
+            accept=lambda layout, c, own=shown.layout: layout == own and with_few_options(layout, c)
+        )
+        same = next(f for f in alone.findings if f.key == shown.key)
+        assert key(same) == key(shown)

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import partial
+from typing import NamedTuple
 
 from helixpipe.plan.advise.candidates import Candidate, candidates
 from helixpipe.plan.advise.context_parallel import Exchange, predict_context_parallel
 from helixpipe.plan.advise.job import GIB, Job
 from helixpipe.plan.advise.messages import peak_with_messages
 from helixpipe.plan.advise.no_cycles import without_cycle_collection
+from helixpipe.plan.advise.plans import costs_of, peak_of, plan_of, with_layers_apart
 from helixpipe.plan.cost_model import Recompute, costs_of_plan
 from helixpipe.plan.operation import Kind
 from helixpipe.plan.plan import Plan
-from helixpipe.plan.schedules import SCHEDULES, ScheduleRequest
+from helixpipe.plan.schedules import SCHEDULES
 from helixpipe.plan.schedules.request import KnownCosts
 from helixpipe.plan.simulation.costs import Costs
 from helixpipe.plan.simulation.memory import peak_bytes
-from helixpipe.plan.simulation.simulate import Simulation, simulate
+from helixpipe.plan.simulation.simulate import Simulation, simulate, simulate_until
 
 # What fitting an order to costs may gain where layers are alike, and where keys alone do not know them.
 _FITTING_GAINS, _FITTING_GAINS_OF_KINDS = 1.02, 1.2
@@ -26,6 +28,7 @@ _FITTING_GAINS, _FITTING_GAINS_OF_KINDS = 1.02, 1.2
 _FILLED_UP = 6
 # Of how many of the fastest the buffers of messages are counted: they need a plan with its messages.
 _WITH_MESSAGES = 10
+_NEVER = float("inf")
 # What computes less again than a recomputation, and keeps more.
 LIGHTER = {
     Recompute.PRODUCTS: Recompute.NONE,
@@ -70,11 +73,13 @@ class Rejection:
         candidate: what was tried.
         reason: why not.
         excess_bytes: by how much memory falls short; 0 if that is not the reason.
+        is_late: an iteration takes longer than what was asked for.
     """
 
     candidate: Candidate
     reason: str
     excess_bytes: int = 0
+    is_late: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,8 +141,9 @@ def _advise(job: Job, accept: Callable[[Candidate], bool]) -> Advice:
         if not why_not or (label, "") not in best or option.iteration_ms < best[label, ""].iteration_ms
     ]
     improved = sorted(_improved(job, shown, accept), key=lambda option: option.iteration_ms)
+    with_messages = _with_messages(job, improved, accept, fits_order=True)
     return Advice(
-        sorted(_with_messages(job, improved, accept), key=lambda option: option.iteration_ms),
+        sorted(with_messages, key=lambda option: option.iteration_ms),
         [rejection for label, rejection in closest.items() if label not in fitting],
         len(outcomes),
     )
@@ -154,66 +160,112 @@ def _improved(
         yield _fitted(job, option) if is_close and fits_order else option
         if option.plan is None or number >= _FILLED_UP:
             continue
-        mixture = _mixture(job, option.candidate, fits_order=fits_order)
-        if mixture is None or mixture.iteration_ms >= option.iteration_ms:
+        mixture = _mixture(job, option.candidate)
+        if not isinstance(mixture, Option) or not accept(mixture.candidate):
             continue
-        if accept(mixture.candidate):
+        mixture = _fitted(job, mixture) if fits_order else mixture
+        if mixture.iteration_ms < option.iteration_ms:
             yield mixture
 
 
-def _with_messages(job: Job, ranked: list[Option], accept: Callable[[Candidate], bool]) -> Iterator[Option]:
+def _with_messages(
+    job: Job, ranked: list[Option], accept: Callable[[Candidate], bool], *, fits_order: bool
+) -> Iterator[Option]:
     """The options; the fastest with their messages, and with more computed again where these do not fit."""
     for number, option in enumerate(ranked):
-        if option.plan is None or option.costs is None or number >= _WITH_MESSAGES:
+        if option.plan is None or number >= _WITH_MESSAGES:
             yield option
             continue
         counted = _counted(job, option)
-        if counted is not None:
+        if _has_room(job, counted):
             yield counted
             continue
-        # A mixture falls back to its heavier level.
-        levels = list(Recompute)
-        heavier = levels[levels.index(option.candidate.recompute) + (option.candidate.lighter is None) :]
-        for candidate in (replace(option.candidate, recompute=level, lighter=None) for level in heavier):
-            outcome = _pipeline(job, candidate) if accept(candidate) else None
-            counted = _counted(job, outcome) if isinstance(outcome, Option) else None
-            if counted is not None:
-                yield from _filled_beside_messages(job, counted, accept)
-                if candidate.why_not_runnable != "recompute":
-                    break
+        yield from _heavier(job, counted, accept, fits_order=fits_order)
+
+
+def _heavier(
+    job: Job, option: Option, accept: Callable[[Candidate], bool], *, fits_order: bool
+) -> Iterator[Option]:
+    """What computes more again than an option that has no room for its buffers, until one that runs has."""
+    candidate, levels = option.candidate, list(Recompute)
+    heavier: list[Callable[[], Option | Rejection | None]] = []
+    if candidate.lighter is not None:
+        less = _without(job, option.message_bytes or 0)
+        heavier = [partial(_mixture, less, replace(candidate, lighter=None))]
+    # A mixture falls back to its heavier level.
+    for level in levels[levels.index(candidate.recompute) + (candidate.lighter is None) :]:
+        heavier.append(partial(_pipeline, job, replace(candidate, recompute=level, lighter=None)))
+    for outcome in (found() for found in heavier):
+        if not isinstance(outcome, Option) or not accept(outcome.candidate):
+            continue
+        counted = _fitted_and_counted(job, outcome) if fits_order else _counted(job, outcome)
+        if _has_room(job, counted):
+            yield from _filled_beside_messages(job, counted, accept, fits_order=fits_order)
+            if outcome.candidate.why_not_runnable != "recompute":
+                return
 
 
 def _filled_beside_messages(
-    job: Job, counted: Option, accept: Callable[[Candidate], bool]
+    job: Job, counted: Option, accept: Callable[[Candidate], bool], *, fits_order: bool
 ) -> Iterator[Option]:
     """The option, and with lighter layers in what it and its messages leave."""
     yield counted
+    mixture = _mixture(_without(job, counted.message_bytes or 0), counted.candidate)
+    if isinstance(mixture, Option) and accept(mixture.candidate):
+        filled = _fitted_and_counted(job, mixture) if fits_order else _counted(job, mixture)
+        if _has_room(job, filled):
+            yield filled
+
+
+def _fitted_and_counted(job: Job, option: Option) -> Option:
+    """The option with its order fitted to the costs, and with its buffers."""
+    fitted = _fitted(job, option)
+    counted = _counted(job, fitted)
+    if fitted is option or _has_room(job, counted):
+        return counted
+    # An order that is fitted to all memory may leave too little for the buffers.
     assert counted.message_bytes is not None
-    room = replace(job, memory_limit_bytes=job.memory_limit_bytes - counted.message_bytes)
-    mixture = _mixture(room, counted.candidate, fits_order=False)
-    filled = None if mixture is None or not accept(mixture.candidate) else _counted(job, mixture)
-    if filled is not None:
-        yield filled
+    return _counted(job, _fitted(_without(job, counted.message_bytes), option))
 
 
-def _counted(job: Job, option: Option) -> Option | None:
-    """The option of a plan with its messages; None if it does not fit with them."""
+def _without(job: Job, num_bytes: int) -> Job:
+    """The same job with less memory."""
+    return replace(job, memory_limit_bytes=job.memory_limit_bytes - num_bytes)
+
+
+def _counted(job: Job, option: Option) -> Option:
+    """The option of a plan with what the buffers of its messages add to its peak."""
     assert option.plan is not None
     assert option.costs is not None
     peak = peak_with_messages(option.plan, option.costs, job.workload.tensor_parallel)
-    if peak > job.memory_limit_bytes:
-        return None
     return replace(option, message_bytes=peak - option.peak_bytes)
 
 
-def evaluate(job: Job, candidate: Candidate) -> Option | Rejection:
-    """Plan a candidate, hold it against memory, and simulate it if it fits."""
-    return _pipeline(job, candidate)
+def _has_room(job: Job, option: Option) -> bool:
+    """True if an option's counted buffers have room."""
+    assert option.message_bytes is not None
+    return option.peak_bytes + option.message_bytes <= job.memory_limit_bytes
 
 
-def mixed(job: Job, candidate: Candidate) -> Option | None:
+def evaluate(job: Job, candidate: Candidate, deadline_ms: float = _NEVER) -> Option | Rejection:
+    """Plan a candidate, hold it against memory, and simulate it if it fits, until it takes too long.
+
+    Its plan has a name for every layer, so that others can share it.
+    """
+    return _pipeline(job, candidate, layers_apart=True, deadline_ms=deadline_ms)
+
+
+def fits(job: Job, candidate: Candidate) -> bool:
+    """True if a candidate can be planned, and has enough memory."""
+    try:
+        return _peak(job, candidate) <= job.memory_limit_bytes
+    except ValueError:
+        return False
+
+
+def mixed(job: Job, candidate: Candidate, deadline_ms: float = _NEVER) -> Option | Rejection | None:
     """A candidate that fits with as many layers as memory allows computing less again; None if none can."""
-    return _mixture(job, candidate, fits_order=False)
+    return _mixture(job, candidate, layers_apart=True, deadline_ms=deadline_ms)
 
 
 def improve(
@@ -223,8 +275,16 @@ def improve(
 
     None if nothing of it fits with its buffers.
     """
-    improved = list(_improved(job, [option], accept, fits_order=fits_order))
-    return min(_with_messages(job, improved, accept), key=lambda found: found.iteration_ms, default=None)
+    named = _planned(job, option.candidate, fits_order=False, layers_apart=False)
+    assert isinstance(named, _Planned)
+    option = replace(option, plan=named.plan, costs=named.costs)
+    improved = _improved(job, [option], accept, fits_order=False)
+    best = min(improved, key=lambda found: found.iteration_ms)
+    counted = _fitted_and_counted(job, best) if fits_order else _counted(job, best)
+    if _has_room(job, counted):
+        return counted
+    heavier = _heavier(job, counted, accept, fits_order=fits_order)
+    return min(heavier, key=lambda found: found.iteration_ms, default=None)
 
 
 def _fitted(job: Job, option: Option) -> Option:
@@ -237,7 +297,13 @@ def _fitted(job: Job, option: Option) -> Option:
     return option
 
 
-def _mixture(job: Job, candidate: Candidate, *, fits_order: bool) -> Option | None:
+def _mixture(
+    job: Job,
+    candidate: Candidate,
+    *,
+    layers_apart: bool = False,
+    deadline_ms: float = _NEVER,
+) -> Option | Rejection | None:
     """As many layers with the next lighter recomputation as memory allows; None if there is none such."""
     lighter = LIGHTER.get(candidate.recompute)
     if lighter is None or candidate.lighter is not None:
@@ -249,17 +315,23 @@ def _mixture(job: Job, candidate: Candidate, *, fits_order: bool) -> Option | No
         return None
     # Memory grows by about as much with every layer.
     for count in range(num_layers * room // growth, 0, -1):
-        found = _pipeline(job, replace(candidate, lighter=(count, lighter)))
-        if isinstance(found, Option):
-            return _fitted(job, found) if fits_order else found
+        mixture = replace(candidate, lighter=(count, lighter))
+        if fits(job, mixture):
+            return _pipeline(job, mixture, layers_apart=layers_apart, deadline_ms=deadline_ms)
     return None
 
 
 def _peak(job: Job, candidate: Candidate) -> int:
     pieces = job.pieces_for(candidate.micro_batch_size)
     assert pieces is not None
-    plan = _plan(candidate.schedule, candidate.request(job))
-    return max(peak_bytes(plan, costs_of_plan(pieces, plan, candidate.recompute)))
+    request = with_layers_apart(candidate.schedule, candidate.request(job))
+    return peak_of(pieces, candidate.schedule, request, _recompute(job, candidate))
+
+
+def _recompute(job: Job, candidate: Candidate) -> Recompute | tuple[Recompute, ...]:
+    if candidate.lighter is None:
+        return candidate.recompute
+    return tuple(candidate.levels(job.workload.model.num_layers))
 
 
 def _closeness(rejection: Rejection) -> tuple[bool, int]:
@@ -276,35 +348,58 @@ def _first_that_fits(job: Job, group: list[Candidate]) -> Iterator[Option | Reje
             return
 
 
-@lru_cache(maxsize=64)
-def _plan(schedule: str, request: ScheduleRequest) -> Plan:
-    return SCHEDULES[schedule].plan(request)
+class _Planned(NamedTuple):
+    """A plan that fits, what it costs, and its peak bytes on the worst rank."""
+
+    plan: Plan
+    costs: Costs
+    peak_bytes: int
 
 
-def _pipeline(job: Job, candidate: Candidate, *, fits_order: bool = False) -> Option | Rejection:
+def _planned(job: Job, candidate: Candidate, *, fits_order: bool, layers_apart: bool) -> _Planned | Rejection:
     pieces = job.pieces_for(candidate.micro_batch_size)
     assert pieces is not None
-    levels = candidate.levels(job.workload.model.num_layers)
-
-    def costs_of(plan: Plan) -> Costs:
-        return costs_of_plan(pieces, plan, levels)
-
-    known = KnownCosts(costs_of, job.memory_limit_bytes) if fits_order else None
-    request = candidate.request(job, known)
+    recompute = _recompute(job, candidate)
     try:
-        plan = SCHEDULES[candidate.schedule].plan(request) if known else _plan(candidate.schedule, request)
+        if fits_order:
+            known = KnownCosts(lambda plan: costs_of_plan(pieces, plan, recompute), job.memory_limit_bytes)
+            plan = SCHEDULES[candidate.schedule].plan(candidate.request(job, known))
+            costs = known.of(plan)
+        else:
+            request = candidate.request(job)
+            if layers_apart:
+                request = with_layers_apart(candidate.schedule, request)
+            plan = plan_of(candidate.schedule, request)
+            costs = costs_of(pieces, candidate.schedule, request, recompute)
     except ValueError as error:
         return Rejection(candidate, str(error))
-    try:
-        costs = costs_of(plan)
-    except ValueError as error:
-        return Rejection(candidate, str(error))
-    peak = max(peak_bytes(plan, costs))
-    if peak > job.memory_limit_bytes:
-        return _too_large(job, candidate, peak)
-    simulation = simulate(plan, costs)
+    peak = _peak(job, candidate) if layers_apart else max(peak_bytes(plan, costs))
+    return _Planned(plan, costs, peak) if peak <= job.memory_limit_bytes else _too_large(job, candidate, peak)
+
+
+def _pipeline(
+    job: Job,
+    candidate: Candidate,
+    *,
+    fits_order: bool = False,
+    layers_apart: bool = False,
+    deadline_ms: float = _NEVER,
+) -> Option | Rejection:
+    planned = _planned(job, candidate, fits_order=fits_order, layers_apart=layers_apart)
+    if isinstance(planned, Rejection):
+        return planned
+    plan, costs, peak = planned
+    simulation = simulate_until(plan, costs, _end_by(candidate, costs, deadline_ms))
+    if simulation is None:
+        return Rejection(candidate, f"takes longer than {deadline_ms:.0f} ms", is_late=True)
     found = _option(job, candidate, iteration_ms(candidate, simulation), simulation.bubble_ratio, peak)
     return replace(found, plan=plan, costs=costs)
+
+
+def _end_by(candidate: Candidate, costs: Costs, iteration_ms: float) -> float:
+    """When the last computation of what is simulated must have ended, for an iteration to take no longer."""
+    repeats = SCHEDULES[candidate.schedule].repeats_sequences
+    return (iteration_ms - costs.least_finish_ms) / (candidate.num_microbatches if repeats else 1)
 
 
 def iteration_ms(candidate: Candidate, simulation: Simulation) -> float:

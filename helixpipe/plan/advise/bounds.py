@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from helixpipe.plan.advise.candidates import Candidate
 from helixpipe.plan.advise.job import Job
+from helixpipe.plan.advise.plans import plan_of
 from helixpipe.plan.computations import NONE, Numbers
 from helixpipe.plan.cost_model import Pieces, Recompute, costs_of_plan
 from helixpipe.plan.cost_model.segments import segment_costs, whole_layer_cost
@@ -121,9 +122,9 @@ class Outlook:
 
     Of time: the link with most to carry is busy all the while; and a rank cannot start before the first micro
     batch has passed all segments before its first one, then does its own work, and after the last backward of
-    that segment the micro batch has to pass the others. Of a schedule whose segments change ranks, the
-    busiest rank's work alone counts. Of memory: what a rank holds when most forwards wait for their backward,
-    in a plan of few micro batches.
+    that segment the micro batch has to pass the others; where segments change ranks, the first one of any
+    micro batch. Of slices, which differ, the busiest rank's work alone counts. Of memory: what a rank holds
+    when most forwards wait for their backward, in a plan of few micro batches.
     """
 
     def __init__(self, job: Job, candidate: Candidate) -> None:
@@ -137,6 +138,8 @@ class Outlook:
         self._pieces = pieces
         request = candidate.request(job)
         self._work = _small_work(candidate.schedule, replace(request, num_microbatches=_few(request)))
+        self._durations: dict[Recompute, npt.NDArray[np.float64]] = {}
+        self._least_bytes: dict[Recompute, float] = {}
         # All but segments is the same whatever is computed again.
         self._costs = costs_of_plan(pieces, self._work.plan, candidate.recompute)
         self._times = float(candidate.num_microbatches)
@@ -153,7 +156,7 @@ class Outlook:
         waited_for_ms = counts @ (durations * is_waited_for) * self._times
         lead_ms, tail_ms = (before @ durations for before in work.before)
         pipeline_ms = float((lead_ms + np.maximum(busy_ms, waited_for_ms + tail_ms)).max())
-        return max(pipeline_ms, self._link_ms) + self._finish_ms
+        return max(pipeline_ms, self._link_ms) + self._costs.least_finish_ms
 
     def least_mixed_ms(self, heavier: Recompute, lighter: Recompute, limit_bytes: int) -> float:
         """What an iteration takes at least if as many layers as memory allows compute less again.
@@ -167,19 +170,16 @@ class Outlook:
         counts = self._work.plan.computations.counts
         means = [float((counts @ self._durations_ms(level)).mean()) for level in (heavier, lighter)]
         mixed_ms = (means[0] - share * (means[0] - means[1])) * self._times
-        return max(self.least_ms(lighter), mixed_ms + self._finish_ms)
+        return max(self.least_ms(lighter), mixed_ms + self._costs.least_finish_ms)
 
     def _durations_ms(self, recompute: Recompute) -> npt.NDArray[np.float64]:
-        segments = segment_costs(self._pieces, self._work.plan, recompute)
-        classes = self._work.plan.computations.classes
-        return np.array(
-            [segments[name].duration_ms(kind, splits_backward=splits) for kind, name, splits in classes]
-        )
-
-    @property
-    def _finish_ms(self) -> float:
-        ranks = self._costs.ranks
-        return min(rank.gradient_reduction_ms for rank in ranks) + max(rank.optimizer_ms for rank in ranks)
+        if recompute not in self._durations:
+            segments = segment_costs(self._pieces, self._work.plan, recompute)
+            classes = self._work.plan.computations.classes
+            self._durations[recompute] = np.array(
+                [segments[name].duration_ms(kind, splits_backward=splits) for kind, name, splits in classes]
+            )
+        return self._durations[recompute]
 
     def _busiest_link_ms(self) -> float:
         """How long the link with most to carry is busy."""
@@ -195,10 +195,12 @@ class Outlook:
 
     def least_bytes(self, recompute: Recompute) -> float:
         """What the rank with most holds at least."""
-        segments = segment_costs(self._pieces, self._work.plan, recompute)
-        kept = np.array([segments[name].bytes for name in self._work.plan.cost_names])
-        static = np.array([rank.static_bytes for rank in self._costs.ranks])
-        return float((static + self._work.held @ kept).max())
+        if recompute not in self._least_bytes:
+            segments = segment_costs(self._pieces, self._work.plan, recompute)
+            kept = np.array([segments[name].bytes for name in self._work.plan.cost_names])
+            static = np.array([rank.static_bytes for rank in self._costs.ranks])
+            self._least_bytes[recompute] = float((static + self._work.held @ kept).max())
+        return self._least_bytes[recompute]
 
 
 class _Sent(NamedTuple):
@@ -225,7 +227,7 @@ class _Work(NamedTuple):
         held: how many forwards of each cost name wait for their backward, when these are most.
         sent: its messages.
         before: of each class of computations, how many forwards a micro batch passes before a rank's first
-            segment, and how many backwards after it; none where segments have no rank of their own.
+            segment, and how many backwards after it; none where micro batches differ.
     """
 
     plan: Plan
@@ -241,13 +243,13 @@ def _few(request: ScheduleRequest) -> int:
 
 @lru_cache(maxsize=4096)
 def _small_work(schedule: str, request: ScheduleRequest) -> _Work:
-    plan = SCHEDULES[schedule].plan(request)
+    plan = plan_of(schedule, request)
     work = plan.computations
     classes = range(len(work.classes))
     firsts = [0] * plan.num_ranks
-    if not plan.micro_batch_names and all(len(set(ranks)) == 1 for ranks in plan.placement):
-        homes = [ranks[0] for ranks in plan.placement]
-        firsts = [homes.index(rank) for rank in range(plan.num_ranks)]
+    if not plan.micro_batch_names:
+        homes = [set(ranks) for ranks in plan.placement]
+        firsts = [next(s for s, own in enumerate(homes) if rank in own) for rank in range(plan.num_ranks)]
     before = []
     for row in (0, 1):  # forwards, backwards
         of_segment = work.class_of[work.table[row, :, 0]]

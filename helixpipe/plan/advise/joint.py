@@ -9,11 +9,12 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from enum import Enum, auto
 from functools import partial
 from itertools import count
 from typing import NamedTuple
 
-from helixpipe.plan.advise.advice import LIGHTER, Option, evaluate, improve, mixed
+from helixpipe.plan.advise.advice import LIGHTER, Option, Rejection, evaluate, fits, improve, mixed
 from helixpipe.plan.advise.bounds import Outlook, least_bytes, least_ms, least_ms_in_memory
 from helixpipe.plan.advise.candidates import Candidate, candidates, micro_batch_factors
 from helixpipe.plan.advise.job import GIB, Job
@@ -28,6 +29,9 @@ SHOWN = 10
 _WORTHWHILE = 0.01
 # Orders are fitted to costs, which takes seconds, for those that are as close to the fastest.
 _CLOSE = 1.03
+# What is shown may get slower by as much before anything is simulated again.
+_SOON = 1.02
+_NEVER = float("inf")
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,11 @@ class Finding:
     def family(self) -> str:
         """Kind of schedule, and whether sequences are shared."""
         return _family(self.layout, self.option.candidate)
+
+    @property
+    def key(self) -> tuple[Layout, str]:
+        """Of those with the same, one is shown."""
+        return self.layout, self.option.candidate.schedule
 
     @property
     def iteration_ms(self) -> float:
@@ -105,19 +114,39 @@ class JointAdvice:
         return next((f for f in self.findings if not f.option.candidate.why_not_runnable), None)
 
 
+class _Step(Enum):
+    """What is next to be done with a group of candidates, or with the first of it.
+
+    Attributes:
+        BOUND: make its outlook.
+        FIT: hold the first against memory.
+        MIX: simulate it with some layers computing less again.
+        ALONE: simulate it with all layers alike.
+    """
+
+    BOUND = auto()
+    FIT = auto()
+    MIX = auto()
+    ALONE = auto()
+
+
 class _Item(NamedTuple):
     """A layout to open, or a group of candidates that differ in what they recompute.
 
     Attributes:
         layout, job: what it belongs to.
         group: lightest recomputation first; empty for a layout.
+        step: what is to be done with it.
         outlook: of the group; None as long as only its layout's bound is known.
+        is_known: it was simulated, and something was faster.
     """
 
     layout: Layout
     job: Job
     group: tuple[Candidate, ...] = ()
+    step: _Step = _Step.BOUND
     outlook: Outlook | None = None
+    is_known: bool = False
 
 
 def search(
@@ -157,13 +186,18 @@ def search(
     return found.advice()
 
 
+_STAGES, _APART, _SLICES = "stages", "attention apart", "slices"
+
+
 def _family(layout: Layout, candidate: Candidate) -> str:
     entry = SCHEDULES[candidate.schedule]
+    kind = _APART if "attention_range" in entry.options else _STAGES
+    return _family_of(layout, _SLICES if entry.slices_sequences else kind)
+
+
+def _family_of(layout: Layout, kind: str) -> str:
     if layout.pipeline == 1:
         return "context parallel alone" if layout.context > 1 else "no pipeline"
-    kind = "attention apart" if "attention_range" in entry.options else "stages"
-    if entry.slices_sequences:
-        kind = "slices"
     return f"{kind}, context parallel" if layout.context > 1 else kind
 
 
@@ -181,6 +215,8 @@ class _Search:
     order: Iterable[int] = field(default_factory=count)
     left: list[tuple[float, int, _Item]] = field(default_factory=list)
     improved: set[tuple[Layout, str]] = field(default_factory=set)
+    items: dict[tuple[Layout, str], _Item] = field(default_factory=dict)
+    _limits: tuple[float, dict[str, float]] | None = None
 
     def add_layout(
         self,
@@ -227,12 +263,13 @@ class _Search:
         while self.heap:
             entry = heapq.heappop(self.heap)
             bound_ms, _, item = entry
-            if not item.group:
-                self._open(item)
-            elif self.exhaustive or self._is_of_interest(bound_ms, item.layout, item.group[0]):
-                self._look_at(item, bound_ms)
-            else:
+            is_wanted = self.exhaustive and not item.is_known
+            if not is_wanted and bound_ms >= self._deadline_ms(item):
                 self.left.append(entry)
+            elif not item.group:
+                self._open(item)
+            else:
+                self._look_at(item)
 
     def _look_again(self) -> bool:
         """Improve what is shown, with its buffers of messages, until something gets slower or falls out."""
@@ -242,6 +279,7 @@ class _Search:
             fits_order = finding.iteration_ms <= _CLOSE * min(f.iteration_ms for f in self.best.values())
             accept = partial(self.accept, finding.layout)
             option = improve(finding.job, finding.option, accept, fits_order=fits_order)
+            self._limits = None
             if option is None:
                 del self.best[key]
             else:
@@ -281,30 +319,63 @@ class _Search:
                 is_sliced = SCHEDULES[first.schedule].slices_sequences
                 self._push(any_ms if is_sliced else in_memory_ms, item._replace(group=accepted))
 
-    def _is_of_interest(self, bound_ms: float, layout: Layout, candidate: Candidate) -> bool:
-        """True if something as fast would be shown, or be the best of its family."""
-        known = self.best.get((layout, candidate.schedule))
-        if known is not None and known.iteration_ms <= bound_ms:
-            return False
-        family = _family(layout, candidate)
-        shown = sorted(finding.iteration_ms for finding in self.best.values())[:SHOWN]
-        if len(shown) < SHOWN:
-            return True
-        of_family = (f.iteration_ms for f in self.best.values() if f.family == family)
-        return bound_ms < max(shown[-1], min(of_family, default=float("inf")))
-
-    def _look_at(self, item: _Item, bound_ms: float) -> None:
-        if item.outlook is None:
-            self._look_ahead(item)
-            return
+    def _deadline_ms(self, item: _Item) -> float:
+        """What takes less would be shown, or be the best of its family."""
+        if self._limits is None:
+            times = sorted(finding.iteration_ms for finding in self.best.values())[:SHOWN]
+            of_families: dict[str, float] = {}
+            for finding in self.best.values():
+                known_ms = of_families.get(finding.family, _NEVER)
+                of_families[finding.family] = min(known_ms, finding.iteration_ms)
+            self._limits = times[-1] if len(times) == SHOWN else _NEVER, of_families
+        last_ms, of_families = self._limits
+        if not item.group:
+            # Slices are not shared once more.
+            kinds = (_STAGES, _APART) + (_SLICES,) * (item.layout.context == 1)
+            families = {_family_of(item.layout, kind) for kind in kinds}
+            return max(last_ms, *(of_families.get(family, _NEVER) for family in families))
         candidate = item.group[0]
-        outcome = evaluate(item.job, candidate)
-        if isinstance(outcome, Option):
-            self._simulated(item, outcome)
-            self._fill(item, bound_ms)
+        known = self.best.get((item.layout, candidate.schedule))
+        limit_ms = max(last_ms, of_families.get(_family(item.layout, candidate), _NEVER))
+        return limit_ms if known is None else min(limit_ms, known.iteration_ms)
+
+    def _look_at(self, item: _Item) -> None:
+        if item.step is _Step.BOUND:
+            self._look_ahead(item)
+        elif item.step is _Step.FIT:
+            self._hold_against_memory(item)
+        elif item.step is _Step.MIX:
+            self._simulate(item, mixed)
+        else:
+            self._simulate(item, evaluate)
+
+    def _hold_against_memory(self, item: _Item) -> None:
+        """Of what fits, simulate first what computes less again in some layers: it is mostly faster."""
+        candidate, outlook = item.group[0], item.outlook
+        assert outlook is not None
+        is_fitting = fits(item.job, candidate)
+        if is_fitting:
+            self._push(self._least_ms(outlook, candidate, item.job), item._replace(step=_Step.MIX))
+            self._push(outlook.least_ms(candidate.recompute), item._replace(step=_Step.ALONE))
         # Another recomputation may be executed where this one cannot; otherwise it only computes more.
-        if not (isinstance(outcome, Option) and candidate.why_not_runnable != "recompute"):
+        if not is_fitting or candidate.why_not_runnable == "recompute":
             self._push_first_that_may_fit(item._replace(group=item.group[1:]))
+
+    def _simulate(
+        self, item: _Item, how: Callable[[Job, Candidate, float], Option | Rejection | None]
+    ) -> None:
+        """Simulate a candidate in one of two ways, until it takes too long to be of interest soon."""
+        deadline_ms = _NEVER if self.exhaustive else _SOON * self._deadline_ms(item)
+        outcome = how(item.job, item.group[0], deadline_ms)
+        if isinstance(outcome, Option):
+            if self.accept(item.layout, outcome.candidate):
+                self._simulated(item, outcome)
+        elif outcome is not None and outcome.is_late:
+            self._leave(deadline_ms, item)
+
+    def _leave(self, bound_ms: float, item: _Item) -> None:
+        """Put aside what may be looked at again when what is shown gets slower."""
+        self.left.append((bound_ms, next(self.order), item))  # type: ignore[call-overload]
 
     @staticmethod
     def _least_ms(outlook: Outlook, candidate: Candidate, job: Job) -> float:
@@ -314,25 +385,20 @@ class _Search:
             return outlook.least_ms(candidate.recompute)
         return outlook.least_mixed_ms(candidate.recompute, lighter, job.memory_limit_bytes)
 
-    def _fill(self, item: _Item, bound_ms: float) -> None:
-        """Let some layers of a candidate that fits compute less again, if that may be of interest."""
-        candidate = item.group[0]
-        if self.exhaustive or self._is_of_interest(bound_ms, item.layout, candidate):
-            mixture = mixed(item.job, candidate)
-            if mixture is not None and self.accept(item.layout, mixture.candidate):
-                self._simulated(item, mixture)
-
     def _simulated(self, item: _Item, option: Option) -> None:
-        without_plan = replace(option, plan=None, costs=None)
-        self.simulated.append(Finding(item.layout, item.job, without_plan))
-        self._keep(Finding(item.layout, item.job, option))
-
-    def _keep(self, finding: Finding) -> None:
-        key = finding.layout, finding.option.candidate.schedule
+        finding = Finding(item.layout, item.job, option)
+        if not item.is_known:
+            self.simulated.append(replace(finding, option=replace(option, plan=None, costs=None)))
+        key, item = finding.key, item._replace(is_known=True)
         known = self.best.get(key)
-        if known is None or finding.iteration_ms < known.iteration_ms:
-            self.best[key] = finding
-            self.improved.discard(key)
+        if known is not None and known.iteration_ms <= finding.iteration_ms:
+            self._leave(finding.iteration_ms, item)
+            return
+        if known is not None:
+            self._leave(known.iteration_ms, self.items[key])
+        self.best[key], self.items[key] = finding, item
+        self.improved.discard(key)
+        self._limits = None
 
     def _look_ahead(self, item: _Item) -> None:
         self.num_candidates += len(item.group)
@@ -342,7 +408,7 @@ class _Search:
             return
         # The last computes most again, and keeps least.
         if outlook.least_bytes(item.group[-1].recompute) <= item.job.memory_limit_bytes:
-            self._push_first_that_may_fit(item._replace(outlook=outlook))
+            self._push_first_that_may_fit(item._replace(step=_Step.FIT, outlook=outlook))
 
     def _push_first_that_may_fit(self, item: _Item) -> None:
         assert item.outlook is not None

@@ -212,14 +212,15 @@ def segment_costs(
             f"the plan has {plan.parameters.get('num_layers')} layers, {pieces.workload.model.name} has "
             f"{layers}; plan with --num-layers {layers}"
         )
-    levels = (recompute,) * layers if isinstance(recompute, Recompute) else tuple(recompute)
-    if len(levels) != layers:
-        raise ValueError(f"{len(levels)} ways of recomputing for {layers} layers; give one for each")
+    if not isinstance(recompute, Recompute) and len(recompute) != layers:
+        raise ValueError(f"{len(recompute)} ways of recomputing for {layers} layers; give one for each")
     builder = _builder_of(pieces)
     slices = tuple(_slices(pieces, plan).items())
     cut_at = plan.parameters.get("attention_range")
-    known = plan.segment_names, cut_at, plan.parameters.get(STAGE_LAYERS), slices, levels
+    level = recompute if isinstance(recompute, Recompute) else tuple(recompute)
+    known = plan.segment_names, cut_at, plan.parameters.get(STAGE_LAYERS), slices, level
     if known not in builder.segments:
+        levels = (level,) * layers if isinstance(level, Recompute) else level
         build = _helix_segments if _cuts_layers(plan) else _stage_segments
         builder.segments[known] = build(builder, plan, levels, dict(slices))
     return builder.segments[known]

@@ -51,7 +51,7 @@ from helixpipe.plan.plan import Order, Plan
 from helixpipe.plan.schedules.request import KnownCosts
 from helixpipe.plan.simulation.costs import Costs
 from helixpipe.plan.simulation.memory import peak_bytes
-from helixpipe.plan.simulation.simulate import simulate
+from helixpipe.plan.simulation.simulate import simulate_until
 
 # How much longer than for the first operation a rank may wait for one with a smaller key, in mean layers.
 _WAITS = (0.0, 1 / 140)
@@ -126,7 +126,13 @@ def listed_orders(
         excess = 0.0
         if known.memory_limit_bytes is not None:
             excess = max(0.0, max(peak_bytes(candidate, exact)) - known.memory_limit_bytes)
-        value = excess, simulate(candidate, exact).iteration_ms
+        end_by_ms = _NOT_YET
+        if best is not None and best[0][0] == 0:
+            end_by_ms = best[0][1] - exact.least_finish_ms
+        simulation = simulate_until(candidate, exact, end_by_ms)
+        if simulation is None:
+            continue
+        value = excess, simulation.iteration_ms
         if best is None or value < best[0]:
             best = value, orders
     assert best is not None
@@ -393,17 +399,25 @@ class _ListSchedule:
     def _choose(self, rank: int) -> tuple[float, int]:
         """The smallest key among the heads that can start first, or not much later; when it can."""
         free_ms, first_ms = self._free_ms[rank], _NOT_YET
-        heads = []
+        heads, ready_ms, begins = [], self._ready_ms, self._next[rank]
         for stream, queue in enumerate(self._queues.ranks[rank]):
-            position = self._next[rank][stream]
+            position = begins[stream]
             if position < len(queue):
-                start_ms = max(self._ready_ms[queue[position]], free_ms)
-                first_ms = min(first_ms, start_ms)
-                heads.append((start_ms, stream, queue[position]))
+                number = queue[position]
+                start_ms = ready_ms[number]
+                if start_ms < free_ms:
+                    start_ms = free_ms
+                if start_ms < first_ms:
+                    first_ms = start_ms
+                heads.append((start_ms, stream, number))
         if first_ms == _NOT_YET:
             return _NOT_YET, -1
         # W can run at any time: nothing waits for it, and it waits for nothing.
-        waits_ms, place = (self._wait_ms, self._wait_ms, 0.0), self._queues.place
-        possible = (head for head in heads if head[0] <= first_ms + waits_ms[head[1]])
-        start_ms, _, number = min(possible, key=lambda head: place[head[2]])
-        return start_ms, number
+        latest_ms, place = first_ms + self._wait_ms, self._queues.place
+        chosen = first_ms, -1
+        first_place = len(place)
+        for start_ms, stream, number in heads:
+            if start_ms <= (first_ms if stream == 2 else latest_ms) and place[number] < first_place:
+                first_place = place[number]
+                chosen = start_ms, number
+        return chosen

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
+
+import numpy as np
 
 from helixpipe.plan.computations import NONE
 from helixpipe.plan.plan import Plan
@@ -12,6 +16,8 @@ from helixpipe.plan.simulation.costs import Costs, LoanBytes
 from helixpipe.plan.simulation.network import Links, Route
 
 _NEVER = float("inf")
+# Sums of durations in another order may differ by as much.
+_ROUNDING = 1 + 1e-9
 # What an event is: a computation ends, weights on loan leave, keys and values leave once more.
 _ENDS, _LENDS, _RESENDS = range(3)
 
@@ -48,7 +54,14 @@ class Clock:
         returned_ms: of every rank, when the last gradients of weights that it has lent have come back.
     """
 
-    def __init__(self, plan: Plan, costs: Costs) -> None:
+    def __init__(self, plan: Plan, costs: Costs, deadline_ms: float = _NEVER) -> None:
+        """Make everything ready to run.
+
+        Args:
+            plan: a valid plan.
+            costs: times by cost name.
+            deadline_ms: by when all computations must have ended; none if left out.
+        """
         work, wiring = plan.computations, plan.wiring
         num_computations = len(work.operations)
         self.starts_ms = [0.0] * num_computations
@@ -64,6 +77,8 @@ class Clock:
             costs.duration_ms(kind, name, splits_backward=splits) for kind, name, splits in work.classes
         ]
         self._durations_ms = [durations[place] for place in work.class_of.tolist()]
+        self._latest_ms = self._latest_starts(work.begins, deadline_ms)
+        self._is_late = False
         self._edge_of = work.edge_of.tolist()
         self._begins, self._last = work.begins[:-1], work.begins[1:]
         self._next = list(self._begins)
@@ -110,8 +125,18 @@ class Clock:
         # Ranks spend time on messages.
         self._has_ends = network is not None and max(network.send_gb_per_s, network.receive_gb_per_s) > 0
 
-    def run(self) -> None:
-        """Start and end all computations.
+    def _latest_starts(self, begins: Sequence[int], deadline_ms: float) -> list[float]:
+        """When each computation must start at the latest, for its rank's work to end by the deadline."""
+        if deadline_ms == _NEVER:
+            return [_NEVER] * len(self._durations_ms)
+        found: list[float] = []
+        for begin, end in pairwise(begins):
+            left_ms = np.cumsum(self._durations_ms[begin:end][::-1])[::-1]
+            found += (deadline_ms * _ROUNDING - left_ms).tolist()
+        return found
+
+    def run(self) -> bool:
+        """Start and end all computations, or stop as soon as they cannot end by the deadline: False then.
 
         Raises:
             ValueError: some wait for ever.
@@ -120,6 +145,8 @@ class Clock:
             self._start(rank)
         events, woken = self._events, self._woken
         while events:
+            if self._is_late:
+                return False
             now_ms, rank, what, number = heapq.heappop(events)
             if what == _ENDS:
                 self._end(rank, number, now_ms)
@@ -132,6 +159,7 @@ class Clock:
                 self._start(woken.pop(0))
         if any(number < last for number, last in zip(self._next, self._last, strict=True)):
             raise ValueError("the plan deadlocks; validate it first")
+        return not self._is_late
 
     def _start(self, rank: int) -> None:
         """Start the rank's next computation if it has all that it needs."""
@@ -150,6 +178,8 @@ class Clock:
             self.waits[rank].append(Wait(waited_for, self._free_ms[rank], start_ms))
         if self._has_ends:
             start_ms += sum(self._receive_ms.pop(content, 0.0) for content in wiring.needs(number))
+        if start_ms > self._latest_ms[number]:
+            self._is_late = True
         end_ms = start_ms + self._durations_ms[number]
         self.starts_ms[number], self.ends_ms[number] = start_ms, end_ms
         self._free_ms[rank] = self._ended_ms[rank] = end_ms

@@ -132,6 +132,14 @@ class Costs:
         """What a rank pays per iteration."""
         return self.ranks[rank] if self.ranks else _NO_COST
 
+    @property
+    def least_finish_ms(self) -> float:
+        """What gradient reduction and optimizer take at least after the last computation."""
+        if not self.ranks:
+            return 0.0
+        reduction_ms = min(rank.gradient_reduction_ms for rank in self.ranks)
+        return reduction_ms + max(rank.optimizer_ms for rank in self.ranks)
+
     def to_json(self) -> str:
         """``costs.json``, read back by :func:`parse_costs`."""
         data: dict[str, Any] = {"segments": {name: _entry(cost) for name, cost in self.segments.items()}}

@@ -130,6 +130,15 @@ def simulate(plan: Plan, costs: Costs) -> Simulation:
     return Simulation(plan, costs, clock)
 
 
+def simulate_until(plan: Plan, costs: Costs, deadline_ms: float) -> Simulation | None:
+    """The same as :func:`simulate`, but given up, None, as soon as the last computation must end too late.
+
+    A rank's own work that is left bounds its end from below. What ends by ``deadline_ms`` is never given up.
+    """
+    clock = Clock(plan, costs, deadline_ms)
+    return Simulation(plan, costs, clock) if clock.run() else None
+
+
 def _memory_curve(spans: tuple[Span, ...], levels: list[Held], static_bytes: int) -> tuple[Level, ...]:
     curve = [Level(0.0, static_bytes)]
     for span, level in zip(spans, levels, strict=True):
