@@ -30,6 +30,7 @@ from helixpipe.plan.cost_model import (  # noqa: E402
     MODELS,
     Hardware,
     ModelShape,
+    PieceCost,
     Pieces,
     Recompute,
     Workload,
@@ -141,8 +142,11 @@ def _predict(
         full = counts[min(found, len(counts) - 1)]
     peak_gib = peak_gib_with(full)
     iteration_ms = simulate(plan, costs_with(full)).iteration_ms
-    tokens = known["seq"] * m * layout.dp
-    label = f"{layout}, m={m}" + (f" v={virtual}" if virtual > 1 else "")
+    size = pieces.workload.micro_batch_size
+    tokens = known["seq"] * size * m * layout.dp
+    label = (
+        f"{layout}, m={m}" + (f" of {size}" if size > 1 else "") + (f" v={virtual}" if virtual > 1 else "")
+    )
     return Prediction(
         row,
         tokens / (iteration_ms / 1e3) / known["gpus"],
@@ -152,7 +156,7 @@ def _predict(
 
 
 def _num_microbatches(known: Mapping[str, Any], layout: _Layout) -> int:
-    """Micro batches of one sequence per replica and iteration."""
+    """Micro batches per replica and iteration."""
     if "num_microbatches" in known:
         return int(known["num_microbatches"])
     batch = int(known.get("global_batch", known.get("tokens_per_batch", 0) // known["seq"]))
@@ -160,10 +164,16 @@ def _num_microbatches(known: Mapping[str, Any], layout: _Layout) -> int:
     return max(1, batch // layout.dp)
 
 
+def _micro_batch_size(known: Mapping[str, Any]) -> int:
+    """Sequences of a micro batch: a rank's batch over its micro batches, where that is given."""
+    return int(known["local_batch"]) // int(known["num_microbatches"]) if "local_batch" in known else 1
+
+
 def _pieces(model: ModelShape, known: Mapping[str, Any], machine: Hardware, layout: _Layout) -> Pieces:
     workload = Workload(
         model=model,
         seq_length=known["seq"],
+        micro_batch_size=_micro_batch_size(known),
         tensor_parallel=layout.tp,
         data_parallel=layout.dp,
         distributed_optimizer=True,
@@ -172,6 +182,12 @@ def _pieces(model: ModelShape, known: Mapping[str, Any], machine: Hardware, layo
     )
     ring = pipeline_network(replace(workload, data_parallel=1), machine)
     shared = share_sequence(predict_pieces(workload, machine), Exchange.RING, layout.cp, ring)
+    if known.get("consecutive"):
+        # The last of c ranks attends to (c - 1/2) / c of all, where its share would be 1/2.
+        longer = 2 - 1 / layout.cp
+        core = shared.times["core"]
+        slowest = PieceCost(core.forward * longer, core.backward * longer)
+        shared = replace(shared, times={**shared.times, "core": slowest})
     return replace(shared, network=pipeline_network(shared.workload, machine))
 
 
@@ -290,6 +306,16 @@ def kernels_table(rows: Sequence[Mapping[str, Any]], backends: Sequence[str]) ->
     lines = ["| row | " + " | ".join(backends) + " |", "|---" * (len(backends) + 1) + "|"]
     for row in rows:
         errors = [f"{predict(row, backend).error:+.0%}" for backend in backends]
+        lines.append(f"| {row['id']} | " + " | ".join(errors) + " |")
+    return "\n".join(lines)
+
+
+def balance_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Errors of rows whose sequences are shared: in early and late parts, and in consecutive ones."""
+    lines = ["| row | an early and a late part | consecutive parts |", "|---|---|---|"]
+    for row in rows:
+        consecutive = {**row, "assumed": {**row["assumed"], "consecutive": True}}
+        errors = [f"{predict(one).error:+.0%}" for one in (row, consecutive)]
         lines.append(f"| {row['id']} | " + " | ".join(errors) + " |")
     return "\n".join(lines)
 

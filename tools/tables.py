@@ -167,10 +167,16 @@ def kernels_table() -> str:
     return anchors.kernels_table(rows, ("flash-attn-2", "cudnn"))
 
 
+def balance_table() -> str:
+    """The rows whose publication does not say how ranks share a sequence, under either way."""
+    rows = [row for row in anchors.read_rows() if row["id"].startswith("titan") and row.get("cp", 1) > 1]
+    return anchors.balance_table(rows)
+
+
 TABLES = {
     "choosing": {"schedules": markdown_table, "efficiency": efficiency_table},
     "interlocked": {"interlocked": interlocked_table},
-    "published": {"published": published_table, "kernels": kernels_table},
+    "published": {"published": published_table, "kernels": kernels_table, "balance": balance_table},
 }
 
 

@@ -82,6 +82,34 @@ def test_the_first_and_the_last_stage_of_126_layers_are_one_layer_shorter():
     assert sum(held) * 8 == MODELS["llama3-405b"].parameters
 
 
+def test_micro_batches_are_what_a_ranks_batch_is_cut_into():
+    """Torchtitan's 32 sequences are 8 micro batches of 4; as 32 of one they would leave a smaller bubble."""
+    row = ROWS["titan-405b-8k-1f1b"]
+    assert (row["local_batch"], row["assumed"]["num_microbatches"]) == (32, 8)
+    found = anchors.predict(row)
+    alone = anchors.predict({**row, "assumed": {**row["assumed"], "num_microbatches": 32}})
+    assert "m=8 of 4" in found.layout
+    assert "m=32," in alone.layout
+    # (m + p - 1) / m times a micro batch's time, for both.
+    assert found.tokens_per_s / alone.tokens_per_s == pytest.approx((8 / 15) / (32 / 39), rel=0.05)
+    assert found.peak_gib > alone.peak_gib + 10
+
+
+def test_ranks_with_consecutive_parts_wait_for_the_last():
+    row = ROWS["titan-8b-256k"]
+    known = {**row, **row["assumed"]}
+    machine, layout = anchors._machine(known, None), anchors._layout_of(known)
+    model = MODELS["llama3-8b"]
+    even, uneven = (
+        anchors._pieces(model, {**known, "consecutive": consecutive}, machine, layout).times
+        for consecutive in (False, True)
+    )
+    # Of 8 parts the last attends to 7 and half of its own; the mean is 4.
+    assert uneven["core"].forward / even["core"].forward == pytest.approx(7.5 / 4)
+    assert uneven["core"].backward / even["core"].backward == pytest.approx(7.5 / 4)
+    assert uneven["qkv"] == even["qkv"]
+
+
 def test_errors_are_summed_up():
     row = ROWS["trl-8b-1m"]
     found = [
