@@ -162,6 +162,7 @@ def costs_of(case: ElasticCase) -> ChunkCosts:
         layer_state_bytes=0,
         embedding_state_bytes=0,
         head_state_bytes=0,
+        shared_state_bytes=0,
     )
 
 
