@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from helixpipe.elastic import ElasticJob, ElasticPlan, ideal_costs, plan_evaluation, predict_chunk_costs
 from helixpipe.elastic.chunks import ChunkKind
+from helixpipe.elastic.costs.layer_cut import CutLevel
 from helixpipe.elastic.round_recipe import RoundRecipe
 from helixpipe.elastic.round_schedule import costs_of_rounds, owned_segments, round_plan
 from helixpipe.elastic.sample import skewed_lengths
@@ -336,3 +337,13 @@ def test_bytes_of_keys_are_those_of_the_head_alone():
     none = {name: replace(cost, context_bytes=0) for name, cost in costs.segments.items()}
     assert peak_bytes(plan, costs) != peak_bytes(plan, Costs(none, {"*": 0.0}))
     assert all(isinstance(cost, SegmentCost) for cost in costs.segments.values())
+
+
+def test_measured_shares_may_add_up_to_a_little_more_than_all():
+    """What is computed again before attention and behind it, where that is everything."""
+    level = {"recompute": "full", "before_bytes": 1.0, "attention_bytes": 1.0, "after_bytes": 1.0}
+    before_again, after_again = 0.6, 0.4000000000000002
+    assert before_again + after_again > 1
+    CutLevel(**level, before_again=before_again, after_again=after_again)
+    with pytest.raises(ValueError, match=r"together at most 1$"):
+        CutLevel(**level, before_again=before_again, after_again=0.41)

@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 from helixpipe.plan.cost_model.recomputation import Recompute
 from helixpipe.plan.schedules.request import ATTENTION_RANGES
 
+# Measured shares that are all of a forward may add up to a little more.
+_ROUNDING = 1e-9
+
 
 @dataclass(frozen=True, kw_only=True)
 class CutLevel:
@@ -37,7 +40,7 @@ class CutLevel:
         known = [level.value for level in Recompute]
         if self.recompute not in known:
             raise ValueError(f"recompute {self.recompute!r} is unknown; known: {', '.join(known)}")
-        if self.before_again + self.after_again > 1:
+        if self.before_again + self.after_again > 1 + _ROUNDING:
             raise ValueError("before_again and after_again are shares of one forward: together at most 1")
 
 
