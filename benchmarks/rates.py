@@ -18,7 +18,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 warnings.filterwarnings("ignore")
 
 import torch  # noqa: E402
+from layer_benchmark.measure import timed  # noqa: E402
 
 from helixpipe.commands.parser import ScriptParser  # noqa: E402
 from helixpipe.commands.ranges import REPEATS, Real, Whole  # noqa: E402
@@ -41,7 +41,6 @@ from helixpipe.plan.cost_model import (  # noqa: E402
     predict_pieces,
 )
 from helixpipe.profiling import profile  # noqa: E402
-from helixpipe.runtime.trace import Clock, default_clock  # noqa: E402
 
 PARTS = ("device", "attention", "pieces")
 # An attention's slice is the last of so many: its queries see all keys but its own later ones.
@@ -57,6 +56,13 @@ class Row(NamedTuple):
     predicted_ms: float
     measured_ms: float
     note: str = ""
+
+
+# What a piece takes in each.
+_PASSES: tuple[tuple[str, Callable[[PieceCost], float]], ...] = (
+    ("forward", lambda cost: cost.forward),
+    ("backward", lambda cost: cost.backward + cost.weight),
+)
 
 
 def build_parser() -> ScriptParser:
@@ -102,7 +108,7 @@ class _Run:
         self.backends: list[str] = options.backends or [name for name in BACKENDS if self._machine(name)]
         self.repeats: int = options.repeats
         self.seconds: float = options.seconds
-        self.clock: Clock = default_clock()
+        self.gpu = torch.device("cuda")
 
     def device(self) -> Iterator[Row]:
         """Products for as long as a GPU needs to reach its power limit, and a copy."""
@@ -174,14 +180,15 @@ class _Run:
             yield Row(f"{name} {queries} x {keys}", 0.0, 0.0, str(error).splitlines()[0][:90])
             return
         machine = self._machine(name)
-        for kind, ms, count in zip(("forward", "backward"), times, (1.0, _BACKWARD), strict=True):
+        predicted = PieceCost(0.0, 0.0)
+        if machine is not None:
+            # Of the whole sequence, of which a slice has a part.
+            predicted = predict_pieces(Workload(model=self.model, seq_length=keys), machine).times["core"]
+        part = operations / self.model.core_flops(keys)
+        for (kind, of_piece), ms, count in zip(_PASSES, times, (1.0, _BACKWARD), strict=True):
             reached = count * operations / ms / (self.hardware.tflops * 1e9)
-            predicted = 0.0
-            if machine is not None:
-                share = getattr(machine, f"attention_{kind}_efficiency")
-                share *= keys / (keys + machine.attention_half_length)
-                predicted = count * operations / (machine.tflops * 1e9) / share
-            yield Row(f"{name} {kind} {queries} x {keys}", predicted, ms, f"{reached:.2f} of the peak")
+            note = f"{reached:.2f} of the peak"
+            yield Row(f"{name} {kind} {queries} x {keys}", part * of_piece(predicted), ms, note)
 
     def pieces(self) -> Iterator[Row]:
         """A layer's pieces at every length, and their sum."""
@@ -193,7 +200,7 @@ class _Run:
             rows: dict[str, tuple[PieceCost, PieceCost]] = {
                 name: (predicted[name], measured[name]) for name in predicted
             }
-            for kind, ms in (("forward", _forward_ms), ("backward", _backward_ms)):
+            for kind, ms in _PASSES:
                 for name, (before, found) in rows.items():
                     yield Row(f"{name} {kind} {length}", ms(before), ms(found))
                 sums = [sum(ms(rows[name][i]) for name in layer) for i in (0, 1)]
@@ -213,32 +220,12 @@ class _Run:
         return self.hardware.with_attention(backend) if self.hardware.has_attention(backend) else None
 
     def _median(self, function: Callable[[], object]) -> float:
-        function()
-        marks = [self.clock.mark()]
-        for _ in range(self.repeats):
-            function()
-            marks.append(self.clock.mark())
-        return statistics.median(self.clock.elapsed_ms(*pair) for pair in pairwise(marks))
+        return statistics.median(timed(function, self.gpu, self.repeats))
 
     def _steady(self, function: Callable[[], object]) -> float:
         """Of calls for so many seconds, the median of the second half."""
-        once = self._median(function)
-        count = max(4, round(self.seconds * 1e3 / once))
-        marks = [self.clock.mark()]
-        for _ in range(count):
-            function()
-            marks.append(self.clock.mark())
-        torch.cuda.synchronize()
-        times = [self.clock.elapsed_ms(*pair) for pair in pairwise(marks)]
-        return statistics.median(times[count // 2 :])
-
-
-def _forward_ms(cost: PieceCost) -> float:
-    return cost.forward
-
-
-def _backward_ms(cost: PieceCost) -> float:
-    return cost.backward + cost.weight
+        count = max(4, round(self.seconds * 1e3 / self._median(function)))
+        return statistics.median(timed(function, self.gpu, count)[count // 2 :])
 
 
 if __name__ == "__main__":
