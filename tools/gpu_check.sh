@@ -137,7 +137,7 @@ for part in "${wanted[@]}"; do
             if [ -z "$hardware" ]; then
                 note rates "skipped: the planner has no rates of this GPU"
             else
-                attempt rates "$PYTHON" benchmarks/rates.py --hardware "$hardware"
+                attempt rates "$PYTHON" benchmarks/rates.py ${quick:+--seq-lengths 2048} --hardware "$hardware"
             fi
             ;;
         layer) attempt layer "$PYTHON" benchmarks/layer.py ${quick:+--quick} --minutes "${MINUTES:-7}" --output "$output/results.csv" ;;
