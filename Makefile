@@ -66,7 +66,7 @@ layer-benchmark: kernels
 overlap: $(READY)
 	OMP_NUM_THREADS=1 $(PY) benchmarks/overlap.py --num-layers 16 --unit-ms 40 --iterations 3 --schedules helix-1 helix-2
 
-# Interlocked rounds against rounds one after the other, in the same way, with the cost model's times. Two minutes.
+# Interlocked rounds against rounds one after the other, in the same way, with the cost model's times. Five minutes.
 rounds: $(READY)
 	OMP_NUM_THREADS=1 $(PY) benchmarks/rounds.py
 

@@ -46,6 +46,7 @@ from helixpipe.runtime.trace import HostClock, Trace
 from helixpipe.runtime.weight_gradients import DeferredWeightGradients
 
 PRE, ATTENTION, POST = 1.0, 2.0, 1.0  # units of a forward
+_AWAKE_S = 4e-4  # longer than sleeping usually overshoots, short beside an operation
 CONTENDERS = {
     "1f1b": ("1f1b", {}),
     "zb-h1": ("zb-h1", {}),
@@ -124,12 +125,19 @@ class _Sleep(torch.autograd.Function):
         result = gradient + 1
         _sleep_until(started + ctx.cost.backward / 1e3)
         if ctx.cost.weight:
-            ctx.queue.add(partial(time.sleep, ctx.cost.weight / 1e3))
+            ctx.queue.add(partial(_sleep, ctx.cost.weight))
         return result, None, None
 
 
 def _sleep_until(instant: float) -> None:
-    time.sleep(max(0.0, instant - time.perf_counter()))
+    """Sleep, but be awake for the last moment: a core that sleeps takes a while to wake up."""
+    time.sleep(max(0.0, instant - time.perf_counter() - _AWAKE_S))
+    while time.perf_counter() < instant:
+        pass
+
+
+def _sleep(ms: float) -> None:
+    _sleep_until(time.perf_counter() + ms / 1e3)
 
 
 class DelayedCommunicator:
