@@ -19,6 +19,7 @@ from helixpipe.data.fingerprint import fingerprint
 from helixpipe.data.index_file import check_index, hash_of_file, open_index
 from helixpipe.data.prefix import DatasetInfo, check_token_ids, dataset_paths
 from helixpipe.data.whole_file import write_whole
+from helixpipe.json_input import read_json
 
 _FORMAT = 1
 
@@ -74,7 +75,7 @@ def _look(info: DatasetInfo, folder: Path, *, checks: bool) -> CorpusRecord:
 
 def _recorded(info: DatasetInfo, folder: Path) -> CorpusRecord | None:
     try:
-        found = json.loads(_place(info, folder).read_text(encoding="utf-8"))
+        found = read_json(_place(info, folder), "record")
         record = CorpusRecord(*(found[name] for name in CorpusRecord._fields))
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -160,7 +160,9 @@ class Hub(threading.Thread):
         return present <= self._looked or now - self._asked_at > LOOK_S
 
     def _end(self, kind: str, code: int, guilty: list[int], reason: str) -> None:
-        self._verdict = {"kind": kind, "code": code, "culprits": guilty, "reason": reason}
+        # In the names of what all ranks leave after it.
+        now = time.strftime("%Y-%m-%dT%H%M%S")
+        self._verdict = {"kind": kind, "code": code, "culprits": guilty, "reason": reason, "time": now}
         if kind != "failed":
             # Whoever has failed says so.
             self._say(f"{reason}; {last_completed(self._statuses)}")

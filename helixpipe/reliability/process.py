@@ -44,13 +44,30 @@ def force_stacks(process: int, descriptor: int) -> None:
 
 
 def keep_stacks(descriptor: int, path: Path) -> str:
-    """Copy what a process has written to ``descriptor``; says where it is."""
+    """Copy what a process has written to ``descriptor``; says where it is.
+
+    Args:
+        descriptor: of the file that it writes to.
+        path: where to; what stands there stays, and the copy gets a number.
+    """
     text = os.pread(descriptor, _STACK_BYTES, 0)
     if not text:
         return "its stacks could not be written"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(text)
+        return f"stacks in {_write_beside(path, text)}"
     except OSError as error:
         return f"its stacks could not be written to {path} ({error.strerror})"
-    return f"stacks in {path}"
+
+
+def _write_beside(path: Path, text: bytes) -> Path:
+    """Write a new file under this name, or with a number; says which."""
+    place, count = path, 1
+    while True:
+        try:
+            with place.open("xb") as stream:
+                stream.write(text)
+            return place
+        except FileExistsError:
+            count += 1
+            place = path.with_stem(f"{path.stem}-{count}")

@@ -225,7 +225,7 @@ class Sentinel:
         if verdict["kind"] == "hang":
             # As it was judged: a stopped rank goes on to write its stacks, and so do those that wait for it.
             status = self._reported or status
-            stacks = self._write_stacks(status)
+            stacks = self._write_stacks(status, verdict["time"])
             self._say_of_rank(f"hang: stage {status.stage}, {status.position}; {stacks}")
         else:
             self._say_of_rank(f"{verdict['reason']}; this rank: {status.position}")
@@ -238,7 +238,7 @@ class Sentinel:
                 return
             time.sleep(0.02)
 
-    def _write_stacks(self, status: Status) -> str:
+    def _write_stacks(self, status: Status, when: str) -> str:
         self._channel.send({"sentenced": True})
         may_answer = status.answers
         if status.condition == STOPPED:
@@ -248,7 +248,7 @@ class Sentinel:
             may_answer = True
         if not may_answer or not self._is_told("stacks", STACKS_S):
             force_stacks(self._parent, self._stacks)
-        return keep_stacks(self._stacks, self._stack_folder / f"stacks_rank_{self._rank}.txt")
+        return keep_stacks(self._stacks, self._stack_folder / f"stacks_{when}_rank_{self._rank}.txt")
 
     def _is_told(self, word: str, within_s: float) -> bool:
         """True once the rank has sent a message with this word."""

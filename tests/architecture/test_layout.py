@@ -204,8 +204,7 @@ def test_shared_code_is_noticed():
 
 # Messages and records of our own processes, which no user has written.
 OWN_MESSAGES = {
-    "helixpipe.data.corpus_record", "helixpipe.json_input", "helixpipe.reliability.sentinel",
-    "helixpipe.reliability.wire",
+    "helixpipe.json_input", "helixpipe.reliability.sentinel", "helixpipe.reliability.wire",
     "helixpipe.megatron_adapter.watching", "megatron.pretrain.health.agreement",
 }  # fmt: skip
 

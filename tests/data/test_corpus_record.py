@@ -71,12 +71,15 @@ def test_what_has_changed_is_looked_at_again(corpus, tmp_path, looks, suffix):
     assert len(looks) == 4
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "7", '{"format": 1}', '{"format": 1, "files": 3}'])
+DAMAGED = ["", "{", "[]", "7", '{"format": 1}', '{"format": 1, "files": 3}', "[" * 100_000, "\udcff"]
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))
 def test_a_damaged_record_is_made_anew(corpus, tmp_path, looks, content):
     info = describe_prefix(corpus)
     expected = checked_corpus(info, tmp_path / "cache")
     (record,) = (tmp_path / "cache").iterdir()
-    record.write_text(content)
+    record.write_bytes(os.fsencode(content))
     assert checked_corpus(info, tmp_path / "cache") == expected
     record.write_text(record.read_text().replace('"format": 1', '"format": 0'))
     assert checked_corpus(info, tmp_path / "cache") == expected

@@ -98,6 +98,11 @@ def test_a_killed_rank_is_named_by_all_others(end_of):
     assert ended.codes == {0: 4, 1: -9}
 
 
+def stacks_of(rank, folder):
+    (path,) = folder.glob(f"stacks_*_rank_{rank}.txt")
+    return path.read_text()
+
+
 def test_a_stopped_rank_is_told_from_the_one_that_waits_for_it(end_of, tmp_path):
     ended = end_of(f"stop {WITH_WAIT}", *HELIX)
     assert_one_line(ended, None, "hang: rank 1 (stage 1, host ", "is stopped", BACKWARD, "held up: rank 0;")
@@ -106,7 +111,7 @@ def test_a_stopped_rank_is_told_from_the_one_that_waits_for_it(end_of, tmp_path)
     assert ended.codes == {0: 5, 1: 5}
     for rank in (0, 1):
         # A rank that has been stopped goes on to write them, and the one that waits for it may then, too.
-        assert "in train_iteration" in (tmp_path / "failures" / f"stacks_rank_{rank}.txt").read_text()
+        assert "in train_iteration" in stacks_of(rank, tmp_path / "failures")
 
 
 @pytest.mark.slow
@@ -143,7 +148,7 @@ def test_a_rank_that_holds_the_interpreter_is_named_and_its_stack_written(end_of
     assert_one_line(ended, 1, "hang: stage 1, step 3", BACKWARD)
     # It cannot end itself.
     assert ended.codes == {0: 5, 1: -9}
-    assert "in _hold_interpreter" in (tmp_path / "failures" / "stacks_rank_1.txt").read_text()
+    assert "in _hold_interpreter" in stacks_of(1, tmp_path / "failures")
 
 
 @pytest.mark.slow

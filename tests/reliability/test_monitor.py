@@ -77,7 +77,12 @@ class Job:
 
     def stacks(self, rank: int) -> str:
         """What a rank wrote after a hang."""
-        return (Path(self._mark) / "stacks" / f"stacks_rank_{rank}.txt").read_text()
+        (path,) = Path(self._mark, "stacks").glob(f"stacks_*_rank_{rank}.txt")
+        return path.read_text()
+
+    def hangs(self) -> set[str]:
+        """When ranks hung, as the names of what they wrote have it."""
+        return {path.name.split("_")[1] for path in Path(self._mark, "stacks").iterdir()}
 
 
 JOBS = {
@@ -142,6 +147,8 @@ def test_a_rank_that_hangs_is_told_from_those_that_wait(jobs, fault):
         # Rank 2 goes on after a stop.
         where = {"stop": "in main", "hold": "in _hold_interpreter"}[fault] if rank == 2 else "in _play"
         assert where in jobs[fault].stacks(rank)
+    # What belongs together has one time, that of the verdict.
+    assert len(jobs[fault].hangs()) == 1
 
 
 def test_ranks_that_wait_for_each_other(jobs):

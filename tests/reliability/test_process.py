@@ -56,6 +56,16 @@ def test_stacks_of_a_process_that_does_not_answer(process, stacks, tmp_path):
     assert "in stand_still" in path.read_text()
 
 
+def test_stacks_of_an_earlier_hang_stay(stacks, tmp_path):
+    path = tmp_path / "stacks.txt"
+    os.write(stacks, b"first")
+    keep_stacks(stacks, path)
+    for count in (2, 3):
+        os.write(stacks, b", then another")
+        assert keep_stacks(stacks, path) == f"stacks in {tmp_path}/stacks-{count}.txt"
+    assert [found.read_text().count("another") for found in sorted(tmp_path.iterdir())] == [1, 2, 0]
+
+
 def test_stacks_that_cannot_be_kept_are_no_error(stacks, tmp_path):
     assert keep_stacks(stacks, tmp_path / "stacks.txt") == "its stacks could not be written"
     os.write(stacks, b"Thread 1")
