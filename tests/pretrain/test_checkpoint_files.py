@@ -1,5 +1,7 @@
 """Checkpoint folders: interrupted at every step, damaged in every way, and never run as code."""
 
+import contextlib
+import errno
 import json
 import os
 import pickle
@@ -22,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from helixpipe.data.whole_file import sync_folder
 from helixpipe.reliability.exit_codes import DataError
 from megatron.pretrain.checkpoint import publishing
 from megatron.pretrain.checkpoint.checkpoint import Loaded, check_tensors, load_checkpoint
@@ -34,13 +37,21 @@ from megatron.pretrain.checkpoint.files import (
     check_file,
     digest,
     folder_of,
+    id_of,
+    lineage_of,
     manifest_of,
     of_another_program,
     share,
     tracked,
     usable,
 )
-from megatron.pretrain.checkpoint.publishing import JOURNAL, finish_publishing, publish, start_saving
+from megatron.pretrain.checkpoint.publishing import (
+    JOURNAL,
+    finish_publishing,
+    publish,
+    saving_folder,
+    start_saving,
+)
 from megatron.pretrain.checkpoint.safe_pickle import find_unsafe_content, no_code_from_disk
 
 FILES = {"__0_0.distcp": b"weights" * 1000, ".metadata": b"table", "common.pt": b"", FORM: b"{}"}
@@ -127,7 +138,8 @@ def test_a_tracker_that_was_changed_by_hand_wins_over_a_journal(tmp_path):
     for iteration in (2, 4):
         save(tmp_path, iteration)
     journal = tmp_path / JOURNAL
-    journal.write_text(json.dumps({"iteration": 4, "tracker": "4\n"}))
+    saved = lineage_of(folder_of(tmp_path, 4)).id
+    journal.write_text(json.dumps({"id": saved, "iteration": 4, "tracker": "4\n"}))
     (tmp_path / TRACKER).write_text("2\n")
     finish_publishing(tmp_path)
     assert tracked(tmp_path) == folder_of(tmp_path, 2)
@@ -155,22 +167,24 @@ class Killed(BaseException):
     """Nothing catches it, as nothing catches SIGKILL."""
 
 
-def killed_at(monkeypatch, step):
-    """Make the ``step``-th call into the file system the last one."""
+def end_at(monkeypatch, step, error, *, lasts=False):
+    """Make the ``step``-th call into the file system fail, and with ``lasts`` all after it; the numbers."""
     calls = iter(range(10**6))
 
     def counting(function):
         def call(*args, **kwargs):
-            if next(calls) == step:
-                raise Killed
+            number = next(calls)
+            if number == step or (lasts and number > step):
+                raise error
             return function(*args, **kwargs)
 
         return call
 
     monkeypatch.setattr(os, "fsync", counting(os.fsync))
-    for name in ("rename", "replace", "mkdir"):
+    for name in ("rename", "replace", "mkdir", "unlink"):
         monkeypatch.setattr(Path, name, counting(getattr(Path, name)))
     monkeypatch.setattr(publishing.shutil, "rmtree", counting(shutil.rmtree))
+    return calls
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["a new iteration", "an iteration that exists"])
@@ -184,7 +198,7 @@ def test_a_save_killed_at_any_step_leaves_a_whole_one(tmp_path, again):
         if again:
             save(root, 6)
         with pytest.MonkeyPatch.context() as patch:
-            killed_at(patch, step)
+            end_at(patch, step, Killed())
             try:
                 save(root, 6, keep=2, previous=folder_of(root, 4))
             except Killed:
@@ -202,6 +216,65 @@ def test_a_save_killed_at_any_step_leaves_a_whole_one(tmp_path, again):
         save(root, 8)
         assert not [path for ending in ("saving", "removing") for path in root.glob(f"*.{ending}")]
     assert steps > 8
+
+
+@pytest.mark.parametrize("lasts", [False, True], ids=["once", "from then on"])
+@pytest.mark.parametrize("again", [False, True], ids=["a new iteration", "an iteration that exists"])
+def test_a_save_that_storage_fails_at_any_step_has_not_happened(tmp_path, again, lasts):
+    """The next start goes on from what was there, and never from a branch that was left."""
+    failures = 0
+    for step in range(100):
+        root = tmp_path / str(step)
+        for iteration in (1, 2, 4, 6)[: 4 if again else 3]:
+            save(root, iteration)
+        left = id_of(folder_of(root, 6))
+        with pytest.MonkeyPatch.context() as patch:
+            calls = end_at(patch, step, OSError(errno.EIO, os.strerror(errno.EIO)), lasts=lasts)
+            try:
+                save(root, 6, keep=2, previous=folder_of(root, 4))
+                fails = False
+            except OSError:
+                fails = True
+                with contextlib.suppress(OSError):
+                    shutil.rmtree(saving_folder(root, 6))
+            if next(calls) <= step:
+                break
+        failures += fails
+        before = tracked(root)
+        finish_publishing(root)
+        assert problems(tracked(root)) == []
+        assert id_of(tracked(root)) != left or (fails and before == tracked(root))
+        if fails and not lasts:
+            assert tracked(root) == before
+            save(root, 8, previous=folder_of(root, 4))
+            assert [path.name[-1] for path in usable(root)] == ["1", "2", "4", "8"]
+            assert len(list(root.glob("*set-aside*"))) == again
+    assert failures > 8
+
+
+def test_folders_that_cannot_be_brought_to_disk_are_done_without(tmp_path, monkeypatch):
+    """As on some file systems over a network: of files it is still asked for."""
+    fsync, error = os.fsync, OSError(errno.EINVAL, "bad sync")
+
+    def of_files_only(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise error
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", of_files_only)
+    assert save(tmp_path, 2) == tracked(tmp_path)
+    error.errno = errno.EIO
+    with pytest.raises(OSError, match="bad sync"):
+        sync_folder(tmp_path)
+
+
+def test_a_tracker_that_is_no_file_is_named(tmp_path):
+    save(tmp_path, 2)
+    (tmp_path / TRACKER).unlink()
+    (tmp_path / TRACKER).mkdir()
+    expected = r"txt cannot be read \(Is a directory\); usable: iter_0000002"
+    with pytest.raises(DataError, match=expected):
+        tracked(tmp_path)
 
 
 @pytest.mark.parametrize("name", FILES)

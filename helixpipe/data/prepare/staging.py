@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 
 from helixpipe.data.prefix import DatasetPaths
+from helixpipe.data.whole_file import sync_folder
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -56,7 +57,7 @@ class Staging:
             if self._overwrite:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self._paths.idx)
-                _sync(folder)
+                sync_folder(folder)
             else:
                 refuse_existing(self._paths)
             os.replace(self.temporary.bin, self._paths.bin)
@@ -66,9 +67,9 @@ class Staging:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self._paths.tokenizer)
             # A crash of the machine must not find .idx on the disk and the others not.
-            _sync(folder)
+            sync_folder(folder)
             os.replace(self.temporary.idx, self._paths.idx)
-            _sync(folder)
+            sync_folder(folder)
 
 
 def _sync(path: str) -> None:

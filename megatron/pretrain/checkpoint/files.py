@@ -107,7 +107,7 @@ def branch_of(folder: Path) -> list[Path]:
         DataError: its lineage cannot be read.
     """
     ancestors = set(lineage_of(folder).ancestors)
-    return [other for other in usable(folder.parent) if _id_of(other) in ancestors] + [folder]
+    return [other for other in usable(folder.parent) if id_of(other) in ancestors] + [folder]
 
 
 def lineage_of(folder: Path) -> Lineage:
@@ -124,7 +124,7 @@ def lineage_of(folder: Path) -> Lineage:
         raise DataError(f"{path} is missing or damaged; use another checkpoint") from None
 
 
-def _id_of(folder: Path) -> str:
+def id_of(folder: Path) -> str:
     """Empty if it cannot be read: then it belongs to no branch."""
     try:
         return lineage_of(folder).id
@@ -145,7 +145,10 @@ def tracked(root: Path) -> Path | None:
         if usable(root):
             raise DataError(f"{root} holds checkpoints but no {TRACKER}; write the wanted iteration there")
         return None
-    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    try:
+        text = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError as error:
+        raise DataError(f"{tracker} cannot be read ({error.strerror}); {choice}") from None
     if not text.isdecimal():
         raise DataError(f"{tracker} holds {text!r} instead of an iteration; {choice}")
     folder = folder_of(root, int(text))
@@ -207,12 +210,3 @@ def write_whole(path: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(path)
-
-
-def sync_folder(folder: Path) -> None:
-    """Names in a folder survive a crash only once the folder itself is on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,6 +8,7 @@ ever removed: checkpoints that do not lead to the one that was just published ge
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import uuid
@@ -15,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from helixpipe.data.whole_file import sync_folder
 from helixpipe.json_input import parse_object
 from megatron.pretrain.checkpoint.files import (
     FORMAT,
@@ -26,9 +28,9 @@ from megatron.pretrain.checkpoint.files import (
     branch_of,
     digest,
     folder_of,
+    id_of,
     iteration_of,
     lineage_of,
-    sync_folder,
     usable,
     write_whole,
 )
@@ -81,6 +83,9 @@ def publish(
         previous: the checkpoint in this root that the job has last saved, or gone on from; None if there is
             none, then all others are another job's.
         keep: how many checkpoints of this branch stay; None for all.
+
+    Raises:
+        OSError: it is not published, and the tracker names what it has named.
     """
     temporary = saving_folder(root, iteration)
     before = [] if previous is None else branch_of(previous)
@@ -97,8 +102,13 @@ def publish(
     if previous is not None:
         # The job may have gone back; from here on another checkpoint may lose its name.
         _point_to(root, previous)
-    write_whole(root / JOURNAL, json.dumps({"iteration": iteration, "tracker": _tracker_text(root)}) + "\n")
-    notes = finish_publishing(root)
+    journal = {"id": lineage.id, "iteration": iteration, "tracker": _tracker_text(root)}
+    write_whole(root / JOURNAL, json.dumps(journal) + "\n")
+    try:
+        notes = finish_publishing(root)
+    except OSError:
+        _take_back(root, lineage.id, iteration)
+        raise
     final = folder_of(root, iteration)
     return Published(final, notes + _tidy(root, final, keep))
 
@@ -110,22 +120,46 @@ def finish_publishing(root: Path) -> list[str]:
         return []
     try:
         data = parse_object(journal.read_bytes(), str(journal))
-        iteration, tracker = int(data["iteration"]), str(data["tracker"])
+        saved, iteration, tracker = str(data["id"]), int(data["iteration"]), str(data["tracker"])
     except (ValueError, KeyError, TypeError):
         journal.unlink()
         return []
     temporary, final = saving_folder(root, iteration), folder_of(root, iteration)
     # Otherwise it is done, or the user has since pointed it at another checkpoint.
     if _tracker_text(root) == tracker:
-        if (temporary / MANIFEST).is_file():
-            if final.exists():
-                notes.append(_set_aside(final))
-            temporary.rename(final)
+        if (temporary / MANIFEST).is_file() and id_of(temporary) == saved:
+            notes += _give_name(temporary, final)
             sync_folder(root)
-        if final in usable(root):
+        # Another branch's may have the name, if this one was removed after an error.
+        if final in usable(root) and id_of(final) == saved:
             _point_to(root, final)
-    journal.unlink()
+    try:
+        journal.unlink()
+    except OSError as error:
+        notes.append(f"{journal} could not be removed ({error})")
     return notes
+
+
+def _give_name(temporary: Path, final: Path) -> list[str]:
+    """Rename a finished folder; what became of another branch's that had the name, in words."""
+    aside = _set_aside(final) if final.exists() else None
+    try:
+        temporary.rename(final)
+    except OSError:
+        if aside is not None:
+            aside.rename(final)
+        raise
+    return [] if aside is None else [_note(final, aside)]
+
+
+def _take_back(root: Path, saved: str, iteration: int) -> None:
+    """Undo a publication that an error has ended, as far as the storage allows it."""
+    final = folder_of(root, iteration)
+    with contextlib.suppress(OSError):
+        if _tracker_text(root) != _tracker_line(final):
+            if id_of(final) == saved:
+                final.rename(saving_folder(root, iteration))
+            (root / JOURNAL).unlink()
 
 
 def _tidy(root: Path, final: Path, keep: int | None) -> list[str]:
@@ -135,7 +169,7 @@ def _tidy(root: Path, final: Path, keep: int | None) -> list[str]:
     try:
         for other in usable(root):
             if other not in branch:
-                notes.append(_set_aside(other))
+                notes.append(_note(other, _set_aside(other)))
         for old in branch[:-keep] if keep is not None else []:
             # In one step, so that it is never seen half removed.
             shutil.rmtree(old.rename(old.with_name(old.name + _REMOVING)))
@@ -144,20 +178,27 @@ def _tidy(root: Path, final: Path, keep: int | None) -> list[str]:
     return notes
 
 
-def _set_aside(folder: Path) -> str:
-    """Give another branch's checkpoint a name under which it is neither loaded nor removed."""
+def _set_aside(folder: Path) -> Path:
+    """Give another branch's checkpoint a name under which it is neither loaded nor removed; says which."""
     aside, count = folder.with_name(folder.name + _SET_ASIDE), 1
     while aside.exists():
         count += 1
         aside = folder.with_name(f"{folder.name}{_SET_ASIDE}-{count}")
-    folder.rename(aside)
+    return folder.rename(aside)
+
+
+def _note(folder: Path, aside: Path) -> str:
     return f"{folder} is not what this job goes on from: it is kept as {aside.name}"
 
 
 def _point_to(root: Path, folder: Path) -> None:
-    text = f"{iteration_of(folder)}\n"
+    text = _tracker_line(folder)
     if _tracker_text(root) != text:
         write_whole(root / TRACKER, text)
+
+
+def _tracker_line(folder: Path) -> str:
+    return f"{iteration_of(folder)}\n"
 
 
 def _tracker_text(root: Path) -> str:
