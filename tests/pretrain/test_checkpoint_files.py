@@ -33,6 +33,7 @@ from megatron.pretrain.checkpoint.files import (
     LINEAGE,
     MANIFEST,
     TRACKER,
+    Saved,
     branch_of,
     check_file,
     digest,
@@ -67,7 +68,8 @@ def save(root, iteration, keep=None, files=FILES, previous=TRACKED):
         (folder / name).write_bytes(content + str(iteration).encode())
     digests = {name: digest(folder / name, to_disk=True) for name in files}
     before = tracked(root) if previous is TRACKED else previous
-    return publish(root, iteration, digests, job="test", previous=before, keep=keep).folder
+    before = Saved.read(before) if isinstance(before, Path) else before
+    return publish(root, iteration, digests, job="test", previous=before, keep=keep).saved.folder
 
 
 def problems(folder):
@@ -128,6 +130,20 @@ def test_what_a_branch_needs_is_kept_and_nothing_of_another_is_lost(tmp_path, mo
         assert lost <= removable
         if keep is None:
             assert not lost
+
+
+def test_checkpoints_that_people_have_removed_are_not_missed(tmp_path):
+    for iteration in (1, 2, 4):
+        last = Saved.read(save(tmp_path, iteration))
+    shutil.rmtree(folder_of(tmp_path, 4))
+    folder = save(tmp_path, 6, previous=last)
+    last = Saved.read(folder)
+    assert branch_of(folder) == usable(tmp_path) == [folder_of(tmp_path, number) for number in (1, 2, 6)]
+    assert tracked(tmp_path) == folder
+    for path in usable(tmp_path):
+        shutil.rmtree(path)
+    assert usable(tmp_path) == []
+    assert save(tmp_path, 8, previous=last) == tracked(tmp_path)
 
 
 def content(folder):

@@ -70,7 +70,7 @@ def ours(tmp_path):
     common = {"settings": SETTINGS, "iteration": 10, "samples": {"consumed_samples": 80}}
     write(folder, common, "file")
     digests = {path.name: digest(path) for path in folder.iterdir()}
-    return publish(tmp_path, 10, digests, job="test", previous=None, keep=None).folder
+    return publish(tmp_path, 10, digests, job="test", previous=None, keep=None).saved.folder
 
 
 def test_facts_of_theirs(theirs):

@@ -45,6 +45,18 @@ class Lineage(NamedTuple):
     ancestors: tuple[str, ...]
 
 
+class Saved(NamedTuple):
+    """A checkpoint, and where it comes from."""
+
+    folder: Path
+    lineage: Lineage
+
+    @classmethod
+    def read(cls, folder: Path) -> Saved:
+        """One that is there; errors are those of :func:`lineage_of`."""
+        return cls(folder, lineage_of(folder))
+
+
 def folder_of(root: Path, iteration: int) -> Path:
     """The folder of a published checkpoint."""
     return root / f"iter_{iteration:07d}"
@@ -106,8 +118,18 @@ def branch_of(folder: Path) -> list[Path]:
     Raises:
         DataError: its lineage cannot be read.
     """
-    ancestors = set(lineage_of(folder).ancestors)
-    return [other for other in usable(folder.parent) if id_of(other) in ancestors] + [folder]
+    return [*_ancestors(Saved.read(folder)), folder]
+
+
+def branch_left_of(saved: Saved) -> list[Path]:
+    """What is still there of a branch, oldest first: people remove checkpoints while a job runs."""
+    is_there = id_of(saved.folder) == saved.lineage.id
+    return [*_ancestors(saved), *([saved.folder] if is_there else [])]
+
+
+def _ancestors(saved: Saved) -> list[Path]:
+    ids = set(saved.lineage.ancestors)
+    return [other for other in usable(saved.folder.parent) if id_of(other) in ids]
 
 
 def lineage_of(folder: Path) -> Lineage:

@@ -25,6 +25,8 @@ from megatron.pretrain.checkpoint.files import (
     TRACKER,
     FileDigest,
     Lineage,
+    Saved,
+    branch_left_of,
     branch_of,
     digest,
     folder_of,
@@ -44,7 +46,7 @@ _SET_ASIDE = ".set-aside"
 class Published(NamedTuple):
     """A checkpoint that is there, and what became of others, in words."""
 
-    folder: Path
+    saved: Saved
     notes: list[str]
 
 
@@ -70,7 +72,7 @@ def publish(
     digests: Mapping[str, FileDigest],
     *,
     job: str,
-    previous: Path | None,
+    previous: Saved | None,
     keep: int | None,
 ) -> Published:
     """Give a finished checkpoint its manifest and its name, and point the tracker at it.
@@ -80,15 +82,15 @@ def publish(
         iteration: of the checkpoint in its temporary folder.
         digests: of every file in it.
         job: that saves it.
-        previous: the checkpoint in this root that the job has last saved, or gone on from; None if there is
-            none, then all others are another job's.
+        previous: the checkpoint in this root that the job has last saved, or gone on from, if it has not been
+            removed since; None if there is none, then all others are another job's.
         keep: how many checkpoints of this branch stay; None for all.
 
     Raises:
         OSError: it is not published, and the tracker names what it has named.
     """
     temporary = saving_folder(root, iteration)
-    before = [] if previous is None else branch_of(previous)
+    before = [] if previous is None else branch_left_of(previous)
     lineage = Lineage(uuid.uuid4().hex, job, tuple(lineage_of(folder).id for folder in before))
     write_whole(temporary / LINEAGE, json.dumps(lineage._asdict()) + "\n")
     files = {**digests, LINEAGE: digest(temporary / LINEAGE)}
@@ -99,9 +101,9 @@ def publish(
     }
     write_whole(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     sync_folder(temporary)
-    if previous is not None:
+    if before:
         # The job may have gone back; from here on another checkpoint may lose its name.
-        _point_to(root, previous)
+        _point_to(root, before[-1])
     journal = {"id": lineage.id, "iteration": iteration, "tracker": _tracker_text(root)}
     write_whole(root / JOURNAL, json.dumps(journal) + "\n")
     try:
@@ -110,7 +112,7 @@ def publish(
         _take_back(root, lineage.id, iteration)
         raise
     final = folder_of(root, iteration)
-    return Published(final, notes + _tidy(root, final, keep))
+    return Published(Saved(final, lineage), notes + _tidy(root, final, keep))
 
 
 def finish_publishing(root: Path) -> list[str]:

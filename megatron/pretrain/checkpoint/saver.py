@@ -19,7 +19,7 @@ from helixpipe.reliability.exit_codes import DataError
 from helixpipe.reliability.monitor import Monitor
 from megatron.pretrain.checkpoint.checkpoint import CONTENT, Progress, sharded_state
 from megatron.pretrain.checkpoint.comparison import settings_of
-from megatron.pretrain.checkpoint.files import digest, folder_of
+from megatron.pretrain.checkpoint.files import Saved, digest, folder_of
 from megatron.pretrain.checkpoint.megatron_lm import ours_for_theirs
 from megatron.pretrain.checkpoint.publishing import publish, saving_folder, start_saving
 from megatron.pretrain.checkpoint.shards import BACKEND, VERSION, PlannedSave, Written, describe
@@ -72,7 +72,7 @@ class Saver:
         self._options = settings.checkpoint
         self._say = say
         self._outputs = outputs
-        self._previous = previous
+        self._previous = None if previous is None else Saved.read(previous)
         self._notes: list[str] = []
         self._monitor = monitor
         self._pending: _Pending | None = None
@@ -193,7 +193,7 @@ class Saver:
         for path in folder.iterdir():
             if path.name not in digests:
                 digests[path.name] = digest(path, to_disk=True)
-        self._previous, self._notes = publish(
+        published = publish(
             self._root,
             pending.iteration,
             digests,
@@ -201,6 +201,7 @@ class Saver:
             previous=self._previous,
             keep=self._options.keep_checkpoints,
         )
+        self._previous, self._notes = published.saved, published.notes
 
     def _from_first_rank(self, work: Callable[[], object]) -> str:
         """Do something on rank 0 only; what went wrong there, known to all."""
