@@ -204,8 +204,9 @@ def end_at(monkeypatch, step, error, *, lasts=False):
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["a new iteration", "an iteration that exists"])
-def test_a_save_killed_at_any_step_leaves_a_whole_one(tmp_path, again):
+def test_a_save_killed_at_any_step_leaves_a_whole_one(tmp_path, monkeypatch, again):
     """Whatever the tracker names afterwards is there and undamaged; the next start cleans up."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
     steps = 0
     for step in range(100):
         root = tmp_path / str(step)
@@ -236,8 +237,9 @@ def test_a_save_killed_at_any_step_leaves_a_whole_one(tmp_path, again):
 
 @pytest.mark.parametrize("lasts", [False, True], ids=["once", "from then on"])
 @pytest.mark.parametrize("again", [False, True], ids=["a new iteration", "an iteration that exists"])
-def test_a_save_that_storage_fails_at_any_step_has_not_happened(tmp_path, again, lasts):
+def test_a_save_that_storage_fails_at_any_step_has_not_happened(tmp_path, monkeypatch, again, lasts):
     """The next start goes on from what was there, and never from a branch that was left."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
     failures = 0
     for step in range(100):
         root = tmp_path / str(step)
