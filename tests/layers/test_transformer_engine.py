@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from jobs import search_path
 from stand_ins import FOLDER
 
 ROOT = Path(__file__).parents[2]
@@ -20,10 +21,7 @@ TOLERANCE = 1e-6
 
 def run(command, *path, check=True):
     """A Python process that finds ``path`` before everything else; its standard output."""
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, (*path, ROOT, SUPPORT))),
-        "OMP_NUM_THREADS": "1",
-    }
+    environment = os.environ | {"PYTHONPATH": search_path(*path, ROOT, SUPPORT), "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(
         [sys.executable, *command], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200,
         check=False,

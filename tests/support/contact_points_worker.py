@@ -48,4 +48,5 @@ if __name__ == "__main__":
     if has_module("megatron.training.models.dist_utils"):
         points += PATCHED_IN_BUILDERS
     found = {f"{point.owner} {point.name}": problem(point) for point in points}
-    print(json.dumps({name: text for name, text in found.items() if text}))
+    problems = {name: text for name, text in found.items() if text}
+    print(json.dumps({"release": find("megatron.core").__version__, "problems": problems}))

@@ -73,8 +73,12 @@ def run_example(script: str, folder: Path, *, iterations: int) -> Finished:
 
 def _environment(**changes: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | changes
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": search_path(ROOT)} | changes
+
+
+def search_path(*first: Path) -> str:
+    """``PYTHONPATH`` for another process: ``first``, then where these tests have other libraries from."""
+    return os.pathsep.join(filter(None, (*map(str, first), os.environ.get("PYTHONPATH"))))
 
 
 def metrics_of(path: Path) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from jobs import search_path
 from unpack_cores import VERSIONS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,9 +80,9 @@ def launch(
     """
     if with_us is None:
         with_us = "--pipeline-schedule" in arguments
-    paths = (CORES / version, SUPPORT / "cores", SUPPORT / "megatron_lm", ROOT, *_further_paths())
+    paths = (CORES / version, SUPPORT / "cores", SUPPORT / "megatron_lm", ROOT)
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "PYTHONPATH": search_path(*paths),
         "OMP_NUM_THREADS": "1",
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     }
@@ -115,11 +116,6 @@ def _process_of(rank: int, launcher: int) -> int:
         int(child) for child in children if f"\0RANK={rank}\0" in Path(f"/proc/{child}/environ").read_text()
     ]
     return found
-
-
-def _further_paths() -> list[str]:
-    """Where the tests have other libraries from."""
-    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 
 
 def has_tensorboard() -> bool:
