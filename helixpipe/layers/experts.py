@@ -17,6 +17,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from helixpipe.contact_points import replace
+from helixpipe.layers.module_specs import submodules_of
 from helixpipe.layers.products import without_products
 from helixpipe.layers.recompute import Tensors, recompute
 from helixpipe.layers.slices import SlicedFunction, slice_mlp
@@ -55,7 +56,8 @@ class BiasedExpertOutput(RowParallelLinear):
 
 def add_biases(layer: ModuleSpec) -> None:
     """Let experts of Megatron's own linear layers have biases."""
-    layer.submodules.mlp.submodules.experts.submodules.linear_fc2 = BiasedExpertOutput
+    experts = submodules_of(layer.submodules.mlp).experts
+    submodules_of(experts).linear_fc2 = BiasedExpertOutput
 
 
 def keep_apart(model: torch.nn.Module) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from helixpipe.layers.attention.windows import window_of
 from helixpipe.layers.documents import Documents
 from helixpipe.layers.elastic.positions import angles_at
+from helixpipe.layers.module_specs import class_of, submodules_of
 from helixpipe.layers.norm import TorchNorm
 from helixpipe.layers.rotary import angles_of, build_rotary
 
@@ -73,10 +74,11 @@ def add_sandwich_norms(layer: ModuleSpec) -> None:
     Raises:
         ValueError: a mixture of experts.
     """
-    if layer.submodules.mlp.module is not MLP:
+    mlp = layer.submodules.mlp
+    if class_of(mlp) is not MLP:
         raise ValueError("norms after attention and MLP do not go with experts; leave one out")
     layer.submodules.self_attention.submodules.linear_proj = NormedRowParallelLinear
-    layer.submodules.mlp.submodules.linear_fc2 = NormedRowParallelLinear
+    submodules_of(mlp).linear_fc2 = NormedRowParallelLinear
 
 
 def scale_embedding(embedding: torch.nn.Module, config: TransformerConfig) -> None:

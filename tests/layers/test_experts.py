@@ -10,7 +10,7 @@ from kept import Kept
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 from megatron.core.transformer.moe.router import TopKRouter
-from models import Case
+from models import Case, forget_router_losses
 from pretend import pretend_rank
 from stages import configured, gpt_stage
 
@@ -52,7 +52,7 @@ def test_activations_of_experts_go_and_tokens_are_routed_once():
             expected_loss, expected = loss, gradient
         assert loss == pytest.approx(expected_loss)
         torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
-        get_moe_layer_wise_logging_tracker().clear()
+        forget_router_losses()
     assert kept["products"] - kept["without-attention"] == 2 * WIDE
     assert kept["none"] - kept["products"] >= UNIT + 3 * WIDE
     # The input, two copies of it, and what routes them.

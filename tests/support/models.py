@@ -186,7 +186,12 @@ def initialize(case: Case) -> None:
 
 def forget_router_losses() -> None:
     """What Megatron keeps of routers beside the model: what it has logged, and the weight of their losses."""
-    moe_utils.get_moe_layer_wise_logging_tracker().clear()
+    if hasattr(moe_utils, "get_moe_metrics_tracker"):  # since 0.18
+        from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+
+        destroy_moe_metrics_tracker()
+    else:
+        moe_utils.get_moe_layer_wise_logging_tracker().clear()
     moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
 

@@ -183,17 +183,25 @@ class LayerNormLinear(_Linear):
         return self._linear(normed, is_first_microbatch)
 
 
+def _one_of(size: int | None, old_name: int | None) -> int:
+    """The size of a norm, which has had two names; megatron-core takes the new one since 0.17."""
+    (given,) = (value for value in (size, old_name) if value is not None)
+    return given
+
+
 class LayerNorm(torch.nn.LayerNorm):
     def __init__(
         self,
-        hidden_size: int,
+        normalized_shape: int | None = None,
         eps: float = 1e-5,
         sequence_parallel: bool | None = None,
-        zero_centered_gamma: bool = False,
         params_dtype: torch.dtype | None = None,
+        zero_centered_gamma: bool = False,
+        hidden_size: int | None = None,
         device: str = "cuda",
     ) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=params_dtype, device=device)
+        size = _one_of(normalized_shape, hidden_size)
+        super().__init__(size, eps=eps, dtype=params_dtype, device=device)
         for parameter in self.parameters():
             parameter.sequence_parallel = sequence_parallel
 
@@ -201,14 +209,16 @@ class LayerNorm(torch.nn.LayerNorm):
 class RMSNorm(torch.nn.RMSNorm):
     def __init__(
         self,
-        hidden_size: int,
+        normalized_shape: int | None = None,
         eps: float = 1e-5,
         sequence_parallel: bool | None = None,
-        zero_centered_gamma: bool = False,
         params_dtype: torch.dtype | None = None,
+        zero_centered_gamma: bool = False,
+        hidden_size: int | None = None,
         device: str = "cuda",
     ) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=params_dtype, device=device)
+        size = _one_of(normalized_shape, hidden_size)
+        super().__init__(size, eps=eps, dtype=params_dtype, device=device)
         self.weight.sequence_parallel = sequence_parallel
 
 
