@@ -91,8 +91,7 @@ def _solver() -> None:
             sizes, _ = group_sequences(
                 chunks,
                 COSTS,
-                num_stages=ranks,
-                num_layers=LAYERS,
+                stage_layers=job.layers_by_stage,
                 limit_bytes=job.memory_limit_bytes,
             )
             _, grouped = solve(chunks, sizes, job)

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helixpipe.commands.job import add_workload_arguments, read_workload
+from helixpipe.commands.parser import argument
 from helixpipe.commands.planning import read_text
 from helixpipe.commands.ranges import GIBIBYTES, LAYERS, RANKS, REPEATS, Real, Whole
 from helixpipe.json_input import parse_json
 from helixpipe.plan.cost_model import Hardware, Workload, read_model
 from helixpipe.plan.schedules.request import ATTENTION_RANGES
+from helixpipe.plan.stage_layers import parse_stage_layers
 
 if TYPE_CHECKING:
     from helixpipe.elastic.costs.fit import Fit
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 _GIB = 2**30
 # As helixpipe.elastic.search.choice has them, which takes long to import.
 ELASTIC_SCHEDULES = ("elastic", "elastic-helix", "auto")
+_AUTO = ELASTIC_SCHEDULES[-1]
 # At which elastic-profile measures the head: long enough for steady rates, with logits that fit anywhere.
 _PIECES_LENGTH = 2048
 
@@ -76,6 +79,13 @@ def _add_elastic(elastic: argparse.ArgumentParser) -> None:
     )
     add("--num-slices", type=Whole(), help="of the longest sequence (default: the fastest found)")
     add(
+        "--stage-layers",
+        type=argument(_stage_layers),
+        metavar="{N,…,auto}",
+        help="elastic: layers of each stage, where they differ (5,5,4,2); auto: those by which the slowest "
+        "stage, the last with the head, takes the shortest",
+    )
+    add(
         "--attention-range",
         choices=ATTENTION_RANGES,
         help="elastic-helix: pieces on the attention rank (default: the fastest found)",
@@ -104,16 +114,24 @@ def _elastic(args: argparse.Namespace) -> None:
     from helixpipe.elastic.elastic_plan import costs_of
     from helixpipe.elastic.job import ElasticJob
     from helixpipe.elastic.search.choice import choose_plan
+    from helixpipe.elastic.search.stage_balance import balanced_stage_layers
     from helixpipe.report.batch_plan import print_elastic_plan
 
     if args.attention_range is not None and args.schedule == ELASTIC_SCHEDULES[0]:
         raise ValueError("--attention-range is for --schedule elastic-helix and auto; leave it out")
+    if args.stage_layers is not None and args.schedule == ELASTIC_SCHEDULES[1]:
+        raise ValueError("--stage-layers is for --schedule elastic and auto; leave it out")
     lengths = _read_lengths(args.lengths)
+    costs = costs_from_json(read_text(args.costs))
+    layers, stages = args.num_layers, args.pipeline_model_parallel_size
+    if args.stage_layers == _AUTO:
+        args.stage_layers = balanced_stage_layers(lengths, costs, layers, stages)
     job = ElasticJob(
-        costs=costs_from_json(read_text(args.costs)),
-        num_stages=args.pipeline_model_parallel_size,
-        num_layers=args.num_layers,
+        costs=costs,
+        num_stages=stages,
+        num_layers=layers,
         memory_limit_bytes=int(args.memory_limit_gib * _GIB),
+        stage_layers=args.stage_layers or (),
         token_capacity=args.token_capacity,
         gap=args.mip_gap,
         time_limit_s=args.time_limit,
@@ -125,10 +143,14 @@ def _elastic(args: argparse.Namespace) -> None:
     plan = choice.plan
     args.output.write_text(plan.to_json(), encoding="utf-8")
     if args.plan_costs:
-        costs = costs_of(plan.recipe, job)
-        args.plan_costs.write_text(costs.to_json() + "\n", encoding="utf-8")
+        args.plan_costs.write_text(costs_of(plan.recipe, job).to_json() + "\n", encoding="utf-8")
     print_elastic_plan(choice, job, predict_baselines(lengths, job))
     print(f"Wrote {args.output}")
+
+
+def _stage_layers(text: str) -> tuple[int, ...] | str:
+    """Layers of each stage, or the word that leaves them open."""
+    return _AUTO if text == _AUTO else parse_stage_layers(text)
 
 
 def _read_lengths(path: Path) -> tuple[int, ...]:

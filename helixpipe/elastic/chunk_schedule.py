@@ -12,6 +12,7 @@ from helixpipe.plan.operation import Kind, Operation
 from helixpipe.plan.plan import Plan
 from helixpipe.plan.schedules.one_f_one_b import one_forward_one_backward
 from helixpipe.plan.simulation.costs import ANY_EDGE, Costs, RankCost, SegmentCost
+from helixpipe.plan.stage_layers import STAGE_LAYERS, spell_stage_layers
 
 SCHEDULE = "elastic"
 
@@ -63,6 +64,7 @@ def in_flight(stage: int, num_stages: int, groups: Sequence[int]) -> int:
 def elastic_plan(recipe: Recipe, num_layers: int) -> Plan:
     """The compute-only plan of a recipe: its pipelines back to back, each 1F1B over its chunks."""
     num_stages, count = len(recipe.checkpointed), len(recipe.chunks)
+    uneven = {STAGE_LAYERS: spell_stage_layers(recipe.stage_layers)} if recipe.stage_layers else {}
     orders: list[list[Operation]] = [[] for _ in range(num_stages)]
     for members in recipe.ranges:
         groups = sequence_groups([recipe.chunks[i] for i in members])
@@ -80,7 +82,7 @@ def elastic_plan(recipe: Recipe, num_layers: int) -> Plan:
         segment_names=tuple(f"stage{stage}" for stage in range(num_stages)),
         placement=tuple((stage,) * count for stage in range(num_stages)),
         orders=tuple(tuple(order) for order in orders),
-        parameters={"num_layers": num_layers, "num_pipelines": len(recipe.pipelines)},
+        parameters={"num_layers": num_layers, "num_pipelines": len(recipe.pipelines), **uneven},
         micro_batch_names=tuple(f"chunk{i}" for i in range(count)),
         slices=recipe.slices,
     )
@@ -89,10 +91,10 @@ def elastic_plan(recipe: Recipe, num_layers: int) -> Plan:
 def costs_of_recipe(recipe: Recipe, num_layers: int, costs: ChunkCosts) -> Costs:
     """What the operations and messages of a recipe's plan cost, recomputation included."""
     num_stages = len(recipe.checkpointed)
-    layers = num_layers // num_stages
+    layers = recipe.layers_by_stage(num_layers)
     segments = {
         f"stage{stage}/chunk{i}": stage_cost(
-            chunk, costs, layers, recipe.checkpointed[stage][i], is_last=stage == num_stages - 1
+            chunk, costs, layers[stage], recipe.checkpointed[stage][i], is_last=stage == num_stages - 1
         )
         for stage in range(num_stages)
         for i, chunk in enumerate(recipe.chunks)
@@ -102,7 +104,7 @@ def costs_of_recipe(recipe: Recipe, num_layers: int, costs: ChunkCosts) -> Costs
         for first, second in pairwise(range(num_stages))
         for i, chunk in enumerate(recipe.chunks)
     }
-    ranks = tuple(RankCost(costs.state_bytes(stage, num_stages, layers)) for stage in range(num_stages))
+    ranks = tuple(RankCost(costs.state_bytes(q, num_stages, layers[q])) for q in range(num_stages))
     if costs.network is None:
         return Costs(segments, {ANY_EDGE: 0.0}, ranks=ranks)
     return Costs(segments, {}, messages, costs.network, ranks)

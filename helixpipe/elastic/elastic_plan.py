@@ -22,6 +22,7 @@ from helixpipe.plan.plan_error import PlanError
 from helixpipe.plan.simulation.costs import Costs
 from helixpipe.plan.simulation.message_buffers import peak_with_buffers
 from helixpipe.plan.simulation.simulate import simulate
+from helixpipe.plan.stage_layers import layers_of_stages
 from helixpipe.plan.validate import validate
 
 
@@ -98,9 +99,10 @@ class ElasticPlan:
         layers = plan.parameters.get("num_layers")
         if not isinstance(layers, int) or plan_of(recipe, layers) != plan.compute_only():
             raise PlanError("the plan's order is not that of its recipe; make it anew with elastic")
-        most = layers // plan.num_ranks
-        if isinstance(recipe, Recipe) and any(count > most for row in recipe.checkpointed for count in row):
-            raise PlanError(f"the recipe checkpoints more than the {most} layers of a stage")
+        if isinstance(recipe, Recipe):
+            for own, row in zip(layers_of_stages(plan), recipe.checkpointed, strict=True):
+                if max(row) > len(own):
+                    raise PlanError(f"the recipe checkpoints more than the {len(own)} layers of a stage")
         return cls(recipe, plan, _prediction(data.get("prediction")), _number(data.get("solver_seconds")))
 
 

@@ -9,7 +9,7 @@ from helixpipe.elastic.chunk_schedule import costs_of_recipe, elastic_plan, orde
 from helixpipe.elastic.chunks import Chunk
 from helixpipe.elastic.job import ElasticJob, check_lengths
 from helixpipe.elastic.recipe import BatchRecipe, Recipe
-from helixpipe.elastic.search.planner import SLICE_COUNTS, by_size, chunk_batch
+from helixpipe.elastic.search.planner import SLICE_COUNTS, by_size, chunk_batch, nothing_checkpointed
 from helixpipe.elastic.search.round_planner import most_rounds
 from helixpipe.elastic.search.rounds import make_rounds
 from helixpipe.elastic.search.sequence_processor import equal_time_mesh
@@ -64,4 +64,4 @@ def forward_ms(recipe: Recipe, job: ElasticJob) -> float:
 
 def _recipe(chunks: Sequence[Chunk], job: ElasticJob) -> Recipe:
     ordered = order_chunks(chunks, job.costs)
-    return Recipe(ordered, (len(ordered),), ((0,) * len(ordered),) * job.num_stages)
+    return nothing_checkpointed(ordered, (len(ordered),), job)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from helixpipe.elastic.chunk_schedule import SCHEDULE
 from helixpipe.elastic.costs.chunk_costs import ChunkCosts
 from helixpipe.plan.schedules.request import require_multiple
+from helixpipe.plan.stage_layers import check_stage_layers, stage_counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +17,8 @@ class ElasticJob:
     Attributes:
         costs: what chunks take and keep.
         num_stages: pipeline-parallel size d_p.
-        num_layers: L, a multiple of it.
+        num_layers: L, a multiple of it unless ``stage_layers`` says where they are.
+        stage_layers: 1F1B: layers of each stage, where they differ; empty for as many in each.
         memory_limit_bytes: of one GPU, for states, activations and buffers of messages together.
         reserved_bytes: of it, for each stage, what buffers of messages are known to take; empty for nothing.
         token_capacity: tokens that a chunk may hold; None for what memory allows.
@@ -32,6 +34,7 @@ class ElasticJob:
     num_stages: int
     num_layers: int
     memory_limit_bytes: int
+    stage_layers: tuple[int, ...] = ()
     reserved_bytes: tuple[int, ...] = ()
     token_capacity: int | None = None
     gap: float = 0.02
@@ -51,14 +54,21 @@ class ElasticJob:
                 raise ValueError(f"the {name} must be at least 1, not {value}")
         if self.gap < 0 or self.time_limit_s <= 0:
             raise ValueError("the solver needs a gap that is not negative and a time limit above 0")
+        if self.stage_layers:
+            check_stage_layers(self.stage_layers, self.num_layers, self.num_stages)
+        else:
+            self.require_even_stages()
+
+    def require_even_stages(self) -> None:
+        """``ValueError`` unless the ranks can have as many layers each."""
         require_multiple(
             self.num_layers, self.num_stages, "the number of layers", "the pipeline-parallel size"
         )
 
     @property
-    def stage_layers(self) -> int:
-        """Layers of one stage."""
-        return self.num_layers // self.num_stages
+    def layers_by_stage(self) -> tuple[int, ...]:
+        """Layers of each stage."""
+        return stage_counts(self.stage_layers, self.num_layers, self.num_stages)
 
     def chunk_capacity(self) -> int:
         """Tokens that a chunk may hold.
@@ -71,9 +81,9 @@ class ElasticJob:
         """
         if self.token_capacity is not None:
             return self.token_capacity
-        costs, layers = self.costs, self.stage_layers
+        costs = self.costs
         capacity = float("inf")
-        for stage in range(self.num_stages):
+        for stage, layers in enumerate(self.layers_by_stage):
             states = costs.state_bytes(stage, self.num_stages, layers)
             is_last = stage == self.num_stages - 1
             logits = costs.logits_bytes if is_last else 0.0

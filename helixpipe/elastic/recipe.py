@@ -12,6 +12,7 @@ from typing import Any
 
 from helixpipe.elastic.chunks import Chunk, Piece
 from helixpipe.json_input import parse_json
+from helixpipe.plan.stage_layers import stage_counts
 
 
 @dataclass(frozen=True)
@@ -71,20 +72,28 @@ class Recipe(BatchRecipe):
     Attributes:
         pipelines: how many consecutive chunks each 1F1B pipeline has; pipelines run back to back.
         checkpointed: ``checkpointed[stage][chunk]`` layers, the stage's first ones, keep only their input.
+        stage_layers: layers of each stage, where they differ; empty for as many in each.
     """
 
     pipelines: tuple[int, ...]
     checkpointed: tuple[tuple[int, ...], ...]
+    stage_layers: tuple[int, ...] = ()
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """See :class:`BatchRecipe`."""
         return self.pipelines
 
+    def layers_by_stage(self, num_layers: int) -> tuple[int, ...]:
+        """Layers of each stage of a model of ``num_layers``."""
+        return stage_counts(self.stage_layers, num_layers, len(self.checkpointed))
+
     def _others(self) -> dict[str, Any]:
+        uneven = {"stage_layers": list(self.stage_layers)} if self.stage_layers else {}
         return {
             "pipelines": list(self.pipelines),
             "checkpointed": [list(row) for row in self.checkpointed],
+            **uneven,
         }
 
     @classmethod
@@ -106,6 +115,7 @@ class Recipe(BatchRecipe):
                 tuple(whole_numbers({"checkpointed": row}, "checkpointed"))
                 for row in list_of(data.get("checkpointed"), "checkpointed")
             ),
+            tuple(whole_numbers(data, "stage_layers")) if "stage_layers" in data else (),
         )
         recipe.check(lengths)
         return recipe
@@ -119,6 +129,12 @@ class Recipe(BatchRecipe):
             )
         if not self.checkpointed or any(len(row) != len(self.chunks) for row in self.checkpointed):
             raise ValueError(f"not a recipe: checkpointed needs {len(self.chunks)} numbers for every stage")
+        layers = self.stage_layers
+        if layers and (len(layers) != len(self.checkpointed) or min(layers) < 1):
+            raise ValueError(
+                f"not a recipe: stage_layers {list(layers)} are not one or more layers for each of "
+                f"{len(self.checkpointed)} stages"
+            )
 
 
 def read_chunks(data: Any) -> tuple[list[int], tuple[Chunk, ...]]:

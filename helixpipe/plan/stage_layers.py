@@ -46,9 +46,14 @@ def layers_of_stages(plan: Plan) -> list[range]:
             f"{num_layers} layers in {stages} segments on {plan.num_ranks} ranks are not shared out evenly; "
             "give every segment as many layers and every rank as many segments as the others"
         )
-    counts = (num_layers // stages,) * stages if spelled is None else parse_stage_layers(str(spelled))
+    counts = stage_counts(() if spelled is None else parse_stage_layers(str(spelled)), num_layers, stages)
     check_stage_layers(counts, num_layers, stages)
     return [range(first, last) for first, last in pairwise(accumulate(counts, initial=0))]
+
+
+def stage_counts(counts: Sequence[int], num_layers: int, num_stages: int) -> tuple[int, ...]:
+    """Layers of each stage: those given, or, where none are, as many in each."""
+    return tuple(counts) or (num_layers // num_stages,) * num_stages
 
 
 def check_stage_layers(counts: Sequence[int], num_layers: int, num_stages: int) -> None:

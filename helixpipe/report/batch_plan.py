@@ -46,7 +46,7 @@ def _table(title: str, left: Iterable[str], right: Iterable[str]) -> Table:
 
 
 def _chunk_table(plan: ElasticPlan, job: ElasticJob) -> Table:
-    recipe, layers = plan.recipe, job.stage_layers
+    recipe, layers = plan.recipe, max(job.layers_by_stage)
     sizes = [job.costs.activation_bytes(chunk, layers, is_last=False) for chunk in recipe.chunks]
     unit = byte_unit(max(sizes))
     columns = {
@@ -81,8 +81,8 @@ def _chunk_table(plan: ElasticPlan, job: ElasticJob) -> Table:
 
 
 def _both_ms(chunk: Chunk, job: ElasticJob) -> float:
-    """Forward and backward of as many layers as a stage has."""
-    layers = job.stage_layers
+    """Forward and backward of as many layers as the stage with most has."""
+    layers = max(job.layers_by_stage)
     return job.costs.forward_ms(chunk, layers, is_last=False) + job.costs.backward_ms(
         chunk, layers, is_last=False
     )
@@ -108,10 +108,12 @@ def _stage_table(plan: ElasticPlan, job: ElasticJob) -> Table:
     unit = byte_unit(job.memory_limit_bytes)
     recipe, prediction = plan.recipe, plan.prediction
     what = "stage" if isinstance(recipe, Recipe) else "rank"
+    layers = recipe.stage_layers if isinstance(recipe, Recipe) else ()
     table = _table(
         f"{what.capitalize()}s; the limit is {unit.text(job.memory_limit_bytes)} per GPU",
         (what,),
         (
+            *(("layers",) if layers else ()),
             f"peak {unit.name}",
             f"messages {unit.name}",
             f"headroom {unit.name}",
@@ -122,10 +124,14 @@ def _stage_table(plan: ElasticPlan, job: ElasticJob) -> Table:
         zip(prediction.peak_bytes, prediction.message_bytes, strict=True)
     ):
         cells = [peak, messages, job.memory_limit_bytes - peak - messages]
-        row = [str(stage), *(f"{size / unit.size:.4g}" for size in cells)]
+        row = [
+            str(stage),
+            *map(str, layers[stage : stage + 1]),
+            *(f"{size / unit.size:.4g}" for size in cells),
+        ]
         if isinstance(recipe, Recipe):
             counts = recipe.checkpointed[stage]
-            row.append(f"{sum(counts)} of {len(counts) * job.stage_layers}")
+            row.append(f"{sum(counts)} of {len(counts) * job.layers_by_stage[stage]}")
         table.add_row(*row)
     return table
 

@@ -245,7 +245,14 @@ def with_mask(data_iterator, model):
         ({"forward_step_func": two_values}, "must return three values: the sum"),
         ({"forward_step_func": with_mask}, "takes no attention mask"),
         ({"prepare": set_on_config(pipeline_model_parallel_size=2)}, "planned for 1 stages, the job has 2"),
-        ({"prepare": set_on_config(num_layers=8)}, "planned for 8 layers over 1 .* this stage has 4 of 8"),
+        (
+            {"prepare": set_on_config(num_layers=8)},
+            "planned for 8 layers over 1 .* this stage has layers 1, 2, 3, 4$",
+        ),
+        (
+            {"prepare": lambda model: setattr(model.decoder.layers[0], "layer_number", 2)},
+            "planned for 4 layers over 1 stages of 4; this stage has layers 2, 2, 3, 4$",
+        ),
         (
             {"prepare": lambda model: setattr(model, "max_sequence_length", 100)},
             "a sequence has 160 tokens, the model 100 learned positions; truncate",

@@ -158,6 +158,25 @@ def test_elastic_helix_gives_the_same_losses(two_stages, launch, arguments, tmp_
 
 
 @pytest.mark.slow
+def test_uneven_stages_and_a_chosen_family_give_the_same_losses(two_stages, launch, arguments, tmp_path):
+    roomy = list(arguments)
+    roomy[roomy.index("--memory-limit-gib") + 1] = 0.05
+    chosen = [word if word != "elastic" else "elastic-auto" for word in roomy]
+    for name, words, told in (
+        ("uneven", [*roomy, "--decoder-last-pipeline-num-layers", 1], "elastic: 2 ranks"),
+        ("chosen", chosen, "elastic-auto chose elastic"),
+    ):
+        finished = launch(
+            2, *words, *SPLIT, *EVALUATED, "--pipeline-model-parallel-size", 2, "--metrics-jsonl",
+            tmp_path / name / "metrics.jsonl",
+        )  # fmt: skip
+        assert finished.code == 0, finished.errors
+        assert told in finished.output
+        assert losses_of(tmp_path / name) == pytest.approx(losses_of(two_stages[1]), rel=1e-5)
+        assert validation_losses(finished) == pytest.approx(validation_losses(two_stages[0]), rel=1e-5)
+
+
+@pytest.mark.slow
 def test_one_rank_gives_the_same_losses(two_stages, launch_alone, arguments, tmp_path):
     finished = launch_alone(*arguments, *SPLIT, *EVALUATED, "--metrics-jsonl", tmp_path / "metrics.jsonl")
     assert finished.code == 0, finished.errors

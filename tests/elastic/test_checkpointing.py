@@ -15,6 +15,7 @@ from helixpipe.elastic.search.planner import solve
 from helixpipe.elastic.search.recomputation import OutOfMemory, solve_checkpointing, uniform_checkpointing
 from helixpipe.elastic.search.sequence_processor import equal_time_mesh, make_chunks
 from helixpipe.plan.simulation.memory import peak_bytes
+from helixpipe.plan.stage_layers import stage_counts
 
 COSTS = replace(
     ideal_costs(balanced_length=100.0, token_bytes=17.0),
@@ -37,30 +38,33 @@ def chunks_of(lengths, num_slices):
     return order_chunks(make_chunks(lengths, mesh, COSTS, longest), COSTS)
 
 
-def memory_of(chunks, num_stages, num_layers, limit_bytes=BIG):
-    return pipeline_memory(
-        chunks, COSTS, num_stages=num_stages, num_layers=num_layers, limit_bytes=limit_bytes
-    )
+def memory_of(chunks, num_stages, num_layers, limit_bytes=BIG, stage_layers=()):
+    layers = stage_counts(stage_layers, num_layers, num_stages)
+    return pipeline_memory(chunks, COSTS, stage_layers=layers, limit_bytes=limit_bytes)
 
 
-def simulated_peaks(chunks, counts, num_layers):
-    recipe = Recipe(chunks, (len(chunks),), counts)
+def simulated_peaks(chunks, counts, num_layers, stage_layers=()):
+    recipe = Recipe(chunks, (len(chunks),), counts, stage_layers)
     costs = costs_of_recipe(recipe, num_layers, COSTS)
     return peak_bytes(elastic_plan(recipe, num_layers), costs)
 
 
-@given(batches, st.integers(1, 6), st.sampled_from([1, 2, 4]), st.integers(0, 3))
+UNEVEN = {1: (3,), 2: (4, 2), 4: (2, 4, 4, 2)}
+
+
+@given(batches, st.integers(1, 6), st.sampled_from([1, 2, 4]), st.integers(0, 2), st.booleans())
 @settings(max_examples=60, deadline=None)
-def test_rows_are_what_the_simulator_holds(lengths, num_slices, num_stages, count):
+def test_rows_are_what_the_simulator_holds(lengths, num_slices, num_stages, count, is_even):
     chunks = chunks_of(lengths, num_slices)
-    layers = 3
-    memory = memory_of(chunks, num_stages, layers * num_stages)
-    peaks = simulated_peaks(chunks, ((count,) * len(chunks),) * num_stages, layers * num_stages)
-    for stage in range(num_stages):
+    layers = (3,) * num_stages if is_even else UNEVEN[num_stages]
+    memory = memory_of(chunks, num_stages, 3 * num_stages, stage_layers=layers)
+    counts = ((count,) * len(chunks),) * num_stages
+    peaks = simulated_peaks(chunks, counts, 3 * num_stages, () if is_even else layers)
+    for stage, own in enumerate(layers):
         rows = memory.rows(stage)
         held = memory.held(rows, memory.kept[stage] - count * memory.saved)
         held += rows.recomputing if count else rows.plain
-        states = COSTS.state_bytes(stage, num_stages, layers)
+        states = COSTS.state_bytes(stage, num_stages, own)
         assert int(held.max()) + states == peaks[stage]
 
 
@@ -71,21 +75,32 @@ def test_rows_are_what_the_simulator_holds(lengths, num_slices, num_stages, coun
     st.sampled_from([1, 2, 8]),
     st.floats(0.0, 1.0),
     st.booleans(),
+    st.sampled_from([-1, 0, 1]),
 )
 @settings(max_examples=120, deadline=None)
-def test_peaks_never_exceed_the_limit(lengths, num_slices, num_stages, layers, share, many):
-    """Over limits from just enough with everything checkpointed to just enough with nothing."""
+def test_peaks_never_exceed_the_limit(lengths, num_slices, num_stages, layers, share, many, moved):
+    """Over limits from just enough with everything checkpointed to just enough with nothing.
+
+    With a layer moved from one end to the other, too.
+    """
     chunks = chunks_of(lengths, num_slices)
     num_layers = layers * num_stages
-    least = max(simulated_peaks(chunks, ((layers,) * len(chunks),) * num_stages, num_layers))
-    most = max(simulated_peaks(chunks, ((0,) * len(chunks),) * num_stages, num_layers))
+    own = [layers] * num_stages
+    own[0], own[-1] = own[0] + moved, own[-1] - moved
+    uneven = tuple(own) if moved and num_stages > 1 and min(own) > 0 else ()
+    own = stage_counts(uneven, num_layers, num_stages)
+    everything = tuple((count,) * len(chunks) for count in own)
+    least = max(simulated_peaks(chunks, everything, num_layers, uneven))
+    most = max(simulated_peaks(chunks, ((0,) * len(chunks),) * num_stages, num_layers, uneven))
     limit = least + int(share * max(0, most - least))
-    job = ElasticJob(costs=COSTS, num_stages=num_stages, num_layers=num_layers, memory_limit_bytes=limit)
+    sizes = {"num_stages": num_stages, "num_layers": num_layers, "stage_layers": uneven}
+    job = ElasticJob(costs=COSTS, memory_limit_bytes=limit, **sizes)
     pipelines = tuple(sequence_groups(chunks)) if many else (len(chunks),)
     recipe, _ = solve(chunks, pipelines, job)
     peaks = peak_bytes(elastic_plan(recipe, num_layers), costs_of_recipe(recipe, num_layers, COSTS))
     assert max(peaks) <= limit
-    assert all(0 <= count <= layers for row in recipe.checkpointed for count in row)
+    rows = zip(recipe.checkpointed, own, strict=True)
+    assert all(0 <= count <= most_layers for row, most_layers in rows for count in row)
     if limit >= most:
         assert not any(map(any, recipe.checkpointed))
 
@@ -132,6 +147,24 @@ def test_the_delay_is_least(share):
     for stage in range(p):
         solution[memory.diagonals(stage)] = found.counts[stage]
     assert weights @ solution == pytest.approx(best)
+
+
+def test_stages_with_fewer_layers_checkpoint_the_same_share():
+    chunks = chunks_of([400, 300, 50, 50, 50, 40], 4)
+    layers = (6, 6, 3)
+    unchecked = max(simulated_peaks(chunks, ((0,) * len(chunks),) * 3, 15, layers))
+    memory = memory_of(chunks, 3, 15, int(unchecked * 0.7), layers)
+    found = solve_checkpointing(memory, [1.0] * len(chunks))
+    shared = {}
+    for stage in (0, 1):
+        for count, diagonal in zip(found.counts[stage], memory.diagonals(stage), strict=True):
+            assert shared.setdefault(int(diagonal), count) == count
+    last = [(shared[int(d)] + 1) // 2 for d in memory.diagonals(2) if int(d) in shared]
+    assert list(found.counts[2])[-len(last) :] == last
+    assert any(last)
+    five = tuple((count,) * len(chunks) for count in (5, 5, 3))
+    limit = max(simulated_peaks(chunks, five, 15, layers))
+    assert uniform_checkpointing(memory_of(chunks, 3, 15, limit, layers)).counts == five
 
 
 def test_out_of_memory_names_stage_bytes_and_change():

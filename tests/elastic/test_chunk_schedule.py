@@ -22,6 +22,7 @@ from helixpipe.plan.simulation.costs import parse_costs
 from helixpipe.plan.simulation.memory import peak_activations
 from helixpipe.plan.simulation.network import Network
 from helixpipe.plan.simulation.simulate import simulate
+from helixpipe.plan.stage_layers import layers_of_stages
 
 COSTS = ideal_costs(balanced_length=100.0)
 
@@ -123,6 +124,9 @@ def test_recipe_round_trip():
         ({"pipelines": [1]}, "do not add up"),
         ({"checkpointed": [[0]]}, "checkpointed needs"),
         ({"checkpointed": [[-1]]}, "not negative"),
+        ({"stage_layers": [3]}, r"stage_layers \[3\] are not one or more layers for each of 2 stages"),
+        ({"stage_layers": [3, 0]}, "are not one or more layers for each of 2 stages"),
+        ({"stage_layers": 3}, '"stage_layers" must be a list'),
         ({"chunks": [[[0, 0, 0]]]}, "no part of a sequence"),
         ({"chunks": [[[0, 0]]]}, r"a piece is \[sequence, start, length\]"),
         ({"chunks": [[]]}, "is not empty"),
@@ -155,6 +159,30 @@ def test_an_elastic_plan_is_read_back_and_held_against_its_recipe():
     common = build_plan("1f1b", ScheduleRequest(num_layers=2, num_ranks=2, num_microbatches=2))
     with pytest.raises(ValueError, match="its schedule is '1f1b'"):
         ElasticPlan.from_json(common.to_json())
+
+
+def test_uneven_stages_are_in_plan_costs_and_file():
+    recipe = replace(recipe_of([300, 20, 20], 3, 2), stage_layers=(3, 1))
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    plan = complete(elastic_plan(recipe, 4))
+    assert plan.orders == complete(elastic_plan(replace(recipe, stage_layers=()), 4)).orders
+    assert [len(own) for own in layers_of_stages(plan)] == [3, 1]
+    costs = costs_of_recipe(recipe, 4, replace(COSTS, layer_state_bytes=7))
+    long, short = (costs.segments[f"stage{stage}/chunk0"] for stage in (0, 1))
+    assert (long.forward, long.bytes) == pytest.approx((3 * short.forward, 3 * short.bytes))
+    assert [rank.static_bytes for rank in costs.ranks] == [21, 7]
+    found = ElasticPlan(recipe, plan, Prediction(1.5, 0.25, 0.0, (3, 4), (1, 2)))
+    assert ElasticPlan.from_json(found.to_json()) == found
+    wrong = {
+        "more than the 1 layers": replace(recipe, checkpointed=((2,) * len(recipe.chunks),) * 2),
+        "order is not that of its recipe": replace(recipe, stage_layers=()),
+    }
+    for message, other in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            ElasticPlan.from_json(replace(found, recipe=other).to_json())
+    beyond = replace(recipe, stage_layers=(3, 2))
+    with pytest.raises(ValueError, match="3,2 layers by stage are 5 layers in 2 stages"):
+        ElasticPlan.from_json(replace(found, recipe=beyond, plan=complete(elastic_plan(beyond, 4))).to_json())
 
 
 def test_plans_of_other_recipes_differ():

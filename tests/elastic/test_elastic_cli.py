@@ -1,6 +1,7 @@
 """The commands elastic and elastic-costs: tables, files, and one clear line for wrong input."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -59,9 +60,30 @@ def test_a_number_of_slices_can_be_asked_for(files, tmp_path):
     assert max(len(group) for group in plan.recipe.slices) == 3
 
 
+@pytest.mark.parametrize("words", ["2,6,6,2", "auto"])
+def test_stages_of_different_layers_can_be_asked_for(files, tmp_path, capsys, words):
+    costs = ideal_costs(token_bytes=17 * 8192.0, input_bytes=8192.0, kv_bytes=8192.0)
+    head = {name: getattr(costs, name) for name in ("forward", "backward")}
+    head = {name: replace(of, head_ms=6 * of.token_ms) for name, of in head.items()}
+    files[3].write_text(costs_to_json(replace(costs, **head)))
+    run("elastic", *files, *SIZES, "--memory-limit-gib", "90", "--num-slices", "3", "--stage-layers", words)
+    plan = ElasticPlan.from_json((tmp_path / "plan.json").read_text())
+    layers = plan.recipe.stage_layers
+    assert layers == (2, 6, 6, 2) if words != "auto" else layers[-1] < min(layers[1:-1])
+    rows = capsys.readouterr().out.partition("Stages; the limit")[2].splitlines()[1:6]
+    assert rows[0].split()[:2] == ["stage", "layers"]
+    assert tuple(int(row.split()[1]) for row in rows[1:]) == layers
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--memory-limit-gib", "9", "--stage-layers", "4,4,4"], "4,4,4 layers by stage are 12 layers"),
+        (["--memory-limit-gib", "9", "--stage-layers", "x"], "--stage-layers: .*layers of each stage, like"),
+        (
+            ["--memory-limit-gib", "9", "--stage-layers", "auto", "--schedule", "elastic-helix"],
+            "--stage-layers is for --schedule elastic and auto; leave it out",
+        ),
         (["--memory-limit-gib", "0"], "--memory-limit-gib: .*must be above 0"),
         (["--memory-limit-gib", "nan"], "--memory-limit-gib: .*must be above 0"),
         (["--memory-limit-gib", "1"], "no plan fits"),

@@ -14,6 +14,7 @@ from helixpipe.elastic.search.sequence_processor import equal_time_mesh, make_ch
 COSTS = ideal_costs(balanced_length=1000.0)
 LENGTHS = [4000, 2500, 2100, 1200, *([300] * 300)]
 P, L = 4, 16
+LAYERS = (L // P,) * P
 
 
 def setting(num_slices=8):
@@ -22,11 +23,11 @@ def setting(num_slices=8):
 
 
 def group(chunks, limit_bytes):
-    return group_sequences(chunks, COSTS, num_stages=P, num_layers=L, limit_bytes=limit_bytes)
+    return group_sequences(chunks, COSTS, stage_layers=LAYERS, limit_bytes=limit_bytes)
 
 
 def memory(chunks, limit_bytes):
-    return pipeline_memory(chunks, COSTS, num_stages=P, num_layers=L, limit_bytes=limit_bytes)
+    return pipeline_memory(chunks, COSTS, stage_layers=LAYERS, limit_bytes=limit_bytes)
 
 
 def test_with_room_there_is_one_pipeline():

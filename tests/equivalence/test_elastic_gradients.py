@@ -48,7 +48,14 @@ def reference_of(case, **options):
     same = replace(
         case,
         case=replace(
-            case.case, pp=1, tp=1, sequence_parallel=False, overlap=False, loss_chunk=None, mlp_chunk=None
+            case.case,
+            pp=1,
+            tp=1,
+            sequence_parallel=False,
+            overlap=False,
+            loss_chunk=None,
+            mlp_chunk=None,
+            stage_layers=(),
         ),
         num_slices=1,
         checkpointed=0,
@@ -146,6 +153,9 @@ def ranks_cases(pp):
     yield replace(case, num_slices=2, checkpointed=4 // pp)
     yield replace(case, num_slices=1)
     if pp == 2:
+        # Fewer layers beside the head, tied or not.
+        yield elastic(pp, stage_layers=(3, 1), checkpointed=None)
+        yield elastic(pp, stage_layers=(3, 1), style="llama", num_slices=8, dtype=torch.float64)
         yield elastic(pp, style="llama", lengths=(700, 4096, 1, 33), num_layers=2, checkpointed=None)
 
 

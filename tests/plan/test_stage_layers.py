@@ -7,12 +7,12 @@ from helixpipe.plan.cost_model import HARDWARE, MODELS, Recompute, Workload, cos
 from helixpipe.plan.cost_model.segments import rank_parameters
 from helixpipe.plan.execution import Execution
 from helixpipe.plan.fit import check_executable, check_stages_fit
-from helixpipe.plan.schedules import SCHEDULES
+from helixpipe.plan.schedules import SCHEDULES, planned_ahead
 from helixpipe.plan.simulation.simulate import simulate
 from helixpipe.plan.stage_layers import layers_of_stages, parse_stage_layers
 
 UNEVEN = (6, 10, 10, 6)
-TAKE_THEM = [name for name, entry in SCHEDULES.items() if "stage_layers" in entry.options]
+TAKE_THEM = [name for name in planned_ahead() if "stage_layers" in SCHEDULES[name].options]
 
 
 def planned(schedule="1f1b", layers=UNEVEN, **options):

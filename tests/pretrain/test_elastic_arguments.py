@@ -62,9 +62,9 @@ def test_sequence_parallelism_pads_chunks(parse, tmp_path):
     [
         (
             f"{LINE} --elastic-costs {{costs}}",
-            "--elastic-costs is for --pipeline-schedule elastic and elastic-helix",
+            "--elastic-costs is for --pipeline-schedule elastic, elastic-helix and elastic-auto",
         ),
-        (f"{LINE} --max-seq-length 8", "--max-seq-length is for --pipeline-schedule elastic and elastic-"),
+        (f"{LINE} --max-seq-length 8", "--max-seq-length is for --pipeline-schedule elastic, elastic-"),
         (ELASTIC, "elastic needs --elastic-costs FILE, as python -m helixpipe elastic-costs writes it"),
         (f"{ELASTIC} --max-seq-length 0", "--max-seq-length: must be at least 1"),
         (
@@ -90,6 +90,11 @@ def test_sequence_parallelism_pads_chunks(parse, tmp_path):
         ),
         (f"{HELIX} --recompute-granularity selective", "recomputes by --recompute-without-attention"),
         (f"{ELASTIC} --elastic-costs {{costs}} --num-layers 5", "number of layers .* multiple"),
+        (
+            f"{ELASTIC} --elastic-costs {{costs}} --decoder-first-pipeline-num-layers 2 "
+            "--decoder-last-pipeline-num-layers 1",
+            "are 3 layers of --num-layers 4; let them add up to it",
+        ),
         (f"{ELASTIC} --micro-batch-size 2", "cannot honour --micro-batch-size: .*; give 1"),
         (f"{ELASTIC} --num-fold 2", "cannot honour --num-fold: .*; leave it out"),
         (f"{ELASTIC} --eod-mask-loss", "cannot honour --eod-mask-loss"),
@@ -105,6 +110,17 @@ def test_what_does_not_fit_is_refused(parse, words, message):
     with pytest.raises(ValueError, match=message) as caught:
         parse(words)
     assert "\n" not in str(caught.value)
+
+
+def test_stages_may_differ(parse):
+    """A layer fewer beside the head, of any number; helix has no stages."""
+    words = "--elastic-costs {costs} --decoder-last-pipeline-num-layers 1"
+    settings = parse(f"{ELASTIC} {words}")
+    assert settings.elastic_job.layers_by_stage == (3, 1)
+    assert parse(f"{ELASTIC} {words} --num-layers 5").elastic_job.layers_by_stage == (4, 1)
+    helix = parse(f"{HELIX} --recompute-levels none --decoder-last-pipeline-num-layers 1")
+    assert helix.elastic_job.stage_layers == ()
+    assert "--decoder-last-pipeline-num-layers (layers are in no stages)" in helix.needless_flags
 
 
 def test_elastic_helix_is_planned_at_the_models_level(parse, tmp_path):

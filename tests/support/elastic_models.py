@@ -42,6 +42,7 @@ from helixpipe.megatron_adapter.elastic_batch import ElasticBatch
 from helixpipe.megatron_adapter.elastic_forward_backward import ElasticForwardBackward
 from helixpipe.plan import Kind, Plan
 from helixpipe.plan.cost_model import Recompute
+from helixpipe.plan.stage_layers import stage_counts
 from helixpipe.runtime.trace import HostClock
 
 COSTS = ideal_costs(balanced_length=256.0)
@@ -104,15 +105,16 @@ def recipe_of(case: ElasticCase, replica: int = 0) -> Recipe | RoundRecipe:
         return make_rounds(lengths, COSTS, case.case.pp, case.rounds, case.fold, *model)
     mesh = equal_time_mesh(max(lengths), case.num_slices, COSTS)
     chunks = order_chunks(make_chunks(lengths, mesh, COSTS, max(lengths)), COSTS)
-    stage_layers = case.case.num_layers // case.case.pp
+    layers = stage_counts(case.case.stage_layers, case.case.num_layers, case.case.pp)
     counts = tuple(
         tuple(
-            (stage + 2 * i) % (stage_layers + 1) if case.checkpointed is None else case.checkpointed
+            (stage + 2 * i) % (own + 1) if case.checkpointed is None else case.checkpointed
             for i in range(len(chunks))
         )
-        for stage in range(case.case.pp)
+        for stage, own in enumerate(layers)
     )
-    return Recipe(chunks, _pipelines(sequence_groups(chunks), case.pipelines), counts)
+    pipelines = _pipelines(sequence_groups(chunks), case.pipelines)
+    return Recipe(chunks, pipelines, counts, case.case.stage_layers)
 
 
 def _pipelines(groups: Sequence[int], count: int) -> tuple[int, ...]:

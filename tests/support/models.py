@@ -102,6 +102,8 @@ class Case:
     interlocked: bool = False
     # Micro batches beyond whole rounds.
     extra: int = 0
+    # Of each stage, where they differ.
+    stage_layers: tuple[int, ...] = ()
     num_slices: int = 1
     resend_context: bool = False
     documents: bool = False
@@ -227,6 +229,7 @@ def make_config(case: Case) -> TransformerConfig:
         # Large enough that every gradient is far from rounding noise.
         init_method_std=0.2,
         **_experts(case),
+        **_stages(case),
     )
     if case.style == "oss":
         # As gpt-oss without its experts, and clamped where it shows.
@@ -250,6 +253,13 @@ def _experts(case: Case) -> dict[str, Any]:
         "moe_token_dispatcher_type": "alltoall",
         **dict(case.router),
     }
+
+
+def _stages(case: Case) -> dict[str, Any]:
+    if not case.stage_layers:
+        return {}
+    first, *_, last = case.stage_layers
+    return {"num_layers_in_first_pipeline_stage": first, "num_layers_in_last_pipeline_stage": last}
 
 
 def _model_arguments(case: Case) -> dict[str, Any]:

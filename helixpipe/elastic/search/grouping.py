@@ -24,8 +24,7 @@ def group_sequences(
     chunks: Sequence[Chunk],
     costs: ChunkCosts,
     *,
-    num_stages: int,
-    num_layers: int,
+    stage_layers: Sequence[int],
     limit_bytes: int,
     reserved_bytes: Sequence[int] = (),
 ) -> tuple[tuple[int, ...], float]:
@@ -38,8 +37,7 @@ def group_sequences(
     Args:
         chunks: in order, sequences with more slices first.
         costs: what chunks take and keep.
-        num_stages: d_p.
-        num_layers: of the whole model.
+        stage_layers: layers of each of the d_p stages.
         limit_bytes: of one GPU.
         reserved_bytes: of it, on each stage, for buffers of messages; empty for nothing.
 
@@ -47,9 +45,8 @@ def group_sequences(
         OutOfMemory: even sequences of equally many slices alone exceed it with everything checkpointed.
     """
     bounds = _cuts(sequence_groups(chunks))
-    layers = num_layers // num_stages
-    stage_ms = layers * sum(costs.layer_ms(chunk.area, chunk.tokens) for chunk in chunks)
-    delta = (num_stages - 1) * stage_ms / len(chunks)
+    stage_ms = max(stage_layers) * sum(costs.layer_ms(chunk.area, chunk.tokens) for chunk in chunks)
+    delta = (len(stage_layers) - 1) * stage_ms / len(chunks)
     best = [0.0] + [inf] * (len(bounds) - 1)
     previous = [0] * len(bounds)
     for last in range(1, len(bounds)):
@@ -58,8 +55,7 @@ def group_sequences(
             memory = pipeline_memory(
                 members,
                 costs,
-                num_stages=num_stages,
-                num_layers=num_layers,
+                stage_layers=stage_layers,
                 limit_bytes=limit_bytes,
                 reserved_bytes=reserved_bytes,
             )
@@ -101,7 +97,7 @@ def recompute_delay_ms(memory: PipelineMemory, recompute_ms: Sequence[float]) ->
         missing = memory.held(rows, memory.kept[stage]) + rows.recomputing - memory.available[stage]
         share = np.maximum(missing, 0) / np.maximum(memory.held(rows, memory.saved), 1)
         # The moment at which a chunk's backward runs stands for those that it is in flight.
-        steady = share[-memory.num_chunks :]
+        steady = share[-memory.num_chunks :] * (memory.max_layers / memory.layers[stage])
         where = memory.diagonals(stage)
         np.maximum.at(layers, where, steady[memory.positions])
         np.maximum.at(weights, where, np.asarray(recompute_ms))

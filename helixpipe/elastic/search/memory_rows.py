@@ -45,12 +45,12 @@ class PipelineMemory:
         groups: numbers of chunks of each sequence, in order.
         kept: ``kept[stage]``, bytes of every chunk with nothing checkpointed.
         saved: bytes that one checkpointed layer of a chunk saves, on any stage.
-        gradients: bytes of the gradients that later slices add to, of every chunk on any stage.
+        gradients: ``gradients[stage]``, bytes of the gradients that later slices add to, of every chunk.
         plain: ``plain[stage]``, bytes of every chunk's operations while they run, with nothing recomputed.
         recomputing: the same with a recomputed layer.
         messages: bytes of each stage that buffers of messages take beside all this.
         available: bytes of each stage for all this: the limit less the stage's states and messages.
-        max_layers: layers of a stage.
+        layers: of each stage.
     """
 
     groups: tuple[int, ...]
@@ -61,7 +61,7 @@ class PipelineMemory:
     recomputing: Array
     messages: Array
     available: Array
-    max_layers: int
+    layers: tuple[int, ...]
 
     @property
     def num_stages(self) -> int:
@@ -72,6 +72,18 @@ class PipelineMemory:
     def num_chunks(self) -> int:
         """Chunks of the pipeline."""
         return len(self.saved)
+
+    @property
+    def max_layers(self) -> int:
+        """Layers of the stage that has most."""
+        return max(self.layers)
+
+    def checkpointed(self, stage: int, counts: Array) -> Array:
+        """Layers that a stage checkpoints where the one with most layers checkpoints ``counts``.
+
+        The same share of its own, rounded up: it then saves no less, and takes no longer.
+        """
+        return -(-counts * self.layers[stage] // self.max_layers)
 
     @cached_property
     def backwards(self) -> Array:
@@ -96,7 +108,7 @@ class PipelineMemory:
         # Warm-up: one forward after the other, and none backward.
         begun = np.concatenate([np.arange(1, window), np.minimum(np.arange(n) + window, n)])
         ended = np.concatenate([np.zeros(window - 1, dtype=np.int64), np.arange(n)])
-        gradients = self._gradients()
+        gradients = self._gradients(self.gradients[stage])
         plain, recomputing = (
             self._beside(workspace[stage], begun, gradients) for workspace in (self.plain, self.recomputing)
         )
@@ -115,9 +127,9 @@ class PipelineMemory:
         beside[first:] = np.maximum(beside[first:], workspace[self.backwards] + during)
         return beside
 
-    def _gradients(self) -> tuple[Array, Array]:
+    def _gradients(self, of_chunks: Array) -> tuple[Array, Array]:
         """Bytes of gradients for earlier slices, before and during each backward, in backward order."""
-        sums = np.concatenate([[0], np.cumsum(self.gradients)])
+        sums = np.concatenate([[0], np.cumsum(of_chunks)])
         starts = np.repeat(np.cumsum([0, *self.groups[:-1]]), self.groups)
         during = (sums[1:] - sums[starts])[self.backwards]
         # Before the backward of a sequence's last slice there are none.
@@ -143,7 +155,7 @@ class PipelineMemory:
         worst: tuple[int, int] | None = None
         for stage in range(self.num_stages):
             rows = self.rows(stage)
-            least = self.kept[stage] - self.max_layers * self.saved
+            least = self.kept[stage] - self.layers[stage] * self.saved
             missing = int((self.held(rows, least) + rows.recomputing).max() - self.available[stage])
             if missing > 0 and (worst is None or missing > worst[1]):
                 worst = stage, missing
@@ -154,8 +166,7 @@ def pipeline_memory(
     chunks: Sequence[Chunk],
     costs: ChunkCosts,
     *,
-    num_stages: int,
-    num_layers: int,
+    stage_layers: Sequence[int],
     limit_bytes: int,
     reserved_bytes: Sequence[int] = (),
 ) -> PipelineMemory:
@@ -164,16 +175,16 @@ def pipeline_memory(
     Args:
         chunks: of the pipeline.
         costs: what they keep.
-        num_stages: pipeline-parallel size.
-        num_layers: of the whole model.
+        stage_layers: layers of each stage.
         limit_bytes: of one GPU, states and messages included.
         reserved_bytes: of each stage, for buffers of messages; empty for nothing.
     """
-    layers = num_layers // num_stages
+    num_stages = len(stage_layers)
     kept = [
         [costs.activation_bytes(c, layers, is_last=stage == num_stages - 1) for c in chunks]
-        for stage in range(num_stages)
+        for stage, layers in enumerate(stage_layers)
     ]
+    gradients = [[costs.gradient_bytes(c, layers) for c in chunks] for layers in stage_layers]
     plain, recomputing = (
         np.array(
             [
@@ -187,16 +198,16 @@ def pipeline_memory(
         )
         for recomputes in (False, True)
     )
-    states = [costs.state_bytes(stage, num_stages, layers) for stage in range(num_stages)]
+    states = [costs.state_bytes(stage, num_stages, layers) for stage, layers in enumerate(stage_layers)]
     messages = np.array(reserved_bytes or [0] * num_stages, dtype=np.int64)
     return PipelineMemory(
         groups=tuple(sequence_groups(chunks)),
         kept=np.array(kept, dtype=np.int64),
         saved=np.array([costs.saved_bytes(chunk) for chunk in chunks], dtype=np.int64),
-        gradients=np.array([costs.gradient_bytes(chunk, layers) for chunk in chunks], dtype=np.int64),
+        gradients=np.array(gradients, dtype=np.int64),
         plain=plain,
         recomputing=recomputing,
         messages=messages,
         available=limit_bytes - np.array(states, dtype=np.int64) - messages,
-        max_layers=layers,
+        layers=tuple(stage_layers),
     )

@@ -68,6 +68,37 @@ def plan_batch(
         ValueError: lengths that are none, or no candidate fits; the message says what lacks and what to
             change.
     """
+    return best_plan(*_chunkings(lengths, job, slice_counts), job)
+
+
+def estimate_batch(
+    lengths: Sequence[int], job: ElasticJob, *, slice_counts: Sequence[int] = SLICE_COUNTS
+) -> float:
+    """Milliseconds that a batch is estimated to take, as the search ranks what it then solves.
+
+    Nothing is solved against a clock, so that every rank finds the same.
+
+    Args:
+        lengths: tokens of every sequence.
+        job: what it is planned for.
+        slice_counts: see :func:`plan_batch`.
+
+    Raises:
+        ValueError: see :func:`plan_batch`; buffers of messages are not counted.
+    """
+    chunkings, reasons = _chunkings(lengths, job, slice_counts)
+    failures: list[tuple[int, str]] = []
+    for part in by_size(chunkings):
+        found = _candidates(part, failures, job)
+        if found:
+            return min(candidate.estimate_ms for candidate in found)
+    raise ValueError(_why_none(failures, reasons))
+
+
+def _chunkings(
+    lengths: Sequence[int], job: ElasticJob, slice_counts: Sequence[int]
+) -> tuple[Chunkings, list[str]]:
+    """Chunks to choose from, by label, and why others are impossible."""
     lengths = check_lengths(lengths)
     if not slice_counts or min(slice_counts) < 1:
         raise ValueError("at least one number of slices must be tried, and none below 1")
@@ -78,7 +109,7 @@ def plan_batch(
     chunkings, reasons = chunk_batch(lengths, job, mesh, slice_counts)
     if 1 in slice_counts and max(lengths) <= job.chunk_capacity():
         chunkings["packed to the longest"] = pack_to_length(lengths, max(lengths))
-    return best_plan(chunkings, reasons, job)
+    return chunkings, reasons
 
 
 def chunk_batch(
@@ -117,16 +148,25 @@ def best_plan(chunkings: Chunkings, reasons: Sequence[str], job: ElasticJob) -> 
     """
     failures: list[tuple[int, str]] = []
     for part in by_size(chunkings):
-        candidates = []
-        for label, chunks in part.items():
-            try:
-                candidates.append(_estimate(label, order_chunks(chunks, job.costs), job))
-            except OutOfMemory as error:
-                failures.append((error.missing_bytes, f"{label}: {error}"))
-        found = _fastest(candidates, failures, job)
+        found = _fastest(_candidates(part, failures, job), failures, job)
         if found is not None:
             return found
-    raise ValueError(f"no plan fits; with {min(failures)[1] if failures else reasons[-1]}")
+    raise ValueError(_why_none(failures, reasons))
+
+
+def _candidates(chunkings: Chunkings, failures: list[tuple[int, str]], job: ElasticJob) -> list[Candidate]:
+    """Those that fit without messages; ``failures`` gets what the others lack."""
+    found = []
+    for label, chunks in chunkings.items():
+        try:
+            found.append(_estimate(label, order_chunks(chunks, job.costs), job))
+        except OutOfMemory as error:
+            failures.append((error.missing_bytes, f"{label}: {error}"))
+    return found
+
+
+def _why_none(failures: Sequence[tuple[int, str]], reasons: Sequence[str]) -> str:
+    return f"no plan fits; with {min(failures)[1] if failures else reasons[-1]}"
 
 
 def _fastest(
@@ -185,16 +225,20 @@ def group_for(chunks: Sequence[Chunk], job: ElasticJob) -> tuple[tuple[int, ...]
     return group_sequences(
         chunks,
         job.costs,
-        num_stages=job.num_stages,
-        num_layers=job.num_layers,
+        stage_layers=job.layers_by_stage,
         limit_bytes=job.memory_limit_bytes,
         reserved_bytes=job.reserved_bytes,
     )
 
 
+def nothing_checkpointed(chunks: tuple[Chunk, ...], pipelines: Sequence[int], job: ElasticJob) -> Recipe:
+    """The recipe of ordered chunks of which nothing is computed twice."""
+    return Recipe(chunks, tuple(pipelines), ((0,) * len(chunks),) * job.num_stages, job.stage_layers)
+
+
 def _estimate(label: str, chunks: tuple[Chunk, ...], job: ElasticJob) -> Candidate:
     pipelines, delay_ms = group_for(chunks, job)
-    unchecked = Recipe(chunks, pipelines, ((0,) * len(chunks),) * job.num_stages)
+    unchecked = nothing_checkpointed(chunks, pipelines, job)
     costs = costs_of_recipe(unchecked, job.num_layers, job.costs)
     unchecked_ms = simulate(elastic_plan(unchecked, job.num_layers), costs).timeline.makespan_ms
     return Candidate(label, chunks, pipelines, unchecked_ms + delay_ms)
@@ -225,7 +269,7 @@ def checkpoint_pipelines(
     decide: Callable[[PipelineMemory, Sequence[Chunk]], Checkpointing],
 ) -> tuple[Recipe, float]:
     """The recipe of ordered chunks whose layers ``decide`` checkpoints, and the seconds that it solved."""
-    recipe = Recipe(chunks, tuple(pipelines), ((0,) * len(chunks),) * job.num_stages)
+    recipe = nothing_checkpointed(chunks, pipelines, job)
     rows: list[list[int]] = [[] for _ in range(job.num_stages)]
     seconds = 0.0
     for members in recipe.ranges:
@@ -233,8 +277,7 @@ def checkpoint_pipelines(
         memory = pipeline_memory(
             part,
             job.costs,
-            num_stages=job.num_stages,
-            num_layers=job.num_layers,
+            stage_layers=job.layers_by_stage,
             limit_bytes=job.memory_limit_bytes,
             reserved_bytes=job.reserved_bytes,
         )

@@ -2,7 +2,8 @@
 
 What one chunk recomputes on one stage delays everyone once. Chunks whose backwards run at the same time on
 different stages, a diagonal of the backward wavefront, therefore share their number of checkpointed layers:
-``ckpt(q, k) = C[f2b(k) + d_p - q]``, n + d_p - 1 integers instead of n d_p.
+``ckpt(q, k) = C[f2b(k) + d_p - q]``, n + d_p - 1 integers instead of n d_p. Of stages with different numbers
+of layers they share the part of them.
 """
 
 from __future__ import annotations
@@ -109,7 +110,10 @@ def solve_checkpointing(
         memory.max_layers,
     )
     solution = program.solve(gap, time_limit_s)
-    counts = tuple(tuple(int(solution[v]) for v in memory.diagonals(stage)) for stage in range(p))
+    shared = solution.astype(np.int64)
+    counts = tuple(
+        tuple(memory.checkpointed(stage, shared[memory.diagonals(stage)]).tolist()) for stage in range(p)
+    )
     return Checkpointing(counts, time.perf_counter() - started)
 
 
@@ -188,11 +192,12 @@ def _constraints(memory: PipelineMemory, stage: int) -> tuple[csr_array, Vector]
     needed = np.flatnonzero(room < 0)
     columns, values, scales, ends = [], [], [], [0]
     where = memory.diagonals(stage)
+    saved = memory.saved * (memory.layers[stage] / memory.max_layers)
     for row in needed:
         members = _members(memory, rows, int(row))
         columns.append(where[members])
-        scales.append(memory.saved[members].max())
-        values.append(-memory.saved[members] / scales[-1])
+        scales.append(saved[members].max())
+        values.append(-saved[members] / scales[-1])
         ends.append(ends[-1] + len(members))
     shape = (len(needed), memory.num_chunks + memory.num_stages - 1)
     if not len(needed):
@@ -212,6 +217,8 @@ def _members(memory: PipelineMemory, rows: StageRows, row: int) -> Array:
 def uniform_checkpointing(memory: PipelineMemory) -> Checkpointing:
     """The least number of layers that fits if all chunks and stages have the same (static checkpointing).
 
+    A stage that has fewer checkpoints them all.
+
     Raises:
         OutOfMemory: all layers are not enough.
     """
@@ -219,11 +226,11 @@ def uniform_checkpointing(memory: PipelineMemory) -> Checkpointing:
         fits = True
         for stage in range(memory.num_stages):
             rows = memory.rows(stage)
-            held = memory.held(rows, memory.kept[stage] - count * memory.saved)
+            held = memory.held(rows, memory.kept[stage] - min(count, memory.layers[stage]) * memory.saved)
             held += rows.recomputing if count else rows.plain
             fits = fits and bool((held <= memory.available[stage]).all())
         if fits:
-            return Checkpointing(((count,) * memory.num_chunks,) * memory.num_stages)
+            return Checkpointing(tuple((min(count, own),) * memory.num_chunks for own in memory.layers))
     shortage = memory.shortage()
     assert shortage is not None
     raise OutOfMemory(*shortage, memory)

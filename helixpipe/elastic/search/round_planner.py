@@ -75,6 +75,7 @@ def plan_rounds(
             message says what lacks and what to change.
     """
     lengths = check_lengths(lengths)
+    job.require_even_stages()
     most = most_rounds(lengths)
     counts: Sequence[int] = [*(count for count in round_counts if count < most), most]
     if job.attention_range is not None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import forward_step
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
@@ -16,6 +17,7 @@ from helixpipe.layers.segmented_gpt import SegmentedGPTModel
 from helixpipe.megatron_adapter.elastic_batch import ElasticBatch
 from helixpipe.megatron_adapter.forward_step import IterationInput, IterationResult
 from helixpipe.plan import Plan
+from helixpipe.plan.stage_layers import layers_of_stages
 from helixpipe.runtime.context_lending import ContextLending
 from helixpipe.runtime.executor import Tensors
 from helixpipe.runtime.lending import WeightLending
@@ -146,16 +148,19 @@ def check_plan(plan: Plan, batch: ElasticBatch, stage: ElasticGPTModel) -> None:
             f"the batch was planned for {plan.num_ranks} stages, the job has "
             f"{config.pipeline_model_parallel_size}; plan it with the job's pipeline-parallel size"
         )
-    planned = plan.parameters.get("num_layers")
-    if planned != config.num_layers or len(stage.decoder.layers) * plan.num_ranks != config.num_layers:
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    planned = layers_of_stages(plan)
+    found = [layer.layer_number for layer in stage.decoder.layers]
+    if planned[-1].stop != config.num_layers or [number + 1 for number in planned[rank]] != found:
+        counts = ", ".join(str(len(own)) for own in planned)
         raise ValueError(
-            f"the batch was planned for {planned} layers over {plan.num_ranks} equal stages; this stage has "
-            f"{len(stage.decoder.layers)} of {config.num_layers}"
+            f"the batch was planned for {planned[-1].stop} layers over {plan.num_ranks} stages of {counts}; "
+            f"this stage has layers {', '.join(map(str, found))}"
         )
     assert isinstance(batch.recipe, Recipe)
-    most = max(max(row) for row in batch.recipe.checkpointed)
-    if most > len(stage.decoder.layers):
-        raise ValueError(f"the plan checkpoints {most} layers of a stage of {len(stage.decoder.layers)}")
+    most = max(batch.recipe.checkpointed[rank])
+    if most > len(found):
+        raise ValueError(f"the plan checkpoints {most} layers of a stage of {len(found)}")
     check_positions(batch, stage)
 
 

@@ -101,7 +101,7 @@ SCHEDULES: dict[str, Schedule] = {
         recomputes_by_default=True,
         repeats_sequences=True,
     ),
-    "elastic": Schedule(per_batch.plan, Execution.CHUNKS),
+    "elastic": Schedule(per_batch.plan, Execution.CHUNKS, frozenset({"stage_layers"})),
     "elastic-helix": Schedule(per_batch.plan, Execution.ROUNDS, recomputes_by_default=True),
 }
 

@@ -15,7 +15,10 @@ from helixpipe.plan.schedules.helix import DEFAULT_ATTENTION_RANGE
 from helixpipe.plan.schedules.request import ATTENTION_RANGES
 from helixpipe.refusals import refuse
 from megatron.pretrain.settings.recomputation import job_levels
+from megatron.pretrain.settings.stages import stage_layers_of
 
+# In the place of a schedule's name: the family of plans is chosen by the data.
+ELASTIC_AUTO = "elastic-auto"
 _ONLY_ELASTIC = ("elastic_costs", "max_seq_length")
 
 
@@ -44,16 +47,10 @@ def derive_elastic(args: argparse.Namespace) -> None:
     args.elastic_job = None
     if SCHEDULES[args.pipeline_schedule].plans_ahead:
         given = {flag_of(name): getattr(args, name) is not None for name in _ONLY_ELASTIC}
-        refuse(given, "{} is for --pipeline-schedule elastic and elastic-helix; leave it out")
+        refuse(given, "{} is for --pipeline-schedule elastic, elastic-helix and elastic-auto; leave it out")
         return
     _refuse(args)
-    if args.elastic_costs is None or args.memory_limit_gib is None:
-        raise ValueError(
-            f"--pipeline-schedule {args.pipeline_schedule} needs --elastic-costs FILE, as python -m "
-            "helixpipe elastic-costs writes it, and --memory-limit-gib N, of one GPU"
-        )
-    if args.max_seq_length is None:
-        args.max_seq_length = args.seq_length
+    open_job = open_elastic_job(args, () if _cuts_layers(args) else stage_layers_of(args) or ())
     if args.position_embedding_type == "learned_absolute" and (
         args.max_seq_length > args.max_position_embeddings
     ):
@@ -63,10 +60,31 @@ def derive_elastic(args: argparse.Namespace) -> None:
         )
     # Chunks differ in tokens: nothing else gives every token the same weight.
     args.calculate_per_token_loss = True
-    args.elastic_job = _job(args)
+    args.elastic_job = replace(
+        open_job,
+        schedule=args.pipeline_schedule,
+        recompute=_level(args, open_job.costs),
+        attention_range=_attention_range(args, open_job.costs),
+    )
 
 
-def _job(args: argparse.Namespace) -> ElasticJob:
+def open_elastic_job(args: argparse.Namespace, stage_layers: tuple[int, ...] = ()) -> ElasticJob:
+    """The job but for its schedule and how layers are cut; sets the longest sample.
+
+    Args:
+        args: of the job.
+        stage_layers: of each stage, where they differ.
+
+    Raises:
+        ValueError: files or limits that lack, or costs of another layout.
+    """
+    if args.elastic_costs is None or args.memory_limit_gib is None:
+        raise ValueError(
+            f"--pipeline-schedule {args.pipeline_schedule} needs --elastic-costs FILE, as python -m "
+            "helixpipe elastic-costs writes it, and --memory-limit-gib N, of one GPU"
+        )
+    if args.max_seq_length is None:
+        args.max_seq_length = args.seq_length
     costs = costs_from_json(args.elastic_costs.read_text(encoding="utf-8"))
     if costs.tensor_parallel != args.tensor_model_parallel_size:
         raise ValueError(
@@ -79,9 +97,7 @@ def _job(args: argparse.Namespace) -> ElasticJob:
         num_stages=args.pipeline_model_parallel_size,
         num_layers=args.num_layers,
         memory_limit_bytes=int(args.memory_limit_gib * 2**30),
-        schedule=args.pipeline_schedule,
-        recompute=_level(args, costs),
-        attention_range=_attention_range(args, costs),
+        stage_layers=stage_layers,
     )
 
 

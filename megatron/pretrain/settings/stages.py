@@ -27,8 +27,8 @@ def add_stage_arguments(parser: argparse.ArgumentParser) -> None:
         "--decoder-first-pipeline-num-layers",
         type=LAYERS,
         metavar="N",
-        help="1f1b, gpipe, zb-h1: layers of the first stage (default: as many as the others; helix has no "
-        "stages of layers)",
+        help="1f1b, gpipe, zb-h1, elastic: layers of the first stage (default: as many as the others; helix "
+        "has no stages of layers)",
     )
     add("--decoder-last-pipeline-num-layers", type=LAYERS, metavar="N", help="the same of the last stage")
 
