@@ -6,14 +6,13 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-from helixpipe.data.samples import ShuffledOrder
-from helixpipe.elastic.replicas import share_out
 from helixpipe.elastic.search.choice import choose_plan
 from helixpipe.plan.advise.job import memory_limit
 from helixpipe.plan.cost_model import Hardware, Recompute, costs_of_plan
 from helixpipe.plan.plan import Plan
 from helixpipe.plan.simulation.message_buffers import peak_with_buffers
 from helixpipe.plan.simulation.simulate import simulate
+from megatron.pretrain.data.elastic_batches import first_lengths
 from megatron.pretrain.data.elastic_iterators import training_dataset
 from megatron.pretrain.settings.job import JobSettings, MemorySettings, ParallelSettings
 from megatron.pretrain.settings.schedule_choice import known_machine, pieces_on
@@ -81,11 +80,14 @@ def _first_batch(settings: JobSettings) -> Iterator[str]:
     if not settings.data.dataset.prefix:
         yield f"plan: {name}, each batch has its own; with the data at hand, the first one is planned here"
         return
-    dataset = training_dataset(settings)
-    samples = ShuffledOrder(len(dataset), training.seed).samples(0, training.global_batch_size)
-    lengths = dataset.lengths[samples].tolist()
-    first, *_ = share_out(lengths, job.costs, settings.parallel.data_parallel_size)
-    own = [lengths[number] for number in first]
+    (own,) = first_lengths(
+        training_dataset(settings),
+        job.costs,
+        count=1,
+        size=training.global_batch_size,
+        seed=training.seed,
+        num_replicas=settings.parallel.data_parallel_size,
+    )
     found = choose_plan(own, job).plan
     recipe, prediction = found.recipe, found.prediction
     yield (

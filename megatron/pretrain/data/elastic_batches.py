@@ -7,17 +7,27 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
 from torch import Tensor
 
+from helixpipe.data.prefix import DatasetInfo
 from helixpipe.data.samples import ShuffledOrder
 from helixpipe.elastic import plan_evaluation
+from helixpipe.elastic.costs.chunk_costs import ChunkCosts
 from helixpipe.elastic.job import ElasticJob
 from helixpipe.elastic.replicas import share_out
 from helixpipe.elastic.service.background import BackgroundPlanner, PlannedBatch
 from helixpipe.megatron_adapter.elastic_batch import ElasticBatch
 from helixpipe.reliability.exit_codes import DataError
 from helixpipe.runtime.shared_planner import SharedPlanner
+from megatron.pretrain.data.index_cache import documents_of_part
 from megatron.pretrain.data.variable_length import VariableLengthDataset
+
+# Parts of --split.
+TRAINING, VALIDATION = 0, 1
 
 Identity = Mapping[str, int | str]
 
@@ -192,6 +202,24 @@ class EvaluationBatches(Iterator[ElasticBatch]):
         own = share_out(lengths, self.job.costs, self._num_replicas)[self._replica]
         recipe = plan_evaluation([lengths[i] for i in own], self.job)
         return ElasticBatch(recipe, *_read(self.dataset, [int(samples[i]) for i in own]))
+
+
+def documents_of(info: DatasetInfo, split: str, longest: int, part: int) -> VariableLengthDataset:
+    """The documents of one part of ``--split``, which has been checked, of at most ``longest`` tokens."""
+    bounds = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))[part]
+    return VariableLengthDataset(info, longest, documents_of_part(bounds, info.num_documents))
+
+
+def first_lengths(
+    dataset: VariableLengthDataset, costs: ChunkCosts, *, count: int, size: int, seed: int, num_replicas: int
+) -> list[list[int]]:
+    """Tokens of the sequences of the first ``count`` batches of ``size``, as the first replica has them."""
+    order, found = ShuffledOrder(len(dataset), seed), []
+    for number in range(count):
+        lengths = dataset.lengths[order.samples(number * size, size)].tolist()
+        own, *_ = share_out(lengths, costs, num_replicas)
+        found.append([lengths[i] for i in own])
+    return found
 
 
 def _read(dataset: VariableLengthDataset, samples: Sequence[int]) -> tuple[list[Tensor], list[Tensor] | None]:

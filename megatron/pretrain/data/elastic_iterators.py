@@ -5,26 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron.core import parallel_state
-from megatron.core.datasets.blended_megatron_dataset_config import (
-    convert_split_vector_to_split_matrix,
-    parse_and_normalize_split,
-)
 
 from helixpipe.elastic.service.background import PlannedBatch
 from helixpipe.megatron_adapter.elastic_batch import ElasticBatch
 from megatron.pretrain.data.elastic_batches import (
+    TRAINING,
+    VALIDATION,
     ElasticBatches,
     EvaluationBatches,
+    documents_of,
     identity_of,
     make_shared_planner,
 )
-from megatron.pretrain.data.index_cache import documents_of_part
 from megatron.pretrain.data.variable_length import VariableLengthDataset
 from megatron.pretrain.metrics import Planning
 from megatron.pretrain.settings.job import JobSettings
-
-# Parts of --split.
-_TRAINING, _VALIDATION = 0, 1
 
 
 class ElasticTraining(Iterator[ElasticBatch]):
@@ -81,7 +76,7 @@ def validation_batches(settings: JobSettings, evaluated: int) -> EvaluationBatch
         return None
     assert job is not None
     return EvaluationBatches(
-        _dataset(settings, _VALIDATION),
+        _dataset(settings, VALIDATION),
         job,
         global_batch_size=training.global_batch_size,
         consumed_samples=evaluated,
@@ -99,13 +94,10 @@ def _share(seed: int) -> dict[str, int]:
 
 def training_dataset(settings: JobSettings) -> VariableLengthDataset:
     """The documents that are trained on."""
-    return _dataset(settings, _TRAINING)
+    return _dataset(settings, TRAINING)
 
 
 def _dataset(settings: JobSettings, part: int) -> VariableLengthDataset:
-    """The documents of one part of ``--split``, which has been checked."""
-    data, longest = settings.data, settings.training.max_seq_length
+    longest = settings.training.max_seq_length
     assert longest is not None
-    bounds = convert_split_vector_to_split_matrix(parse_and_normalize_split(data.split))[part]
-    documents = documents_of_part(bounds, data.dataset.num_documents)
-    return VariableLengthDataset(data.dataset, longest, documents)
+    return documents_of(settings.data.dataset, settings.data.split, longest, part)

@@ -16,6 +16,7 @@ from helixpipe.commands.tokenizer_arguments import tokenizer_settings
 from helixpipe.data.corpus_record import checked_corpus
 from helixpipe.data.prefix import DatasetInfo, describe_prefix
 from helixpipe.data.text_tokenizers import TokenizerSettings
+from helixpipe.elastic.search.choice import SCHEDULES as FAMILIES
 from helixpipe.layers.spec import Implementation, check_implementation
 from helixpipe.plan.build import find_schedule
 from helixpipe.plan.cost_model import Recompute
@@ -27,7 +28,8 @@ from megatron.pretrain.data.gpt import check_split
 from megatron.pretrain.data.mock import describe_mock
 from megatron.pretrain.settings.context_parallel import check_shared_sequences
 from megatron.pretrain.settings.data_sources import Blend, Corpora, choose_blend, summary_of
-from megatron.pretrain.settings.elastic_job import derive_elastic
+from megatron.pretrain.settings.elastic_choice import choose_elastic
+from megatron.pretrain.settings.elastic_job import ELASTIC_AUTO, derive_elastic
 from megatron.pretrain.settings.ending import ending_of
 from megatron.pretrain.settings.experts import check_expert_ranks
 from megatron.pretrain.settings.housekeeping import housekeeping_of
@@ -132,8 +134,13 @@ def _choose_schedule(args: argparse.Namespace) -> ScheduleSettings:
         args.dataset = args.dataset or _inspect_data(args, Execution.MEGATRON)
         args.padded_vocab_size = _pad_vocabulary(args)
         plan, reason = choose_schedule(args)
+    elif args.pipeline_schedule == ELASTIC_AUTO:
+        # What goes with helix goes with 1F1B, too.
+        _check_schedule(args, find_schedule(FAMILIES[0]), is_chosen=False)
+        args.dataset = args.dataset or _inspect_data(args, Execution.CHUNKS)
+        reason = choose_elastic(args)
     entry = find_schedule(args.pipeline_schedule)
-    _check_schedule(args, entry, is_chosen=bool(reason))
+    _check_schedule(args, entry, is_chosen=plan is not None and bool(reason))
     derive_elastic(args)
     _check_recompute(args)
     is_open = args.attention_range == AUTO

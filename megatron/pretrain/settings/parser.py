@@ -13,7 +13,7 @@ from helixpipe.layers.attention.choice import AUTO as AUTO_BACKEND
 from helixpipe.layers.attention.choice import BACKENDS, FAMILIES, UNFUSED
 from helixpipe.plan.schedules.request import ATTENTION_RANGES, HEAD_PLACEMENTS, ROUND_ORDERS
 from megatron.pretrain.settings.data_sources import DEFAULT_SPLIT
-from megatron.pretrain.settings.elastic_job import add_elastic_arguments
+from megatron.pretrain.settings.elastic_job import ELASTIC_AUTO, add_elastic_arguments
 from megatron.pretrain.settings.ending import add_ending_arguments
 from megatron.pretrain.settings.experts import add_expert_arguments
 from megatron.pretrain.settings.housekeeping import add_housekeeping_arguments
@@ -56,9 +56,9 @@ def _add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("schedule").add_argument
     add(
         "--pipeline-schedule",
-        metavar="{" + ",".join((AUTO, *executable_schedules())) + "}",
+        metavar="{" + ",".join((AUTO, *executable_schedules(), ELASTIC_AUTO)) + "}",
         help=f"default {DEFAULT_SCHEDULE}; auto: the fastest that fits, as python -m helixpipe advise "
-        "predicts",
+        "predicts; elastic-auto: the faster one of elastic and elastic-helix, by the first batches",
     )
     add(
         "--plan",
