@@ -54,6 +54,14 @@ class BiasedExpertOutput(RowParallelLinear):
         set_tensor_model_parallel_attributes(self.bias, True, 0, 1)
 
 
+def has_experts(config: TransformerConfig, layer: int) -> bool:
+    """Whether a layer, from 0, of the whole model has a mixture of experts; the others have a dense MLP."""
+    if config.num_moe_experts is None:
+        return False
+    frequency = config.moe_layer_freq
+    return layer % frequency == 0 if isinstance(frequency, int) else bool(frequency[layer])
+
+
 def add_biases(layer: ModuleSpec) -> None:
     """Let experts of Megatron's own linear layers have biases."""
     experts = submodules_of(layer.submodules.mlp).experts
@@ -106,7 +114,6 @@ def unsupported_experts(config: TransformerConfig) -> dict[str, bool]:
         "context parallelism, whose ranks route their own tokens, where these depend on others": (
             config.context_parallel_size > 1 and coupling_of_tokens(config) is not None
         ),
-        "experts in some layers only": config.num_moe_experts is not None and config.moe_layer_freq != 1,
         "load balancing over a whole batch, which depends on the order of micro batches": "global_aux_loss"
         in types,
         "shared experts beside communication": config.moe_shared_expert_overlap,

@@ -57,10 +57,17 @@ class SegmentedDecoder(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[()] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Megatron's checkpoint names: layers are stacked along a first axis of length L, or numbered."""
+        """Megatron's checkpoint names: layers are stacked along a first axis of length L, or numbered.
+
+        As in Megatron they are numbered where some have experts and others have not.
+        """
         assert not sharded_offsets
         asked = metadata or {}
-        numbered = bool(asked.get("non_homogeneous_layers") or asked.get("singleton_local_shards"))
+        numbered = bool(
+            self.config.moe_layer_freq != 1
+            or asked.get("non_homogeneous_layers")
+            or asked.get("singleton_local_shards")
+        )
         state: dict[str, Any] = {}
         layers: dict[str, Any] = dict(self.layers.items())
         for number, layer in layers.items():

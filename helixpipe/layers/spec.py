@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from helixpipe.layers.attention.choice import AUTO, UNFUSED
 from helixpipe.layers.attention.core import FlashCoreAttention
-from helixpipe.layers.experts import add_biases, prepare_routers
+from helixpipe.layers.experts import add_biases, has_experts, prepare_routers
 from helixpipe.layers.norm import TorchNorm
 from helixpipe.layers.optional_packages import TRANSFORMER_ENGINE as ENGINE_PACKAGE
 from helixpipe.layers.optional_packages import why_not_usable
@@ -90,16 +90,17 @@ def layer_spec(
     """The spec of one whole transformer layer.
 
     Args:
-        config: decides the norm, query-key norm, and whether our core attention can do what is asked for.
+        config: decides the norm, query-key norm, which layers have experts, and whether our core
+            attention can do what is asked for.
         implementation: whose modules, and which attention.
         saving: what layers do to keep less for the backward pass.
-        layer: its number in the whole model, from 0: each may keep something else.
+        layer: its number in the whole model, from 0: each may have, or keep, something else.
 
     Raises:
         ValueError: Transformer Engine where it cannot be used, or an attention backend that cannot do what
             the configuration asks for.
     """
-    spec = _megatrons_spec(config, implementation)
+    spec = _megatrons_spec(config, implementation, has_experts(config, layer))
     if variants_of(config).sandwich_norm:
         add_sandwich_norms(spec)
     if holds_scores(config, implementation):
@@ -115,15 +116,16 @@ def layer_spec(
     return spec
 
 
-def _megatrons_spec(config: TransformerConfig, implementation: Implementation) -> ModuleSpec:
-    if config.num_moe_experts is not None:
+def _megatrons_spec(config: TransformerConfig, implementation: Implementation, is_moe: bool) -> ModuleSpec:
+    num_experts = config.num_moe_experts if is_moe else None
+    if is_moe:
         prepare_routers()
     if implementation.modules == TRANSFORMER_ENGINE.modules:
         check_implementation(implementation)
         check_local(config)
         return get_gpt_layer_with_transformer_engine_spec(
-            num_experts=config.num_moe_experts,
-            moe_grouped_gemm=config.moe_grouped_gemm,
+            num_experts=num_experts,
+            moe_grouped_gemm=is_moe and config.moe_grouped_gemm,
             qk_layernorm=config.qk_layernorm,
         )
     if config.moe_grouped_gemm:
@@ -132,12 +134,12 @@ def _megatrons_spec(config: TransformerConfig, implementation: Implementation) -
             "it out, or use --transformer-impl transformer_engine"
         )
     spec = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts,
+        num_experts=num_experts,
         qk_layernorm=config.qk_layernorm,
         normalization=config.normalization,
     )
     layer = spec.submodules
-    if config.num_moe_experts is not None:
+    if is_moe:
         # A checkpoint has norm2 under its own name, as Transformer Engine's modules have it before experts.
         del layer.sharded_state_dict_keys_map["pre_mlp_layernorm."]
         if config.add_bias_linear:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from helixpipe.plan.layer_patterns import find_pattern
+
 _WINDOW = re.compile(r"\(?([0-9]{1,9}), ?0\)?", re.ASCII)
 _PERIOD = re.compile(r"[0-9]{1,4}", re.ASCII)
-_PATTERN = re.compile(r"\[[01](, ?[01])*\]", re.ASCII)
 
 # Every how many layers one sees all tokens before it; or for each layer, 1 for a window.
 SkipFrequency = int | tuple[int, ...]
@@ -26,19 +27,20 @@ def parse_window(text: str) -> tuple[int, int]:
 
 
 def parse_skip_frequency(text: str) -> SkipFrequency:
-    """``6`` or ``[1,1,0]`` of ``--window-attn-skip-freq`` and ``--no-rope-freq``.
+    """``6``, ``[1,1,0]`` or ``([1]*5+[0])*4`` of ``--window-attn-skip-freq`` and ``--no-rope-freq``.
 
     Raises:
         ValueError: anything else.
     """
     if _PERIOD.fullmatch(text) and int(text) > 1:
         return int(text)
-    if not _PATTERN.fullmatch(text):
+    found = find_pattern(text)
+    if found is None:
         raise ValueError(
             f"{text[:40]!r} says not which layers; give a period of 2 or more, like 6, or 1 or "
             "0 for each layer, like [1,1,0]"
         )
-    return tuple(int(digit) for digit in re.findall("[01]", text))
+    return found
 
 
 def kinds_of_windows(windows: Sequence[int]) -> list[str]:

@@ -154,6 +154,7 @@ def _of_experts(experts: ExpertSettings) -> dict[str, Any]:
         return {}
     return {
         "num_moe_experts": experts.num_experts,
+        "moe_layer_freq": _listed(experts.moe_layer_freq),
         "moe_ffn_hidden_size": experts.moe_ffn_hidden_size,
         "moe_shared_expert_intermediate_size": experts.moe_shared_expert_intermediate_size,
         "moe_router_topk": experts.moe_router_topk,

@@ -17,7 +17,7 @@ from megatron.pretrain.settings.job import JobSettings
 
 
 class RouterLosses(NamedTuple):
-    """Means over layers and micro batches, without their weights; None where there is no such loss.
+    """Means over micro batches and layers with experts, without weights; None where there is no such loss.
 
     Attributes:
         load_balancing: 1 if all experts of a layer get as many tokens, and more the less evenly they do.
@@ -41,8 +41,9 @@ def take_router_losses(settings: JobSettings) -> RouterLosses:
         sums[int(name == "z_loss")] += logged["values"].sum() / shared
     clear_aux_losses_tracker()
     dist.all_reduce(sums)
+    model = settings.workload.model
     count = (
-        settings.model.num_layers
+        sum(map(model.has_experts, range(model.num_layers)))
         * settings.training.num_microbatches
         * parallel_state.get_data_parallel_world_size()
     )

@@ -284,7 +284,7 @@ def test_recomputation_without_attention_is_refused():
     [
         ({"recompute_granularity": "full"}, "the plan decides which layers"),
         ({"context_parallel_size": 2}, "context parallelism"),
-        ({"num_moe_experts": 2, "moe_layer_freq": 2}, "of experts|experts in some"),
+        ({"num_moe_experts": 2, "moe_latent_size": 8}, "latent experts"),
         ({"multi_latent_attention": True}, "multi-latent"),
     ],
     ids=lambda value: str(value),

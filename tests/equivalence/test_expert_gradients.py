@@ -25,6 +25,8 @@ SIGMOID = (
     ("moe_router_topk", 3),
     ("moe_router_topk_scaling_factor", 2.0),
 )
+# Ranks of helix with two or four stages have experts in all of their layers or in none.
+SOME_LAYERS = (("moe_layer_freq", (0, 1, 0, 1)),)
 EVERY_TOKENS = (("moe_shared_expert_intermediate_size", 48),)
 SHORT = Case(pp=2, experts=4, style="llama")
 SHARED = Case(pp=2, tp=2, sequence_parallel=True, experts=4, style="llama")
@@ -96,7 +98,8 @@ def check(cases: list[Case]) -> None:
 
 
 def test_experts_learn_what_they_do_under_megatron():
-    check([*whole_sequences(SHORT)[:2], parts_of_sequences(SHORT)[0], replace(BIASED, levels="products")])
+    cases = [*whole_sequences(SHORT)[:2], parts_of_sequences(SHORT)[0], replace(BIASED, levels="products")]
+    check([*cases, replace(SHORT, attention_range="block", levels="products", router=SOME_LAYERS)])
 
 
 @pytest.mark.slow
@@ -104,6 +107,20 @@ def test_experts_learn_what_they_do_under_megatron():
 def test_experts_learn_so_under_every_schedule(layout):
     check(whole_sequences(layout))
     check(parts_of_sequences(layout))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frequency", [None, 3], ids=("second", "third"))
+@pytest.mark.parametrize("layout", [SHORT, replace(SHORT, pp=4), SHARED, PAIRS], ids=str)
+def test_experts_in_some_layers_learn_so_under_every_schedule(layout, frequency):
+    """In every second layer, beginning with the second, or in every third, beginning with the first."""
+
+    def some(case: Case) -> Case:
+        layers = frequency or (0, 1) * (case.num_layers // 2)
+        return replace(case, router=(*case.router, ("moe_layer_freq", layers)))
+
+    check(list(map(some, whole_sequences(layout))))
+    check(list(map(some, parts_of_sequences(layout))))
 
 
 @pytest.mark.slow

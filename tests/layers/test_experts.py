@@ -7,7 +7,9 @@ from unittest import mock
 import pytest
 import torch
 from kept import Kept
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 from models import Case, forget_router_losses
@@ -16,6 +18,7 @@ from stages import configured, gpt_stage
 
 from helixpipe.layers.experts import check_parts, check_saving, coupling_of_tokens, unsupported_experts
 from helixpipe.layers.slices import is_sliced
+from helixpipe.layers.spec import LOCAL, layer_spec
 from helixpipe.plan.cost_model import Recompute
 
 CASE = Case(pp=1, experts=4, style="llama", num_layers=1, seq_length=64)
@@ -81,6 +84,18 @@ def test_what_is_about_a_whole_micro_batch_is_not_computed_by_parts(values, name
         check_parts(config, "a slice")
 
 
+@pytest.mark.parametrize("frequency", [1, 2, 3, 5, [0, 1, 1, 0]], ids=str)
+def test_the_same_layers_have_experts_as_in_megatron(frequency):
+    config = configured(Case(pp=1, experts=4, style="llama"), moe_layer_freq=frequency)
+    theirs = get_gpt_decoder_layer_specs(config, use_transformer_engine=False, normalization="RMSNorm")
+    ours = [layer_spec(config, LOCAL, layer=layer) for layer in range(4)]
+    found, expected = ([spec.submodules.mlp.module for spec in specs] for specs in (ours, theirs))
+    assert found == expected
+    # A dense layer's norm has another name in checkpoints than one before experts.
+    is_mapped = ["pre_mlp_layernorm." in spec.submodules.sharded_state_dict_keys_map for spec in ours]
+    assert is_mapped == [module is MLP for module in expected]
+
+
 def test_a_dense_model_couples_no_tokens():
     assert coupling_of_tokens(configured(Case(pp=1))) is None
     assert not any(unsupported_experts(configured(Case(pp=1))).values())
@@ -91,7 +106,6 @@ def test_a_dense_model_couples_no_tokens():
     [
         ({"add_bias_linear": True, "expert_tensor_parallel_size": 2}, "biases of experts that ranks share"),
         ({"context_parallel_size": 2}, "context parallelism, whose ranks route their own tokens"),
-        ({"moe_layer_freq": [1, 0]}, "experts in some layers only"),
         (
             {"moe_router_load_balancing_type": ["aux_loss", "global_aux_loss"]},
             "load balancing over a whole batch",

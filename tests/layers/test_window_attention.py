@@ -193,10 +193,11 @@ def test_layers_over_slices_have_megatrons_windows(layer):
 def test_options_and_scripts_name_the_same_windows(tmp_path):
     assert (parse_window("4095,0"), parse_window("(7, 0)")) == ((4095, 0), (7, 0))
     assert (parse_skip_frequency("6"), parse_skip_frequency("[1,0]")) == (6, (1, 0))
+    assert parse_skip_frequency("([1]*2+[0])*2") == (1, 1, 0, 1, 1, 0)
     for wrong in ("4095", "7,1", "-1,0", "1,2,3", ""):
         with pytest.raises(ValueError, match="is no window"):
             parse_window(wrong)
-    for wrong in ("1", "0", "[2]", "[1]*3", "[]", "x"):
+    for wrong in ("1", "0", "[2]", "[1]*0", "[]", "x"):
         with pytest.raises(ValueError, match="says not which layers"):
             parse_skip_frequency(wrong)
     assert windows_of_layers((7, 0), 3, 6) == (8, 8, 0, 8, 8, 0)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from helixpipe.plan.cost_model import MODELS, read_model
 from helixpipe.plan.cost_model.hugging_face import FAMILIES, NO_SIZE, UNDERSTOOD
-from helixpipe.plan.cost_model.script import NEUTRAL, SIZES, SWITCHES, WINDOWS
+from helixpipe.plan.cost_model.script import NEUTRAL, PATTERNS, SIZES, SWITCHES
 from megatron.pretrain.settings.parser import build_parser
 
 LLAMA = {
@@ -170,7 +170,7 @@ def test_configs_that_are_refused(refused, config, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (f"{SCRIPT} --moe-layer-freq 2", "--moe-layer-freq is not understood"),
+        (f"{SCRIPT} --num-experts 4 --moe-layer-freq 0,1", "'0,1' says not which layers have experts"),
         (f"{SCRIPT} --fp8-format hybrid", "--fp8-format is not understood"),
         (f"{SCRIPT} --multi-latent-attention", "--multi-latent-attention is not understood"),
         (f"{SCRIPT} --pipeline-model-parallel-layout Et|tL", "--pipeline-model-parallel-layout"),
@@ -188,7 +188,7 @@ def test_configs_that_are_refused(refused, config, message):
         (SCRIPT.replace("4096", "big"), "hidden_size must be a whole number above 0, found 'big'"),
         (f"{SCRIPT} 'open", "is no shell script (No closing quotation)"),
         ("--num-layers 4 --vocab-size 9", "hidden_size is missing"),
-        ("./train --hidden-size 8 --moe-layer-freq 2", "--moe-layer-freq is not understood"),
+        ("./train --hidden-size 8 --moe-latent-size 2", "--moe-latent-size is not understood"),
         ("", "add --vocab-size N"),
         ("[" * 100000, "add --vocab-size N"),
         (f"# {SCRIPT}", "add --vocab-size N"),
@@ -222,7 +222,7 @@ def test_whatever_is_not_known_is_refused_by_name(tmp_path_factory, key, value):
         with pytest.raises(ValueError, match=f"'{key}' is not understood"):
             read_model(str(path))
     flag = key.replace("_", "-")
-    if flag not in SIZES | SWITCHES | NEUTRAL | WINDOWS:
+    if flag not in SIZES | SWITCHES | NEUTRAL | PATTERNS:
         path.write_text(f"{SCRIPT} --{flag}")
         with pytest.raises(ValueError, match=f"--{flag} is not understood"):
             read_model(str(path))
@@ -231,7 +231,7 @@ def test_whatever_is_not_known_is_refused_by_name(tmp_path_factory, key, value):
 def test_training_has_no_option_that_model_files_do_not_know():
     """A new option of pretrain_gpt.py is put into one of the tables of script.py, on purpose."""
     flags = {flag[2:] for a in build_parser()._actions for flag in a.option_strings if flag.startswith("--")}
-    assert sorted(flags - {"help"} - SIZES - SWITCHES - NEUTRAL - WINDOWS) == []
+    assert sorted(flags - {"help"} - SIZES - SWITCHES - NEUTRAL - PATTERNS) == []
     assert not (SIZES | SWITCHES) & NEUTRAL
     assert not set(UNDERSTOOD) & set(NO_SIZE)
     assert all(family.architecture.endswith(("ForCausalLM", "LMHeadModel")) for family in FAMILIES.values())

@@ -4,6 +4,7 @@ import pytest
 from job_settings import DATASET, job_settings
 
 from helixpipe.plan.cost_model.hugging_face import from_hugging_face
+from helixpipe.plan.layer_patterns import parse_expert_frequency
 from megatron.pretrain.hf.config import ModelConfig
 from megatron.pretrain.hf.families import command_line, describe_model
 from megatron.pretrain.model import build_config
@@ -59,7 +60,13 @@ EXPERTS = "--num-experts 8 --disable-bias-linear"
             "--recompute-granularity selective --recompute-modules moe",
             "--recompute-modules moe finds none in a model without --num-experts; use mlp",
         ),
-        ("--moe-layer-freq 2", "--moe-layer-freq 2: this of experts is not built"),
+        ("--moe-layer-freq 2", "--moe-layer-freq needs --num-experts; add it"),
+        (f"{EXPERTS} --moe-layer-freq [1,0]", "--moe-layer-freq has 2 layers, and --num-layers is 4"),
+        (f"{EXPERTS} --moe-layer-freq [0]*4", "leaves no layer with experts; leave --num-experts out"),
+        (
+            f"{EXPERTS} --moe-layer-freq 2 --pipeline-schedule elastic",
+            "--moe-layer-freq does not go with elastic, which plans for layers that are all alike",
+        ),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options, message):
@@ -178,6 +185,13 @@ CONFIG = {
         {"model_type": "qwen3_moe", "num_experts": 16, "moe_intermediate_size": 24, "norm_topk_prob": True},
         {"model_type": "qwen3_moe", "num_local_experts": 16, "moe_intermediate_size": 24},
         {
+            "model_type": "qwen3_moe",
+            "num_experts": 16,
+            "moe_intermediate_size": 24,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [3],
+        },
+        {
             "model_type": "gpt_oss",
             "num_local_experts": 8,
             "sliding_window": 9,
@@ -197,12 +211,13 @@ def test_what_is_planned_is_what_is_trained(fields):
     assert trained.experts == planned.experts
     assert trained.experts.active == 2
     assert trained.forward_flops(32) == planned.forward_flops(32)
+    assert trained.layer_kinds == planned.layer_kinds
     assert [trained.expert_parameters(i) for i in range(4)] == [
         planned.expert_parameters(i) for i in range(4)
     ]
-    # Of all experts' products, those of two.
+    # Of all experts' products, those of two; each of these models has experts in its second layer.
     width, count = trained.experts.ffn_hidden_size, trained.experts.count
-    assert trained.expert_parameters(0) == count * 3 * 64 * width
+    assert trained.expert_parameters(1) == count * 3 * 64 * width
     assert trained.mlp_width == 2 * width
 
 
@@ -212,6 +227,38 @@ def test_experts_of_every_token_are_counted():
     assert shared.dense_parameters(0) == 2 * 64 * 40
     assert shared.parameters - without.parameters == 4 * 2 * 64 * 40
     assert shared.only_planned == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        ("1", 1), ("[1,1,1,1]", 1), ("2", (1, 0, 1, 0)), ("[0,1,1,0]", (0, 1, 1, 0)),
+        ("([0]*3+[1]*1)", (0, 0, 0, 1)), ("([0]+[1])*2", (0, 1, 0, 1)), ("5", (1, 0, 0, 0)),
+    ],
+)  # fmt: skip
+def test_layers_have_experts_as_megatrons_option_says(text, pattern):
+    settings = job_settings(f"{EXPERTS} --moe-layer-freq {text}")
+    assert settings.experts.moe_layer_freq == settings.options["moe_layer_freq"] == pattern
+    model = settings.workload.model
+    found = [model.has_experts(layer) for layer in range(4)]
+    assert found == [bool(has) for has in ((1,) * 4 if pattern == 1 else pattern)]
+    assert build_config(settings).moe_layer_freq == (1 if pattern == 1 else list(pattern))
+
+
+@pytest.mark.parametrize(
+    "text", ["0", "-1", "[2,1]", "[]", "[1]*0", "[1]**2", "x", "[1,1", "[[1]]", "[1]*99999999", "[1],[0]"]
+)
+def test_other_texts_say_not_which_layers_have_experts(text):
+    with pytest.raises(ValueError, match="says not which layers have experts; give a period like 2"):
+        parse_expert_frequency(text)
+
+
+def test_layers_with_and_without_experts_have_costs_of_their_own():
+    helix = f"{EXPERTS} --moe-layer-freq [0,1,0,1] --pipeline-schedule helix"
+    names = job_settings(helix).schedule.plan.segment_names
+    assert sum("experts" in name for name in names) > 0 < sum("dense" in name for name in names)
+    alike = job_settings(f"{EXPERTS} --pipeline-schedule helix").schedule.plan.segment_names
+    assert not any("experts" in name for name in alike)
 
 
 def test_auto_chooses_no_schedule_that_parts_what_a_loss_is_about(monkeypatch):

@@ -108,8 +108,9 @@ def described(**changes):
         ({"intermediate_size": None}, "has no intermediate_size"),
         ({**MIXTRAL, "router_jitter_noise": 0.1}, "router_jitter_noise 0.1 is not supported for mixtral"),
         ({**MIXTRAL, "num_local_experts": None}, "has no num_local_experts"),
-        ({**QWEN_3_MOE, "mlp_only_layers": [0]}, r"mlp_only_layers \[0\] is not supported for qwen3_moe"),
-        ({**QWEN_3_MOE, "decoder_sparse_step": 2}, "decoder_sparse_step 2 is not supported"),
+        ({**QWEN_3_MOE, "mlp_only_layers": ["0"]}, r'mlp_only_layers \["0"\] is not supported for qwen3_moe'),
+        ({**QWEN_3_MOE, "mlp_only_layers": [0, 1, 2]}, "leaves no layer with experts; make it a qwen3"),
+        ({**QWEN_3_MOE, "decoder_sparse_step": 0}, "decoder_sparse_step 0 is not supported"),
         ({**QWEN_3_MOE, "num_experts": None}, "has no num_experts"),
         (
             {

@@ -90,6 +90,10 @@ TINY: dict[str, dict[str, Any]] = {
         "model_type": "qwen3_moe", **_SIZES, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8,
         "moe_intermediate_size": 24, "norm_topk_prob": False,
     },
+    "qwen-3-moe-sparse": {
+        "model_type": "qwen3_moe", **_SIZES, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8,
+        "moe_intermediate_size": 40, "norm_topk_prob": True, "decoder_sparse_step": 2,
+    },
     # Without a token of padding, for which transformers' embeddings have no gradient.
     "gemma": {"model_type": "gemma", **_SIZES, "head_dim": 16, "pad_token_id": None},
     "gemma-2": {
@@ -231,9 +235,12 @@ def expected_of(hf: Any, model: Model, case: Case) -> tuple[list[float], dict[st
     given = revert_weight_conversion(hf, {name: parameter.grad for name, parameter in hf.named_parameters()})
     gradients = {}
     for rule in model.rules:
-        for place in product(*map(range, rule.sizes(model.arguments["num_layers"]))):
-            layer, expert = (*place, 0, 0)[:2]
-            name = rule.ours.replace("decoder.layers.", f"decoder.layers.{layer}.")
+        for place in product(*map(range, rule.sizes(model.arguments["num_layers"]).values())):
+            numbers = place if rule.layer is None else (rule.layer, *place)
+            layer, expert = (*numbers, 0, 0)[:2]
+            name = rule.ours
+            if rule.layer is None:
+                name = name.replace("decoder.layers.", f"decoder.layers.{layer}.")
             name = name.replace("mlp.experts.experts.", f"mlp.experts.local_experts.{expert}.")
             name = name.replace("self_attention.linear_qkv.layer_norm_", "input_layernorm.")
             name = name.replace("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")

@@ -251,7 +251,8 @@ def _experts(case: Case) -> dict[str, Any]:
         "expert_tensor_parallel_size": case.tp if case.etp is None else case.etp,
         "moe_aux_loss_coeff": 0.1,
         "moe_token_dispatcher_type": "alltoall",
-        **dict(case.router),
+        # Lists cannot be hashed, as cases are.
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in case.router},
     }
 
 

@@ -256,10 +256,7 @@ def _activation(given: Mapping[str, Any]) -> Any:
 
 def _check_values(source: str, given: Mapping[str, Any]) -> None:
     """What has to have one value, because another would be another architecture."""
-    only = {
-        "moe_layer_freq": 1, "decoder_sparse_step": 1, "mlp_only_layers": [],
-        "use_bidirectional_attention": False,
-    }  # fmt: skip
+    only = {"moe_layer_freq": 1, "use_bidirectional_attention": False}
     for key, value in only.items():
         if given.get(key, value) != value:
             raise not_understood(source, f"{key!r} other than {value!r}")
@@ -273,13 +270,6 @@ def _experts(source: str, given: Mapping[str, Any], num_layers: int, family: _Fa
         return size_of(source, given, keys, default)
 
     width = size("moe_intermediate_size", "intermediate_size")
-    dense = given.get("first_k_dense_replace", 0)
-    if "n_routed_experts" in given and "first_k_dense_replace" not in given:
-        raise ValueError(f"model {source}: first_k_dense_replace is missing")
-    if type(dense) is not int or not 0 <= dense <= num_layers:
-        raise ValueError(
-            f"model {source}: first_k_dense_replace must be from 0 to {num_layers}, found {dense!r:.40}"
-        )
     # transformers 5 writes num_local_experts for every family.
     count, active = size(family.experts, "num_local_experts"), size("num_experts_per_tok")
     if given.get("num_local_experts", count) != count:
@@ -293,7 +283,25 @@ def _experts(source: str, given: Mapping[str, Any], num_layers: int, family: _Fa
         active=active,
         ffn_hidden_size=width,
         shared_ffn_hidden_size=width * size("n_shared_experts") if "n_shared_experts" in given else 0,
-        dense_layers=dense,
+        dense_layers=_dense_layers(source, given, num_layers),
+    )
+
+
+def _dense_layers(source: str, given: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
+    """Layers without experts: DeepSeek's first ones, or what a sparse Qwen leaves out."""
+    first = given.get("first_k_dense_replace", 0)
+    if "n_routed_experts" in given and "first_k_dense_replace" not in given:
+        raise ValueError(f"model {source}: first_k_dense_replace is missing")
+    if type(first) is not int or not 0 <= first <= num_layers:
+        raise ValueError(
+            f"model {source}: first_k_dense_replace must be from 0 to {num_layers}, found {first!r:.40}"
+        )
+    step = size_of(source, given, ("decoder_sparse_step",), 1)
+    dense = given.get("mlp_only_layers", [])
+    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
+        raise ValueError(f"model {source}: mlp_only_layers must be a list of layers, found {dense!r:.40}")
+    return tuple(
+        layer for layer in range(num_layers) if layer < first or layer in dense or (layer + 1) % step
     )
 
 
@@ -341,7 +349,7 @@ def _other_parameters(source: str, given: Mapping[str, Any], shape: ModelShape, 
         if family is FAMILIES["gpt_oss"]:
             # Biases of the router and of the experts' matrices, and a sink for each head.
             routers += experts.count * (1 + 2 * experts.ffn_hidden_size + hidden) + shape.num_heads
-        total += routers * (shape.num_layers - experts.dense_layers)
+        total += routers * (shape.num_layers - len(experts.dense_layers))
     return total
 
 

@@ -13,8 +13,9 @@ from typing import Any
 
 from helixpipe.json_input import parse_json
 from helixpipe.plan.cost_model.hugging_face import from_hugging_face, not_understood, with_vocabulary
-from helixpipe.plan.cost_model.script import NEUTRAL, SIZES, SWITCHES, WINDOWS, arguments_of_script
+from helixpipe.plan.cost_model.script import NEUTRAL, PATTERNS, SIZES, SWITCHES, arguments_of_script
 from helixpipe.plan.cost_model.shape import MODELS, Experts, ModelShape, size_of
+from helixpipe.plan.layer_patterns import experts_of_layers, parse_expert_frequency
 from helixpipe.plan.windows import parse_skip_frequency, parse_window, windows_of_layers
 
 
@@ -72,14 +73,21 @@ def model_from_arguments(source: str, arguments: Mapping[str, Any]) -> ModelShap
         gated=any(arguments.get(name) for name in ("swiglu", "geglu", "quick_geglu")),
         tied=not arguments.get("untie_embeddings_and_output_weights", False),
         windows=_windows_of_arguments(arguments, size("num_layers")),
-        experts=_experts_of_arguments(source, arguments),
+        experts=_experts_of_arguments(source, arguments, size("num_layers")),
     )
 
 
-def _experts_of_arguments(source: str, arguments: Mapping[str, Any]) -> Experts | None:
-    """A mixture of experts in the place of every MLP, with Megatron's defaults."""
+def _experts_of_arguments(source: str, arguments: Mapping[str, Any], num_layers: int) -> Experts | None:
+    """A mixture of experts, with Megatron's defaults."""
     if arguments.get("num_experts") is None:
         return None
+    frequency = arguments.get("moe_layer_freq", 1)
+    try:
+        if not isinstance(frequency, tuple):
+            frequency = parse_expert_frequency(str(frequency))
+        has_experts = experts_of_layers(frequency, num_layers)
+    except ValueError as error:
+        raise ValueError(f"model {source}: {error}") from None
     return Experts(
         count=size_of(source, arguments, ("num_experts",)),
         active=size_of(source, arguments, ("moe_router_topk",), 2),
@@ -87,6 +95,7 @@ def _experts_of_arguments(source: str, arguments: Mapping[str, Any]) -> Experts 
         shared_ffn_hidden_size=0
         if arguments.get("moe_shared_expert_intermediate_size") is None
         else size_of(source, arguments, ("moe_shared_expert_intermediate_size",)),
+        dense_layers=tuple(layer for layer, has in enumerate(has_experts) if not has),
     )
 
 
@@ -102,7 +111,7 @@ def _from_megatron(source: str, found: Mapping[str, Any], vocab_size: int | None
     given = {key: value for key, value in found.items() if value is not None and value is not False}
     for key in given:
         name = key.replace("_", "-")
-        if name not in SIZES and name not in SWITCHES and name not in NEUTRAL | WINDOWS:
+        if name not in SIZES and name not in SWITCHES and name not in NEUTRAL | PATTERNS:
             raise not_understood(source, f"--{name}")
     if given.get("swiglu") and "ffn_hidden_size" not in given:
         raise ValueError(

@@ -107,10 +107,16 @@ def _shape(sizes: Any) -> ModelShape:
     experts, latent = sizes.get("experts"), sizes.get("latent")
     nested = {
         "windows": tuple(sizes.get("windows", ())),
-        "experts": None if experts is None else Experts(**experts),
+        "experts": None if experts is None else Experts(**{**experts, "dense_layers": _dense(experts)}),
         "latent": None if latent is None else LatentAttention(**latent),
     }
     return ModelShape(**{**sizes, **nested})
+
+
+def _dense(experts: Any) -> tuple[int, ...]:
+    """Numbers of layers; files had how many, of the first, before any layer could be dense."""
+    found = experts.get("dense_layers", ())
+    return tuple(range(found)) if isinstance(found, int) else tuple(found)
 
 
 def _times(cost: Any) -> dict[str, float]:

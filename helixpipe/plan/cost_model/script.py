@@ -91,8 +91,8 @@ _NEUTRAL_VALUES = frozenset(
         "yarn-beta-slow", "yarn-original-max-position-embeddings",
     )
 )  # fmt: skip
-# Flags that say which tokens attention sees.
-WINDOWS = frozenset(("window-size", "window-attn-skip-freq"))
+# Flags that say which tokens attention sees, and which layers have windows or experts.
+PATTERNS = frozenset(("window-size", "window-attn-skip-freq", "moe-layer-freq"))
 # Of experts: how tokens are routed, and who shares the experts.
 _NEUTRAL_OF_EXPERTS = frozenset(
     (
@@ -209,7 +209,7 @@ def _name(word: str) -> str:
 
 
 def _value(source: str, flag: str, values: list[str]) -> str | bool:
-    if flag not in SIZES | WINDOWS:
+    if flag not in SIZES | PATTERNS:
         return True
     if not values or not values[0]:
         raise ValueError(f"model {source}: --{flag} has no value; write the number")

@@ -6,26 +6,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from helixpipe.plan.layer_patterns import kinds_of_mlps
 from helixpipe.plan.windows import join_kinds, kinds_of_windows
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experts:
-    """A mixture of experts in the place of the MLP.
+    """A mixture of experts in the place of the MLP, in all layers or some.
 
     Attributes:
         count: experts that tokens are routed to.
         active: those of them that a token passes.
         ffn_hidden_size: width of one.
         shared_ffn_hidden_size: width of the experts that every token passes, together; 0 without.
-        dense_layers: layers before the first with experts, whose MLP has the model's ``ffn_hidden_size``.
+        dense_layers: numbers, from 0, of the layers without, whose MLP has the model's ``ffn_hidden_size``.
     """
 
     count: int
     active: int
     ffn_hidden_size: int
     shared_ffn_hidden_size: int = 0
-    dense_layers: int = 0
+    dense_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.active <= self.count or self.ffn_hidden_size < 1:
@@ -33,10 +34,8 @@ class Experts:
                 f"{self.active} of {self.count} experts of width {self.ffn_hidden_size} cannot be active; "
                 "give at least 1, at most all, and a width above 0"
             )
-        if self.shared_ffn_hidden_size < 0 or self.dense_layers < 0:
-            raise ValueError(
-                "the width of shared experts and the number of dense layers must not be negative"
-            )
+        if self.shared_ffn_hidden_size < 0 or min(self.dense_layers, default=0) < 0:
+            raise ValueError("the width of shared experts and dense layers' numbers must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,10 +106,9 @@ class ModelShape:
                 f"model {self.name}: num_heads {self.num_heads} must be a multiple of num_kv_heads "
                 f"{self.num_kv_heads}"
             )
-        if self.experts is not None and self.experts.dense_layers > self.num_layers:
-            raise ValueError(
-                f"model {self.name}: {self.experts.dense_layers} dense layers of {self.num_layers} layers"
-            )
+        dense = () if self.experts is None else self.experts.dense_layers
+        if max(dense, default=0) >= self.num_layers:
+            raise ValueError(f"model {self.name}: a dense layer {max(dense)} of {self.num_layers} layers")
 
     @property
     def query_size(self) -> int:
@@ -179,10 +177,10 @@ class ModelShape:
 
     def has_experts(self, layer: int) -> bool:
         """True for a layer with a mixture of experts."""
-        return self.experts is not None and layer >= self.experts.dense_layers
+        return self.experts is not None and layer not in self.experts.dense_layers
 
     def mlp_share(self, layer: int) -> float:
-        """The width of a layer's MLP over ``mlp_width``: a mixture's first layers may be dense."""
+        """The width of a layer's MLP over ``mlp_width``: some layers of a mixture may be dense."""
         if self.experts is None or self.has_experts(layer):
             return 1.0
         return self.ffn_hidden_size / self.mlp_width
@@ -237,12 +235,7 @@ class ModelShape:
     @property
     def only_planned(self) -> tuple[str, ...]:
         """What the model has that plans know, and training does not."""
-        experts = self.experts
-        has = {
-            "dense layers before experts": experts is not None and experts.dense_layers > 0,
-            "latent attention": self.latent is not None,
-        }
-        return tuple(name for name, is_there in has.items() if is_there)
+        return () if self.latent is None else ("latent attention",)
 
     @property
     def beside_dense(self) -> tuple[str, ...]:
@@ -259,9 +252,8 @@ class ModelShape:
         """What a layer has of its own, ``full`` attention, ``window`` and its tokens, a ``dense`` MLP or
         ``experts``, for every layer; empty names where all layers are alike.
         """
-        mlps = ["experts" if self.has_experts(layer) else "dense" for layer in range(self.num_layers)]
-        told = kinds_of_windows(self.windows), mlps if len(set(mlps)) > 1 else []
-        return join_kinds(*filter(None, told)) or ("",) * self.num_layers
+        mlps = kinds_of_mlps([self.has_experts(layer) for layer in range(self.num_layers)])
+        return join_kinds(*filter(None, (kinds_of_windows(self.windows), mlps))) or ("",) * self.num_layers
 
 
 def _llama(

@@ -56,8 +56,10 @@ def _layer_ms(pieces: Pieces, *, forward_only: bool) -> tuple[float, float]:
     """
     costs = {name: pieces.times[name] for name in LAYER_PIECES}
     times = {name: cost.forward if forward_only else cost.total for name, cost in costs.items()}
-    core, linear = times.pop("core"), sum(times.values())
     model, length = pieces.workload.model, pieces.workload.seq_length
+    core, of_mlp = times.pop("core"), times["fc1"] + times["fc2"]
+    mlp_share = sum(map(model.mlp_share, range(model.num_layers))) / model.num_layers
+    linear = sum(times.values()) - (1.0 - mlp_share) * of_mlp
     shares = [model.core_share(layer, length) for layer in range(model.num_layers)]
     through_windows = [share for share in shares if share < 1.0]
     num_full = model.num_layers - len(through_windows)

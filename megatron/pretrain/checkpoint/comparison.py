@@ -71,8 +71,8 @@ MODEL = frozenset((
     "yarn_correction_range_round_to_int",
     "geglu", "apply_layernorm_1p", "sandwich_norm", "scale_embedding", "softmax_scale",
     "rotary_base_local", "attn_logit_softcapping", "final_logit_softcapping",
-    "num_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_router_topk",
-    "moe_router_score_function",
+    "num_experts", "moe_layer_freq", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
+    "moe_router_topk", "moe_router_score_function",
     "moe_router_pre_softmax", "moe_router_topk_scaling_factor", "moe_router_num_groups",
     "moe_router_group_topk", "moe_expert_capacity_factor", "moe_token_drop_policy",
     "softmax_type", "no_rope_freq", "quick_geglu", "glu_linear_offset", "activation_func_clamp_value",
@@ -84,7 +84,8 @@ _FIXED = frozenset((
     "normalization", "swiglu", "geglu", "quick_geglu", "softmax_type", "position_embedding_type",
     "untie_embeddings_and_output_weights",
     "add_bias_linear", "add_qkv_bias", "qk_layernorm", "padded_vocab_size", "use_distributed_optimizer",
-    "bf16", "fp16", "optimizer", "num_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
+    "bf16", "fp16", "optimizer", "num_experts", "moe_layer_freq", "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
 ))  # fmt: skip
 
 # With another one of these, the position that was reached is one in another order of samples.

@@ -146,12 +146,12 @@ def _options(model: Model) -> dict[str, Any]:
 
 
 def _sizes(model: Model, rule: Rule) -> tuple[int, ...]:
-    """Of how many layers, and experts in each, a rule makes one tensor each; empty for one of the model."""
-    return rule.sizes(model.arguments["num_layers"])
+    """Of how many layers, and experts in each, a rule makes one tensor each; empty for one by itself."""
+    return tuple(rule.sizes(model.arguments["num_layers"]).values())
 
 
 def _places(model: Model, rule: Rule) -> Iterator[tuple[int, ...]]:
-    """Their numbers; one empty tuple for a tensor of the model."""
+    """Their numbers; one empty tuple for a tensor by itself."""
     return product(*map(range, _sizes(model, rule)))
 
 
@@ -202,7 +202,7 @@ def _export_tensors(
     """Write all tensors, each found to have the sum that it had when it was saved, if that is known."""
     writer = TensorWriter(target, shard_bytes)
     for rule in model.rules:
-        _check_form(reader, rule, _sizes(model, rule))
+        _check_form(reader, rule, rule.sizes(model.arguments["num_layers"]))
         found = 0
         for place in _places(model, rule):
             tensor = reader.read(rule.ours, place)
@@ -215,10 +215,10 @@ def _export_tensors(
     writer.finish()
 
 
-def _check_form(reader: CheckpointReader, rule: Rule, sizes: tuple[int, ...]) -> None:
+def _check_form(reader: CheckpointReader, rule: Rule, sizes: dict[str, int]) -> None:
     saved = reader.describe(rule.ours)
-    if saved is None or tuple(saved.size[: len(sizes)]) != sizes:
-        shown = "".join(f" of {size} {of}" for size, of in zip(sizes, ("layers", "experts"), strict=False))
+    if saved is None or tuple(saved.size[: len(sizes)]) != tuple(sizes.values()):
+        shown = "".join(f" of {size} {of}" for of, size in sizes.items())
         raise ValueError(f"the checkpoint holds no {rule.ours}{shown}; use another --reference")
 
 

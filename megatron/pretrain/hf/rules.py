@@ -6,7 +6,7 @@ queries, then its key and its value; the gate of a gated MLP before the other ha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,11 +22,13 @@ class Rule:
     """How one tensor of ours is made of one or more of theirs.
 
     Attributes:
-        ours: name in a checkpoint of ours, where those of layers, and of experts in them, are stacked.
+        ours: name in a checkpoint of ours, where those of layers that are all alike, and of experts in them,
+            are stacked.
         theirs: names on Hugging Face, with ``{}`` for the layer's number, and for the expert's after it.
         join: theirs to ours, of one layer or expert. It takes tensors on the ``meta`` device, too.
         split: ours to theirs.
         num_experts: of a layer, each of which has such a tensor; None for one of the layer.
+        layer: the only one that has it, where layers differ; None for all, or a tensor of the model.
     """
 
     ours: str
@@ -34,21 +36,23 @@ class Rule:
     join: Callable[[Tensors], Tensor]
     split: Callable[[Tensor], Tensors]
     num_experts: int | None = None
+    layer: int | None = None
 
-    @property
-    def is_of_layers(self) -> bool:
-        """One tensor for each layer, or one for the model."""
-        return self.ours.startswith(LAYERS)
-
-    def sizes(self, num_layers: int) -> tuple[int, ...]:
-        """How many there are: of layers, and of experts in each; empty for a tensor of the model."""
-        if not self.is_of_layers:
-            return ()
-        return (num_layers,) if self.num_experts is None else (num_layers, self.num_experts)
+    def sizes(self, num_layers: int) -> dict[str, int]:
+        """How many are stacked, of ``layers`` and of ``experts`` in each; empty for a tensor by itself."""
+        is_of_all = self.layer is None and self.ours.startswith(LAYERS)
+        found = {"layers": num_layers} if is_of_all else {}
+        return found if self.num_experts is None else {**found, "experts": self.num_experts}
 
     def names(self, *numbers: int) -> tuple[str, ...]:
-        """Theirs, of one layer, and one expert in it."""
-        return tuple(name.format(*numbers) for name in self.theirs)
+        """Theirs, of one of those that are stacked."""
+        place = numbers if self.layer is None else (self.layer, *numbers)
+        return tuple(name.format(*place) for name in self.theirs)
+
+    def of_layer(self, layer: int) -> Rule:
+        """The same rule for one layer, which a checkpoint has under its number."""
+        assert self.ours.startswith(LAYERS)
+        return replace(self, ours=f"{LAYERS}{layer}.{self.ours.removeprefix(LAYERS)}", layer=layer)
 
     def of_experts(self, num_experts: int) -> Rule:
         """The same rule for every expert of a layer."""
@@ -131,3 +135,23 @@ def padded(ours: str, theirs: str, rows: int, padded_rows: int) -> Rule:
         return torch.nn.functional.pad(given[0], (0, 0, 0, padded_rows - rows))
 
     return same(ours, theirs) if rows == padded_rows else Rule(ours, (theirs,), join, lambda t: (t[:rows],))
+
+
+def by_layer(
+    has_experts: Sequence[int], with_experts: Iterable[Rule], dense: Iterable[Rule]
+) -> tuple[Rule, ...]:
+    """Rules of a model some of whose layers have experts; its checkpoints number layers, as Megatron's do.
+
+    Args:
+        has_experts: of each layer.
+        with_experts, dense: rules of a model all of whose layers are so.
+    """
+    kinds = tuple(dense), tuple(with_experts)
+    of_model = [rule for rule in kinds[0] if not rule.ours.startswith(LAYERS)]
+    of_layers = [
+        rule.of_layer(layer)
+        for layer, has in enumerate(has_experts)
+        for rule in kinds[has]
+        if rule.ours.startswith(LAYERS)
+    ]
+    return (*of_layers, *of_model)

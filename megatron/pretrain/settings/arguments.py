@@ -252,7 +252,8 @@ def _check_recompute(args: argparse.Namespace) -> None:
         # Megatron's checkpoint takes the bias that its MLP returns for its own output, and recurses for ever.
         raise ValueError("--recompute-modules mlp needs --disable-bias-linear")
     of_mlp, needed = ("mlp", "moe") if args.num_experts is not None else ("moe", "mlp")
-    if args.recompute_granularity == "selective" and of_mlp in args.recompute_modules:
+    is_mixed = args.moe_layer_freq != 1  # some layers have one, others the other
+    if args.recompute_granularity == "selective" and of_mlp in args.recompute_modules and not is_mixed:
         with_them = "with" if needed == "moe" else "without"
         raise ValueError(
             f"--recompute-modules {of_mlp} finds none in a model {with_them} --num-experts; use {needed}"

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from typing import Any
 
-from helixpipe.commands.parser import flag_of
+from helixpipe.commands.parser import argument, flag_of
 from helixpipe.commands.ranges import RANKS, Real, Whole
 from helixpipe.plan.execution import Execution
+from helixpipe.plan.layer_patterns import experts_of_layers, parse_expert_frequency
 from helixpipe.refusals import refuse
 
 
 def add_expert_arguments(parser: argparse.ArgumentParser) -> None:
     """The group of arguments."""
     add = parser.add_argument_group("mixture of experts").add_argument
-    add("--num-experts", type=Whole(most=2**16), metavar="N", help="experts in the place of every MLP")
+    add("--num-experts", type=Whole(most=2**16), metavar="N", help="experts in the place of each MLP")
+    add(
+        "--moe-layer-freq",
+        type=argument(parse_expert_frequency),
+        default=1,
+        metavar="N",
+        help="every Nth layer, from the first, has experts; or 1 for experts or 0 for a dense MLP for each "
+        "layer, like [0,1,1] or ([0]*3+[1]*58) (default: all layers have experts)",
+    )
     add("--moe-ffn-hidden-size", type=Whole(), help="of one expert (default: --ffn-hidden-size)")
     add(
         "--moe-shared-expert-intermediate-size",
@@ -21,27 +32,7 @@ def add_expert_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="width of the experts that every token passes, together (default: none)",
     )
-    add("--moe-router-topk", type=Whole(), default=2, metavar="N", help="experts of a token (default 2)")
-    add(
-        "--moe-router-load-balancing-type",
-        choices=("aux_loss", "seq_aux_loss", "sinkhorn", "none"),
-        default="aux_loss",
-        help="by a loss over a micro batch (default) or each of its sequences, or by assignment",
-    )
-    add("--moe-aux-loss-coeff", type=Real(least=0.0), default=0.0, help="weight of that loss (default 0)")
-    add(
-        "--moe-z-loss-coeff", type=Real(above=0.0), help="weight of a loss that keeps logits of routers small"
-    )
-    add("--moe-router-score-function", choices=("softmax", "sigmoid"), default="softmax")
-    add(
-        "--moe-router-pre-softmax",
-        action="store_true",
-        help="softmax over all experts, not over those that are chosen",
-    )
-    add("--moe-router-topk-scaling-factor", type=Real(above=0.0), help="of the scores of chosen experts")
-    add("--moe-router-num-groups", type=Whole(), metavar="N", help="groups of experts")
-    add("--moe-router-group-topk", type=Whole(), metavar="N", help="groups among which a token's experts are")
-    add("--moe-router-dtype", choices=("fp32", "fp64"), help="default: that of activations")
+    _add_router_arguments(add)
     add(
         "--moe-expert-capacity-factor",
         type=Real(above=0.0),
@@ -72,6 +63,30 @@ def add_expert_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_router_arguments(add: Callable[..., Any]) -> None:
+    add("--moe-router-topk", type=Whole(), default=2, metavar="N", help="experts of a token (default 2)")
+    add(
+        "--moe-router-load-balancing-type",
+        choices=("aux_loss", "seq_aux_loss", "sinkhorn", "none"),
+        default="aux_loss",
+        help="by a loss over a micro batch (default) or each of its sequences, or by assignment",
+    )
+    add("--moe-aux-loss-coeff", type=Real(least=0.0), default=0.0, help="weight of that loss (default 0)")
+    add(
+        "--moe-z-loss-coeff", type=Real(above=0.0), help="weight of a loss that keeps logits of routers small"
+    )
+    add("--moe-router-score-function", choices=("softmax", "sigmoid"), default="softmax")
+    add(
+        "--moe-router-pre-softmax",
+        action="store_true",
+        help="softmax over all experts, not over those that are chosen",
+    )
+    add("--moe-router-topk-scaling-factor", type=Real(above=0.0), help="of the scores of chosen experts")
+    add("--moe-router-num-groups", type=Whole(), metavar="N", help="groups of experts")
+    add("--moe-router-group-topk", type=Whole(), metavar="N", help="groups among which a token's experts are")
+    add("--moe-router-dtype", choices=("fp32", "fp64"), help="default: that of activations")
+
+
 def derive_experts(args: argparse.Namespace) -> None:
     """Set what was left out, and check that the options go together.
 
@@ -83,6 +98,9 @@ def derive_experts(args: argparse.Namespace) -> None:
     if args.num_experts is None:
         _refuse_without_experts(args)
         return
+    has_experts = experts_of_layers(args.moe_layer_freq, args.num_layers)
+    # What means the same has one form, which checkpoints compare.
+    args.moe_layer_freq = 1 if all(has_experts) else has_experts
     if args.moe_ffn_hidden_size is None:
         args.moe_ffn_hidden_size = args.ffn_hidden_size
     _check_router(args)
@@ -162,6 +180,11 @@ def check_experts_under(args: argparse.Namespace, execution: Execution | None) -
         raise ValueError(
             f"--expert-model-parallel-size does not go with {args.pipeline_schedule}, under which every "
             "data-parallel rank has chunks of its own; use 1"
+        )
+    if not execution.joins_documents and args.moe_layer_freq != 1:
+        raise ValueError(
+            f"--moe-layer-freq does not go with {args.pipeline_schedule}, which plans for layers that are "
+            "all alike; leave it out, or use another schedule"
         )
     if execution is Execution.ROUNDS:
         raise ValueError(

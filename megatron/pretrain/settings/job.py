@@ -94,9 +94,14 @@ class ModelSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertSettings:
-    """A mixture of experts in the place of every MLP; the ranks that share it are with the others."""
+    """A mixture of experts in the place of MLPs; the ranks that share it are with the others.
+
+    Attributes:
+        moe_layer_freq: 1 if all layers have experts, else 1 or 0 for each.
+    """
 
     num_experts: int | None
+    moe_layer_freq: int | tuple[int, ...]
     moe_ffn_hidden_size: int | None
     moe_shared_expert_intermediate_size: int | None
     moe_router_topk: int

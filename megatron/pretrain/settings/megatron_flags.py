@@ -26,7 +26,7 @@ SUPPORTED = frozenset(
     lr-wsd-decay-iters lr-wsd-decay-samples lr-wsd-decay-style make-vocab-size-divisible-by manual-gc
     manual-gc-interval max-position-embeddings memory-snapshot-path merge-file micro-batch-size
     microbatch-group-size-per-virtual-pipeline-stage min-loss-scale min-lr mock-data moe-aux-loss-coeff
-    moe-expert-capacity-factor moe-ffn-hidden-size moe-grouped-gemm moe-router-dtype
+    moe-expert-capacity-factor moe-ffn-hidden-size moe-grouped-gemm moe-layer-freq moe-router-dtype
     moe-router-group-topk moe-router-load-balancing-type moe-router-num-groups moe-router-pre-softmax
     moe-router-score-function moe-router-topk moe-router-topk-scaling-factor
     moe-shared-expert-intermediate-size moe-token-dispatcher-type
@@ -137,7 +137,7 @@ NEEDLESS: dict[str, str] = {
         disable-tp-comm-overlap-ag no-tp-comm-overlap-rs disable-tp-comm-overlap-rs no-tp-comm-split-ag
         disable-tp-comm-split-ag no-tp-comm-split-rs disable-tp-comm-split-rs replication-jump=1
         replication-factor= mask-prob= short-seq-prob= sample-rate=1.0,1 adlr-autoresume-interval=
-        moe-layer-freq=1 mtp-loss-scaling-factor= qk-clip-alpha= qk-clip-threshold= mup-width-mult=1,1.0
+        mtp-loss-scaling-factor= qk-clip-alpha= qk-clip-threshold= mup-width-mult=1,1.0
         mup-embedding-mult=1,1.0 mup-output-mult=1,1.0 mup-attn-scale-power= cpu-offloading-num-layers=0
     """,
     "nothing is tested once training is over": """
@@ -205,7 +205,7 @@ REFUSED: dict[str, str] = {
         moe-enable-routing-replay moe-expert-rank-capacity-factor moe-flex-dispatcher-backend
         moe-flex-dispatcher-num-sms moe-hybridep-num-blocks-permute moe-hybridep-num-blocks-unpermute
         moe-hybridep-num-sms moe-hybridep-num-sms-preprocessing moe-hybridep-pad-uneven-dispatch-inputs
-        moe-input-jitter-eps moe-latent-size moe-layer-freq moe-layer-recompute moe-mlp-glu-interleave-size
+        moe-input-jitter-eps moe-latent-size moe-layer-recompute moe-mlp-glu-interleave-size
         moe-ncclep-static-shape moe-ncclep-zero-copy moe-pad-expert-input-to-capacity
         moe-pad-experts-for-cuda-graph-inference moe-paged-stash moe-paged-stash-buffer-size-factor-cpu
         moe-paged-stash-buffer-size-factor-cuda moe-paged-stash-page-size moe-per-layer-logging

@@ -12,6 +12,7 @@ from helixpipe.plan import Plan, ScheduleRequest, build_plan, validate
 from helixpipe.plan.build import complete, find_schedule
 from helixpipe.plan.execution import Execution
 from helixpipe.plan.fit import check_executable, check_fits, check_stages_fit, stages_follow_ranks
+from helixpipe.plan.layer_patterns import experts_of_layers, kinds_of_mlps
 from helixpipe.plan.schedules import SCHEDULES, Schedule
 from helixpipe.plan.schedules.request import KnownCosts
 from helixpipe.plan.stage_layers import STAGE_LAYERS, parse_stage_layers
@@ -178,10 +179,15 @@ def plan_ahead(args: argparse.Namespace, entry: Schedule, costs: KnownCosts | No
 
 
 def _layer_kinds(args: argparse.Namespace) -> tuple[str, ...] | None:
-    """Layers that see, or keep, more than others take other times, and need other names in the plan."""
+    """Layers that see, compute or keep more take other times, and need other names in the plan."""
     windows = windows_of_layers(args.window_size, args.window_attn_skip_freq, args.num_layers)
     levels = asked_levels(args)
-    told = kinds_of_windows(windows), [level.value for level in levels] if isinstance(levels, tuple) else []
+    has_experts = experts_of_layers(args.moe_layer_freq, args.num_layers) if args.num_experts else ()
+    told = (
+        kinds_of_windows(windows),
+        kinds_of_mlps(has_experts),
+        [level.value for level in levels] if isinstance(levels, tuple) else [],
+    )
     return join_kinds(*filter(None, told)) or None
 
 

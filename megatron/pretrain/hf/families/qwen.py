@@ -18,6 +18,7 @@ from megatron.pretrain.hf.families.family import (
     window_arguments,
 )
 from megatron.pretrain.hf.rotary import rotary_arguments
+from megatron.pretrain.hf.rules import by_layer
 
 
 def describe_qwen2(config: ModelConfig, padded_rows: int | None) -> Model:
@@ -41,8 +42,6 @@ def describe_qwen3_moe(config: ModelConfig, padded_rows: int | None) -> Model:
     arguments = _arguments(config) | {"qk_layernorm": True}
     config.take("head_dim")  # that it has a default of its own
     config.require("attention_bias", False)
-    config.require("decoder_sparse_step", 1)
-    config.require("mlp_only_layers", [])
     config.ignore("router_aux_loss_coef")  # of training: --moe-aux-loss-coeff
     # transformers 5 writes the other name than the published files have.
     name = "num_experts" if config.has("num_experts") else "num_local_experts"
@@ -51,11 +50,27 @@ def describe_qwen3_moe(config: ModelConfig, padded_rows: int | None) -> Model:
     )
     if not config.take("norm_topk_prob", False):
         arguments["moe_router_pre_softmax"] = True
+    common = (*attention_rules(arguments), *query_key_norms())
     experts = expert_rules(arguments, "mlp", "gate_proj", "up_proj", "down_proj")
-    rules = (
-        *attention_rules(arguments), *query_key_norms(), *experts, *norm_rules(before_experts=True)
-    )  # fmt: skip
+    rules = (*common, *experts, *norm_rules(before_experts=True))
+    has_experts = _has_experts(config, arguments["num_layers"])
+    if not all(has_experts):
+        arguments["moe_layer_freq"] = f"[{','.join(map(str, has_experts))}]"
+        rules = by_layer(has_experts, rules, (*common, *mlp_rules(), *norm_rules()))
     return decoder(config, padded_rows, arguments, rules)
+
+
+def _has_experts(config: ModelConfig, num_layers: int) -> list[int]:
+    """1 for each layer with experts, 0 for each with an MLP of ``intermediate_size``."""
+    step, dense = config.take("decoder_sparse_step", 1), config.take("mlp_only_layers", [])
+    if type(step) is not int or step < 1:
+        config.refuse("decoder_sparse_step", step)
+    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
+        config.refuse("mlp_only_layers", dense)
+    found = [int((layer + 1) % step == 0 and layer not in dense) for layer in range(num_layers)]
+    if not any(found):
+        raise ValueError("config.json of a qwen3_moe leaves no layer with experts; make it a qwen3")
+    return found
 
 
 def _arguments(config: ModelConfig) -> dict[str, Any]:
