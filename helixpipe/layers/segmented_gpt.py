@@ -424,7 +424,7 @@ class SegmentedGPTModel(LanguageModule):
             rotary = self._local_rotary
         if rotary is None or not is_rotated(self.config, number + 1):
             return query, key, value
-        if isinstance(layout, Documents) or (layout is not None and len(layout.spans) > 1):
+        if isinstance(layout, Documents) or (layout is not None and not layout.is_one_slice):
             return (*rotate_at(query, key, layout.positions, rotary, self.config, group), value)
         if layout is None:
             # Of the whole sequence: Megatron picks the rows of this rank.

@@ -30,6 +30,18 @@ STAGES = [
     replace(LLAMA, schedule="zb-v", fold=1, rounds=2),
     replace(LLAMA, schedule="1f1b", without_attention=True, fold=1),
 ]
+ALONE = replace(LLAMA, micro_batch_size=1)
+# Of one sequence each, in two and four slices and in three.
+SLICED = [
+    replace(ALONE, schedule="sliced-helix", attention_range="block", fold=1, rounds=0, extra=2),
+    replace(GPT, schedule="seq1f1b", num_slices=3, fold=1),
+]
+MORE_SLICED = [
+    replace(GPT, schedule="sliced-helix", fold=2, rounds=0, extra=3, without_attention=True),
+    replace(ALONE, schedule="sliced-helix", attention_range="qkv", fold=2, rounds=0, extra=1, mlp_chunk=4),
+    replace(ALONE, schedule="sliced-helix", head_placement="spread", resend_context=True, rounds=0, extra=2),
+    replace(ALONE, schedule="seq1f1b", num_slices=4, fold=1, rounds=2, recompute="full"),
+]
 NAMES = sorted(name for name, entry in SCHEDULES.items() if entry.execution is Execution.STAGES)
 MORE_STAGES = [replace(case, schedule=name, rounds=2) for name in NAMES for case in (LLAMA, GPT)]
 
@@ -52,6 +64,10 @@ def test_schedules_of_stages():
     check(STAGES)
 
 
+def test_slices_of_joined_documents():
+    check(SLICED)
+
+
 def test_without_documents_the_same_comparison_fails():
     for (found,) in run_on_ranks(2, compare, [replace(LLAMA, documents=False, fold=1)]):
         assert found["losses"] > 1e-3
@@ -63,4 +79,5 @@ def test_without_documents_the_same_comparison_fails():
 def test_every_schedule_in_every_layout(change):
     check([replace(case, **change) for case in (*HELIX, *MORE_HELIX)])
     check([replace(case, **change) for case in (*STAGES, *MORE_STAGES)])
+    check([replace(case, **change) for case in (*SLICED, *MORE_SLICED)])
     check([replace(LLAMA, schedule="1f1b", **change)], megatrons=True)

@@ -14,9 +14,13 @@ from stand_ins.aten_kernels import aten_on_cpu
 from test_attention import errors, explicit, needs_cuda, torch_math
 
 from helixpipe.elastic import Chunk, Piece
-from helixpipe.layers.attention.choice import BACKENDS
+from helixpipe.layers.attention.choice import AUTO, BACKENDS, choose, problem_with
+from helixpipe.layers.attention.core import causal_attention
+from helixpipe.layers.attention.interface import Spans
+from helixpipe.layers.attention.windows import WindowAttention
+from helixpipe.layers.documents import Documents
 from helixpipe.layers.elastic.context import ContextStore, KeptSlice, alone
-from helixpipe.layers.elastic.layout import ChunkLayout, padded_length, spans_of
+from helixpipe.layers.elastic.layout import ChunkLayout, layout_of_slice, padded_length, spans_of
 from helixpipe.layers.elastic.positions import angles_at, rotate_at
 from helixpipe.layers.elastic.slice_attention import slice_attention
 
@@ -314,3 +318,30 @@ def test_gradients_of_many_slices_are_rounded_once(dtype, sums):
     assert kept.grad_key.dtype is kept.grad_value.dtype is sums
     assert kept.grad_key.unique().tolist() == [1.5]
     assert kept.grad_value.unique().tolist() == [2.0]
+
+
+@pytest.mark.parametrize("window", [0, 9, 60])
+def test_slices_of_joined_documents_see_their_own(window):
+    """Documents that begin in a slice, end with one, are whole in one, and go through two cuts."""
+    edges = (0, 20, 21, 45, 83, 90, 131)
+    positions = torch.cat([torch.arange(last - first) for first, last in pairwise(edges)])[None]
+    documents = Documents((Spans(list(pairwise(edges))),), positions)
+    *inputs, grad = problem(4, 2, 8)[0]
+    inner = choose(AUTO, problem_with(*(tensor.permute(1, 2, 0, 3) for tensor in inputs[:2]))).backend
+    whole = [tensor.detach().requires_grad_() for tensor in inputs]
+    expected = causal_attention(
+        *whole, backend=WindowAttention(inner, window) if window else inner, documents=documents
+    )
+    expected.backward(grad)
+    contexts, ran = ContextStore(), []
+    for first, last in pairwise(CUTS):
+        layout = layout_of_slice(Piece(0, first, last - first, LENGTHS[0]), positions, documents)
+        parts = [tensor[first:last].detach().requires_grad_() for tensor in inputs]
+        output = slice_attention(*parts, layout, contexts, layer=LAYER, window=window)
+        torch.testing.assert_close(output, expected[first:last], rtol=1e-12, atol=1e-12)
+        ran.append((slice(first, last), parts, output))
+    for place, parts, output in reversed(ran):
+        output.backward(grad[place])
+        for part, tensor in zip(parts, whole, strict=True):
+            torch.testing.assert_close(part.grad, tensor.grad[place], rtol=1e-12, atol=1e-12)
+    contexts.assert_empty()

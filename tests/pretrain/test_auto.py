@@ -115,9 +115,7 @@ def test_weight_gradients_that_the_layers_cannot_leave_are_not_chosen(monkeypatc
     assert not found.splits_backward
 
 
-@pytest.mark.parametrize(
-    "option", ["--attention-dropout 0.1", "--attention-backend unfused", "--reset-attention-mask"]
-)
+@pytest.mark.parametrize("option", ["--attention-dropout 0.1", "--attention-backend unfused"])
 def test_slices_are_not_chosen_where_attention_takes_whole_sequences(option):
     one = "--hardware h20 --seq-length 131072 --global-batch-size 1 --num-slices 4"
     assert parsed(one).schedule.execution.cuts_sequences

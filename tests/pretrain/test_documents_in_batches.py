@@ -76,18 +76,24 @@ def test_the_program_trains_alike_under_every_kind_of_schedule(tmp_path, corpus)
         "interleaved": f"{RESET} interleaved --num-layers-per-virtual-pipeline-stage 1",
         "zb-v": f"{RESET} zb-v",
         "positions": "--reset-position-ids --pipeline-schedule helix --num-fold 1",
+        "one_by_one": f"{RESET} 1f1b --micro-batch-size 1",
+        "seq1f1b": f"{RESET} seq1f1b --num-slices 3 --micro-batch-size 1",
+        "sliced": f"{RESET} sliced-helix --attention-range block --micro-batch-size 1",
     }
     first, _ = run_on_ranks(2, train_and_watch, tmp_path, f"{MODEL} {corpus}", runs)
     assert [first[name]["error"] for name in runs] == [""] * len(runs)
     losses = {name: found["losses"] for name, found in first.items()}
     for name in ("helix", "interleaved", "zb-v"):
         assert losses[name] == pytest.approx(losses["1f1b"], rel=1e-5)
+    for name in ("seq1f1b", "sliced"):
+        assert losses[name] == pytest.approx(losses["one_by_one"], rel=1e-5)
     assert losses["positions"] != pytest.approx(losses["1f1b"], rel=1e-4)
 
 
 @pytest.mark.parametrize("schedule", ["seq1f1b --num-slices 2", "sliced-helix"])
-def test_slices_are_refused(monkeypatch, corpus, schedule):
+def test_slices_are_of_one_sequence(monkeypatch, corpus, schedule):
     monkeypatch.setenv("WORLD_SIZE", "1")
-    line = f"{MODEL} {corpus} {RESET} {schedule} --micro-batch-size 1 --hardware h20"
-    with pytest.raises(ValueError, match=f"--reset-attention-mask is not supported by {schedule.split()[0]}"):
+    line = f"{MODEL} {corpus} {RESET} {schedule} --hardware h20"
+    with pytest.raises(ValueError, match=f"with {schedule.split()[0]} needs --micro-batch-size 1, not 2"):
         parse_arguments(line.split())
+    assert parse_arguments(f"{line} --micro-batch-size 1".split()).data.ends_at_documents

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from helixpipe.elastic.chunks import Chunk, Piece
 from helixpipe.layers.attention.interface import Spans
+from helixpipe.layers.documents import Documents
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,9 @@ class ChunkLayout:
         positions: [1, T] of every token in its own sequence.
         rotary: makes angles from positions; None for models with learned positions.
         local_rotary: does so in layers with windows, where these have a base of their own.
+        documents: of the only piece, a slice of joined documents, within the chunk; None where pieces are
+            what attention ends at.
+        seen: tokens of the first document before the chunk, where there are documents.
     """
 
     pieces: tuple[Piece, ...]
@@ -31,6 +35,8 @@ class ChunkLayout:
     positions: Tensor
     rotary: RotaryEmbedding | None = None
     local_rotary: RotaryEmbedding | None = None
+    documents: Spans | None = None
+    seen: int = 0
 
     # Megatron's attention leaves tensors in this format as they are: [T, 1, heads, d].
     qkv_format = "sbhd"
@@ -42,8 +48,43 @@ class ChunkLayout:
 
     @cached_property
     def sequences(self) -> Spans:
-        """The spans as attention takes them, once for all layers."""
-        return Spans(self.spans)
+        """What attention ends at, as it takes them, once for all layers."""
+        return self.documents or Spans(self.spans)
+
+    @property
+    def is_one_slice(self) -> bool:
+        """True if positions follow each other: there are neither other pieces, padding, nor documents."""
+        return self.documents is None and len(self.spans) == 1
+
+    @property
+    def context_length(self) -> int:
+        """Tokens before the chunk that queries of the first of :attr:`sequences` see, without a window."""
+        return self.pieces[0].start if self.documents is None else self.seen
+
+
+def layout_of_slice(
+    piece: Piece,
+    positions: Tensor,
+    documents: Documents | None = None,
+    rotary: RotaryEmbedding | None = None,
+    local_rotary: RotaryEmbedding | None = None,
+) -> ChunkLayout:
+    """The layout of one slice and nothing else.
+
+    Args:
+        piece: the slice.
+        positions: [1, s] of all tokens of the sequence.
+        documents: of which the sequence is joined, and at which attention ends; None for one sequence.
+        rotary, local_rotary: see :class:`ChunkLayout`.
+    """
+    start, end, spans = piece.start, piece.start + piece.length, ((0, piece.length),)
+    if documents is None:
+        return ChunkLayout((piece,), spans, positions[:, start:end], rotary, local_rotary)
+    (row,) = documents.rows
+    here = [bounds for bounds in row.bounds if bounds[0] < end and bounds[1] > start]
+    inside = Spans([(max(first, start) - start, min(last, end) - start) for first, last in here])
+    seen = max(0, start - here[0][0])
+    return ChunkLayout((piece,), spans, documents.positions[:, start:end], rotary, local_rotary, inside, seen)
 
 
 def padded_length(num_tokens: int, multiple: int) -> int:

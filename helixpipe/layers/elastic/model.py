@@ -38,6 +38,7 @@ class ElasticGPTModel(ChunkedLossGPTModel):
 
     Args:
         contexts: where the stage's layers keep keys and values of slices.
+        needs_documents: attention ends at the documents of which sequences are joined.
         args, arguments: those of :class:`ChunkedLossGPTModel`.
 
     Attributes:
@@ -47,9 +48,9 @@ class ElasticGPTModel(ChunkedLossGPTModel):
 
     run: ChunkRun | None = None
 
-    def __init__(self, contexts: ContextStore, *args: Any, **arguments: Any) -> None:
+    def __init__(self, contexts: ContextStore, needs_documents: bool, *args: Any, **arguments: Any) -> None:
         super().__init__(*args, **arguments)
-        self.contexts = contexts
+        self.contexts, self.needs_documents = contexts, needs_documents
         self.local_rotary = build_local_rotary(self.config, self.pg_collection.cp)
 
     def forward(
@@ -126,7 +127,9 @@ def build_elastic_gpt(
     contexts = ContextStore()
     spec = block_spec(config, implementation, saving=saving)
     attend_to_slices(spec.layer_specs, contexts, implementation.attention)
-    model = ElasticGPTModel(contexts, saving.loss_chunk_size, config, spec, **arguments)
+    model = ElasticGPTModel(
+        contexts, implementation.documents, saving.loss_chunk_size, config, spec, **arguments
+    )
     apply_variants(model, gives_angles=False)
     return model
 

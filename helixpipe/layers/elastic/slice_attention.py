@@ -1,4 +1,4 @@
-"""Attention of chunks: packed sequences do not see each other, a slice sees all of those before it.
+"""Attention of chunks: packed sequences do not see each other, a slice sees those before it of its sequence.
 
 Queries of a slice attend to the keys of each earlier slice without a mask and to their own causally; partial
 results merge by log-sum-exp, as in InfiniPipe (arXiv 2509.21275) and in ring attention (arXiv 2310.01889).
@@ -9,7 +9,7 @@ over all keys.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,12 +41,17 @@ class _Forward:
         self.own_extra: tuple[Any, ...] = ()
         self.context_extra: list[tuple[Any, ...]] = []
 
-    def parts(self, num_queries: int, context: list[KeptSlice]) -> Iterator[tuple[KeptSlice, WindowPart]]:
-        """What the first piece's queries see of the context, slice by slice."""
+    def parts(
+        self, num_queries: int, context: list[KeptSlice], layout: ChunkLayout
+    ) -> Iterator[tuple[KeptSlice, WindowPart]]:
+        """What the first sequence's queries see of the context, slice by slice."""
         distance = sum(kept.length for kept in context)
         for kept in context:
-            for part in window_parts(num_queries, kept.length, distance, self.window):
-                yield kept, part
+            # Its first tokens may be of documents that have ended.
+            hidden = max(0, distance - layout.context_length)
+            if hidden < kept.length:
+                for part in window_parts(num_queries, kept.length - hidden, distance - hidden, self.window):
+                    yield kept, part.behind(hidden)
             distance -= kept.length
 
     def run(
@@ -55,17 +60,24 @@ class _Forward:
         """Output [1, heads, T, d] and log-sum-exp [1, heads, T]."""
         own = self.own_backend.forward(query, key, value, self.scale, spans=layout.sequences)
         self.own_extra = own.extra
-        if context:
-            part = slice(*layout.spans[0])
+        if layout.context_length:
+            part = slice(*layout.sequences.bounds[0])
             first = own.output[:, :, part]
-            first.copy_(self._merged(query[:, :, part], first, own.log_sum_exp[..., part], context))
+            parts = self.parts(first.shape[2], context, layout)
+            first.copy_(self._merged(query[:, :, part], first, own.log_sum_exp[..., part], parts))
         return own.output, own.log_sum_exp
 
-    def _merged(self, query: Tensor, output: Tensor, log_sum_exp: Tensor, context: list[KeptSlice]) -> Tensor:
+    def _merged(
+        self,
+        query: Tensor,
+        output: Tensor,
+        log_sum_exp: Tensor,
+        parts: Iterable[tuple[KeptSlice, WindowPart]],
+    ) -> Tensor:
         """The output over the context, too, whose log-sum-exp is added in place."""
         # Sums of 16-bit parts are kept in the log-sum-exp's type, so that each is rounded once.
         total = output.to(log_sum_exp.dtype)
-        for kept, part in self.parts(query.shape[2], context):
+        for kept, part in parts:
             found = part.forward(self.backend, query, kept.key, kept.value, self.scale)
             self.context_extra.append(found.extra)
             sums = rows(log_sum_exp, part.queries)
@@ -91,11 +103,11 @@ def _add_context_gradients(
     grad_query: Tensor,
 ) -> None:
     """Add keys' and values' gradients to the earlier slices, and to ``grad_query`` what comes from them."""
-    first = slice(*layout.spans[0])
+    first = slice(*layout.sequences.bounds[0])
     query, output, grad, of_query = (t[:, :, first] for t in (saved[0], saved[3], grad, grad_query))
     log_sum_exp = saved[4][..., first]
     total = of_query.to(log_sum_exp.dtype)
-    parts = ran.parts(query.shape[2], context)
+    parts = ran.parts(query.shape[2], context, layout)
     for (kept, part), extra in zip(parts, ran.context_extra, strict=True):
         result = ForwardResult(output, log_sum_exp, extra)
         of_part, grad_key, grad_value = part.backward(

@@ -27,6 +27,11 @@ class WindowPart(NamedTuple):
     keys: slice
     is_whole: bool
 
+    def behind(self, count: int) -> WindowPart:
+        """The same part of an earlier slice with so many keys before those that it counts."""
+        last = None if self.keys.stop is None else self.keys.stop + count
+        return self._replace(keys=slice((self.keys.start or 0) + count, last)) if count else self
+
     def forward(
         self, backend: AttentionBackend, query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> ForwardResult:

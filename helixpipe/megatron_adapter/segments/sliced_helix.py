@@ -6,16 +6,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from helixpipe.elastic.chunks import Piece
-from helixpipe.layers.elastic.layout import ChunkLayout
+from helixpipe.layers.elastic.layout import ChunkLayout, layout_of_slice
 from helixpipe.layers.segmented_gpt import SegmentedGPTModel
 from helixpipe.megatron_adapter.forward_step import IterationInput
 from helixpipe.megatron_adapter.segments.contract import IterationSize
 from helixpipe.megatron_adapter.segments.sequence_losses import SequenceLosses
 from helixpipe.megatron_adapter.segments.shared_slices import SharedSliceSegments
-from helixpipe.megatron_adapter.segments.slices import part_of, pieces_of
+from helixpipe.megatron_adapter.segments.slices import check_documents, part_of, pieces_of
 from helixpipe.plan import Kind, Plan
 from helixpipe.plan.slice_ends import ends_for
 from helixpipe.runtime.executor import Tensors
@@ -73,12 +72,15 @@ class SlicedGPTSegments(SharedSliceSegments):
             for op in plan.orders[rank]
             if op.kind is Kind.F and op.segment in (0, plan.num_segments - 1)
         }
-        positions = torch.arange(size.seq_length, device=next(model.parameters()).device)[None]
-        self._layout_of = _Layouts(positions)
+        self._positions = torch.arange(size.seq_length, device=next(model.parameters()).device)[None]
+        # Of slices, each made once for all layers.
+        self._layouts: dict[Piece, ChunkLayout] = {}
 
     def begin(self, iteration: IterationInput) -> None:
         """Take over an iteration's input."""
         super().begin(iteration)
+        if self.segmented.needs_documents:
+            self._layouts.clear()
         self._losses.begin(iteration)
 
     def layout(self, edge: int, micro_batch: int) -> MessageLayout:
@@ -91,7 +93,7 @@ class SlicedGPTSegments(SharedSliceSegments):
         if self._attends(segment):
             return self._attend(segment, micro_batch, inputs, borrowed)
         piece = self._pieces[micro_batch]
-        layout = self._layout_of[piece]
+        layout = self._layout_of(piece)
         run = partial(self.segmented.forward_segment, segment, inputs, borrowed=borrowed, layout=layout)
         if segment == self._plan.num_segments - 1:
             call, loss_func = self._call(segment, micro_batch)
@@ -116,29 +118,25 @@ class SlicedGPTSegments(SharedSliceSegments):
         self._losses.finish(self.result)
 
     def _attention_layout(self, segment: int, micro_batch: int) -> ChunkLayout:
-        return self._layout_of[self._lent.attended(segment, micro_batch)]
+        return self._layout_of(self._lent.attended(segment, micro_batch))
+
+    def _layout_of(self, piece: Piece) -> ChunkLayout:
+        if piece not in self._layouts:
+            needs_documents = self.segmented.needs_documents
+            documents = self._documents_of(piece.sequence) if needs_documents else None
+            self._layouts[piece] = layout_of_slice(piece, self._positions, documents)
+        return self._layouts[piece]
+
+    def _next_call(self, micro_batch: int) -> Any:
+        call = super()._next_call(micro_batch)
+        check_documents(call[0], is_needed=self.segmented.needs_documents)
+        return call
 
     def _call(self, segment: int, micro_batch: int) -> Any:
         """The forward step's call for the sequence of a slice."""
         sequence = self._pieces[micro_batch].sequence
         self._read_to(sequence + 1)
         call = self._pending[sequence]
-        if call[0].documents is not None:
-            raise ValueError("attention over slices of sequences does not end at documents")
         if self._last_uses[sequence] == (segment, micro_batch):
             del self._pending[sequence]
         return call
-
-
-class _Layouts(dict[Piece, ChunkLayout]):
-    """Layouts of slices, each made once for all layers."""
-
-    def __init__(self, positions: Tensor) -> None:
-        super().__init__()
-        self._positions = positions
-
-    def __missing__(self, piece: Piece) -> ChunkLayout:
-        end = piece.start + piece.length
-        layout = ChunkLayout((piece,), ((0, piece.length),), self._positions[:, piece.start : end])
-        self[piece] = layout
-        return layout

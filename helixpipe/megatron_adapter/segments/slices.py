@@ -12,7 +12,8 @@ from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor
 
 from helixpipe.elastic.chunks import Piece
-from helixpipe.layers.elastic.layout import ChunkLayout
+from helixpipe.layers.documents import Documents
+from helixpipe.layers.elastic.layout import ChunkLayout, layout_of_slice
 from helixpipe.layers.elastic.model import ChunkRun, ElasticGPTModel
 from helixpipe.megatron_adapter.forward_step import IterationInput, IterationResult, ModelCall, StandInModel
 from helixpipe.megatron_adapter.segments.contract import IterationSize
@@ -92,8 +93,9 @@ class SliceSegments:
         assert self._input is not None
         piece = self._pieces[micro_batch]
         is_first, is_last = segment == 0, segment == self._last
-        call, loss_func = self._call(piece) if is_first or is_last else (_NO_CALL, None)
-        self._stage.run = ChunkRun(self._layout_of(piece), num_checkpointed=0)
+        reads = is_first or is_last or self._stage.needs_documents
+        call, loss_func = self._call(piece) if reads else (_NO_CALL, None)
+        self._stage.run = ChunkRun(self._layout_of(piece, call.documents), num_checkpointed=0)
         self._stage.set_input_tensor(inputs[0] if inputs else None)
         output = self._model(
             part_of(call.tokens, piece) if is_first else None,
@@ -111,11 +113,9 @@ class SliceSegments:
         left = {*self._calls, *(piece.sequence for piece in self._gradients)}
         assert not left, f"sequences that have not ended: {sorted(left)}"
 
-    def _layout_of(self, piece: Piece) -> ChunkLayout:
-        """One slice and nothing else."""
-        positions = self._positions[:, piece.start : piece.start + piece.length]
+    def _layout_of(self, piece: Piece, documents: Documents | None) -> ChunkLayout:
         rotary = getattr(self._stage, "rotary_pos_emb", None)
-        return ChunkLayout((piece,), ((0, piece.length),), positions, rotary, self._stage.local_rotary)
+        return layout_of_slice(piece, self._positions, documents, rotary, self._stage.local_rotary)
 
     def _call(self, piece: Piece) -> _Call:
         """What the forward step has asked for: called for the first slice, forgotten after the last."""
@@ -124,8 +124,7 @@ class SliceSegments:
             (data_iterator,) = self._input.data_iterators
             shape = (self._size.micro_batch_size, self._size.seq_length)
             call = self._input.call(data_iterator, self._stand_in, shape, piece.sequence)
-            if call[0].documents is not None:
-                raise ValueError("attention over slices of sequences does not end at documents")
+            check_documents(call[0], is_needed=self._stage.needs_documents)
             self._calls[piece.sequence] = call
         return self._calls[piece.sequence] if piece.is_continued else self._calls.pop(piece.sequence)
 
@@ -162,6 +161,16 @@ class _ShareOfLoss(torch.autograd.Function):
 
 # On a stage between the ends, which needs neither tokens nor labels.
 _NO_CALL = ModelCall(torch.empty(0), None, None)
+
+
+def check_documents(call: ModelCall, *, is_needed: bool) -> None:
+    """``ValueError`` unless a forward step has given documents to a model that is built for them alone."""
+    if is_needed and call.documents is None:
+        raise ValueError("the forward step must give the model, on every rank, a sequence's documents")
+    if call.documents is not None and not is_needed:
+        raise ValueError("the model was not built for attention that ends at documents; pass none")
+    if call.documents is not None and len(call.documents.rows) > 1:
+        raise ValueError("slices of joined documents run one sequence at a time; use a micro batch size of 1")
 
 
 def pieces_of(plan: Plan, ends: tuple[int, ...]) -> tuple[Piece, ...]:

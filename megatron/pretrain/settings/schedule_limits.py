@@ -36,11 +36,12 @@ def _check_attention(args: argparse.Namespace, execution: Execution | None) -> N
 
 
 def check_documents(args: argparse.Namespace, execution: Execution | None) -> None:
-    """Attention that ends at documents, over slices that do not."""
-    if execution is not None and execution.has_slices and args.reset_attention_mask:
+    """Attention that ends at documents, over slices of several sequences, in which documents end elsewhere."""
+    is_sliced = execution is not None and execution.has_slices
+    if is_sliced and args.reset_attention_mask and args.micro_batch_size > 1:
         raise ValueError(
-            f"--reset-attention-mask is not supported by {args.pipeline_schedule}, whose slices do not end "
-            "at documents; use another schedule or leave it out"
+            f"--reset-attention-mask with {args.pipeline_schedule} needs --micro-batch-size 1, not "
+            f"{args.micro_batch_size}"
         )
 
 
