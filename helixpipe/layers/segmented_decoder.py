@@ -17,7 +17,7 @@ from megatron.core.transformer.utils import sharded_state_dict_default
 
 from helixpipe.layers.experts import check_parts, unsupported_experts
 from helixpipe.layers.rotary import POSITIONS
-from helixpipe.layers.spec import LayerPart, partial_layer_spec
+from helixpipe.layers.spec import LayerPart, partial_layer_spec, ranges_with_sinks
 from helixpipe.layers.variants import cap_logits, scale_logits
 from helixpipe.refusals import refuse
 
@@ -131,7 +131,8 @@ def owned_parts(
             continue
         layer = segment // per_layer
         if layer < num_layers:
-            parts[layer] = parts.get(layer, LayerPart(0)) | LayerPart.PRE | attention_part
+            before = LayerPart.PRE | LayerPart.CORE | attention_part
+            parts[layer] = parts.get(layer, LayerPart(0)) | before
         if layer > 0:
             parts[layer - 1] = parts.get(layer - 1, LayerPart(0)) | (LayerPart.POST & ~attention_part)
     return parts
@@ -147,10 +148,10 @@ def check_supported(
     """``ValueError`` for options that would be ignored or wrong when a layer runs in segments."""
     if has_slices:
         check_parts(config, "a schedule that cuts sequences")
-    if config.softmax_type == "learnable" and (attention_range == "core" or has_slices):
+    if config.softmax_type == "learnable" and attention_range not in ranges_with_sinks(has_slices=has_slices):
         raise ValueError(
-            "--softmax-type learnable lends sinks with QKV, of whole sequences; use helix with "
-            "--attention-range qkv or block, or 1f1b"
+            f"--softmax-type learnable does not go with --attention-range {attention_range}, which lends no "
+            "sinks; use block"
         )
     unsupported = {
         **unsupported_experts(config),

@@ -175,7 +175,8 @@ class SegmentedGPTModel(LanguageModule):
         """
         parts = {1: self._attention_part}
         if self.segments_per_layer == 3:
-            parts = {1: LayerPart.PRE, 2: self._attention_part & ~LayerPart.PRE}
+            lends_proj = LayerPart.PROJ in self._attention_part
+            parts = {1: LayerPart.PRE, 2: LayerPart.CORE | LayerPart.PROJ if lends_proj else LayerPart(0)}
         borrowed = {piece: self._borrowed_attention(specs[0], part) for piece, part in parts.items() if part}
         if norm is not None:
             borrowed[self.num_segments - 1] = self._borrowed_last(specs[-1], norm)

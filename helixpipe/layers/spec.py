@@ -51,19 +51,25 @@ class LayerPart(Flag):
     """The parts of a layer around its core attention."""
 
     PRE = auto()  # norm1 and QKV
+    CORE = auto()  # the core attention, for its sinks where these are learned
     PROJ = auto()  # and the residual addition
     MLP = auto()  # norm2, mlp and the residual addition
     POST = PROJ | MLP
-    WHOLE = PRE | POST
+    WHOLE = PRE | CORE | POST
 
 
 # What an attention segment runs beside the core attention itself, by attention range. QKV takes norm1 along:
 # the message in is then the hidden state alone, and no rank keeps both norm1's input and its output.
 ATTENTION_PARTS: Mapping[str, LayerPart] = {
     "core": LayerPart(0),
-    "qkv": LayerPart.PRE,
-    "block": LayerPart.PRE | LayerPart.PROJ,
+    "qkv": LayerPart.PRE | LayerPart.CORE,
+    "block": LayerPart.PRE | LayerPart.CORE | LayerPart.PROJ,
 }
+
+
+def ranges_with_sinks(*, has_slices: bool) -> tuple[str, ...]:
+    """Attention ranges that lend learned sinks: with QKV; over slices, whose QKV comes before, with proj."""
+    return ("block",) if has_slices else ("qkv", "block")
 
 
 def default_implementation() -> Implementation:
@@ -237,8 +243,10 @@ def partial_layer_spec(spec: ModuleSpec, part: LayerPart) -> ModuleSpec:
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     if LayerPart.PRE not in part:
         layer.input_layernorm = IdentityOp
-        attention.linear_qkv = attention.core_attention = IdentityOp
+        attention.linear_qkv = IdentityOp
         attention.q_layernorm = attention.k_layernorm = IdentityOp
+    if LayerPart.CORE not in part:
+        attention.core_attention = IdentityOp
     if LayerPart.PROJ not in part:
         attention.linear_proj = IdentityOp
         layer.self_attn_bda = IdentityFuncOp

@@ -33,13 +33,15 @@ def run_here(case, change=None):
 ONE = rounds(1, fold=5, rounds=2, style="llama", dtype=torch.float64)
 
 
-@pytest.mark.parametrize("attention_range", ["core", "block"])
-def test_one_rank(attention_range):
+@pytest.mark.parametrize(
+    ("attention_range", "style"), [("core", "llama"), ("block", "llama"), ("block", "oss")]
+)
+def test_one_rank(attention_range, style):
     """Chunks that end one sequence and begin another, and such that do one of both."""
     recipe = recipe_of(ONE)
     assert {len(chunk.sliced_sequences) for chunk in recipe.chunks} == {1, 2}
     assert len(recipe.rounds) == 2
-    case = replace(ONE, attention_range=attention_range)
+    case = replace(ONE, attention_range=attention_range, case=replace(ONE.case, style=style))
     check(case, run_here(case))
 
 
@@ -74,6 +76,9 @@ def cases_with_weights_of(pp):
     for level in ("without-attention", "products"):
         yield replace(base, recompute=level, fold=3, rounds=1)
         yield replace(base, recompute=level, attention_range="qkv")
+    for dtype in (torch.float32, torch.float64):
+        # With learned sinks.
+        yield replace(base, case=replace(base.case, style="oss", dtype=dtype))
     yield replace(base, case=replace(base.case, loss_chunk=10, mlp_chunk=7))
 
 

@@ -24,6 +24,8 @@ def cases_of(layout):
         replace(block, overlap=True, rounds=2),
         replace(base, schedule="zb-h1", without_attention=True),
         replace(base, schedule="seq1f1b", num_slices=3, fold=1),
+        replace(block, schedule="sliced-helix", fold=1, rounds=0, extra=2, dtype=torch.float64),
+        replace(block, schedule="sliced-helix", fold=1, rounds=0, extra=1, head_placement="spread"),
     ]
     if layout.tp > 1:
         cases += [replace(case, sequence_parallel=True) for case in cases[:4]]

@@ -69,11 +69,11 @@ def test_yarn_has_the_values_of_its_paper():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--attention-range core", "--attention-range core does not; use qkv or block"),
-        ("--attention-range auto", "--attention-range auto does not|--attention-range core does not"),
+        ("--attention-range core", "under helix needs --attention-range qkv or block, .*, not core$"),
+        ("--attention-range auto", "needs --attention-range qkv or block, which lends sinks, not core$"),
         (
-            "--pipeline-schedule sliced-helix --attention-range block",
-            "go with sliced-helix; use helix or seq",
+            "--pipeline-schedule sliced-helix --attention-range qkv",
+            "under sliced-helix needs --attention-range block, which lends sinks, not qkv$",
         ),
     ],
 )
@@ -82,7 +82,8 @@ def test_learned_sinks_need_lent_weights(options, message, monkeypatch):
     line = "--softmax-type learnable --pipeline-model-parallel-size 2 --pipeline-schedule helix"
     with pytest.raises(ValueError, match=message):
         parse(f"{line} {options}")
-    assert parse(f"{line} --attention-range block").model.softmax_type == "learnable"
+    for schedule in ("", "--pipeline-schedule sliced-helix --hardware h20"):
+        assert parse(f"{line} --attention-range block {schedule}").model.softmax_type == "learnable"
 
 
 @pytest.mark.parametrize(("attention_range", "goes"), [("core", False), ("block", True)])
@@ -94,7 +95,7 @@ def test_learned_sinks_go_by_the_range_of_a_plan(attention_range, goes, tmp_path
     if goes:
         assert parse(line).model.softmax_type == "learnable"
     else:
-        with pytest.raises(ValueError, match="--attention-range core does not; use qkv or block"):
+        with pytest.raises(ValueError, match=r"needs --attention-range qkv or block, .*, not core$"):
             parse(line)
 
 

@@ -12,8 +12,6 @@ from helixpipe.plan.windows import parse_skip_frequency, parse_window, windows_o
 
 # Activation functions of gated MLPs.
 GATES = ("swiglu", "geglu", "quick_geglu")
-# Attention ranges that lend QKV, and learned sinks with it.
-RANGES_WITH_SINKS = ("qkv", "block")
 
 
 def add_layer_arguments(add: Callable[..., Any]) -> None:

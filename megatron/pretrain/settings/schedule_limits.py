@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 
 from helixpipe.layers.attention.choice import UNFUSED
+from helixpipe.layers.spec import ranges_with_sinks
 from helixpipe.plan.execution import Execution
 from helixpipe.plan.schedules.helix import DEFAULT_ATTENTION_RANGE
 from megatron.pretrain.settings.experts import check_experts_under
@@ -36,7 +37,7 @@ def _check_attention(args: argparse.Namespace, execution: Execution | None) -> N
 
 
 def check_documents(args: argparse.Namespace, execution: Execution | None) -> None:
-    """Attention that ends at documents, over slices of several sequences, in which documents end elsewhere."""
+    """Attention that ends at documents, over slices of several sequences, whose documents end elsewhere."""
     is_sliced = execution is not None and execution.has_slices
     if is_sliced and args.reset_attention_mask and args.micro_batch_size > 1:
         raise ValueError(
@@ -46,18 +47,15 @@ def check_documents(args: argparse.Namespace, execution: Execution | None) -> No
 
 
 def check_sinks(args: argparse.Namespace, execution: Execution | None, attention_range: str | None) -> None:
-    """Learned sinks, which are lent with QKV where a layer is cut at its attention."""
+    """Learned sinks, which some attention ranges lend where a layer is cut at its attention."""
     if args.softmax_type != "learnable" or execution is None or not execution.cuts_layers:
         return
-    if execution.cuts_sequences:
-        raise ValueError(
-            f"--softmax-type learnable does not go with {args.pipeline_schedule}; use helix or seq1f1b"
-        )
     found = attention_range or DEFAULT_ATTENTION_RANGE
-    if found not in ("qkv", "block"):
+    lending = ranges_with_sinks(has_slices=execution.cuts_sequences)
+    if found not in lending:
         raise ValueError(
-            f"--softmax-type learnable lends sinks with QKV, which --attention-range {found} does not; use "
-            "qkv or block"
+            f"--softmax-type learnable under {args.pipeline_schedule} needs --attention-range "
+            f"{' or '.join(lending)}, which lends sinks, not {found}"
         )
 
 
