@@ -10,7 +10,7 @@ from megatron.core.transformer import TransformerConfig
 from torch.nn.functional import silu
 
 from helixpipe.layers.recomputing_layer import MemorySaving
-from helixpipe.layers.slices import automatic_size
+from helixpipe.plan.chunk_size import automatic_size
 from helixpipe.plan.cost_model import Recompute
 
 

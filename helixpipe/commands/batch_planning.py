@@ -172,6 +172,8 @@ def _costs(args: argparse.Namespace) -> None:
         raise ValueError(
             "--seq-length means nothing to elastic-costs, which holds for all lengths; leave it out"
         )
+    if args.chunked_mlp:
+        raise ValueError("--chunked-mlp: chunks of sequences are planned with whole MLPs; leave it out")
     args.seq_length = 1
     machine, workload = read_workload(args)
     if not isinstance(machine, Hardware):

@@ -8,6 +8,7 @@ from helixpipe.commands.ranges import RANKS, Whole
 from helixpipe.plan.advise import read_machine
 from helixpipe.plan.cost_model import HARDWARE, MODELS, Hardware, Pieces, Workload, read_model
 from helixpipe.plan.cost_model.hardware import ATTENTION_BACKENDS
+from helixpipe.plan.cost_model.work import AUTOMATIC
 from helixpipe.refusals import refuse
 
 
@@ -45,6 +46,11 @@ def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="plan as if the loss were computed in chunks, never with all logits at once",
     )
+    add(
+        "--chunked-mlp",
+        action="store_true",
+        help="plan as if the MLP ran in chunks of the sequence (--mlp-chunk-size auto)",
+    )
 
 
 def read_workload(args: argparse.Namespace) -> tuple[Hardware | Pieces, Workload]:
@@ -75,6 +81,7 @@ def _workload(args: argparse.Namespace) -> Workload:
         expert_parallel=(1 if args.expert_model_parallel_size is None else args.expert_model_parallel_size),
         distributed_optimizer=args.use_distributed_optimizer,
         whole_logits=not args.chunked_loss,
+        mlp_chunk_size=AUTOMATIC if args.chunked_mlp else None,
         fp8_products=args.fp8,
     )
 
@@ -101,6 +108,7 @@ def _profiled_workload(args: argparse.Namespace, profile: Pieces) -> Workload:
         "--no-sequence-parallel": args.no_sequence_parallel,
         "--use-distributed-optimizer": args.use_distributed_optimizer,
         "--chunked-loss": args.chunked_loss,
+        "--chunked-mlp": args.chunked_mlp,
         "--attention-backend": args.attention_backend,
         "--fp8": args.fp8,
     }

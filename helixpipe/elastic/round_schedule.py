@@ -204,6 +204,7 @@ class _ChunkCost:
             forward,
             backward,
             bytes=self._on_each(self.level.attention_bytes),
+            workspace_bytes=self._on_each(self.level.attention_workspace_bytes),
             context_bytes=ceil(lent),
             gradient_bytes=costs.gradient_bytes(chunk, 1),
         )

@@ -36,6 +36,7 @@ from helixpipe.layers.elastic.context import ContextStore
 from helixpipe.layers.elastic.core_attention import attend_to_slices
 from helixpipe.layers.elastic.layout import ChunkLayout
 from helixpipe.layers.elastic.positions import rotate_at
+from helixpipe.layers.elastic.slice_attention import compact
 from helixpipe.layers.recomputing_layer import (
     NOTHING_SAVED,
     MemorySaving,
@@ -383,9 +384,8 @@ class SegmentedGPTModel(LanguageModule):
         self, layer: TransformerLayer, number: int, inputs: Tensors, layout: Layout | None
     ) -> Tensors:
         """norm1 and QKV of layer ``number``, where they are a segment of their own."""
-        (hidden,) = inputs
-        query, key, value = query_key_value(layer, self.saving.level(number), hidden)
-        return (*self._rotated(number, query, key, value, layout), hidden)
+        query, key, value = query_key_value(layer, self.saving.level(number), *inputs)
+        return (*compact(*self._rotated(number, query, key, value, layout)), *inputs)
 
     def _run_parts(
         self,
@@ -402,7 +402,7 @@ class SegmentedGPTModel(LanguageModule):
         with self._random_state(self.config.hidden_dropout):
             if LayerPart.PRE in part:
                 query, key, value = self._query_key_value(layer, *values)
-                values = (*self._rotated(number, query, key, value, layout), *values)
+                values = (*compact(*self._rotated(number, query, key, value, layout)), *values)
             if LayerPart.PROJ in part:
                 values = (self._project(layer, *values),)
             if LayerPart.MLP in part:

@@ -16,9 +16,6 @@ from torch.nn import Parameter
 from helixpipe.kernels.choice import add_gradient
 from helixpipe.layers.borrowed_modules import with_same_weights
 
-# Matrix products of fewer tokens are slower per token.
-_FEWEST_TOKENS = 1024
-
 
 class SlicedFunction(NamedTuple):
     """A function of every position for itself.
@@ -51,17 +48,6 @@ def in_slices(function: SlicedFunction, input: Tensor, *constants: Tensor) -> Te
     function = function._replace(again=with_same_weights(function.again))
     output: Tensor = _InSlices.apply(function, input, len(constants), *constants, *function.parameters)
     return output
-
-
-def automatic_size(num_tokens: int, width: int, hidden_size: int) -> int:
-    """Tokens of a slice whose widest tensor is no larger than the whole hidden state, nor very small.
-
-    Args:
-        num_tokens: of the sequence.
-        width: of the widest tensor, in elements per token on one GPU.
-        hidden_size: width of the hidden state on one GPU.
-    """
-    return min(num_tokens, max(_FEWEST_TOKENS, num_tokens * hidden_size // width))
 
 
 class _InSlices(torch.autograd.Function):

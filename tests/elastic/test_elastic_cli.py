@@ -111,6 +111,7 @@ def test_costs_from_the_model(tmp_path, capsys):
     assert str(path) in capsys.readouterr().out
     for arguments, words in (
         (["--seq-length", "4096"], "leave it out"),
+        (["--chunked-mlp"], "planned with whole MLPs; leave it out"),
         (["--measurements", str(path)], "needs --measured-layers"),
     ):
         with pytest.raises(ValueError, match=words):

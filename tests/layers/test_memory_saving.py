@@ -14,6 +14,7 @@ from models import SEED, VOCABULARY, Case, relative_error
 from pretend import pretend_rank
 from ranks import run_on_ranks
 from stages import batch_of, block_share, configured, gpt_stage, qkv_share, segmented_share
+from torch import Tensor
 
 from helixpipe.layers.attention.aten import AtenCpu
 from helixpipe.layers.attention.choice import AUTO, choose, problem_of
@@ -198,15 +199,17 @@ def planned_costs(case, schedule, recompute, **options):
     return workload, costs_of_plan(predict_pieces(workload, HARDWARE["h20"]), plan, recompute).segments
 
 
-def kept_by_segment(case):
-    """Bytes by segment: saved tensors, and the inputs whose data the executor keeps."""
+def kept_by_segment(case, arrive=lambda value: value.detach().clone()):
+    """Bytes by segment: saved tensors, and the inputs whose data the executor keeps.
+
+    Inputs are as a message brings them, each in a storage of its own size, unless they arrive otherwise.
+    """
     kept = {}
     with pretend_rank(case):
         model = segmented_share(case)
         values = ()
         for segment in range(model.num_segments):
-            # As a message brings them: each in a storage of its own size.
-            values = tuple(value.detach().clone().requires_grad_() for value in values)
+            values = tuple(arrive(value).requires_grad_() for value in values)
             returned = model.forward_segment(segment, values, **batch_of(case))
             # A residual that comes with others is cut off its message.
             kept[segment] = Kept(model, returned).bytes(values[: max(1, len(values) - 1)])
@@ -239,6 +242,17 @@ def test_helix_keeps_what_the_planner_believes(style, micro_batch_size, mlp_chun
     assert 0 <= kept[0] - planned["first"].bytes <= small
     norm = kept_by_rms_norm(workload) if style == "llama" else 0
     assert 0 <= kept[2 * case.num_layers] - planned["last"].bytes - norm <= small
+
+
+@every_style
+@pytest.mark.parametrize("level", [Recompute.NONE, Recompute.WITHOUT_ATTENTION])
+def test_attention_on_the_same_rank_keeps_no_more_than_of_a_message(style, level):
+    """Values are a view of what QKV gave. Beside rotated queries and keys they would keep all of it."""
+    case = Case(pp=1, style=style, seq_length=128, levels=level.value, loss_chunk=16)
+    kept = kept_by_segment(case, arrive=Tensor.detach)
+    _, planned = planned_costs(case, "helix", level)
+    for segment in range(1, 2 * case.num_layers, 2):
+        assert kept[segment] == planned["attention"].bytes
 
 
 @every_style

@@ -6,7 +6,8 @@ import pytest
 import torch
 from kept import LargestTensor
 
-from helixpipe.layers.slices import SlicedFunction, automatic_size, in_slices
+from helixpipe.layers.slices import SlicedFunction, in_slices
+from helixpipe.plan.chunk_size import automatic_size
 
 LENGTH, WIDTH, INNER = 127, 6, 40
 

@@ -197,6 +197,7 @@ def test_arguments_say_what_helix_recomputes_and_how_the_loss_is_computed():
     assert words(Recompute.NONE)[-1] == "--recompute-levels none"
     assert words(Recompute.WITHOUT_ATTENTION)[-1] == "--recompute-levels without-attention"
     assert words(Recompute.NONE, whole_logits=False)[-1] == "--loss-chunk-size auto"
+    assert words(Recompute.NONE, mlp_chunk_size="auto")[-1] == "--mlp-chunk-size auto"
     assert not Candidate("helix", Recompute.WITHOUT_ATTENTION, 2, 8, options).why_not_runnable
     block = {**options, "attention_range": "block", "head_placement": "spread"}
     borrowing = Candidate("helix", Recompute.WITHOUT_ATTENTION, 2, 8, block, chunked_loss=True)

@@ -253,6 +253,55 @@ def test_chunked_loss_keeps_no_logits():
     assert last(whole_logits=False).recompute == pytest.approx(head)
 
 
+def test_an_mlp_in_chunks_is_never_there_for_all_tokens():
+    """And keeps its input alone, whatever the rest of the layer keeps; its first half is computed twice."""
+
+    def middle(recompute, **changes):
+        found = pieces(seq_length=131072, **changes)
+        return costs_of_plan(found, planned("helix", attention_range="block"), recompute).segments["middle"]
+
+    unit = 131072 * GPT.hidden_size * 2 // 8
+    norm2, fc1 = (pieces(seq_length=131072).times[name].forward for name in ("norm2", "fc1"))
+    whole = middle(Recompute.NONE)
+    for level in (Recompute.NONE, Recompute.PRODUCTS, Recompute.WITHOUT_ATTENTION):
+        # The widest tensor has four times the hidden state's channels.
+        chunked = middle(level, mlp_chunk_size="auto")
+        assert chunked == middle(level, mlp_chunk_size=32768)
+        assert chunked.bytes == unit
+        assert chunked.recompute == pytest.approx(norm2 + fc1)
+        assert chunked.workspace_bytes < whole.workspace_bytes + middle(level).bytes
+    # norm2's output, fc1's output and gradient, the activation; norm2's output and gradient, gathered. And
+    # the residual's gradient.
+    parts = unit + 4 * unit + 4 * unit + 4 * unit + 2 * 8 * unit
+    assert chunked.workspace_bytes == parts // 4 + unit
+    assert middle(Recompute.FULL, mlp_chunk_size="auto").recompute == pytest.approx(
+        middle(Recompute.FULL).recompute + norm2 + fc1
+    )
+
+
+def test_chunk_sizes_are_tokens_or_automatic():
+    for wrong in (0, -1, True, "large", 2.0):
+        with pytest.raises(ValueError, match="mlp chunk size must be tokens or auto"):
+            pieces(mlp_chunk_size=wrong)
+
+
+def test_attention_needs_room_for_its_gradients():
+    """Of the results, of q, k and v, once more of q in fp32; and rotated q and k where these come again."""
+
+    def attention(recompute, attention_range):
+        found = pieces(seq_length=131072)
+        plan = planned("helix", attention_range=attention_range)
+        return costs_of_plan(found, plan, recompute).segments["attention"].workspace_bytes
+
+    unit = 131072 * GPT.hidden_size * 2 // 8
+    sums = 131072 * GPT.num_heads * 4 // 8
+    assert attention(Recompute.NONE, "core") == 2 * unit + 3 * unit + 2 * unit + sums
+    assert attention(Recompute.NONE, "block") == attention(Recompute.NONE, "core")
+    again = unit + 3 * unit + 2 * unit  # norm1's output, q, k and v, and rotated q and k
+    assert attention(Recompute.WITHOUT_ATTENTION, "block") == attention(Recompute.NONE, "core") + again
+    assert attention(Recompute.WITHOUT_ATTENTION, "core") == attention(Recompute.NONE, "core")
+
+
 def test_messages_have_the_size_of_their_tensors():
     unit = units(GPT) * 8  # of a rank's eight GPUs
     messages = {

@@ -175,7 +175,7 @@ def test_bounds_hold_where_memory_that_is_left_is_filled(layout):
 
 
 @pytest.mark.parametrize(
-    ("limit_gib", "level"), [(10.0, Recompute.WITHOUT_ATTENTION), (12.0, Recompute.PRODUCTS)]
+    ("limit_gib", "level"), [(9.0, Recompute.WITHOUT_ATTENTION), (12.0, Recompute.PRODUCTS)]
 )
 def test_layers_that_compute_less_again_lower_the_bound(limit_gib, level):
     """Without a pipeline nothing else delays: the heavier recomputation alone takes longer."""

@@ -7,9 +7,11 @@ from dataclasses import asdict, replace
 import pytest
 
 from helixpipe.data.prefix import DatasetInfo
+from helixpipe.plan.advise import read_machine
 from helixpipe.plan.cost_model import HARDWARE, Recompute, Workload, predict_pieces
 from megatron.pretrain.settings.arguments import parse_arguments
 from megatron.pretrain.settings.schedule import executable_schedules
+from megatron.pretrain.settings.schedule_choice import pieces_on
 
 LINE = (
     "--pipeline-schedule auto --pipeline-model-parallel-size 4 --num-layers 8 --hidden-size 512 "
@@ -150,6 +152,18 @@ def profile_for(seq_length, **changes):
     model = replace(parse_arguments(line.split(), DATASET).workload.model, **changes)
     workload = Workload(model=model, seq_length=seq_length)
     return predict_pieces(workload, HARDWARE["h20"]).to_json()
+
+
+def test_memory_is_predicted_for_the_chunks_of_this_job(tmp_path):
+    """Also beside a profile: it tells times, and was measured with a whole MLP and a whole loss."""
+    path = tmp_path / "profile.json"
+    path.write_text(profile_for(8192))
+    job = f"--hardware {path} --seq-length 8192 --memory-limit-gib 80"
+    chunks = "--mlp-chunk-size 2048 --loss-chunk-size 1024"
+    whole, chunked = parsed(job), parsed(f"{job} {chunks}")
+    assert chunked.workload == replace(whole.workload, mlp_chunk_size=2048, whole_logits=False)
+    machine = read_machine(str(path))
+    assert pieces_on(machine, str(path), chunked.workload) == replace(machine, workload=chunked.workload)
 
 
 def test_a_profile_of_the_same_layers_is_accepted(tmp_path):

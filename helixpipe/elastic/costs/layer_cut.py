@@ -23,6 +23,7 @@ class CutLevel:
             follows it keep per token until their backward.
         workspace_bytes: that exist per token in the backward of what lies between two attentions.
         before_workspace_bytes: in that of what precedes attention, where it is a segment of its own.
+        attention_workspace_bytes: in that of attention.
         before_again, after_again: of the forward time that is linear in tokens, the shares that the backwards
             of what precedes attention and of what follows it repeat.
     """
@@ -33,6 +34,7 @@ class CutLevel:
     after_bytes: float
     workspace_bytes: float = 0.0
     before_workspace_bytes: float = 0.0
+    attention_workspace_bytes: float = 0.0
     before_again: float = 0.0
     after_again: float = 0.0
 

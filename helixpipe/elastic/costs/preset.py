@@ -151,6 +151,7 @@ def _level(pieces: Pieces, recompute: Recompute, attention_range: str) -> CutLev
         after_bytes=found.after.bytes * scale,
         workspace_bytes=found.between.workspace_bytes * scale,
         before_workspace_bytes=found.before.workspace_bytes * scale if is_apart else 0.0,
+        attention_workspace_bytes=found.attention.workspace_bytes * scale,
         before_again=found.before.recompute / linear_ms,
         after_again=found.after.recompute / linear_ms,
     )

@@ -153,6 +153,8 @@ class Candidate:
         words += self._recompute_arguments(workload.model.num_layers)
         if not workload.whole_logits:
             words.append("--loss-chunk-size auto")
+        if workload.mlp_chunk_size is not None:
+            words.append(f"--mlp-chunk-size {workload.mlp_chunk_size}")
         return words
 
     def _recompute_arguments(self, num_layers: int) -> list[str]:

@@ -91,13 +91,12 @@ def predict_context_parallel(
     parameters = model.num_layers * sum(counts[name] for name in ("qkv", "proj", "fc1", "fc2"))
     parameters += counts["embedding"] + (0 if model.tied else counts["head"])
     finish_ms = shared.reduction_ms(parameters) + shared.optimizer_ms(parameters)
-    transient = max(layer.workspace_bytes, workload.head_workspace_bytes)
-    transient += (shared.workload.layer_workspace_bytes - workload.layer_workspace_bytes // size) * size
-    activations = model.num_layers * layer.bytes + workload.head_bytes + transient
+    transient = max(whole_layer_cost(shared, recompute).workspace_bytes, shared.workload.head_workspace_bytes)
+    kept = model.num_layers * layer.bytes + workload.head_bytes
     return ContextParallel(
         iteration_ms=num_microbatches * (model.num_layers * layer_ms + ends_ms) + finish_ms,
         exposed_ms=num_microbatches * model.num_layers * exposed_ms,
-        peak_bytes=shared.workload.static_bytes(parameters) + activations // size,
+        peak_bytes=shared.workload.static_bytes(parameters) + kept // size + transient,
     )
 
 

@@ -70,6 +70,19 @@ def whole_layer(recompute: Recompute) -> Part:
     return Part(LAYER_PIECES, _ATTENTION_KEPT + _MLP_KEPT)
 
 
+@cache
+def in_chunks(part: Part) -> Part:
+    """The part if its MLP runs in chunks: of norm2 and MLP it keeps their input, and computes them again."""
+    if "fc1" not in part.pieces:
+        return part
+    kept = _without(part.kept, "norm2 output", "fc1 output", "activation")
+    if "fc2" in part.recomputed:
+        # Once with all of the layer, once more chunk by chunk.
+        return part._replace(kept=kept, recomputed=(*part.recomputed, "norm2", "fc1"))
+    again = _without(part.recomputed, "norm2", "fc1", ACTIVATION)
+    return part._replace(kept=kept, recomputed=(*again, "norm2", "fc1"))
+
+
 class Cut(NamedTuple):
     """A layer cut around its attention range, and the tensors that cross the two cuts."""
 

@@ -17,6 +17,7 @@ from helixpipe.plan.cost_model.recomputation import (
     Part,
     Recompute,
     cut,
+    in_chunks,
     split_cut,
     whole_layer,
 )
@@ -38,6 +39,14 @@ from helixpipe.plan.stage_layers import STAGE_LAYERS, layers_of_stages
 _EMBEDDING, _HEAD = Part(("embedding",)), Part(("head",))
 # What is as wide as the MLP.
 _OF_THE_MLP = ("fc1 output", "activation")
+# What a piece that is computed again makes.
+_REGAINED_BY_ATTENTION = {
+    "norm1": "norm1 output",
+    "qkv": "qkv",
+    "core": "attention output",
+    "proj": "norm2 input",
+}
+_REGAINED_BY_MLP = {"norm2": "norm2 output", "fc1": "fc1 output", ACTIVATION: "activation"}
 
 
 class _Builder:
@@ -56,6 +65,8 @@ class _Builder:
 
     def _segment(self, parts: tuple[Part, ...], part_of: Slice = WHOLE) -> SegmentCost:
         """The cost of parts that run on one rank, one after the other."""
+        if self.workload.mlp_chunk_size is not None:
+            parts = tuple(map(in_chunks, parts))
         names = [piece for part in parts for piece in part.pieces]
         costs = [self._time(piece, part_of, part) for part in parts for piece in part.pieces]
         recompute = sum(self._again_ms(piece, part_of, part) for part in parts for piece in part.recomputed)
@@ -86,15 +97,26 @@ class _Builder:
         )
 
     def _workspace(self, parts: Sequence[Part], names: list[str]) -> int:
-        workspace = self.workload.layer_workspace_bytes if "fc1" in names else 0
-        # What was not kept exists again while its layer is computed backward.
+        """What is there in a backward beside what was kept: of the head, of the MLP or of attention."""
+        workload, tensors = self.workload, self.tensors
+        # What was not kept exists again while its part is computed backward.
         again = {piece for part in parts for piece in part.recomputed}
-        regained = {"norm1": "norm1 output", "qkv": "qkv", "core": "attention output", "proj": "norm2 input"}
-        regained |= {"norm2": "norm2 output", "fc1": "fc1 output", ACTIVATION: "activation"}
-        workspace += sum(self.tensors[name] for piece, name in regained.items() if piece in again)
+        of_attention = sum(tensors[name] for piece, name in _REGAINED_BY_ATTENTION.items() if piece in again)
+        of_mlp = sum(tensors[name] for piece, name in _REGAINED_BY_MLP.items() if piece in again)
         if "fc1" in again:
-            workspace += self.tensors["activation"]
-        return max(workspace, self.workload.head_workspace_bytes if "head" in names else 0)
+            of_mlp += tensors["activation"]
+        of_mlp = int(of_mlp * workload.mlp_share)
+        if "fc1" in names:
+            of_mlp += workload.mlp_workspace_bytes
+        if "core" in names and "qkv" in again:
+            # Rotary positions are not in place.
+            of_attention += workload.rotated_bytes
+        if "fc2" in again:
+            # All of a layer is computed again before any of it is computed backward.
+            of_mlp += of_attention
+        if "core" in names:
+            of_attention += workload.attention_workspace_bytes
+        return max(of_mlp, of_attention, workload.head_workspace_bytes if "head" in names else 0)
 
     def _bytes(self, name: str, part: Part) -> float:
         return self.tensors[name] * (part.mlp_share if name in _OF_THE_MLP else 1.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from helixpipe.plan.chunk_size import automatic_size
 from helixpipe.plan.cost_model.shape import ModelShape
 
 # Pieces of a layer, and of the ends of the model. ``fc1`` includes the activation function, ``head`` the
@@ -21,6 +22,8 @@ _COUNTS = (
 )  # fmt: skip
 # Of a gradient that several operations add to: fp32.
 GRADIENT_BYTES = 4
+# In place of tokens of a chunk: as training chooses them.
+AUTOMATIC = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,8 @@ class Workload:
         expert_parallel: GPUs of a stage that share the experts, each of which is whole on one of them.
         distributed_optimizer: optimizer states are cut over the GPUs that hold the same weights.
         whole_logits: the loss keeps the softmax of all tokens; False if it is computed in chunks.
+        mlp_chunk_size: tokens of the sequence for which norm2 and MLP run at a time, ``AUTOMATIC`` for as
+            many as training chooses; None for all.
         element_bytes: of activations: 2 for bf16, 4 for fp32.
         fp8_products: the products of layers, not the head's, are computed in fp8.
     """
@@ -54,6 +59,7 @@ class Workload:
     expert_parallel: int = 1
     distributed_optimizer: bool = False
     whole_logits: bool = True
+    mlp_chunk_size: int | str | None = None
     element_bytes: int = 2
     fp8_products: bool = False
 
@@ -62,6 +68,9 @@ class Workload:
             value = getattr(self, key)
             if value < 1:
                 raise ValueError(f"the {key.replace('_', ' ')} must be at least 1, not {value}")
+        chunk = self.mlp_chunk_size
+        if not (chunk is None or chunk == AUTOMATIC or (type(chunk) is int and chunk > 0)):
+            raise ValueError(f"the mlp chunk size must be tokens or {AUTOMATIC}, not {chunk!r}")
         if self.fp8_products and self.element_bytes != 2:
             raise ValueError("fp8 products need bf16 between them")
         model, t = self.model, self.tensor_parallel
@@ -166,6 +175,11 @@ class Workload:
         }
 
     @property
+    def rotated_bytes(self) -> int:
+        """Queries and keys with rotary positions, beside those without."""
+        return self.channel_bytes(self.model.query_size + self.model.key_size)
+
+    @property
     def routed_copies(self) -> int:
         """Copies of a token that are sent to experts."""
         return self.model.experts.active if self.model.experts else 0
@@ -183,15 +197,48 @@ class Workload:
         return self.tokens * self.model.vocab_size // self.tensor_parallel
 
     @property
+    def mlp_share(self) -> float:
+        """For which share of the tokens norm2 and MLP run at a time."""
+        if self.mlp_chunk_size is None:
+            return 1.0
+        tokens, size = self.seq_length // self.context_parallel, self.mlp_chunk_size
+        if not isinstance(size, int):
+            width = self.model.fc1_size // self.tensor_parallel
+            size = automatic_size(tokens, width, self.model.hidden_size // self.sharded)
+        return min(1.0, size / tokens)
+
+    @property
     def layer_workspace_bytes(self) -> int:
-        """Transient peak of a layer's backward: gathered input and gradient, the MLP's gradients."""
+        """Transient peak of a layer's backward, beside what was kept."""
+        return max(self.mlp_workspace_bytes, self.attention_workspace_bytes)
+
+    @property
+    def mlp_workspace_bytes(self) -> int:
+        """Transient in the backward of an MLP: gathered input and gradient, the gradient of fc1's output.
+
+        That of the activation takes the place of the activation, and the residual's passes by.
+        """
         gathered = 2 * self.tokens * self.model.hidden_size * self.element_bytes if self.sharded > 1 else 0
+        kept = self.kept_tensors
+        return int((gathered + kept["fc1 output"]) * self.mlp_share) + kept["residual"]
+
+    @property
+    def attention_workspace_bytes(self) -> int:
+        """Transient in the backward of attention: gradients of its results and of q, k, v; its kernel's own.
+
+        The residual's gradient passes by. Kernels for bf16 add the gradient of q up in fp32 (FlashAttention-2
+        and -3, cuDNN), and hold a sum per token and head of the output times its gradient.
+        """
+        model = self.model
+        gathered = 0
         if self.gathers_keys:
             # And their gradients, before these are summed.
-            whole = self.channel_bytes(self.model.key_value_size) * self.context_parallel
-            gathered += 2 * whole
+            gathered = 2 * self.channel_bytes(model.key_value_size) * self.context_parallel
+        query = self.channel_bytes(model.query_size)
+        in_fp32 = query * GRADIENT_BYTES // self.element_bytes if self.element_bytes < GRADIENT_BYTES else 0
         kept = self.kept_tensors
-        return gathered + kept["fc1 output"] + kept["activation"]
+        results = kept["attention output"] + kept["residual"]
+        return gathered + results + kept["qkv"] + in_fp32 + kept["log-sum-exp"]
 
     @property
     def head_workspace_bytes(self) -> int:

@@ -6,7 +6,7 @@ import argparse
 
 from helixpipe.commands.ranges import Whole
 from helixpipe.layers.recomputing_layer import MemorySaving
-from helixpipe.layers.slices import automatic_size
+from helixpipe.plan.chunk_size import automatic_size
 from helixpipe.plan.cost_model import Recompute
 from helixpipe.plan.cost_model.levels import parse_levels
 from helixpipe.plan.schedules import SCHEDULES
@@ -73,7 +73,7 @@ def memory_saving(args: argparse.Namespace) -> MemorySaving:
                 f"--mlp-chunk-size recomputes the MLP by itself; leave {again.pop()} out of "
                 "--recompute-modules"
             )
-    return MemorySaving(levels, _mlp_chunk_size(args), _loss_chunk_size(args))
+    return MemorySaving(levels, mlp_chunk_size(args), _loss_chunk_size(args))
 
 
 def job_levels(args: argparse.Namespace) -> Recompute | tuple[Recompute, ...]:
@@ -102,7 +102,8 @@ def asked_levels(args: argparse.Namespace) -> Recompute | tuple[Recompute, ...] 
         raise ValueError(f"--recompute-levels {error}") from None
 
 
-def _mlp_chunk_size(args: argparse.Namespace) -> int | None:
+def mlp_chunk_size(args: argparse.Namespace) -> int | None:
+    """Tokens of the sequence for which norm2 and MLP run at a time; None for all."""
     is_gated = any(getattr(args, gate) for gate in GATES)
     width = args.ffn_hidden_size * (2 if is_gated else 1) // args.tensor_model_parallel_size
     return _chosen(args, args.mlp_chunk_size, width)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 import torch
 
@@ -23,7 +24,7 @@ from helixpipe.plan.plan import Plan
 from helixpipe.plan.schedules import SCHEDULES
 from helixpipe.plan.schedules.request import KnownCosts
 from helixpipe.refusals import refuse
-from megatron.pretrain.settings.recomputation import BY_GRANULARITY, asked_levels, job_levels
+from megatron.pretrain.settings.recomputation import BY_GRANULARITY, asked_levels, job_levels, mlp_chunk_size
 from megatron.pretrain.settings.schedule import AUTO
 from megatron.pretrain.settings.schedule_limits import check_execution, check_sinks, check_weight_gradients
 
@@ -37,7 +38,7 @@ _NARROWING = (
 # What does not change the times of a layer.
 _OF_NO_LAYER = (
     "model", "name", "num_layers", "other_parameters", "data_parallel", "distributed_optimizer",
-    "whole_logits",
+    "whole_logits", "mlp_chunk_size",
 )  # fmt: skip
 
 
@@ -149,6 +150,7 @@ def workload_of(args: argparse.Namespace) -> Workload:
         expert_parallel=args.expert_model_parallel_size,
         distributed_optimizer=args.use_distributed_optimizer,
         whole_logits=args.loss_chunk_size is None,
+        mlp_chunk_size=mlp_chunk_size(args),
         element_bytes=args.params_dtype.itemsize,
     )
 
@@ -185,7 +187,7 @@ def pieces_on(machine: Hardware | Pieces, name: str | None, workload: Workload) 
     """
     if isinstance(machine, Pieces):
         _check_profile(name, machine, workload)
-        return machine
+        return replace(machine, workload=workload)
     return predict_pieces(workload, machine)
 
 
