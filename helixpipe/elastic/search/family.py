@@ -14,11 +14,14 @@ from helixpipe.elastic.job import ElasticJob
 from helixpipe.elastic.round_recipe import RoundRecipe
 from helixpipe.elastic.round_schedule import cut_of
 from helixpipe.elastic.search.choice import SCHEDULES
-from helixpipe.elastic.search.planner import estimate_batch
+from helixpipe.elastic.search.planner import SLICE_COUNTS, estimate_batch
 from helixpipe.elastic.search.round_planner import plan_rounds
 from helixpipe.elastic.search.stage_balance import balanced_stage_layers
 
 Batches = Sequence[Sequence[int]]
+
+# Every rank chooses at a job's start: few numbers of slices tell well enough how fast 1F1B is.
+_SLICE_COUNTS = SLICE_COUNTS[::3]
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,8 @@ def _of_pipelines(batches: Batches, job: ElasticJob) -> _Found:
     for stage_layers in dict.fromkeys([(), balanced]):
         own = replace(job, stage_layers=stage_layers)
         try:
-            found.append(_Found(sum(estimate_batch(batch, own) for batch in batches), own))
+            times = [estimate_batch(batch, own, slice_counts=_SLICE_COUNTS) for batch in batches]
+            found.append(_Found(sum(times), own))
         except ValueError as error:
             failure = error
     if not found:
@@ -101,17 +105,22 @@ def _of_pipelines(batches: Batches, job: ElasticJob) -> _Found:
 
 
 def _of_rounds(batches: Batches, job: ElasticJob) -> _Found:
-    """Helix with the range that is best for the longest batch, and as little recomputed as fits all."""
+    """Helix with the range that is best for the longest batch, and as little recomputed as fits all.
+
+    The others are tried with as many chunks of a slot as that batch.
+    """
     longest = max(batches, key=lambda batch: sum(job.costs.layer_ms(n * n, n) for n in batch))
     first = plan_rounds(longest, job).recipe
     assert isinstance(first, RoundRecipe)
     cut = cut_of(job.costs, first.attention_range)
     levels = [level.recompute for level in cut.levels]
+    folds = (max(map(max, first.rounds)),)
     failure = ValueError()
     for level in levels[levels.index(first.recompute) :]:
         own = replace(job, attention_range=first.attention_range, recompute=level)
         try:
-            return _Found(sum(plan_rounds(batch, own).prediction.time_ms for batch in batches), own)
+            plans = [plan_rounds(batch, own, folds=folds) for batch in batches]
+            return _Found(sum(plan.prediction.time_ms for plan in plans), own)
         except ValueError as error:
             failure = error
     raise failure
