@@ -2,8 +2,9 @@
 
     python benchmarks/elastic_helix.py
 
-Efficiency is the time of an ideal without bubble, recomputation and messages over the predicted time. The row
-with a balanced head is a bound: 1F1B whose stages share the head's time evenly, at no cost.
+Efficiency is the time of an ideal without bubble, recomputation and messages over the predicted time. Where
+fewer layers beside the head shorten the slowest stage, 1F1B has them in a row of its own. The row with a
+balanced head is a bound: 1F1B whose stages share the head's time evenly, at no cost.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from helixpipe.elastic.baselines import packed_plan  # noqa: E402
 from helixpipe.elastic.sample import skewed_lengths  # noqa: E402
 from helixpipe.elastic.search.choice import SLICE_COUNTS, Choice  # noqa: E402
 from helixpipe.elastic.search.round_planner import plan_rounds  # noqa: E402
+from helixpipe.elastic.search.stage_balance import balanced_stage_layers  # noqa: E402
 from helixpipe.plan.cost_model import HARDWARE, MODELS, Workload  # noqa: E402
 from helixpipe.plan.schedules.request import ATTENTION_RANGES  # noqa: E402
+from helixpipe.plan.stage_layers import spell_stage_layers  # noqa: E402
 
 TOKENS = 2_100_000
 # Median, what one in a hundred exceeds, and the longest.
@@ -44,6 +47,7 @@ def build_parser() -> ScriptParser:
     parser = ScriptParser(prog="benchmark_elastic_helix", description="Elastic helix against elastic 1F1B.")
     parser.add_argument("--model", choices=MODELS, default="llama-7b")
     parser.add_argument("--num-query-groups", type=Whole(), default=8, help="heads of keys and values")
+    parser.add_argument("--batches", nargs="+", choices=BATCHES, default=[*BATCHES], help="default: all")
     parser.add_argument("--hardware", choices=HARDWARE, default="h20")
     parser.add_argument("--tensor-parallel", type=RANKS, default=8)
     parser.add_argument("--ranks", type=RANKS, default=8)
@@ -61,8 +65,8 @@ def main() -> int:
             f"{options.model} with {options.num_query_groups} heads of keys on {options.hardware}, tensor "
             f"{options.tensor_parallel} x pipeline {options.ranks}, {options.memory_limit_gib:g} GiB"
         )
-        for name, (median, long, longest) in BATCHES.items():
-            _compare(name, batch(median, long, longest), job)
+        for name in options.batches:
+            _compare(name, batch(*BATCHES[name]), job)
     except ValueError as error:
         print(f"benchmark_elastic_helix: error: {error}", file=sys.stderr)
         return 2
@@ -97,9 +101,16 @@ def _compare(name: str, lengths: Sequence[int], job: ElasticJob) -> None:
     )
     ideal_ms = _ideal_ms(lengths, job)
     balanced = replace(job, costs=_with_balanced_head(job.costs, job.num_layers))
+    uneven = balanced_stage_layers(lengths, job.costs, job.num_layers, job.num_stages)
     planners: dict[str, Callable[[], ElasticPlan]] = {
         "packed to the longest, 1F1B": partial(packed_plan, lengths, job),
         "elastic 1F1B, up to 64": partial(plan_batch, lengths, job, slice_counts=SLICE_COUNTS),
+    }
+    if uneven:
+        own = replace(job, stage_layers=uneven)
+        label = f"the same, {spell_stage_layers(uneven)} layers"
+        planners[label] = partial(plan_batch, lengths, own, slice_counts=SLICE_COUNTS)
+    planners |= {
         "the same, head balanced (bound)": partial(plan_batch, lengths, balanced, slice_counts=SLICE_COUNTS),
         "elastic helix": partial(plan_rounds, lengths, job),
     }
