@@ -1,54 +1,50 @@
-"""Train on documents as they are, elastic against packing, side by side in one run.
+"""Train on documents as they are, elastic helix and elastic 1F1B against packing, side by side in one run.
 
     torchrun --nproc-per-node 2 benchmarks/elastic_training.py --data-path data/stdlib
 
-Both run the same batches of whole documents through the same stages of one model, batch by batch in turn:
-once by the elastic plan, once packed to the longest document's length under 1F1B; which of them is first
-alternates. No document attends to another either way. The planner's costs are measured first, on the ranks
-that train, with shorter sequences: they are quadratic in the length.
+All run the same batches of whole documents on the same weights, batch by batch in turn: packed to the longest
+document's length under 1F1B, by the plan of elastic 1F1B, and by that of elastic helix; which is first
+alternates. No document attends to another in any. The planner's costs are measured first, on the ranks that
+train, with shorter sequences: they are quadratic in the length. Nothing is recomputed where memory allows.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import statistics
 import sys
 import tempfile
-import time
-import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-warnings.filterwarnings("ignore")
-logging.getLogger("megatron.core").setLevel(logging.ERROR)
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
+import torch
+import torch.distributed as dist
+from schedules import Sample, measure
 
-from helixpipe.commands.parser import ScriptParser  # noqa: E402
-from helixpipe.commands.ranges import GIBIBYTES, LAYERS, REPEATS, SEED, Whole  # noqa: E402
-from helixpipe.data.samples import ShuffledOrder  # noqa: E402
-from helixpipe.elastic import ChunkCosts, ElasticJob, ElasticPlan, costs_to_json, plan_batch  # noqa: E402
-from helixpipe.elastic.baselines import packed_plan  # noqa: E402
-from helixpipe.elastic.costs.fit import fit_costs  # noqa: E402
-from helixpipe.elastic.costs.preset import profiled_chunk_costs  # noqa: E402
-from helixpipe.megatron_adapter.elastic_batch import ElasticBatch  # noqa: E402
-from helixpipe.megatron_adapter.elastic_forward_backward import ElasticForwardBackward  # noqa: E402
-from helixpipe.megatron_adapter.schedule import device  # noqa: E402
-from helixpipe.plan.cost_model import Workload  # noqa: E402
-from helixpipe.profiling import profile_chunks  # noqa: E402
-from helixpipe.runtime.gpu import barrier  # noqa: E402
-from helixpipe.runtime.trace import default_clock  # noqa: E402
-from megatron.pretrain.data.variable_length import VariableLengthDataset  # noqa: E402
-from megatron.pretrain.initialize import finalize, initialize  # noqa: E402
-from megatron.pretrain.metrics import sum_losses  # noqa: E402
-from megatron.pretrain.model import TrainingState, build_training_state  # noqa: E402
-from megatron.pretrain.settings.arguments import parse_arguments  # noqa: E402
-from megatron.pretrain.settings.job import JobSettings  # noqa: E402
-from pretrain_gpt import forward_step  # noqa: E402
+from helixpipe.commands.parser import ScriptParser
+from helixpipe.commands.ranges import GIBIBYTES, LAYERS, REPEATS, SEED, Whole
+from helixpipe.data.samples import ShuffledOrder
+from helixpipe.elastic import ChunkCosts, ElasticPlan, costs_to_json, plan_batch
+from helixpipe.elastic.baselines import packed_plan
+from helixpipe.elastic.costs.fit import fit_costs
+from helixpipe.elastic.costs.preset import profiled_chunk_costs
+from helixpipe.elastic.search.round_planner import plan_rounds
+from helixpipe.megatron_adapter.elastic_batch import ElasticBatch
+from helixpipe.megatron_adapter.elastic_forward_backward import ElasticForwardBackward
+from helixpipe.plan.cost_model import Workload
+from helixpipe.plan.schedules.request import ATTENTION_RANGES
+from helixpipe.profiling import profile_chunks
+from helixpipe.runtime.trace import default_clock
+from megatron.pretrain.data.variable_length import VariableLengthDataset
+from megatron.pretrain.initialize import finalize, initialize
+from megatron.pretrain.model import TrainingState, build_training_state
+from megatron.pretrain.settings.arguments import parse_arguments
+from megatron.pretrain.settings.job import JobSettings
+from pretrain_gpt import forward_step
 
 # At which the head is measured, see elastic-profile.
 _PIECES_LENGTH = 2048
@@ -56,13 +52,14 @@ _PIECES_LENGTH = 2048
 _WARMUP_BATCH_SIZE = 4
 
 
-class Sample(NamedTuple):
-    """One iteration, over all ranks."""
+PACKED, ELASTIC, HELIX = "packed", "elastic", "elastic-helix"
 
-    elapsed_ms: float
-    busy_ms: float
-    bubble: float
-    loss: float
+
+class Contender(NamedTuple):
+    """A way to run a batch, and the model that it runs on."""
+
+    plan: Callable[[list[int]], ElasticPlan]
+    state: TrainingState
 
 
 class Batch(NamedTuple):
@@ -82,14 +79,14 @@ def main() -> int:
     options = build_parser().parse_args()
     try:
         initialize(_training_arguments(options, "--pipeline-schedule 1f1b"))
-        costs = _measured_costs(options)
-        state, settings = _elastic_state(options, costs)
-        batches = _batches(options, settings)
+        contenders, settings = _contenders(options, _measured_costs(options))
+        batches = _batches(options, settings, contenders)
         schedule = ElasticForwardBackward(clock=default_clock())
         samples: list[dict[str, Sample]] = []
         for number, batch in enumerate(batches):
-            names = ("packed", "elastic") if number % 2 else ("elastic", "packed")
-            row = {name: _iteration(schedule, state, batch, batch.plans[name]) for name in names}
+            first = number % len(contenders)
+            names = [*contenders][first:] + [*contenders][:first]
+            row = {name: _iteration(schedule, contenders[name].state, batch, name) for name in names}
             if number:
                 samples.append(row)
                 _say(_line(batch, row))
@@ -105,7 +102,7 @@ def main() -> int:
 def build_parser() -> ScriptParser:
     """The options."""
     parser = ScriptParser(
-        prog="benchmark_elastic_training", description="Compare elastic pipelines with packing on one model."
+        prog="benchmark_elastic_training", description="Compare elastic schedules with packing on one model."
     )
     parser.add_argument("--data-path", required=True, help="prefix that tools/prepare_data.py has written")
     parser.add_argument("--num-layers", type=LAYERS, default=4)
@@ -117,6 +114,7 @@ def build_parser() -> ScriptParser:
     parser.add_argument("--repeats", type=REPEATS, default=3, help="rounds of measuring what chunks cost")
     parser.add_argument("--profile-length", type=Whole(), default=8192, help="longest chunk that is measured")
     parser.add_argument("--batches", type=REPEATS, default=3, help="measured, after one that is not")
+    parser.add_argument("--attention-range", choices=ATTENTION_RANGES, default="core", help="of helix")
     parser.add_argument("--seed", type=SEED, default=1)
     return parser
 
@@ -145,16 +143,32 @@ def _measured_costs(options: argparse.Namespace) -> ChunkCosts:
     return fit.costs
 
 
-def _elastic_state(options: argparse.Namespace, costs: ChunkCosts) -> tuple[TrainingState, JobSettings]:
+def _contenders(options: argparse.Namespace, costs: ChunkCosts) -> tuple[dict[str, Contender], JobSettings]:
+    """Both schedules' models; and the settings of one, which name the data."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "costs.json"
         path.write_text(costs_to_json(costs), encoding="utf-8")
-        limit = f"--memory-limit-gib {options.memory_limit_gib}"
-        settings = _training_arguments(options, f"--pipeline-schedule elastic --elastic-costs {path} {limit}")
-    return build_training_state(settings), settings
+        given = f"--elastic-costs {path} --memory-limit-gib {options.memory_limit_gib}"
+        whole = _training_arguments(options, f"--pipeline-schedule {ELASTIC} {given}")
+        cut = _training_arguments(
+            options,
+            f"--pipeline-schedule {HELIX} --recompute-levels none --attention-range "
+            f"{options.attention_range} {given}",
+        )
+    pipelines, rounds = whole.elastic_job, cut.elastic_job
+    assert pipelines is not None
+    assert rounds is not None
+    of_stages, of_segments = build_training_state(whole), build_training_state(cut)
+    return {
+        PACKED: Contender(lambda lengths: packed_plan(lengths, pipelines), of_stages),
+        ELASTIC: Contender(lambda lengths: plan_batch(lengths, pipelines), of_stages),
+        HELIX: Contender(lambda lengths: plan_rounds(lengths, rounds), of_segments),
+    }, whole
 
 
-def _batches(options: argparse.Namespace, settings: JobSettings) -> list[Batch]:
+def _batches(
+    options: argparse.Namespace, settings: JobSettings, contenders: dict[str, Contender]
+) -> list[Batch]:
     dataset = VariableLengthDataset(settings.data.dataset, options.max_seq_length)
     order = ShuffledOrder(len(dataset), options.seed)
     sizes = [_WARMUP_BATCH_SIZE] + [options.global_batch_size] * options.batches
@@ -163,41 +177,30 @@ def _batches(options: argparse.Namespace, settings: JobSettings) -> list[Batch]:
         chosen = order.samples(taken, size)
         taken += size
         sequences = [dataset[int(sample)].ids for sample in chosen]
-        batches.append(Batch(sequences, _plans([len(ids) - 1 for ids in sequences], settings.elastic_job)))
+        batches.append(Batch(sequences, _plans([len(ids) - 1 for ids in sequences], contenders)))
     return batches
 
 
-def _plans(lengths: list[int], job: ElasticJob) -> dict[str, ElasticPlan]:
+def _plans(lengths: list[int], contenders: dict[str, Contender]) -> dict[str, ElasticPlan]:
     """Made by the first rank: a solver that its time limit ends need not find the same twice."""
     plans: list[Any] = [None]
     if dist.get_rank() == 0:
-        plans = [{"packed": packed_plan(lengths, job), "elastic": plan_batch(lengths, job)}]
+        plans = [{name: contender.plan(lengths) for name, contender in contenders.items()}]
     dist.broadcast_object_list(plans)
     return plans[0]
 
 
-def _iteration(
-    schedule: ElasticForwardBackward, state: TrainingState, batch: Batch, plan: ElasticPlan
-) -> Sample:
+def _iteration(schedule: ElasticForwardBackward, state: TrainingState, batch: Batch, name: str) -> Sample:
     for chunk in state.model:
         chunk.zero_grad_buffer()  # type: ignore[operator]
-    barrier()
-    started = time.perf_counter()
-    losses = schedule(
-        forward_step_func=forward_step,
-        data_iterator=iter([ElasticBatch(plan, batch.sequences)]),
-        model=state.model,
+    return measure(
+        schedule,
+        lambda: schedule(
+            forward_step_func=forward_step,
+            data_iterator=iter([ElasticBatch(batch.plans[name], batch.sequences)]),
+            model=state.model,
+        ),
     )
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    elapsed_ms = (time.perf_counter() - started) * 1e3
-    table = torch.zeros(dist.get_world_size(), 5, dtype=torch.float64, device=device())
-    mine = [elapsed_ms, schedule.trace.total_ms(), schedule.trace.busy_ms(), *sum_losses(losses)]
-    table[dist.get_rank()] = torch.tensor(mine, dtype=torch.float64)
-    dist.all_reduce(table)
-    elapsed, total, busy, loss_sums, tokens = table.T.tolist()
-    busy_ms = sum(busy) / len(busy)
-    return Sample(max(elapsed), busy_ms, 1.0 - busy_ms / max(total), sum(loss_sums) / sum(tokens))
 
 
 def _line(batch: Batch, row: dict[str, Sample]) -> str:
@@ -210,25 +213,32 @@ def _line(batch: Batch, row: dict[str, Sample]) -> str:
             f"{plan.prediction.time_ms:.0f}), bubble {100 * sample.bubble:.1f}% "
             f"({100 * plan.prediction.bubble:.1f}%);"
         )
-    return " ".join([*parts, f"{row['packed'].elapsed_ms / row['elastic'].elapsed_ms:.3f}x"])
+    ratios = (f"{name} {row[PACKED].elapsed_ms / row[name].elapsed_ms:.3f}x" for name in (ELASTIC, HELIX))
+    return " ".join([*parts, f"over packed: {', '.join(ratios)}"])
 
 
 def _summary(batches: list[Batch], samples: list[dict[str, Sample]]) -> str:
     tokens = sum(batch.tokens for batch in batches)
-    spent = {name: sum(row[name].elapsed_ms for row in samples) for name in ("packed", "elastic")}
-    predicted = {
-        name: sum(batch.plans[name].prediction.time_ms for batch in batches) for name in ("packed", "elastic")
-    }
-    rates = ", ".join(f"{name} {tokens / ms * 1e3:.0f} tokens/s" for name, ms in spent.items())
-    computing = sum(row["elastic"].busy_ms for row in samples) / sum(row["packed"].busy_ms for row in samples)
-    median = statistics.median(row["packed"].elapsed_ms / row["elastic"].elapsed_ms for row in samples)
-    worst = max(abs(row["packed"].loss / row["elastic"].loss - 1) for row in samples)
-    return (
-        f"{rates}: elastic {spent['packed'] / spent['elastic']:.3f}x over packed (median batch "
-        f"{median:.3f}x, predicted {predicted['packed'] / predicted['elastic']:.3f}x); elastic computes "
-        f"{100 * (computing - 1):+.1f}% longer, the rest is idle time; largest relative "
-        f"difference of a batch's losses {worst:.1e}"
+    lines = [
+        f"{'':14} {'tokens/s':>9} {'over packed':>11} {'median':>7} {'predicted':>9} {'bubble':>7} "
+        f"{'computing':>9}"
+    ]
+    spent = {name: sum(row[name].elapsed_ms for row in samples) for name in batches[0].plans}
+    predicted = {name: sum(batch.plans[name].prediction.time_ms for batch in batches) for name in spent}
+    busy = {name: sum(sum(row[name].busy_ms) for row in samples) for name in spent}
+    for name, ms in spent.items():
+        median = statistics.median(row[PACKED].elapsed_ms / row[name].elapsed_ms for row in samples)
+        bubble = statistics.median(row[name].bubble for row in samples)
+        lines.append(
+            f"{name:14} {tokens / ms * 1e3:9.0f} {spent[PACKED] / ms:10.3f}x {median:6.3f}x "
+            f"{predicted[PACKED] / predicted[name]:8.3f}x {bubble:7.1%} {busy[name] / busy[PACKED] - 1:+9.1%}"
+        )
+    worst = max(abs(sample.loss / row[PACKED].loss - 1) for row in samples for sample in row.values())
+    lines.append(
+        f"{HELIX} over {ELASTIC}: {spent[ELASTIC] / spent[HELIX]:.3f}x; largest relative difference of a "
+        f"batch's losses {worst:.1e}"
     )
+    return "\n".join(lines)
 
 
 def _say(text: str) -> None:

@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -232,17 +232,32 @@ def run_iteration(contender: Contender, round_number: int) -> Sample:
     for chunk in state.model:
         chunk.zero_grad_buffer()  # type: ignore[operator]
     state.optimizer.zero_grad()
+
+    def step() -> list[Any]:
+        losses: list[Any] = schedule(
+            forward_step_func=forward_step,
+            data_iterator=chunk_iterators(data, state.model),
+            model=state.model,
+            num_microbatches=settings.training.num_microbatches,
+            seq_length=settings.training.seq_length,
+            micro_batch_size=settings.training.micro_batch_size,
+        )
+        state.optimizer.step()
+        return losses
+
+    return measure(schedule, step)
+
+
+def measure(schedule: Any, step: Callable[[], list[Any]]) -> Sample:
+    """Time one iteration; collective.
+
+    Args:
+        schedule: with the trace of what it ran.
+        step: runs the iteration, and returns what the loss function reported on this rank.
+    """
     barrier()
     started = time.perf_counter()
-    losses = schedule(
-        forward_step_func=forward_step,
-        data_iterator=chunk_iterators(data, state.model),
-        model=state.model,
-        num_microbatches=settings.training.num_microbatches,
-        seq_length=settings.training.seq_length,
-        micro_batch_size=settings.training.micro_batch_size,
-    )
-    state.optimizer.step()
+    losses = step()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     elapsed_ms = (time.perf_counter() - started) * 1e3
