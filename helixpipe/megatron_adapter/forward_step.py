@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel.schedules import forward_step_calc_loss
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
+from helixpipe.layers.attention.context_parallel import own_pieces
 from helixpipe.layers.documents import Documents
 
 _SIGNATURE = inspect.signature(GPTModel.forward)
@@ -87,10 +89,19 @@ class StandInModel:
 
 
 def _check_mask(mask: Tensor | None, seq_length: int) -> None:
-    """Attention is causal by construction; a mask that says otherwise would be ignored silently."""
+    """Attention is causal by construction; a mask that says otherwise would be ignored silently.
+
+    Args:
+        mask: [..., seq_length, whole sequence]: Megatron gives ranks that share sequences the rows of their
+            tokens.
+        seq_length: tokens of a sequence that this rank has.
+    """
     if mask is None:
         return
-    causal = torch.ones(seq_length, seq_length, dtype=torch.bool, device=mask.device).triu_(1)
+    size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+    whole = seq_length * max(size, 1)
+    causal = torch.ones(whole, whole, dtype=torch.bool, device=mask.device).triu_(1)
+    causal = own_pieces(causal, 0, size, rank)
     if mask.shape[-2:] != causal.shape or not bool((mask == causal).all()):
         raise ValueError(
             "the attention mask is not the causal one; this schedule supports causal attention only, "

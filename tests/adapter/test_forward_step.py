@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel.schedules import forward_step_calc_loss
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
@@ -107,6 +108,17 @@ def changed(row, column, value):
 def test_other_masks_are_refused(model, tokens, mask):
     with pytest.raises(ValueError, match="not the causal one"):
         model(tokens, tokens, mask)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_that_share_sequences_have_the_rows_of_their_tokens(monkeypatch, model, tokens, rank):
+    monkeypatch.setattr(parallel_state, "get_context_parallel_world_size", lambda: 2)
+    monkeypatch.setattr(parallel_state, "get_context_parallel_rank", lambda: rank)
+    rows = [[0, 1, 2, 9, 10, 11], [3, 4, 5, 6, 7, 8]]
+    model(tokens, tokens, causal(2 * LENGTH)[:, :, rows[rank]])
+    for wrong in (causal(2 * LENGTH)[:, :, rows[1 - rank]], causal(2 * LENGTH)[:, :, :LENGTH], causal()):
+        with pytest.raises(ValueError, match="not the causal one"):
+            model(tokens, tokens, wrong)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import megatron.core
 import pytest
 import torch
 from ranks import run_on_ranks
@@ -16,9 +17,13 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from training_worker import Fault, KilledSave, run_cases, small_model
 
 from megatron.pretrain.checkpoint.files import tracked, usable
+from megatron.pretrain.checkpoint.megatron_lm import is_readable
+from megatron.pretrain.checkpoint.safe_pickle import COMMON_FILE
 
 SHARD = "__0_0.distcp"
-FILES = (SHARD, "__0_1.distcp", ".metadata", "common.pt", "metadata.json")
+# Since megatron-core 0.19 what it holds is among the shards.
+COMMON = () if is_readable(Path("nowhere"), megatron.core.__version__) else (COMMON_FILE,)
+FILES = (SHARD, "__0_1.distcp", ".metadata", *COMMON, "metadata.json")
 
 
 def flip(name):
@@ -59,10 +64,11 @@ def cut_and_seal(folder, other, canary):
 def put_for_every_tensor(folder, content):
     """One pickle in the place of every tensor, optimizer states among them."""
     table = pickle.loads((folder / ".metadata").read_bytes())
-    torch.save(content, folder / SHARD)
-    length = (folder / SHARD).stat().st_size
+    file = folder / "__9_0.distcp"
+    torch.save(content, file)
+    put = {"relative_path": file.name, "offset": 0, "length": file.stat().st_size}
     change_table(
-        folder, {key: replace(place, relative_path=SHARD, offset=0, length=length)
+        folder, {key: place if key.fqn.startswith("common_state/") else replace(place, **put)
                  for key, place in table.storage_data.items()},
     )  # fmt: skip
 
@@ -111,7 +117,7 @@ def bomb_in_table(folder, other, canary):
 
 
 def bomb_in_common(folder, other, canary):
-    torch.save({"iteration": Bomb(canary)}, folder / "common.pt")
+    torch.save({"iteration": Bomb(canary)}, folder / COMMON_FILE)
     sealed(folder)
 
 
@@ -136,7 +142,7 @@ DAMAGE = {
     "cut and sealed": (cut_and_seal, " cannot be loaded ("),
     "code in states": (bomb_in_states, " cannot be loaded ("),
     "code in table": (bomb_in_table, f"/.metadata {NO_DATA} ("),
-    "code in common": (bomb_in_common, f"/common.pt {NO_DATA} ("),
+    "code in common": (bomb_in_common, f"/{COMMON_FILE} {NO_DATA} ("),
     "giant tensor": (giant_tensor, " cannot be loaded ("),
     "giant table": (giant_table, " holds "),
     "type": (other_type, " holds "),
@@ -193,7 +199,7 @@ def test_no_code_ran_and_little_memory_was_taken(found):
     assert not (root / "canary").exists()
     assert outcomes["giant tensor"]["peak_bytes"] - outcomes["whole"]["peak_bytes"] < 400 << 20
     # The bomb is a live one.
-    torch.load(Path(root) / "code_in_common" / "iter_0000002" / "common.pt", weights_only=False)
+    torch.load(Path(root) / "code_in_common" / "iter_0000002" / COMMON_FILE, weights_only=False)
     assert (root / "canary").exists()
 
 

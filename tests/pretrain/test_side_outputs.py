@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -93,29 +94,34 @@ def test_no_timeline_is_lost(tmp_path, iteration, moved):
         assert found == {name: f"{count} {name}" for name in moved}
 
 
-@pytest.fixture
-def small_files():
-    """``small_files(bytes)``: no file can grow beyond that, as on a disk that is full."""
+@contextmanager
+def small_files(size):
+    """No file can grow beyond so many bytes, as on a disk that is full.
+
+    No fixture: those end after pytest has printed how the test went, perhaps to a file.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_line_is_written_whole_or_not_at_all(tmp_path, small_files):
+def test_a_line_is_written_whole_or_not_at_all(tmp_path):
     metrics = MetricsFile(tmp_path / "m.jsonl", 0)
-    small_files(30)
-    metrics.append("x" * 20)
-    with pytest.raises(OSError, match="File too large"):
-        metrics.append("y" * 20)
-    metrics.append("z" * 5)
+    with small_files(30):
+        metrics.append("x" * 20)
+        with pytest.raises(OSError, match="File too large"):
+            metrics.append("y" * 20)
+        metrics.append("z" * 5)
     assert (tmp_path / "m.jsonl").read_text() == "x" * 20 + "\nzzzzz\n"
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, small_files):
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "plan.json"
     replace_file(path, "first")
-    small_files(10)
-    with pytest.raises(OSError, match="File too large"):
+    with small_files(10), pytest.raises(OSError, match="File too large"):
         replace_file(path, "x" * 20)
     assert path.read_text() == "first"
     assert [entry.name for entry in tmp_path.iterdir()] == ["plan.json"]
