@@ -107,7 +107,39 @@ def test_bounds_lose_nothing_that_is_shown(num_gpus, batch, limit_gib, model, se
     )
     assert [key(f) for f in pruned.shown] == [key(f) for f in whole.shown]
     assert [key(f) for f in pruned.best_of_families] == [key(f) for f in whole.best_of_families]
+    assert key(pruned.best_that_runs) == key(whole.best_that_runs)
     assert pruned.num_simulated < whole.num_simulated
+
+
+def test_the_fastest_that_runs_is_found_wherever_it_ranks(monkeypatch):
+    """Even if neither it nor its family's best is shown: here all are one family, and one of it is shown."""
+    monkeypatch.setattr(joint, "SHOWN", 1)
+    monkeypatch.setattr(joint, "_family", lambda layout, candidate: "")
+    monkeypatch.setattr(joint, "_family_of", lambda layout, kind: "")
+
+    def accept(layout, candidate):
+        others = layout.context == 1 and layout.pipeline == 4
+        return (layout.exchange is Exchange.ALL_TO_ALL or others) and with_few_options(layout, candidate)
+
+    fewer, whole = (found(accept=accept, exhaustive=exhaustive) for exhaustive in (False, True))
+    assert fewer.best_that_runs.iteration_ms > fewer.findings[0].iteration_ms
+    assert key(fewer.best_that_runs) == key(whole.best_that_runs)
+
+
+def test_sequences_that_are_shared_run_as_training_shares_them(exhaustive):
+    """It gathers keys and values."""
+    shared = [finding for finding in exhaustive.findings if finding.layout.context > 1]
+    reasons = {
+        (f.layout.exchange, f.option.candidate.why_not_runnable)
+        for f in shared
+        if f.option.candidate.why_not_runnable != "recompute"
+    }
+    assert reasons == {
+        (Exchange.RING, "exchange"),
+        (Exchange.ALL_TO_ALL, "exchange"),
+        (Exchange.ALL_GATHER, ""),
+        (Exchange.ALL_GATHER, "tied weights"),
+    }
 
 
 def test_a_bound_that_is_too_high_loses_the_best(monkeypatch, exhaustive):

@@ -32,7 +32,8 @@ class Candidate:
         chunked_loss: the loss is computed in chunks.
         only_planned: what the model has that training does not know.
         in_fp8: products are computed in fp8.
-        shares_sequences: several GPUs share each sequence.
+        exchanges_otherwise: GPUs share sequences, and exchange keys and values in another way than training,
+            which gathers them.
         lighter: in how many layers, spread evenly, a lighter recomputation is used, and which; None for none.
     """
 
@@ -45,7 +46,7 @@ class Candidate:
     chunked_loss: bool = False
     only_planned: tuple[str, ...] = ()
     in_fp8: bool = False
-    shares_sequences: bool = False
+    exchanges_otherwise: bool = False
     lighter: tuple[int, Recompute] | None = None
 
     def request(self, job: Job, costs: KnownCosts | None = None) -> ScheduleRequest:
@@ -116,8 +117,8 @@ class Candidate:
             return "recompute"
         if self.only_planned:
             return self.only_planned[0]
-        if self.shares_sequences:
-            return "context parallelism"
+        if self.exchanges_otherwise:
+            return "exchange"
         if self.in_fp8:
             return "fp8"
         if self.tied and entry.needs_untied_weights:
@@ -223,7 +224,7 @@ def candidates(job: Job) -> Iterator[list[Candidate]]:
                         not job.workload.whole_logits,
                         job.workload.model.only_planned,
                         job.workload.fp8_products,
-                        job.workload.context_parallel > 1,
+                        job.workload.context_parallel > 1 and not job.workload.gathers_keys,
                     )
                     for recompute in Recompute
                 ]

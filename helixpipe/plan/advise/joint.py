@@ -7,7 +7,7 @@ time. What is left when bounds exceed the best found is never planned, let alone
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from functools import partial
@@ -17,6 +17,7 @@ from typing import NamedTuple
 from helixpipe.plan.advise.advice import LIGHTER, Option, Rejection, evaluate, fits, improve, mixed
 from helixpipe.plan.advise.bounds import Outlook, least_bytes, least_ms, least_ms_in_memory
 from helixpipe.plan.advise.candidates import Candidate, candidates, micro_batch_factors
+from helixpipe.plan.advise.context_parallel import Exchange
 from helixpipe.plan.advise.job import GIB, Job
 from helixpipe.plan.advise.layouts import Layout, layout_job, layouts
 from helixpipe.plan.advise.no_cycles import without_cycle_collection
@@ -186,6 +187,35 @@ def search(
     return found.advice()
 
 
+class _Limits(NamedTuple):
+    """What takes less than these is of interest.
+
+    Attributes:
+        shown_ms: of the last that is shown.
+        families_ms: of the best of each family.
+        runs_ms: of the fastest that ``pretrain_gpt.py`` runs.
+    """
+
+    shown_ms: float
+    families_ms: dict[str, float]
+    runs_ms: float
+
+    @classmethod
+    def of(cls, best: Collection[Finding]) -> _Limits:
+        times = sorted(finding.iteration_ms for finding in best)[:SHOWN]
+        families: dict[str, float] = {}
+        for finding in best:
+            known_ms = families.get(finding.family, _NEVER)
+            families[finding.family] = min(known_ms, finding.iteration_ms)
+        running = [f.iteration_ms for f in best if not f.option.candidate.why_not_runnable]
+        return cls(times[-1] if len(times) == SHOWN else _NEVER, families, min(running, default=_NEVER))
+
+    def of_family(self, family: str, *, runs: bool) -> float:
+        """For a candidate of a family that runs or does not."""
+        limit_ms = max(self.shown_ms, self.families_ms.get(family, _NEVER))
+        return max(limit_ms, self.runs_ms) if runs else limit_ms
+
+
 _STAGES, _APART, _SLICES = "stages", "attention apart", "slices"
 
 
@@ -216,7 +246,7 @@ class _Search:
     left: list[tuple[float, int, _Item]] = field(default_factory=list)
     improved: set[tuple[Layout, str]] = field(default_factory=set)
     items: dict[tuple[Layout, str], _Item] = field(default_factory=dict)
-    _limits: tuple[float, dict[str, float]] | None = None
+    _limits: _Limits | None = None
 
     def add_layout(
         self,
@@ -291,9 +321,12 @@ class _Search:
     def _next_to_improve(self) -> tuple[tuple[Layout, str], Finding] | None:
         ranked = sorted(self.best.items(), key=lambda item: item[1].iteration_ms)
         families: set[str] = set()
+        runs = False
         for number, (key, finding) in enumerate(ranked):
-            is_shown = number < SHOWN or finding.family not in families
+            is_first_to_run = not runs and not finding.option.candidate.why_not_runnable
+            is_shown = number < SHOWN or finding.family not in families or is_first_to_run
             families.add(finding.family)
+            runs = runs or is_first_to_run
             if is_shown and key not in self.improved:
                 return key, finding
         return None
@@ -320,23 +353,21 @@ class _Search:
                 self._push(any_ms if is_sliced else in_memory_ms, item._replace(group=accepted))
 
     def _deadline_ms(self, item: _Item) -> float:
-        """What takes less would be shown, or be the best of its family."""
+        """What takes less would be shown, or be the best of its family, or of what runs."""
         if self._limits is None:
-            times = sorted(finding.iteration_ms for finding in self.best.values())[:SHOWN]
-            of_families: dict[str, float] = {}
-            for finding in self.best.values():
-                known_ms = of_families.get(finding.family, _NEVER)
-                of_families[finding.family] = min(known_ms, finding.iteration_ms)
-            self._limits = times[-1] if len(times) == SHOWN else _NEVER, of_families
-        last_ms, of_families = self._limits
+            self._limits = _Limits.of(self.best.values())
+        limits = self._limits
         if not item.group:
             # Slices are not shared once more.
             kinds = (_STAGES, _APART) + (_SLICES,) * (item.layout.context == 1)
             families = {_family_of(item.layout, kind) for kind in kinds}
-            return max(last_ms, *(of_families.get(family, _NEVER) for family in families))
+            runs = item.layout.exchange in (None, Exchange.ALL_GATHER)
+            return max(limits.of_family(family, runs=runs) for family in families)
         candidate = item.group[0]
         known = self.best.get((item.layout, candidate.schedule))
-        limit_ms = max(last_ms, of_families.get(_family(item.layout, candidate), _NEVER))
+        # Another recomputation may run where this one does not.
+        runs = candidate.why_not_runnable in ("", "recompute")
+        limit_ms = limits.of_family(_family(item.layout, candidate), runs=runs)
         return limit_ms if known is None else min(limit_ms, known.iteration_ms)
 
     def _look_at(self, item: _Item) -> None:
