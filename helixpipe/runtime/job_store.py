@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import threading
@@ -99,22 +100,24 @@ def _listen(place: Place, timeout: timedelta) -> TCPStore:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("", place.port))
     except OSError as error:
-        raise ValueError(_cannot_listen(place, error.strerror or str(error))) from None
+        is_taken = error.errno == errno.EADDRINUSE
+        raise ValueError(_cannot_listen(place, error.strerror or str(error), is_taken=is_taken)) from None
     found = _construct(place, timeout, is_master=True)
     if isinstance(found, TCPStore):
         return found
     if "EADDRINUSE" in found:
-        raise ValueError(_cannot_listen(place, "Address already in use"))
+        # Taken in the meantime.
+        raise ValueError(_cannot_listen(place, os.strerror(errno.EADDRINUSE), is_taken=True))
     raise ValueError(
         f"rank 0 listens on port {place.port}, but does not answer at {place}; set MASTER_ADDR to a name or "
         "address of rank 0's own host"
     )
 
 
-def _cannot_listen(place: Place, why: str) -> str:
+def _cannot_listen(place: Place, why: str, *, is_taken: bool) -> str:
     return (
-        f"rank 0 cannot listen at {place} ({why}): another program has the port; set MASTER_PORT to a free "
-        "one, the same on all ranks"
+        f"rank 0 cannot listen at {place} ({why}){': another program has the port' if is_taken else ''}; set "
+        "MASTER_PORT to a free one, the same on all ranks"
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 import threading
 import time
@@ -10,6 +12,7 @@ from datetime import timedelta
 import pytest
 
 from helixpipe.reliability.exit_codes import BAD_USAGE, PEER_LOST, exit_code_of
+from helixpipe.runtime import job_store
 from helixpipe.runtime.job_store import NotMet, Place, open_store
 
 SHORT = timedelta(seconds=1)
@@ -71,6 +74,22 @@ def test_the_port_is_taken(foreign):
     ) as caught:
         open_store(foreign, 0, 1, LONG)
     assert exit_code_of(caught.value) == BAD_USAGE
+
+
+def test_the_port_is_taken_at_the_last_moment(place, monkeypatch):
+    """Between the look and the store's own listener, which words it in its own way."""
+    monkeypatch.setattr(job_store, "_construct", lambda *_, **__: "failed to listen (EADDRINUSE: address)")
+    with pytest.raises(ValueError, match=rf"at {place} \(Address already in use\): another program"):
+        open_store(place, 0, 1, LONG)
+
+
+def test_a_port_that_may_not_be_used_is_not_said_to_be_anothers(place, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(socket.socket, "bind", refuse)
+    with pytest.raises(ValueError, match=rf"cannot listen at {place} \(Permission denied\); set MASTER_PORT"):
+        open_store(place, 0, 1, LONG)
 
 
 def test_another_program_answers_in_place_of_rank_0(foreign):
