@@ -211,9 +211,9 @@ def _demand_of_job(words: Sequence[str], hardware: str | None) -> Demand:
 
 def _predicted_costs(job: JobSettings, plan: Plan, hardware: str | None) -> Costs | None:
     """Of the shortest operations, which recompute nothing; None if the machine or their time is unknown."""
-    from megatron.pretrain.settings.schedule_choice import known_machine, pieces_on
+    from megatron.pretrain.settings.schedule_choice import is_predicted, known_machine, pieces_on
 
-    if job.parallel.context_parallel_size > 1:
+    if not is_predicted(job.workload):
         return None
     name = job.schedule.hardware if hardware is None else hardware
     machine = known_machine(name, job.model.attention_backend)

@@ -15,7 +15,7 @@ from helixpipe.plan.simulation.simulate import simulate
 from megatron.pretrain.data.elastic_batches import first_lengths
 from megatron.pretrain.data.elastic_iterators import training_dataset
 from megatron.pretrain.settings.job import JobSettings, MemorySettings, ParallelSettings
-from megatron.pretrain.settings.schedule_choice import known_machine, pieces_on
+from megatron.pretrain.settings.schedule_choice import is_predicted, known_machine, pieces_on
 
 _GIB = 2**30
 
@@ -63,8 +63,8 @@ def describe(settings: JobSettings, hardware: str | None) -> Iterator[str]:
         f"{plan.num_ranks} ranks, {operations} operations; valid"
     )
     yield f"recompute: {_recompute(settings.memory)}"
-    if settings.parallel.context_parallel_size > 1:
-        yield "prediction: none, for sequences that ranks share; `helixpipe advise` compares such layouts"
+    if not is_predicted(settings.workload):
+        yield "prediction: none, for experts that are shared by ranks which share a sequence"
         return
     prediction = predict(settings, plan, hardware)
     if prediction is None:

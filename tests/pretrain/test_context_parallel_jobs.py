@@ -108,7 +108,7 @@ SIZES = (
         ("--softmax-type learnable", "^--softmax-type learnable does not go with"),
         ("--reset-attention-mask", "^--reset-attention-mask does not go with"),
         ("--eod-mask-loss", "^--eod-mask-loss without --calculate-per-token-loss does not go with"),
-        ("--hardware h20 --pipeline-schedule auto", "^--hardware does not go with"),
+        ("--hardware h20 --pipeline-schedule auto", "^--pipeline-schedule auto does not go with"),
         ("--seq-length 30", "^--seq-length 30 must be a multiple of 4 for .*; use 28 or 32$"),
         (
             "--tensor-model-parallel-size 2 --sequence-parallel --seq-length 38",

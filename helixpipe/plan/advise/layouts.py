@@ -131,12 +131,25 @@ def _pieces(
     if isinstance(machine, Pieces):
         return replace(machine, workload=alone) if micro_batch_size == alone.micro_batch_size else None
     whole = replace(alone, micro_batch_size=micro_batch_size)
-    pieces = predict_pieces(whole, machine)
     if layout.exchange is None:
-        return pieces
+        return predict_pieces(whole, machine)
+    return _shared_pieces(machine, whole, layout.exchange, layout.context)
+
+
+def shared_pieces(machine: Hardware, workload: Workload) -> Pieces:
+    """Pieces of a workload whose sequences are shared as training does it: keys and values are gathered.
+
+    Raises:
+        ValueError: sequences that cannot be divided, or windows.
+    """
+    whole = replace(workload, context_parallel=1, gathers_keys=False)
+    return _shared_pieces(machine, whole, Exchange.ALL_GATHER, workload.context_parallel)
+
+
+def _shared_pieces(machine: Hardware, whole: Workload, exchange: Exchange, size: int) -> Pieces:
     # GPUs that share a sequence are numbered before the replicas.
     between = pipeline_network(replace(whole, data_parallel=1, expert_parallel=1), machine)
-    shared = share_sequence(pieces, layout.exchange, layout.context, between)
+    shared = share_sequence(predict_pieces(whole, machine), exchange, size, between)
     of_holders = group_gb_per_s(machine, shared.workload.stage_gpus)
     return replace(
         shared,

@@ -33,7 +33,6 @@ def check_shared_sequences(args: argparse.Namespace, execution: Execution | None
         "--eod-mask-loss without --calculate-per-token-loss": (
             args.eod_mask_loss and not args.calculate_per_token_loss
         ),
-        "--hardware": args.hardware is not None,
         f"--attention-range {AUTO}": args.attention_range == AUTO,
         f"--pipeline-schedule {AUTO}": is_chosen,
     }

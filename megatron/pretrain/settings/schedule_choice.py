@@ -9,6 +9,7 @@ import torch
 
 from helixpipe.commands.parser import flag_of
 from helixpipe.plan.advise import Advice, Candidate, advise, is_for_one_rank, make_job, read_machine
+from helixpipe.plan.advise.layouts import shared_pieces
 from helixpipe.plan.build import complete
 from helixpipe.plan.cost_model import (
     HARDWARE,
@@ -139,14 +140,15 @@ def workload_of(args: argparse.Namespace) -> Workload:
     """The model, its sizes and how it is cut, for the cost model."""
     return Workload(
         model=model_from_arguments("the model", vars(args)),
-        # What one rank keeps goes by its own tokens; times are not predicted for shared sequences.
-        seq_length=args.seq_length // args.context_parallel_size,
+        seq_length=args.seq_length,
         micro_batch_size=args.micro_batch_size,
         tensor_parallel=args.tensor_model_parallel_size,
         # Without tensor parallelism there is nothing to cut.
         sequence_parallel=args.sequence_parallel or args.tensor_model_parallel_size == 1,
-        # Ranks that share a sequence are replicas, of which each has its own tokens.
-        data_parallel=args.data_parallel_size * args.context_parallel_size,
+        context_parallel=args.context_parallel_size,
+        # Of all ranks, while a rank attends to its own.
+        gathers_keys=args.context_parallel_size > 1,
+        data_parallel=args.data_parallel_size,
         expert_parallel=args.expert_model_parallel_size,
         distributed_optimizer=args.use_distributed_optimizer,
         whole_logits=args.loss_chunk_size is None,
@@ -161,17 +163,23 @@ def known_costs(args: argparse.Namespace) -> KnownCosts | None:
     Raises:
         ValueError: hardware that is not known or was not measured for these sizes.
     """
-    is_fitted = args.round_order == "interlocked" and args.context_parallel_size == 1
+    workload = workload_of(args)
+    is_fitted = args.round_order == "interlocked" and is_predicted(workload)
     machine = known_machine(args.hardware, args.attention_backend) if is_fitted else None
     if machine is None:
         return None
-    pieces = pieces_on(machine, args.hardware, workload_of(args))
+    pieces = pieces_on(machine, args.hardware, workload)
     recompute = job_levels(args)
     limit_gib = args.memory_limit_gib
     return KnownCosts(
         lambda plan: costs_of_plan(pieces, plan, recompute),
         None if limit_gib is None else int(limit_gib * 2**30),
     )
+
+
+def is_predicted(workload: Workload) -> bool:
+    """False for experts that only ranks which share a sequence are enough to share."""
+    return workload.tensor_parallel * workload.data_parallel % workload.expert_parallel == 0
 
 
 def pieces_on(machine: Hardware | Pieces, name: str | None, workload: Workload) -> Pieces:
@@ -183,8 +191,14 @@ def pieces_on(machine: Hardware | Pieces, name: str | None, workload: Workload) 
         workload: of the job.
 
     Raises:
-        ValueError: it was measured for other sizes.
+        ValueError: it was measured for other sizes, or ranks share sequences, of which it tells nothing.
     """
+    if workload.context_parallel > 1:
+        if isinstance(machine, Pieces):
+            raise ValueError(
+                f"{name} is a profile, which tells nothing about sequences that ranks share; name a machine"
+            )
+        return shared_pieces(machine, workload)
     if isinstance(machine, Pieces):
         _check_profile(name, machine, workload)
         return replace(machine, workload=workload)
