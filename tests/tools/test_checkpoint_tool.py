@@ -18,6 +18,7 @@ from megatron.pretrain.checkpoint.common_state import Placeholder, arguments_in,
 from megatron.pretrain.checkpoint.files import MANIFEST, TRACKER, digest
 from megatron.pretrain.checkpoint.inspection import facts, faults, find_checkpoint
 from megatron.pretrain.checkpoint.publishing import publish, start_saving
+from megatron.pretrain.checkpoint.safe_pickle import find_unsafe_content
 
 SHARD = "__0_0.distcp"
 WEIGHT = torch.arange(64, dtype=torch.float32).reshape(4, 16)
@@ -110,6 +111,8 @@ def test_no_code_runs(tmp_path, form):
         dict(facts(folder))
     (line,) = faults(folder)
     assert "more than plain data" in line
+    file = "common.pt" if form == "file" else SHARD
+    assert find_unsafe_content(folder).startswith(f"{folder / file} holds more than plain data")
     assert not canary.exists()
     if form == "file":
         torch.load(folder / "common.pt", weights_only=False)

@@ -12,7 +12,7 @@ import pickle
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -74,12 +74,15 @@ def find_unsafe_content(folder: Path) -> str:
 
     A table of contents may also lead torch to files outside of the folder.
     """
-    for name, read in ((".metadata", _read_places), (COMMON_FILE, _read_common)):
-        try:
-            read(folder)
-        except Exception as error:  # a damaged pickle may raise anything
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            return f"{folder / name} holds more than plain data; do not use it ({reason})"
+    path = folder / ".metadata"
+    try:
+        _read_places(folder)
+        path = folder / COMMON_FILE
+        path = _place_of_common(folder).path
+        _read_common(folder)
+    except Exception as error:  # a damaged pickle may raise anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return f"{path} holds more than plain data; do not use it ({reason})"
     return ""
 
 
@@ -108,16 +111,30 @@ def open_common(folder: Path) -> IO[bytes]:
     Raises:
         OSError, KeyError: it is not there.
     """
+    place = _place_of_common(folder)
+    with place.path.open("rb") as stream:
+        stream.seek(place.offset)
+        return io.BytesIO(stream.read(place.length))
+
+
+class _Place(NamedTuple):
+    """Bytes of a file: ``length`` from ``offset`` on, all the rest of it if that is None."""
+
+    path: Path
+    offset: int = 0
+    length: int | None = None
+
+
+def _place_of_common(folder: Path) -> _Place:
+    """``KeyError`` if it is not there."""
     path = folder / COMMON_FILE
     if path.exists():
-        return path.open("rb")
+        return _Place(path)
     places = read_table(folder).storage_data or {}
     place = next((place for index, place in places.items() if index.fqn == _COMMON_OBJECT), None)
     if place is None or place.relative_path != Path(place.relative_path).name:
         raise KeyError(f"neither {COMMON_FILE} nor {_COMMON_OBJECT} is there")
-    with (folder / place.relative_path).open("rb") as stream:
-        stream.seek(place.offset)
-        return io.BytesIO(stream.read(place.length))
+    return _Place(folder / place.relative_path, place.offset, place.length)
 
 
 def _read_common(folder: Path) -> None:
