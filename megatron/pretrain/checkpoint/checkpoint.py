@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import megatron.core
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -39,6 +37,7 @@ from megatron.pretrain.checkpoint.files import (
 )
 from megatron.pretrain.checkpoint.inspection import faults_by_table
 from megatron.pretrain.checkpoint.megatron_lm import RESHARDABLE, compare_theirs, is_readable, samples_of
+from megatron.pretrain.checkpoint.optimizer_states import load_states, sharded_states
 from megatron.pretrain.checkpoint.safe_pickle import (
     find_unsafe_content,
     load_plain,
@@ -289,8 +288,6 @@ def _restore(
     folder: Path, common: Mapping[str, Any], settings: Mapping[str, Any], state: TrainingState
 ) -> None:
     """Overwrite weights, optimizer states and the position of the learning rate."""
-    for optimizer in _distributed_torch_adams(state.optimizer).values():
-        _start_steps(optimizer)
     wanted = sharded_state(state, Progress(), settings, is_loading=True)
     check_tensors(folder, wanted)
     loaded = _read(wanted, folder)
@@ -298,7 +295,7 @@ def _restore(
         chunk.load_state_dict(loaded[name], strict=False)
     _choose_rates(loaded, state)
     chosen = [{**group} for group in state.optimizer.param_groups]
-    _load_optimizer(state.optimizer, loaded["optimizer"])
+    load_states(state.optimizer, loaded["optimizer"])
     for group, options in zip(state.optimizer.param_groups, chosen, strict=True):
         # Rates, betas and the like are this job's, as far as comparing the settings has let them differ.
         group.update({name: value for name, value in options.items() if name not in ("params", "step")})
@@ -361,7 +358,7 @@ def sharded_state(
         name: chunk.sharded_state_dict(metadata=content_metadata()) for name, chunk in _named_models(state)
     }
     # Megatron matches optimizer states to parameters through the chunks' names.
-    optimizer = state.optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=content_metadata())
+    optimizer = sharded_states(state.optimizer, models, content_metadata(), is_loading=is_loading)
     return {
         **models,
         "optimizer": optimizer,
@@ -418,49 +415,3 @@ def content_metadata() -> dict[str, Any]:
     """
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     return {**CONTENT, "dp_cp_group": group, "chained_optim_avoid_prefix": True}
-
-
-def _distributed_torch_adams(optimizer: Any) -> dict[int, DistributedOptimizer]:
-    """Distributed optimizers that shard torch's Adam, whose step counts Megatron cannot load, by number.
-
-    Apex and Transformer Engine bring an Adam that keeps one count for all parameters.
-    """
-    return {
-        number: part
-        for number, part in enumerate(getattr(optimizer, "chained_optimizers", [optimizer]))
-        if isinstance(part, DistributedOptimizer)
-        and isinstance(part.optimizer, (torch.optim.Adam, torch.optim.AdamW))
-    }
-
-
-def _load_optimizer(optimizer: Any, loaded: dict[Any, Any]) -> None:
-    """Load the states of an optimizer, or of those of shared weights and of experts."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    torch_adams = _distributed_torch_adams(optimizer)
-    if not torch_adams:
-        optimizer.load_state_dict(loaded)
-        return
-    for number in range(len(parts)):
-        _load_with_steps(torch_adams[number], loaded if len(parts) == 1 else loaded[number])
-
-
-def _start_steps(optimizer: DistributedOptimizer) -> None:
-    """Megatron reads the step counts even to prepare for loading, when there are none yet."""
-    optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
-    for state in optimizer.optimizer.state.values():
-        state["step"] = torch.zeros(())
-
-
-def _load_with_steps(optimizer: DistributedOptimizer, loaded: dict[str, Any]) -> None:
-    """Load, keeping the step counts out of Megatron's way.
-
-    It would look for them among the sharded tensors, where they are not, and it gives all parameters one
-    tensor, which every one of them would count up.
-    """
-    sharded = loaded.pop("param_state")
-    optimizer.load_state_dict(loaded)
-    states = optimizer.optimizer.state
-    steps = {parameter: state.pop("step").clone() for parameter, state in states.items()}
-    optimizer.load_parameter_state_from_fully_reshardable(sharded)
-    for parameter, step in steps.items():
-        states[parameter]["step"] = step
