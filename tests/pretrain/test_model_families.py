@@ -50,7 +50,7 @@ def test_losses_and_gradients_are_megatrons_and_those_of_transformers(name, p, i
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mixtral", "qwen-3-moe", "gpt-oss"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen-3-moe", "qwen-3-moe-sparse", "gpt-oss"])
 def test_losses_and_gradients_are_theirs_where_ranks_share_experts(name, imported):
     for errors in errors_under_helix(imported(name), 2, ep=2).values():
         assert max(errors) <= 1e-5
