@@ -167,6 +167,15 @@ def test_stages_with_fewer_layers_checkpoint_the_same_share():
     assert uniform_checkpointing(memory_of(chunks, 3, 15, limit, layers)).counts == five
 
 
+def test_what_a_short_stage_lacks():
+    """It has few layers to checkpoint, and the logits."""
+    chunks, layers = chunks_of([400, 300, 50, 50], 4), (5, 1)
+    least = simulated_peaks(chunks, tuple((count,) * len(chunks) for count in layers), 6, layers)
+    assert least.index(max(least)) == 1
+    assert memory_of(chunks, 2, 6, max(least) - 7, layers).shortage() == (1, 7)
+    assert memory_of(chunks, 2, 6, max(least), layers).shortage() is None
+
+
 def test_out_of_memory_names_stage_bytes_and_change():
     chunks = chunks_of([400, 300, 50, 50], 4)
     least = simulated_peaks(chunks, ((2,) * len(chunks),) * 2, 4)

@@ -73,6 +73,24 @@ def test_tight_memory_separates_long_from_short():
     assert group(chunks, int(whole * 0.5)) == ((8 + 4 + 3, len(chunks) - 15), 0.0)
 
 
+def test_a_stage_with_fewer_layers_delays_by_the_share_of_its_own():
+    """Where the last stage alone lacks memory, the others checkpoint as large a share."""
+    chunks = setting()
+    recompute_ms = [COSTS.recompute_ms(chunk) for chunk in chunks]
+    delays = []
+    for layers in ((1, 1), (4, 1)):
+        roomy = pipeline_memory(chunks, COSTS, stage_layers=layers, limit_bytes=2**50)
+        rows = roomy.rows(1)
+        needed = int(roomy.held(rows, roomy.kept[1] - roomy.saved // 2).max() + rows.recomputing.max())
+        reserved = (0, 2**50 - needed)
+        memory = pipeline_memory(
+            chunks, COSTS, stage_layers=layers, limit_bytes=2**50, reserved_bytes=reserved
+        )
+        delays.append(recompute_delay_ms(memory, recompute_ms))
+    assert delays[0] > 0
+    assert delays[1] == pytest.approx(4 * delays[0])
+
+
 def test_what_fits_in_no_grouping():
     with pytest.raises(OutOfMemory, match="short of memory"):
         group(setting(), 1000)
