@@ -107,10 +107,11 @@ def build_config(settings: JobSettings) -> TransformerConfig:
 
 def _of_plan(settings: JobSettings) -> dict[str, Any]:
     """What Megatron's modules and functions must know of the plan: how stages and virtual stages differ."""
-    plan, parallel = settings.schedule.plan, settings.parallel
+    plan, parallel, job = settings.schedule.plan, settings.parallel, settings.elastic_job
     parameters = {} if plan is None else plan.parameters
     group = {"microbatch_group_size_per_vp_stage": parameters.get("microbatch_group")}
-    if STAGE_LAYERS not in parameters:
+    differ = STAGE_LAYERS in parameters if job is None else job.stage_layers
+    if not differ:
         return group
     return group | {
         "num_layers_in_first_pipeline_stage": parallel.decoder_first_pipeline_num_layers,

@@ -11,6 +11,7 @@ from helixpipe.elastic import costs_to_json, ideal_costs
 from helixpipe.megatron_adapter.elastic_forward_backward import ElasticForwardBackward
 from helixpipe.megatron_adapter.schedule import make_forward_backward
 from helixpipe.runtime.trace import NullClock
+from megatron.pretrain.model import build_config
 from megatron.pretrain.settings.arguments import parse_arguments
 
 LINE = (
@@ -117,9 +118,11 @@ def test_stages_may_differ(parse):
     words = "--elastic-costs {costs} --decoder-last-pipeline-num-layers 1"
     settings = parse(f"{ELASTIC} {words}")
     assert settings.elastic_job.layers_by_stage == (3, 1)
+    assert build_config(settings).num_layers_in_last_pipeline_stage == 1
     assert parse(f"{ELASTIC} {words} --num-layers 5").elastic_job.layers_by_stage == (4, 1)
     helix = parse(f"{HELIX} --recompute-levels none --decoder-last-pipeline-num-layers 1")
     assert helix.elastic_job.stage_layers == ()
+    assert build_config(helix).num_layers_in_last_pipeline_stage is None
     assert "--decoder-last-pipeline-num-layers (layers are in no stages)" in helix.needless_flags
 
 
