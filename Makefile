@@ -81,7 +81,8 @@ context-extension: $(READY)
 # Elastic pipelines against packing, on the same files. Under ten minutes on 2 cores.
 elastic-benchmark: $(READY) runs/elastic/stdlib.idx
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node 2 \
-	    benchmarks/elastic_training.py --data-path runs/elastic/stdlib --max-seq-length 32768 --global-batch-size 16 --hidden-size 64
+	    benchmarks/elastic_training.py --data-path runs/elastic/stdlib --max-seq-length 32768 --global-batch-size 16 --hidden-size 64 \
+	    --rounds 1
 
 runs/elastic/stdlib.idx: | $(READY)
 	mkdir -p $(@D)
