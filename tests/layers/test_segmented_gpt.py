@@ -234,6 +234,16 @@ def test_checkpoints_have_the_form_of_gpts(style, metadata, pp, tp):
         validate_sharding_integrity(found)
 
 
+@pytest.mark.parametrize("frequency", [1, 3, (0, 1, 0, 1)], ids=str)
+@pytest.mark.parametrize("pp", [1, 2])
+def test_checkpoints_number_layers_of_which_some_have_experts(frequency, pp):
+    case = Case(pp=pp, style="llama", experts=4, router=(("moe_layer_freq", frequency),))
+    found = described(checkpoint_form(case, segmented_share, None))
+    assert found == described(checkpoint_form(replace(case, pp=3 - pp), gpt_stage, None))
+    is_numbered = {key.split(".")[2].isdigit() for _, key, *_ in found if key.startswith("decoder.layers.")}
+    assert is_numbered == {frequency != 1}
+
+
 def test_the_integrity_check_misses_a_rank_that_does_not_save():
     case = Case(pp=2)
     found = checkpoint_form(case, segmented_share, None)

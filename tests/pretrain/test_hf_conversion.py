@@ -6,6 +6,7 @@ import json
 import shutil
 import weakref
 from enum import Enum
+from itertools import product
 
 import pytest
 import torch
@@ -167,6 +168,25 @@ def test_a_checkpoint_holds_megatrons_layout(tmp_path):
     assert torch.equal(reader.read(name, (1,)), expected)
     gate, up = (theirs[f"model.layers.2.mlp.{part}_proj.weight"] for part in ("gate", "up"))
     assert torch.equal(reader.read("decoder.layers.mlp.linear_fc1.weight", (2,)), torch.cat([gate, up]))
+
+
+def test_layers_with_and_without_experts_have_rules_of_their_own():
+    model = described(**QWEN_3_MOE, mlp_only_layers=[1])
+    places = [(rule, place) for rule in model.rules for place in product(*map(range, rule.sizes(3).values()))]
+    theirs = [name for rule, place in places for name in rule.names(*place)]
+    assert len(theirs) == len(set(theirs))
+    gates = {name for name in theirs if name.endswith(("mlp.gate.weight", "mlp.gate_proj.weight"))}
+    assert gates == {
+        f"model.layers.{layer}.mlp.gate{end}.weight" for layer, end in enumerate(("", "_proj", ""))
+    }
+    ours = {rule.ours: rule.sizes(3) for rule in model.rules}
+    assert ours["decoder.layers.2.mlp.experts.experts.linear_fc2.weight"] == {"experts": 4}
+    assert ours["decoder.layers.2.pre_mlp_layernorm.weight"] == {}
+    assert ours["decoder.layers.1.mlp.linear_fc1.layer_norm_weight"] == {}
+    assert model.arguments["moe_layer_freq"] == "[1,0,1]"
+    # Layers that are all alike are stacked.
+    assert described(**QWEN_3_MOE).rules[-1].ours == "decoder.final_layernorm.weight"
+    assert "decoder.layers.pre_mlp_layernorm.weight" in {r.ours for r in described(**QWEN_3_MOE).rules}
 
 
 @pytest.mark.parametrize("name", ["num_experts", "num_local_experts"])
