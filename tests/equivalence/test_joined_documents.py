@@ -48,8 +48,8 @@ MORE_STAGES = [replace(case, schedule=name, rounds=2) for name in NAMES for case
 
 def check(cases, megatrons=False):
     for rank in run_on_ranks(cases[0].world_size, compare, cases, megatrons):
-        for found in rank:
-            assert found["documents"] > 3 * cases[0].num_microbatches
+        for case, found in zip(cases, rank, strict=True):
+            assert found["documents"] > 3 * case.num_microbatches
             assert found["missing"] == [], found["case"]
             assert found["losses"] < TOLERANCE, found["case"]
             assert found["gradients"] < TOLERANCE, found["case"]
