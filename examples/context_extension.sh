@@ -40,8 +40,9 @@ train() { # model on Hugging Face, where checkpoints go, options
     echo "$printed"
     # The import prints the model's options quoted for a shell.
     eval "options=($printed)"
+    # Steps are short here, and cores that other programs use may pause a rank for longer than three of them.
     "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 pretrain_gpt.py \
-        "${options[@]}" --data-path "$CORPUS" --save "$RUN/$saved" "$@"
+        "${options[@]}" --data-path "$CORPUS" --save "$RUN/$saved" --hang-timeout-s 300 "$@"
 }
 
 echo "== A random Llama, trained at $SHORT tokens: 1F1B, 2 data-parallel ranks, $ITERS iterations"
