@@ -75,6 +75,7 @@ def test_without_documents_the_same_comparison_fails():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # four ranks, and forty cases
 @pytest.mark.parametrize("change", [{}, {"pp": 4, "num_layers": 8}, {"tp": 2, "sequence_parallel": True}])
 def test_every_schedule_in_every_layout(change):
     check([replace(case, **change) for case in (*HELIX, *MORE_HELIX)])
