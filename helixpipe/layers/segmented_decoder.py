@@ -148,10 +148,11 @@ def check_supported(
     """``ValueError`` for options that would be ignored or wrong when a layer runs in segments."""
     if has_slices:
         check_parts(config, "a schedule that cuts sequences")
-    if config.softmax_type == "learnable" and attention_range not in ranges_with_sinks(has_slices=has_slices):
+    with_sinks = ranges_with_sinks(has_slices=has_slices)
+    if config.softmax_type == "learnable" and attention_range not in with_sinks:
         raise ValueError(
             f"--softmax-type learnable does not go with --attention-range {attention_range}, which lends no "
-            "sinks; use block"
+            f"sinks; use {' or '.join(with_sinks)}"
         )
     unsupported = {
         **unsupported_experts(config),

@@ -143,7 +143,7 @@ def test_segments_are_megatrons_model(share, levels):
 
 
 def test_learned_sinks_are_lent_with_qkv_only():
-    with pretend_rank(CASE), pytest.raises(ValueError, match="use helix with --attention-range qkv or block"):
+    with pretend_rank(CASE), pytest.raises(ValueError, match="core, which lends no sinks; use qkv or block"):
         segmented_share(CASE)
 
 

@@ -312,20 +312,23 @@ def test_an_unknown_part_of_the_weights_is_refused():
             model.forward_segment(1, (hidden,), borrowed=model.lent_parameters(1)[:-1])
 
 
+BEFORE = PRE | LayerPart.CORE  # sinks are where QKV is
+
+
 def test_owned_parts_of_wider_attention():
-    block = LayerPart.PRE | LayerPart.PROJ
-    assert owned_parts(4, [2], PRE) == {0: POST, 1: PRE}
+    block = BEFORE | LayerPart.PROJ
+    assert owned_parts(4, [2], BEFORE) == {0: POST, 1: BEFORE}
     assert owned_parts(4, [2], block) == {0: LayerPart.MLP, 1: block}
     assert owned_parts(4, range(9), block) == dict.fromkeys(range(4), WHOLE)
 
 
 def test_owned_parts():
     assert owned_parts(4, range(9), CORE) == dict.fromkeys(range(4), WHOLE)
-    assert owned_parts(4, [0], CORE) == {0: PRE}
+    assert owned_parts(4, [0], CORE) == {0: BEFORE}
     assert owned_parts(4, [8], CORE) == {3: POST}
-    assert owned_parts(4, [2], CORE) == {0: POST, 1: PRE}
-    assert owned_parts(4, [0, 4, 8], CORE) == {0: PRE, 1: POST, 2: PRE, 3: POST}
-    assert owned_parts(4, [2, 4], CORE) == {0: POST, 1: WHOLE, 2: PRE}
+    assert owned_parts(4, [2], CORE) == {0: POST, 1: BEFORE}
+    assert owned_parts(4, [0, 4, 8], CORE) == {0: BEFORE, 1: POST, 2: BEFORE, 3: POST}
+    assert owned_parts(4, [2, 4], CORE) == {0: POST, 1: WHOLE, 2: BEFORE}
     assert owned_parts(4, [], CORE) == {}
     # Attention has no weights, so whoever runs it owns nothing more.
     assert owned_parts(4, [1, 3, 7], CORE) == {}
