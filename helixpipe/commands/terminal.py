@@ -28,7 +28,12 @@ def run_printing(run: Callable[[], int]) -> int:
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors=_HANDLER)  # type: ignore[union-attr]
     try:
-        code = run()
+        try:
+            code = run()
+        except SystemExit:
+            # Of --help, whose text may still be buffered.
+            sys.stdout.flush()
+            raise
         sys.stdout.flush()
     except BrokenPipeError:
         # The interpreter flushes once more at its end.
