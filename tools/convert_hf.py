@@ -17,6 +17,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from helixpipe.commands.conversion import add_arguments, convert
 from helixpipe.commands.parser import ScriptParser
+from helixpipe.commands.terminal import run_printing
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,10 +33,12 @@ def main() -> int:
     args = parser.parse_args()
     try:
         convert(args)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_printing(main))
