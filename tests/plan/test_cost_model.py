@@ -19,6 +19,7 @@ from helixpipe.plan.cost_model import (
     read_model,
 )
 from helixpipe.plan.cost_model.analytic import pipeline_network
+from helixpipe.plan.cost_model.pieces import PieceCost
 from helixpipe.plan.cost_model.segments import rank_parameters
 from helixpipe.plan.cost_model.work import LAYER_PIECES, PIECES
 from helixpipe.plan.schedules import planned_ahead
@@ -277,6 +278,16 @@ def test_an_mlp_in_chunks_is_never_there_for_all_tokens():
     assert middle(Recompute.FULL, mlp_chunk_size="auto").recompute == pytest.approx(
         middle(Recompute.FULL).recompute + norm2 + fc1
     )
+
+
+def test_an_activation_takes_no_longer_than_the_piece_that_has_it():
+    """A norm that was measured on a busy machine may have taken longer than the whole of fc1."""
+    found = pieces()
+    slow = replace(found, times={**found.times, "norm1": PieceCost(1e3, 1e3)})
+    plan = planned("helix", attention_range="block")
+    middle = costs_of_plan(slow, plan, Recompute.PRODUCTS).segments["middle"]
+    norm2, fc1 = (found.times[name].forward for name in ("norm2", "fc1"))
+    assert middle.recompute == pytest.approx(norm2 + fc1)
 
 
 def test_chunk_sizes_are_tokens_or_automatic():

@@ -133,9 +133,10 @@ class _Builder:
         """Milliseconds of computing a piece again, or the activation function without its product."""
         if name != ACTIVATION:
             return self._time(name, part_of, part).forward
-        # It reads and writes at the rate of a norm, which reads and writes a residual.
+        # At the rate of a norm, which reads and writes a residual; and it is a part of the piece fc1.
         moved = self._bytes("fc1 output", part) + self._bytes("activation", part)
-        return self._time("norm1", part_of, part).forward * moved / (2 * self.workload.unit_bytes)
+        at_rate = self._time("norm1", part_of, part).forward * moved / (2 * self.workload.unit_bytes)
+        return min(at_rate, self._time("fc1", part_of, part).forward)
 
     def context_bytes(self, part_of: Slice) -> int:
         """Bytes on one GPU of a slice's keys and values in one layer, or of their gradients in a message."""
