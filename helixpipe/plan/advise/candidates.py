@@ -32,8 +32,7 @@ class Candidate:
         chunked_loss: the loss is computed in chunks.
         only_planned: what the model has that training does not know.
         in_fp8: products are computed in fp8.
-        exchanges_otherwise: GPUs share sequences, and exchange keys and values in another way than training,
-            which gathers them.
+        exchanges_otherwise: see :class:`Job`.
         lighter: in how many layers, spread evenly, a lighter recomputation is used, and which; None for none.
     """
 
@@ -224,7 +223,7 @@ def candidates(job: Job) -> Iterator[list[Candidate]]:
                         not job.workload.whole_logits,
                         job.workload.model.only_planned,
                         job.workload.fp8_products,
-                        job.workload.context_parallel > 1 and not job.workload.gathers_keys,
+                        job.exchanges_otherwise,
                     )
                     for recompute in Recompute
                 ]

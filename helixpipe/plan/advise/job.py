@@ -54,6 +54,12 @@ class Job:
         return self.pieces().workload
 
     @property
+    def exchanges_otherwise(self) -> bool:
+        """True if GPUs share sequences in another way than training, which gathers keys and values."""
+        workload = self.workload
+        return workload.context_parallel > 1 and not workload.gathers_keys
+
+    @property
     def num_gpus(self) -> int:
         """GPUs of the whole job."""
         return self.num_ranks * self.workload.stage_gpus

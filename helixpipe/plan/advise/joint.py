@@ -17,7 +17,6 @@ from typing import NamedTuple
 from helixpipe.plan.advise.advice import LIGHTER, Option, Rejection, evaluate, fits, improve, mixed
 from helixpipe.plan.advise.bounds import Outlook, least_bytes, least_ms, least_ms_in_memory
 from helixpipe.plan.advise.candidates import Candidate, candidates, micro_batch_factors
-from helixpipe.plan.advise.context_parallel import Exchange
 from helixpipe.plan.advise.job import GIB, Job
 from helixpipe.plan.advise.layouts import Layout, layout_job, layouts
 from helixpipe.plan.advise.no_cycles import without_cycle_collection
@@ -361,7 +360,7 @@ class _Search:
             # Slices are not shared once more.
             kinds = (_STAGES, _APART) + (_SLICES,) * (item.layout.context == 1)
             families = {_family_of(item.layout, kind) for kind in kinds}
-            runs = item.layout.exchange in (None, Exchange.ALL_GATHER)
+            runs = not item.job.exchanges_otherwise
             return max(limits.of_family(family, runs=runs) for family in families)
         candidate = item.group[0]
         known = self.best.get((item.layout, candidate.schedule))
